@@ -1,0 +1,189 @@
+"""How a kernel is called: argument records, the one native signature, and the registry.
+
+Every kernel is compiled to `void kernel(record *arguments, intp thread, intp threads)`. It does its
+thread's share of the work, never allocates, never raises and never checks: whatever an argument
+record says has been validated when the record was made.
+
+Code tensors lie in memory as (N, H, W, C), C contiguous, with a border of the zero point around
+each picture; a `TENSOR` record describes the whole buffer, `top` and `left` say where the picture
+begins.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from logshift.kernels.native import as_pointer
+from numba import carray, cfunc, from_dtype, njit, types
+
+FAMILIES = ("reference", "portable")
+
+TENSOR = np.dtype(
+    [
+        ("data", np.uintp),  # address of the buffer
+        ("n", np.int64),
+        ("h", np.int64),  # of the buffer, border included
+        ("w", np.int64),
+        ("c", np.int64),
+        ("top", np.int64),  # first row and column of the picture itself
+        ("left", np.int64),
+    ]
+)
+
+
+def _record(**fields: Any) -> np.dtype:
+    return np.dtype(list(fields.items()))
+
+
+_SIZES = ("n", "height", "width", "channels")  # of the picture that is computed
+_I, _F, _P = np.int64, np.float32, np.uintp
+_OUTPUT = {"x": TENSOR, "y": TENSOR} | dict.fromkeys(_SIZES, _I)
+
+# Output pixel (i, j) reads input rows row0 + i * stride_h + ky * dilation_h of the buffer (columns
+# alike), and is written at row y.top + i * step_h: step is above 1 in a phase of ConvTranspose.
+CONV = _record(
+    **_OUTPUT,
+    r=TENSOR,  # residual, of the geometry of y; unused without has_residual
+    kernel_h=_I, kernel_w=_I, stride_h=_I, stride_w=_I, dilation_h=_I, dilation_w=_I,
+    row0=_I, column0=_I, step_h=_I, step_w=_I,
+    group=_I,
+    bits=_I, residual_shift=_I,
+    block=_I,  # channels per block of the packed weights
+    weights=_P,  # as the kernel's `pack` laid them out
+    offset=_P,  # int64 (O,): z_x * sum of W
+    m=_P, b=_P,  # float32 (O,)
+    z_r=_I, m_r=_F, lo=_F, hi=_F,
+    has_residual=_I, float_output=_I,
+    scratch=_P, scratch_size=_I,  # bytes per thread
+)  # fmt: skip
+# Window as for CONV; rows below `low` and from `high` on hold no picture (padding).
+POOL = _record(
+    **_OUTPUT,
+    kernel_h=_I, kernel_w=_I, stride_h=_I, stride_w=_I, dilation_h=_I, dilation_w=_I,
+    row0=_I, column0=_I, low_h=_I, high_h=_I, low_w=_I, high_w=_I,
+    # AveragePool: positions in [count_low, count_high) count, each worth z_x if not in the picture
+    count_low_h=_I, count_high_h=_I, count_low_w=_I, count_high_w=_I,
+    z_x=_I, m=_P, b=_F, lo=_F, hi=_F,  # m: float32, indexed by the count
+    scratch=_P, scratch_size=_I,
+)  # fmt: skip
+ADD = _record(**_OUTPUT, r=TENSOR, z_x=_I, m=_F, b=_F, z_r=_I, m_r=_F, lo=_F, hi=_F)
+# y[i, j, channel0_y + k] = table[x[row0 + i * stride_h, ..., channel0_x + k * stride_c]]
+COPY = _record(
+    **_OUTPUT,
+    row0=_I, column0=_I, channel0_x=_I, stride_h=_I, stride_w=_I, stride_c=_I,
+    row0_y=_I, column0_y=_I, channel0_y=_I,
+    table=_P, has_table=_I,
+)  # fmt: skip
+FILL = _record(y=TENSOR, n=_I, height=_I, width=_I, channels=_I, value=_I)
+# index0/index1 (int64) and weight1 (int64, of 2048) per output row, then per output column
+RESIZE = _record(
+    **_OUTPUT, linear=_I, row_index0=_P, row_index1=_P, row_weight=_P,
+    column_index0=_P, column_index1=_P, column_weight=_P,
+)  # fmt: skip
+DEPTH_TO_SPACE = _record(**_OUTPUT, blocksize=_I, block_first=_I)  # block_first: mode DCR
+# float32 (N, C, H, W) to codes and back
+QUANTIZE = _record(**_OUTPUT, scale=_F, zero_point=_I, top=_I)
+DEQUANTIZE = _record(**_OUTPUT, scale=_F, zero_point=_I)
+# float32 (N, H, W, C) to (N, C, H, W)
+TO_CHANNELS_FIRST = _record(**_OUTPUT)
+
+
+@njit(inline="always")
+def codes(tensor):
+    """Array (N, H, W, C) of uint8 over the buffer of a TENSOR record."""
+    shape = (tensor.n, tensor.h, tensor.w, tensor.c)
+    return carray(as_pointer(tensor.data), shape, np.uint8)
+
+
+@njit(inline="always")
+def floats(tensor):
+    """Array (N, H, W, C) of float32 over the buffer of a TENSOR record."""
+    shape = (tensor.n, tensor.h, tensor.w, tensor.c)
+    return carray(as_pointer(tensor.data), shape, np.float32)
+
+
+@njit(inline="always")
+def share(work, thread, threads):
+    """Begin and end of a thread's share of `work` items."""
+    return work * thread // threads, work * (thread + 1) // threads
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One kernel of the registry.
+
+    Attributes
+    ----------
+    op : str
+        Key of the argument record: "conv", "pool_max", ...
+    family : str
+        One of `FAMILIES`.
+    variant : str
+        What sets it apart from others of the same op and family; "" if nothing does.
+    record : numpy dtype of its arguments
+    function : the Python function, compiled on first use
+    supports : callable(layer.Layer) -> bool, or None
+        Whether it can serve a convolution; None for other ops.
+    pack : callable(layer.Layer) -> array, or None
+        Lays out the weights of a convolution; the last dimension is the channel block.
+    scratch : callable(channels) -> int, or None
+        Bytes of scratch memory it needs per thread.
+    """
+
+    op: str
+    family: str
+    variant: str
+    record: np.dtype
+    function: Callable[..., None]
+    supports: Callable[[Any], bool] | None = None
+    pack: Callable[[Any], np.ndarray] | None = None
+    scratch: Callable[[int], int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Family, op and variant, as `logshift info` shows it."""
+        return "-".join(part for part in (self.family, self.op, self.variant) if part)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        signature = types.void(types.CPointer(from_dtype(self.record)), types.intp, types.intp)
+        return cfunc(signature, cache=True, error_model="numpy")(self.function)
+
+    @property
+    def address(self) -> int:
+        """Address of the compiled kernel; the first use compiles it or loads it from the cache."""
+        return self._compiled.address
+
+
+_REGISTRY: dict[tuple[str, str, str], Kernel] = {}
+
+
+def register(op: str, family: str, record: np.dtype, variant: str = "", **hooks: Any) -> Callable:
+    """Enter a function in the registry; a decorator."""
+
+    def enter(function: Callable[..., None]) -> Callable[..., None]:
+        _REGISTRY[op, family, variant] = Kernel(op, family, variant, record, function, **hooks)
+        return function
+
+    return enter
+
+
+def kernels() -> Iterator[Kernel]:
+    """Yield all kernels, for tests, benchmarks and warm-up to walk."""
+    for module in ("reference", "portable"):
+        importlib.import_module(f"logshift.kernels.{module}")
+    yield from _REGISTRY.values()
+
+
+def kernel(op: str, family: str, layer: Any = None) -> Kernel:
+    """Return the first kernel of a family that serves `op`, and `layer` if one is given."""
+    for candidate in kernels():
+        if candidate.op == op and candidate.family == family:
+            if layer is None or candidate.supports is None or candidate.supports(layer):
+                return candidate
+    raise LookupError(f"no {family} kernel for {op}")

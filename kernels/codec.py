@@ -1,0 +1,343 @@
+"""The STLQ codec: float weights to first and second log-exponent words, and back to integers.
+
+Sections and symbols (`alpha`, `L`, `q0`, `q1`, `r0`, `r1`, `S`, `W`) are those of
+`docs/quantization.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from logshift.kernels.errors import InputError
+from numba import njit
+
+MIN_BITS, MAX_BITS = 2, 5
+MAX_RESIDUAL_SHIFT = 4
+MAX_TILE = 256
+GRANULARITIES = ("element", "tile", "filter")
+
+# alpha candidates are max|w| * 2^-g: one octave moves every level onto the next, the rest of the
+# range only trades clipping of the largest weights against resolution of the smallest.
+_ALPHA_OCTAVES = np.linspace(0.0, 1.75, 57)
+
+
+def exponent_levels(bits: int) -> int:
+    """Return L, the number of non-zero magnitudes of a `bits`-bit word (section 1)."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise InputError(f"weight_bits is {bits}; it must be from {MIN_BITS} to {MAX_BITS}")
+    return 2 ** (bits - 1) - 1
+
+
+def default_clip(bits: int) -> int:
+    """Return how far two words may reach, in units of alpha: 2 below 4 bits, else 1 (section 2)."""
+    return 2 if bits < 4 else 1
+
+
+@dataclass(frozen=True)
+class LogWeights:
+    """Weights of one layer as log-exponent codes.
+
+    Attributes
+    ----------
+    first, second : uint8 arrays of shape (O, kh, kw, C / group)
+        Codes: bit `bits - 1` is the sign, the bits below it the exponent field `e`; 0 is zero.
+        `second` is 0 where no second word is selected.
+    alpha : float32 array of shape (O,)
+        Real value of the largest first-word magnitude, per output channel.
+    bits : int
+        Width b of a word.
+    residual_shift : int
+        s: the second word lies on a grid 2^s times finer.
+    clip : int
+        Bound of |W| in units of alpha: 1 or 2.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    alpha: np.ndarray
+    bits: int
+    residual_shift: int = 0
+    clip: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(O, kh, kw, C / group)."""
+        o, kh, kw, c = self.first.shape
+        return o, kh, kw, c
+
+    @property
+    def nzr(self) -> float:
+        """Non-zero ratio: weights with a non-zero second word over all weights."""
+        return float(np.count_nonzero(self.second)) / self.second.size
+
+    @property
+    def limit(self) -> int:
+        """Largest |W| the format allows: clip * 2^(L-1+s)."""
+        return self.clip << (exponent_levels(self.bits) - 1 + self.residual_shift)
+
+    def integers(self) -> np.ndarray:
+        """Return W, int32, of the shape of `first`: (q0 << s) + q1."""
+        q0 = decode_codes(self.first, self.bits)
+        return (q0 << self.residual_shift) + decode_codes(self.second, self.bits)
+
+    def unit(self) -> np.ndarray:
+        """Return the real value of W = 1 per output channel, float64 of shape (O,)."""
+        shift = exponent_levels(self.bits) - 1 + self.residual_shift
+        return self.alpha.astype(np.float64) / 2.0**shift
+
+    def values(self) -> np.ndarray:
+        """Return the real weights, float32, of the shape of `first`."""
+        unit = self.unit().reshape(-1, 1, 1, 1)
+        return (self.integers() * unit).astype(np.float32)
+
+
+def decode_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Turn codes into signed magnitudes in units of the word's grid.
+
+    Parameters
+    ----------
+    codes : uint8 array, any shape
+    bits : int
+
+    Returns
+    -------
+    int32 array of the same shape, values 0 and ±2^(e-1).
+    """
+    levels = exponent_levels(bits)
+    table = np.zeros(2**bits, np.int32)
+    table[1 : levels + 1] = 1 << np.arange(levels)
+    table[levels + 1 :] = -table[: levels + 1]
+    return table[codes]
+
+
+@njit(cache=True, nogil=True)
+def _nearest_code(r, levels):
+    """Code of the level nearest to float32 r in the linear domain, ties toward zero."""
+    magnitude = abs(r)
+    if not magnitude > np.float32(0.5):
+        return np.uint8(0)
+    mantissa, exponent = math.frexp(magnitude)  # magnitude = mantissa * 2^exponent, in [0.5, 1)
+    e = exponent + 1 if mantissa > 0.75 else exponent
+    e = min(max(e, 1), levels)
+    return np.uint8(e + levels + 1) if r < 0 else np.uint8(e)
+
+
+@njit(cache=True, nogil=True)
+def _level(code, levels):
+    if code == 0 or code == levels + 1:
+        return np.float32(0)
+    if code > levels:
+        return -np.float32(1 << (code - levels - 2))
+    return np.float32(1 << (code - 1))
+
+
+@njit(cache=True, nogil=True)
+def _two_words(w, alpha, levels, residual_shift, clip, first, second, r1, r2):
+    """Section 2 for rows of w [O, K]: both codes, the residual r1 and what is left after q1."""
+    top = np.float32(1 << (levels - 1))
+    fine = np.float32(1 << residual_shift)
+    bound = top * np.float32(clip)
+    for o in range(w.shape[0]):
+        for i in range(w.shape[1]):
+            r0 = min(max(w[o, i] / alpha[o] * top, -bound), bound)
+            code0 = _nearest_code(r0, levels)
+            residual = (r0 - _level(code0, levels)) * fine
+            code1 = _nearest_code(residual, levels)
+            first[o, i] = code0
+            second[o, i] = code1
+            r1[o, i] = residual
+            r2[o, i] = residual - _level(code1, levels)
+
+
+def nearest_codes(r: np.ndarray, bits: int) -> np.ndarray:
+    """Return the codes of the levels nearest to `r` (section 1: linear domain, ties toward zero).
+
+    Parameters
+    ----------
+    r : float array, any shape, in units of the grid
+    bits : int
+
+    Returns
+    -------
+    uint8 array of the same shape.
+    """
+    levels = exponent_levels(bits)
+    flat = np.ascontiguousarray(r, np.float32).reshape(1, -1)
+    first, second = np.empty(flat.shape, np.uint8), np.empty(flat.shape, np.uint8)
+    scratch = np.empty_like(flat)
+    top = np.float32(2.0 ** (levels - 1))
+    # alpha = 2^(L-1) makes one unit of w one unit of the grid, exactly.
+    _two_words(flat, np.array([top]), levels, 0, 2**20, first, second, scratch, scratch)
+    return first.reshape(np.shape(r))
+
+
+def select(
+    gain: np.ndarray, ratio: float, granularity: str = "element", tile: int = MAX_TILE
+) -> np.ndarray:
+    """Choose which weights get a second word: the select tensor S.
+
+    Parameters
+    ----------
+    gain : float array of shape (O, K)
+        What a second word is worth at each weight; 0 where the second word would be zero.
+    ratio : float
+        `residual_ratio`, the share of weights that may have a second word.
+    granularity : {"element", "tile", "filter"}
+        Whether weights, tiles of the flattened matrix, or output channels are chosen.
+    tile : int
+        Weights per tile, at most 256.
+
+    Returns
+    -------
+    bool array of shape (O, K).
+    """
+    if granularity not in GRANULARITIES:
+        raise InputError(f"granularity {granularity!r} is not one of {', '.join(GRANULARITIES)}")
+    if not 0.0 <= ratio <= 1.0:
+        raise InputError(f"residual_ratio is {ratio}; it must be from 0 to 1")
+    if not 1 <= tile <= MAX_TILE:
+        raise InputError(f"tile is {tile}; it must be from 1 to {MAX_TILE}")
+    block = {"element": 1, "tile": tile, "filter": gain.shape[1]}[granularity]
+    count = gain.size
+    blocks = -(-count // block)
+    padded = np.zeros(blocks * block, np.float64)
+    padded[:count] = gain.ravel()
+    score = padded.reshape(blocks, block).sum(axis=1)
+    chosen = int(math.floor(ratio * blocks + 1e-9))
+    picked = np.zeros(blocks, bool)
+    picked[np.argsort(-score, kind="stable")[:chosen]] = True
+    return np.repeat(picked, block)[:count].reshape(gain.shape) & (gain > 0)
+
+
+def _channel_error(matrix, alpha, levels, residual_shift, clip, ratio, buffers):
+    """Squared error per channel if every channel spends `ratio` on its own best second words."""
+    first, second, r1, r2 = buffers
+    _two_words(matrix, alpha, levels, residual_shift, clip, first, second, r1, r2)
+    unit = alpha.astype(np.float64) / 2.0 ** (levels - 1)
+    top = np.float32(2.0 ** (levels - 1)) * clip
+    # What clipping cut off stays an error whatever the words are.
+    beyond = np.maximum(np.abs(matrix / alpha[:, None]) * top / clip - top, 0)
+    sign = np.sign(matrix)
+    fine = np.float32(2.0**residual_shift)
+    one = (r1 / fine + beyond * sign) ** 2
+    gain = np.maximum(one - (r2 / fine + beyond * sign) ** 2, 0)
+    chosen = int(ratio * matrix.shape[1])
+    total = one.sum(axis=1, dtype=np.float64)
+    if chosen:
+        best = np.partition(gain, matrix.shape[1] - chosen, axis=1)[:, matrix.shape[1] - chosen :]
+        total -= best.sum(axis=1, dtype=np.float64)
+    return total * unit**2
+
+
+def search_alpha(
+    w: np.ndarray,
+    bits: int,
+    *,
+    residual_ratio: float = 0.0,
+    residual_shift: int = 0,
+    clip: int | None = None,
+) -> np.ndarray:
+    """Find alpha per output channel by minimising squared error; max |w| is the upper end.
+
+    Parameters
+    ----------
+    w : float32 array of shape (O, ...)
+    bits, residual_shift, clip : int
+    residual_ratio : float
+        Second words taken into account in the error.
+
+    Returns
+    -------
+    float32 array of shape (O,), positive (1 for a channel of zeros).
+    """
+    levels = exponent_levels(bits)
+    clip = default_clip(bits) if clip is None else clip
+    matrix = np.ascontiguousarray(w, np.float32).reshape(w.shape[0], -1)
+    largest = np.abs(matrix).max(axis=1)
+    largest[largest == 0] = 1
+    buffers = [np.empty(matrix.shape, t) for t in (np.uint8, np.uint8, np.float32, np.float32)]
+    best = np.full(matrix.shape[0], np.inf)
+    alpha = largest.copy()
+    for octave in _ALPHA_OCTAVES:
+        candidate = np.maximum((largest * 2.0**-octave).astype(np.float32), np.float32(1e-30))
+        error = _channel_error(
+            matrix, candidate, levels, residual_shift, clip, residual_ratio, buffers
+        )
+        better = error < best
+        best[better] = error[better]
+        alpha[better] = candidate[better]
+    return alpha
+
+
+def encode(
+    w: np.ndarray,
+    bits: int = 4,
+    residual_ratio: float = 0.15,
+    *,
+    granularity: str = "element",
+    tile: int = MAX_TILE,
+    residual_shift: int = 0,
+    clip: int | None = None,
+    alpha: np.ndarray | None = None,
+) -> LogWeights:
+    """Quantize the float weights of one layer to STLQ codes (sections 1 and 2).
+
+    Parameters
+    ----------
+    w : float array of shape (O, kh, kw, C / group)
+        Finite.
+    bits : int
+        Width of a word, 2 to 5.
+    residual_ratio : float
+        NZR asked for, 0 to 1.
+    granularity : {"element", "tile", "filter"}
+    tile : int
+    residual_shift : int
+        s, 0 to 4.
+    clip : int, optional
+        1 or 2; by default 2 below 4 bits, else 1.
+    alpha : float32 array of shape (O,), optional
+        Given, it is used as it is; otherwise it is searched.
+
+    Returns
+    -------
+    LogWeights
+
+    Raises
+    ------
+    InputError
+        If a setting is out of range or `w` is not a finite four-dimensional array.
+    """
+    levels = exponent_levels(bits)
+    clip = default_clip(bits) if clip is None else clip
+    if clip not in (1, 2):
+        raise InputError(f"clip is {clip}; it must be 1 or 2")
+    if not 0 <= residual_shift <= MAX_RESIDUAL_SHIFT:
+        raise InputError(
+            f"residual_shift is {residual_shift}; it must be from 0 to {MAX_RESIDUAL_SHIFT}"
+        )
+    w = np.ascontiguousarray(w, np.float32)
+    if w.ndim != 4 or w.size == 0:
+        raise InputError(f"weights have shape {w.shape}; expected (O, kh, kw, C / group)")
+    if not np.isfinite(w).all():
+        raise InputError("weights hold NaN or infinity")
+    if alpha is None:
+        alpha = search_alpha(
+            w, bits, residual_ratio=residual_ratio, residual_shift=residual_shift, clip=clip
+        )
+    alpha = np.ascontiguousarray(alpha, np.float32)
+    matrix = w.reshape(w.shape[0], -1)
+    first, second = np.empty(matrix.shape, np.uint8), np.empty(matrix.shape, np.uint8)
+    r1, r2 = np.empty_like(matrix), np.empty_like(matrix)
+    _two_words(matrix, alpha, levels, residual_shift, clip, first, second, r1, r2)
+    # The squared error that a second word removes, in real units of the layer.
+    gain = (r1.astype(np.float64) ** 2 - r2.astype(np.float64) ** 2) * (
+        alpha.astype(np.float64)[:, None] ** 2
+    )
+    gain[second == 0] = 0
+    second[~select(gain, residual_ratio, granularity, tile)] = 0
+    return LogWeights(
+        first.reshape(w.shape), second.reshape(w.shape), alpha, bits, residual_shift, clip
+    )

@@ -1,0 +1,527 @@
+"""Fast kernels in plain Numba, for any machine: LLVM vectorises the innermost loops.
+
+Convolutions multiply in floating point, and exactly: a code times a weight is an integer, and as
+long as no partial sum can reach 2^24 (2^53), float32 (float64) represents all of them, in any order
+of summation and with or without fused multiply-add. `Layer.accumulator_bound` decides.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from logshift.kernels import abi
+from logshift.kernels.abi import codes, floats, register, share
+from logshift.kernels.layer import Layer
+from logshift.kernels.memory import aligned
+from logshift.kernels.native import as_pointer
+from numba import carray, njit
+
+_PIXELS = 4  # output pixels that share one pass over the weights
+
+# Adding and subtracting 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with
+# two additions that every machine has in vector form.
+_ROUND = np.float32(12582912.0)
+
+
+@njit(inline="always")
+def _to_code(v, lo, hi):
+    v = min(max(v, lo), hi)
+    return np.uint8(np.int32((v + _ROUND) - _ROUND))
+
+
+@njit(inline="always")
+def _pixel(tensor, n, row, column):
+    """Flat index of the first channel of a pixel; row and column are those of the buffer."""
+    return np.uintp(((n * tensor.h + row) * tensor.w + column) * tensor.c)
+
+
+# --- convolution --------------------------------------------------------------------------------
+
+
+def _block(channels: int) -> int:
+    """Output channels computed together: what keeps accumulators in registers on most machines."""
+    return 16 if channels <= 16 else 32
+
+
+def _pack_blocks(layer: Layer, dtype: type) -> np.ndarray:
+    """W as (group, blocks, K, block), zeros in channels beyond the last."""
+    w = layer.integers
+    group_size = w.shape[0] // layer.group
+    block = _block(group_size)
+    blocks = -(-group_size // block)
+    k = w.shape[1] * w.shape[2] * w.shape[3]
+    packed = aligned((layer.group, blocks, k, block), dtype)
+    packed[:] = 0
+    for g in range(layer.group):
+        matrix = w[g * group_size : (g + 1) * group_size].reshape(group_size, k)
+        for i in range(blocks):
+            rows = matrix[i * block : (i + 1) * block]
+            packed[g, i, :, : len(rows)] = rows.T
+    return packed
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _four_pixels(x, p0, p1, p2, p3, run, w, wk, block, acc):
+    """Add `run` products per channel for four pixels whose inputs begin at p0 ... p3 of x."""
+    # Unsigned indices: the test for negative ones that Numba makes otherwise stops vectorisation.
+    p0, p1, p2, p3 = np.uintp(p0), np.uintp(p1), np.uintp(p2), np.uintp(p3)
+    wk, block = np.uintp(wk), np.uintp(block)
+    one, two, three = np.uintp(1), np.uintp(2), np.uintp(3)
+    number = acc.dtype.type
+    for k in range(np.uintp(0), np.uintp(run - 1), two):
+        a0, a1 = number(x[p0 + k]), number(x[p0 + k + one])
+        b0, b1 = number(x[p1 + k]), number(x[p1 + k + one])
+        c0, c1 = number(x[p2 + k]), number(x[p2 + k + one])
+        d0, d1 = number(x[p3 + k]), number(x[p3 + k + one])
+        first = wk + k * block
+        second = first + block
+        for j in range(block):
+            w0, w1 = w[first + j], w[second + j]
+            acc[j] = acc[j] + a0 * w0 + a1 * w1
+            acc[block + j] = acc[block + j] + b0 * w0 + b1 * w1
+            acc[two * block + j] = acc[two * block + j] + c0 * w0 + c1 * w1
+            acc[three * block + j] = acc[three * block + j] + d0 * w0 + d1 * w1
+    if run % 2:
+        k = np.uintp(run - 1)
+        a0, b0, c0, d0 = number(x[p0 + k]), number(x[p1 + k]), number(x[p2 + k]), number(x[p3 + k])
+        first = wk + k * block
+        for j in range(block):
+            w0 = w[first + j]
+            acc[j] += a0 * w0
+            acc[block + j] += b0 * w0
+            acc[two * block + j] += c0 * w0
+            acc[three * block + j] += d0 * w0
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _one_pixel(x, p0, run, w, wk, block, acc):
+    """Do the same for one pixel."""
+    p0, wk, block = np.uintp(p0), np.uintp(wk), np.uintp(block)
+    one, two, three, four = np.uintp(1), np.uintp(2), np.uintp(3), np.uintp(4)
+    number = acc.dtype.type
+    whole = np.uintp(run - run % 4)
+    for k in range(np.uintp(0), whole, four):
+        a0, a1 = number(x[p0 + k]), number(x[p0 + k + one])
+        a2, a3 = number(x[p0 + k + two]), number(x[p0 + k + three])
+        first = wk + k * block
+        for j in range(block):
+            row = first + j
+            acc[j] = (
+                acc[j] + a0 * w[row] + a1 * w[row + block]
+                + a2 * w[row + two * block] + a3 * w[row + three * block]
+            )  # fmt: skip
+    for k in range(whole, np.uintp(run)):
+        a0 = number(x[p0 + k])
+        first = wk + k * block
+        for j in range(block):
+            acc[j] += a0 * w[first + j]
+
+
+@njit(error_model="numpy")
+def _accumulate(x, p0, p1, p2, p3, valid, run, w, wk, block, acc):
+    # A block size known to the compiler is worth a quarter of the time.
+    if valid > 1:
+        if block == 32:
+            _four_pixels(x, p0, p1, p2, p3, run, w, wk, 32, acc)
+        else:
+            _four_pixels(x, p0, p1, p2, p3, run, w, wk, 16, acc)
+    elif block == 32:
+        _one_pixel(x, p0, run, w, wk, 32, acc)
+    else:
+        _one_pixel(x, p0, run, w, wk, 16, acc)
+
+
+@njit(error_model="numpy")
+def _write(a, acc, acc0, offset, m, b, o0, count, y, y_float, y0, r, r0):
+    """Requantize `count` channels of one pixel, from `o0` on, and store them at y0."""
+    acc0, o0, y0, r0 = np.uintp(acc0), np.uintp(o0), np.uintp(y0), np.uintp(r0)
+    lo, hi, z_r, m_r = a.lo, a.hi, np.int32(a.z_r), a.m_r
+    for j in range(np.uintp(count)):
+        v = np.float32(acc[acc0 + j] - offset[o0 + j]) * m[o0 + j]
+        v = v + b[o0 + j]
+        if a.float_output:
+            if a.has_residual:
+                v = v + np.float32(np.int32(r[r0 + j]) - z_r) * m_r
+            y_float[y0 + j] = min(max(v, lo), hi)
+        elif a.has_residual:
+            v = v + np.float32(np.int32(r[r0 + j]) - z_r) * m_r
+            y[y0 + j] = _to_code(v, lo, hi)
+        else:
+            y[y0 + j] = _to_code(v, lo, hi)
+
+
+@njit(error_model="numpy")
+def _conv_blocks(a, w, acc, offset, thread, threads):
+    """Convolve as `abi.CONV` says, weights packed by `_pack_blocks`, in the type of `acc`."""
+    block = a.block
+    x, r = codes(a.x).ravel(), codes(a.r).ravel()
+    y, y_float = codes(a.y).ravel(), floats(a.y).ravel()
+    m = carray(as_pointer(a.m), a.channels, np.float32)
+    b = carray(as_pointer(a.b), a.channels, np.float32)
+    in_group, out_group = a.x.c // a.group, a.channels // a.group
+    blocks = (out_group + block - 1) // block
+    k = a.kernel_h * a.kernel_w * in_group
+    pixels = a.n * a.height * a.width
+    strips = (pixels + _PIXELS - 1) // _PIXELS
+    # A row of taps is one run of bytes where nothing lies between them.
+    joined = a.dilation_w == 1 and a.group == 1
+    runs = 1 if joined else a.kernel_w
+    run = a.kernel_w * in_group if joined else in_group
+    begin, end = share(a.group * blocks * strips, thread, threads)
+    for item in range(begin, end):
+        strip = item % strips
+        index = item // strips
+        g, i_block = index // blocks, index % blocks
+        first = strip * _PIXELS
+        valid = min(_PIXELS, pixels - first)
+        p0 = _input_start(a, first)
+        p1 = _input_start(a, first + 1) if valid > 1 else p0
+        p2 = _input_start(a, first + 2) if valid > 2 else p0
+        p3 = _input_start(a, first + 3) if valid > 3 else p0
+        lanes = (_PIXELS if valid > 1 else 1) * block
+        for j in range(lanes):
+            acc[j] = 0
+        wk = index * k * block
+        for ky in range(a.kernel_h):
+            row = ky * a.dilation_h * a.x.w * a.x.c + g * in_group
+            for kx in range(runs):
+                tap = row + kx * a.dilation_w * a.x.c
+                _accumulate(
+                    x, p0 + tap, p1 + tap, p2 + tap, p3 + tap, valid, run, w, wk, block, acc
+                )
+                wk += run * block
+        count = min(block, out_group - i_block * block)
+        o0 = g * out_group + i_block * block
+        for q in range(valid):
+            pixel = first + q
+            j = pixel % a.width
+            i = pixel // a.width % a.height
+            n = pixel // (a.width * a.height)
+            i, j = i * a.step_h, j * a.step_w
+            y0 = _pixel(a.y, n, a.y.top + i, a.y.left + j) + np.uintp(o0)
+            r0 = _pixel(a.r, n, a.r.top + i, a.r.left + j) + np.uintp(o0)
+            _write(a, acc, q * block, offset, m, b, o0, count, y, y_float, y0, r, r0)
+
+
+@njit(inline="always", error_model="numpy")
+def _input_start(a, pixel):
+    """Flat index of the first input of an output pixel."""
+    j = pixel % a.width
+    i = pixel // a.width % a.height
+    n = pixel // (a.width * a.height)
+    row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
+    return ((n * a.x.h + row) * a.x.w + column) * a.x.c
+
+
+def _pack_depthwise(layer: Layer) -> np.ndarray:
+    """W as (kh * kw, C), int32."""
+    w = layer.integers
+    packed = aligned((w.shape[1] * w.shape[2], w.shape[0]), np.int32)
+    packed[:] = w.reshape(packed.shape[::-1]).T
+    return packed
+
+
+@register(
+    "conv", "portable", abi.CONV, "depthwise",
+    supports=lambda layer: layer.is_depthwise and layer.accumulator_bound < 2**31,
+    pack=_pack_depthwise,
+    scratch=lambda channels: 4 * channels,
+)  # fmt: skip
+def _conv_depthwise(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, r = codes(a.x).ravel(), codes(a.r).ravel()
+    y, y_float = codes(a.y).ravel(), floats(a.y).ravel()
+    channels = np.uintp(a.channels)
+    w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.int32)
+    offset = carray(as_pointer(a.offset), a.channels, np.int64)
+    m = carray(as_pointer(a.m), a.channels, np.float32)
+    b = carray(as_pointer(a.b), a.channels, np.float32)
+    acc = carray(as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), a.channels, np.int32)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        for j in range(a.width):
+            start = _input_start(a, item * a.width + j)
+            for c in range(channels):
+                acc[c] = 0
+            for ky in range(a.kernel_h):
+                for kx in range(a.kernel_w):
+                    tap = (ky * a.dilation_h * a.x.w + kx * a.dilation_w) * a.channels
+                    p = np.uintp(start + tap)
+                    q = np.uintp(ky * a.kernel_w + kx) * channels
+                    for c in range(channels):
+                        acc[c] += np.int32(x[p + c]) * w[q + c]
+            row, column = i * a.step_h, j * a.step_w
+            y0 = _pixel(a.y, n, a.y.top + row, a.y.left + column)
+            r0 = _pixel(a.r, n, a.r.top + row, a.r.left + column)
+            _write(a, acc, 0, offset, m, b, 0, a.channels, y, y_float, y0, r, r0)
+
+
+@register(
+    "conv", "portable", abi.CONV, "float32",
+    supports=lambda layer: layer.accumulator_bound < 2**24,
+    pack=lambda layer: _pack_blocks(layer, np.float32),
+    scratch=lambda channels: 4 * _PIXELS * 32,
+)  # fmt: skip
+def _conv_float32(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    k = a.kernel_h * a.kernel_w * (a.x.c // a.group)
+    blocks = (a.channels // a.group + a.block - 1) // a.block
+    w = carray(as_pointer(a.weights), a.group * blocks * k * a.block, np.float32)
+    acc = carray(
+        as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), _PIXELS * 32, np.float32
+    )
+    offset = carray(as_pointer(a.offset), a.channels, np.int64)
+    _conv_blocks(a, w, acc, offset, thread, threads)
+
+
+@register(
+    "conv", "portable", abi.CONV, "float64",
+    supports=lambda layer: True,
+    pack=lambda layer: _pack_blocks(layer, np.float64),
+    scratch=lambda channels: 8 * _PIXELS * 32,
+)  # fmt: skip
+def _conv_float64(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    k = a.kernel_h * a.kernel_w * (a.x.c // a.group)
+    blocks = (a.channels // a.group + a.block - 1) // a.block
+    w = carray(as_pointer(a.weights), a.group * blocks * k * a.block, np.float64)
+    acc = carray(
+        as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), _PIXELS * 32, np.float64
+    )
+    offset = carray(as_pointer(a.offset), a.channels, np.int64)
+    _conv_blocks(a, w, acc, offset, thread, threads)
+
+
+# --- everything else ----------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _clip(low, high, first, stride, count):
+    """First and end of the taps `first + k * stride`, k < count, that lie in [low, high)."""
+    begin = 0 if first >= low else (low - first + stride - 1) // stride
+    end = count if first + (count - 1) * stride < high else (high - first + stride - 1) // stride
+    return begin, max(begin, end)
+
+
+@register("pool_max", "portable", abi.POOL)
+def _pool_max(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    channels = np.uintp(a.channels)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        row0 = a.row0 + i * a.stride_h
+        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        for j in range(a.width):
+            column0 = a.column0 + j * a.stride_w
+            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            for c in range(channels):
+                y[q + c] = 0
+            for ky in range(ky0, ky1):
+                for kx in range(kx0, kx1):
+                    p = _pixel(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
+                    for c in range(channels):
+                        y[q + c] = max(y[q + c], x[p + c])
+
+
+@register("pool_average", "portable", abi.POOL, scratch=lambda channels: 4 * channels)
+def _pool_average(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    m = carray(as_pointer(a.m), a.kernel_h * a.kernel_w + 1, np.float32)
+    acc = carray(as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), a.channels, np.int32)
+    channels = np.uintp(a.channels)
+    b, lo, hi = a.b, a.lo, a.hi
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        row0 = a.row0 + i * a.stride_h
+        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        cy0, cy1 = _clip(a.count_low_h, a.count_high_h, row0, a.dilation_h, a.kernel_h)
+        for j in range(a.width):
+            column0 = a.column0 + j * a.stride_w
+            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            cx0, cx1 = _clip(a.count_low_w, a.count_high_w, column0, a.dilation_w, a.kernel_w)
+            start = np.int32(-a.z_x * (ky1 - ky0) * (kx1 - kx0))
+            for c in range(channels):
+                acc[c] = start
+            for ky in range(ky0, ky1):
+                for kx in range(kx0, kx1):
+                    p = _pixel(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
+                    for c in range(channels):
+                        acc[c] += np.int32(x[p + c])
+            scale = m[(cy1 - cy0) * (cx1 - cx0)]
+            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            for c in range(channels):
+                v = np.float32(acc[c]) * scale
+                v = v + b
+                y[q + c] = _to_code(v, lo, hi)
+
+
+@register("add", "portable", abi.ADD)
+def _add(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, y, r = codes(a.x).ravel(), codes(a.y).ravel(), codes(a.r).ravel()
+    z_x, z_r, m, m_r = np.int32(a.z_x), np.int32(a.z_r), a.m, a.m_r
+    b, lo, hi = a.b, a.lo, a.hi
+    count = np.uintp(a.width * a.channels)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = _pixel(a.x, n, a.x.top + i, a.x.left)
+        s = _pixel(a.r, n, a.r.top + i, a.r.left)
+        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        for j in range(count):
+            v = np.float32(np.int32(x[p + j]) - z_x) * m
+            v = v + b
+            v = v + np.float32(np.int32(r[s + j]) - z_r) * m_r
+            y[q + j] = _to_code(v, lo, hi)
+
+
+@register("copy", "portable", abi.COPY)
+def _copy(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    table = carray(as_pointer(a.table), 256, np.uint8)
+    channels, step = np.uintp(a.channels), np.uintp(a.stride_c)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        for j in range(a.width):
+            p = _pixel(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
+            p += np.uintp(a.channel0_x)
+            q = _pixel(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
+            if a.has_table:
+                for c in range(channels):
+                    y[q + c] = table[x[p + c * step]]
+            elif a.stride_c == 1:
+                for c in range(channels):
+                    y[q + c] = x[p + c]
+            else:
+                for c in range(channels):
+                    y[q + c] = x[p + c * step]
+
+
+@register("fill", "portable", abi.FILL)
+def _fill(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    y = codes(a.y).ravel()
+    value = np.uint8(a.value)
+    count = np.uintp(a.width * a.channels)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        q = _pixel(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
+        for j in range(count):
+            y[q + j] = value
+
+
+@register("resize", "portable", abi.RESIZE)
+def _resize(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    row0 = carray(as_pointer(a.row_index0), a.height, np.int64)
+    row1 = carray(as_pointer(a.row_index1), a.height, np.int64)
+    row_weight = carray(as_pointer(a.row_weight), a.height, np.int64)
+    column0 = carray(as_pointer(a.column_index0), a.width, np.int64)
+    column1 = carray(as_pointer(a.column_index1), a.width, np.int64)
+    column_weight = carray(as_pointer(a.column_weight), a.width, np.int64)
+    channels = np.uintp(a.channels)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        v1 = np.int32(row_weight[i])
+        v0 = np.int32(2048) - v1
+        for j in range(a.width):
+            u1 = np.int32(column_weight[j])
+            u0 = np.int32(2048) - u1
+            w00, w01, w10, w11 = v0 * u0, v0 * u1, v1 * u0, v1 * u1
+            p00 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
+            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            if not a.linear:
+                for c in range(channels):
+                    y[q + c] = x[p00 + c]
+                continue
+            p01 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
+            p10 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
+            p11 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
+            for c in range(channels):
+                acc = np.int32(w00 * np.int32(x[p00 + c]) + w01 * np.int32(x[p01 + c]))
+                acc += np.int32(w10 * np.int32(x[p10 + c]) + w11 * np.int32(x[p11 + c]))
+                y[q + c] = np.uint8((acc + np.int32(2**21)) >> np.int32(22))
+
+
+@register("depth_to_space", "portable", abi.DEPTH_TO_SPACE)
+def _depth_to_space(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    size = a.blocksize
+    channels = np.uintp(a.channels)
+    step = np.uintp(1 if a.block_first else size * size)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        for j in range(a.width):
+            block = i % size * size + j % size
+            p = _pixel(a.x, n, a.x.top + i // size, a.x.left + j // size)
+            p += np.uintp(block * a.channels if a.block_first else block)
+            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            for c in range(channels):
+                y[q + c] = x[p + c * step]
+
+
+@register("quantize", "portable", abi.QUANTIZE)
+def _quantize(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
+    y = codes(a.y).ravel()
+    plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    scale, zero_point, top = a.scale, np.float32(a.zero_point), np.float32(a.top)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
+        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        for c in range(channels):
+            for j in range(np.uintp(a.width)):
+                v = x[p + c * plane + j] / scale
+                if not v > -zero_point:  # also NaN
+                    v = -zero_point
+                # Clamping before rounding gives the same code and keeps _ROUND's trick in range.
+                v = (min(v, top - zero_point) + _ROUND) - _ROUND
+                y[q + j * channels + c] = np.uint8(np.int32(v + zero_point))
+
+
+@register("dequantize", "portable", abi.DEQUANTIZE)
+def _dequantize(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x = codes(a.x).ravel()
+    y = carray(as_pointer(a.y.data), a.n * a.channels * a.height * a.width, np.float32)
+    plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    scale, zero_point = a.scale, np.int32(a.zero_point)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = _pixel(a.x, n, a.x.top + i, a.x.left)
+        q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
+        for c in range(channels):
+            for j in range(np.uintp(a.width)):
+                code = np.int32(x[p + j * channels + c]) - zero_point
+                y[q + c * plane + j] = np.float32(code) * scale
+
+
+@register("to_channels_first", "portable", abi.TO_CHANNELS_FIRST)
+def _to_channels_first(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x = floats(a.x).ravel()
+    y = carray(as_pointer(a.y.data), a.n * a.channels * a.height * a.width, np.float32)
+    plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = np.uintp(item * a.width) * channels
+        q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
+        for c in range(channels):
+            for j in range(np.uintp(a.width)):
+                y[q + c * plane + j] = x[p + j * channels + c]

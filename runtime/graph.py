@@ -1,0 +1,609 @@
+"""The packed graph: nodes, quantization and shape inference, as stored in a `.stlq` file.
+
+Shapes and axes are ONNX's (N, C, H, W); how tensors lie in memory is the executor's business.
+A tensor named in `Graph.quantization` holds uint8 codes, every other tensor is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from logshift.kernels.codec import LogWeights
+from logshift.kernels.errors import FormatError, InputError
+
+Shape = tuple[int, ...]
+Dim = int | str
+
+# Far above any real network; keeps every size and index of a kernel inside int64 and every buffer
+# inside what an allocator can answer for.
+MAX_ELEMENTS = 2**31 - 1
+MAX_ATTRIBUTE = 2**16
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Activation quantization x = scale * (c - zero_point), codes c in [0, 2^bits - 1]."""
+
+    scale: float
+    zero_point: int
+    bits: int
+
+    @property
+    def top(self) -> int:
+        """Largest code."""
+        return 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """A graph input or output: float32; `shape` may name dimensions, `nominal` gives their size."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    nominal: Shape
+
+
+@dataclass
+class Node:
+    """One operation.
+
+    Attributes
+    ----------
+    op : str
+        A key of `OPERATORS`.
+    name : str
+        Name of the ONNX node it came from.
+    inputs, outputs : tensor names
+    attributes : dict
+        ONNX names and meanings; defaults of `OPERATORS` filled in.
+    weights : LogWeights, optional
+        Conv and ConvTranspose; shape (O, kh, kw, C / group).
+    bias : float32 array of shape (O,), optional
+        With `weights`.
+    table : uint8 array of shape (256,), optional
+        Lookup.
+    """
+
+    op: str
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    weights: LogWeights | None = None
+    bias: np.ndarray | None = None
+    table: np.ndarray | None = None
+
+
+@dataclass
+class Graph:
+    """A packed network.
+
+    Attributes
+    ----------
+    inputs, outputs : list of ValueInfo
+    quantization : dict of tensor name to Quantization
+    nodes : list of Node, in execution order
+    preprocessing : dict, optional
+        See `runtime.picture.Preprocessing`.
+    labels : list of str, optional
+        Class labels of the first output.
+    settings : dict
+        How the converter was called; for the reader's eye only.
+    """
+
+    inputs: list[ValueInfo]
+    outputs: list[ValueInfo]
+    quantization: dict[str, Quantization]
+    nodes: list[Node]
+    preprocessing: dict[str, Any] | None = None
+    labels: list[str] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def is_code(self, tensor: str) -> bool:
+        """Tell whether a tensor holds uint8 codes (else float32)."""
+        return tensor in self.quantization
+
+    def infer_shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Shapes (N, C, H, W) of all tensors for given input shapes.
+
+        Raises
+        ------
+        InputError
+            If the inputs do not fit the graph's declared shapes or a node cannot take them.
+        """
+        shapes: dict[str, Shape] = {}
+        bound: dict[str, int] = {}
+        for info in self.inputs:
+            shape = tuple(int(d) for d in inputs[info.name])
+            declared = "(" + ", ".join(str(d) for d in info.shape) + ")"
+            if len(shape) != len(info.shape):
+                raise InputError(f"input {info.name!r} has shape {shape}, expected {declared}")
+            for size, dim in zip(shape, info.shape, strict=True):
+                expected = bound.setdefault(dim, size) if isinstance(dim, str) else dim
+                if size != expected or size < 1:
+                    raise InputError(f"input {info.name!r} has shape {shape}, expected {declared}")
+            shapes[info.name] = shape
+        for node in self.nodes:
+            try:
+                shape = OPERATORS[node.op].shape(node, [shapes[name] for name in node.inputs])
+            except _ShapeError as error:
+                raise InputError(f"node {node.name!r} ({node.op}): {error}") from None
+            if min(shape) < 1 or math.prod(shape) > MAX_ELEMENTS:
+                raise InputError(
+                    f"node {node.name!r} ({node.op}) would produce shape {shape};"
+                    " the input is too small or too large for this network"
+                )
+            shapes[node.outputs[0]] = shape
+        return shapes
+
+    def nominal_shapes(self) -> dict[str, Shape]:
+        """Shapes of all tensors at the nominal input size."""
+        return self.infer_shapes({info.name: info.nominal for info in self.inputs})
+
+    def validate(self) -> None:
+        """Check everything that a kernel will trust, except the input of a particular run.
+
+        Raises
+        ------
+        FormatError
+            Names the node or tensor and the rule that it breaks.
+        """
+        if not self.inputs or not self.outputs or not self.nodes:
+            raise FormatError("the graph needs at least one input, one output and one node")
+        for tensor, q in self.quantization.items():
+            if not (math.isfinite(q.scale) and 1e-20 < q.scale < 1e20):
+                raise FormatError(f"tensor {tensor!r}: scale {q.scale} is not in (1e-20, 1e20)")
+            if not 2 <= q.bits <= 8:
+                raise FormatError(f"tensor {tensor!r}: {q.bits} bits; codes have 2 to 8")
+            if not 0 <= q.zero_point <= q.top:
+                raise FormatError(f"tensor {tensor!r}: zero point {q.zero_point} is not a code")
+        known: set[str] = set()
+        for info in self.inputs:
+            if info.name in known or self.is_code(info.name):
+                raise FormatError(f"input {info.name!r} is given twice or is not float32")
+            _check_value_info("input", info)
+            known.add(info.name)
+        for node in self.nodes:
+            label = f"node {node.name!r} ({node.op})"
+            if node.op not in OPERATORS:
+                raise FormatError(f"{label}: unknown operator")
+            if len(node.outputs) != 1:
+                raise FormatError(f"{label}: every node has one output")
+            for name in node.inputs:
+                if name not in known:
+                    raise FormatError(f"{label}: input {name!r} is produced by no earlier node")
+            if node.outputs[0] in known:
+                raise FormatError(f"{label}: output {node.outputs[0]!r} is produced twice")
+            known.add(node.outputs[0])
+            try:
+                _check_node(self, node)
+            except _ShapeError as error:
+                raise FormatError(f"{label}: {error}") from None
+        if unused := set(self.quantization) - known:
+            raise FormatError(f"quantization given for unknown tensor {min(unused)!r}")
+        for info in self.outputs:
+            if info.name not in known or self.is_code(info.name):
+                raise FormatError(f"output {info.name!r} is produced by no node or is not float32")
+        if len({info.name for info in self.outputs}) != len(self.outputs):
+            raise FormatError("an output is given twice")
+        try:
+            shapes = self.nominal_shapes()
+        except InputError as error:
+            raise FormatError(str(error)) from None
+        for info in self.outputs:
+            _check_value_info("output", info)
+            if shapes[info.name] != info.nominal:
+                raise FormatError(
+                    f"output {info.name!r} is declared {info.nominal} but the graph produces"
+                    f" {shapes[info.name]}"
+                )
+
+
+class _ShapeError(Exception):
+    """Inputs or attributes that an operator cannot take; wrapped with the node's name."""
+
+
+def _check_value_info(kind: str, info: ValueInfo) -> None:
+    if len(info.shape) != len(info.nominal) or not 1 <= len(info.shape) <= 4:
+        raise FormatError(f"{kind} {info.name!r}: shape and nominal shape must have equal rank 1-4")
+    for dim, size in zip(info.shape, info.nominal, strict=True):
+        if not 1 <= size <= MAX_ELEMENTS or (isinstance(dim, int) and dim != size):
+            raise FormatError(
+                f"{kind} {info.name!r}: nominal shape {info.nominal} does not fit {info.shape}"
+            )
+
+
+# --- shape functions: node, input shapes -> output shape --------------------------------------
+
+
+def _window(size: int, kernel: int, stride: int, dilation: int, pads: int) -> int:
+    return (size + pads - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _rank4(shape: Shape) -> Shape:
+    if len(shape) != 4:
+        raise _ShapeError(f"needs a tensor of rank 4, got shape {shape}")
+    return shape
+
+
+def _shape_same(node: Node, inputs: list[Shape]) -> Shape:
+    return inputs[0]
+
+
+def _shape_residual(node: Node, inputs: list[Shape], out: Shape) -> Shape:
+    if len(inputs) == 2 and inputs[1] != out:
+        raise _ShapeError(f"adds a tensor of shape {inputs[1]} to its result of shape {out}")
+    return out
+
+
+def _shape_conv(node: Node, inputs: list[Shape]) -> Shape:
+    assert node.weights is not None
+    n, c, h, w = _rank4(inputs[0])
+    o, kh, kw, cg = node.weights.shape
+    a = node.attributes
+    if c != cg * a["group"]:
+        raise _ShapeError(f"takes {cg * a['group']} channels, its input has {c}")
+    top, left, bottom, right = a["pads"]
+    oh = _window(h, kh, a["strides"][0], a["dilations"][0], top + bottom)
+    ow = _window(w, kw, a["strides"][1], a["dilations"][1], left + right)
+    return _shape_residual(node, inputs, (n, o, oh, ow))
+
+
+def _shape_conv_transpose(node: Node, inputs: list[Shape]) -> Shape:
+    assert node.weights is not None
+    n, c, h, w = _rank4(inputs[0])
+    o, kh, kw, cg = node.weights.shape
+    a = node.attributes
+    if c != cg * a["group"]:
+        raise _ShapeError(f"takes {cg * a['group']} channels, its input has {c}")
+    top, left, bottom, right = a["pads"]
+    size = [
+        stride * (length - 1) + extra + dilation * (kernel - 1) + 1 - pads
+        for length, kernel, stride, dilation, extra, pads in zip(
+            (h, w),
+            (kh, kw),
+            a["strides"],
+            a["dilations"],
+            a["output_padding"],
+            (top + bottom, left + right),
+            strict=True,
+        )
+    ]
+    return _shape_residual(node, inputs, (n, o, size[0], size[1]))
+
+
+def _shape_pool(node: Node, inputs: list[Shape]) -> Shape:
+    n, c, h, w = _rank4(inputs[0])
+    a = node.attributes
+    top, left, bottom, right = a["pads"]
+    out = []
+    for size, kernel, stride, dilation, begin, end in zip(
+        (h, w),
+        a["kernel_shape"],
+        a["strides"],
+        a["dilations"],
+        (top, left),
+        (bottom, right),
+        strict=True,
+    ):
+        count = _window(size, kernel, stride, dilation, begin + end)
+        if a["ceil_mode"]:
+            count = -(-(size + begin + end - dilation * (kernel - 1) - 1) // stride) + 1
+            if (count - 1) * stride >= size + begin:  # a window must start inside the picture
+                count -= 1
+        out.append(count)
+    return (n, c, out[0], out[1])
+
+
+def _shape_global_pool(node: Node, inputs: list[Shape]) -> Shape:
+    n, c, _, _ = _rank4(inputs[0])
+    return (n, c, 1, 1)
+
+
+def _shape_add(node: Node, inputs: list[Shape]) -> Shape:
+    if inputs[0] != inputs[1]:
+        raise _ShapeError(f"adds tensors of shapes {inputs[0]} and {inputs[1]}")
+    return _rank4(inputs[0])
+
+
+def _shape_concat(node: Node, inputs: list[Shape]) -> Shape:
+    first = _rank4(inputs[0])
+    axis = node.attributes["axis"]
+    for shape in inputs[1:]:
+        if len(shape) != 4 or any(
+            i != axis and s != f for i, (s, f) in enumerate(zip(shape, first, strict=True))
+        ):
+            raise _ShapeError(f"cannot concatenate shapes {first} and {shape} along axis {axis}")
+    return tuple(sum(s[i] for s in inputs) if i == axis else size for i, size in enumerate(first))
+
+
+def _shape_resize(node: Node, inputs: list[Shape]) -> Shape:
+    n, c, h, w = _rank4(inputs[0])
+    a = node.attributes
+    if a["sizes"] is not None:
+        return (n, c, a["sizes"][0], a["sizes"][1])
+    return (n, c, math.floor(h * a["scales"][0]), math.floor(w * a["scales"][1]))
+
+
+def _shape_depth_to_space(node: Node, inputs: list[Shape]) -> Shape:
+    n, c, h, w = _rank4(inputs[0])
+    b = node.attributes["blocksize"]
+    if c % (b * b):
+        raise _ShapeError(f"{c} channels are not a multiple of blocksize^2 = {b * b}")
+    return (n, c // (b * b), h * b, w * b)
+
+
+def slice_range(size: int, start: int, end: int, step: int) -> range:
+    """Return the indices that ONNX's Slice takes of a dimension of `size` (positive steps)."""
+    return range(*slice(start, end, step).indices(size))
+
+
+def _shape_slice(node: Node, inputs: list[Shape]) -> Shape:
+    shape = list(_rank4(inputs[0]))
+    a = node.attributes
+    for axis, start, end, step in zip(a["axes"], a["starts"], a["ends"], a["steps"], strict=True):
+        shape[axis] = len(slice_range(shape[axis], start, end, step))
+    return tuple(shape)
+
+
+def _shape_pad(node: Node, inputs: list[Shape]) -> Shape:
+    pads = node.attributes["pads"]
+    return tuple(size + pads[i] + pads[i + 4] for i, size in enumerate(_rank4(inputs[0])))
+
+
+def _shape_flatten(node: Node, inputs: list[Shape]) -> Shape:
+    n, c, h, w = _rank4(inputs[0])
+    if h != 1 or w != 1:
+        raise _ShapeError(f"flattens only tensors of height and width 1, got {inputs[0]}")
+    return (n, c)
+
+
+# --- attributes: name -> (default, check) ------------------------------------------------------
+
+Check = Callable[[Any], bool]
+_REQUIRED = object()
+
+
+def _integers(count: int, low: int, high: int = MAX_ATTRIBUTE) -> Check:
+    return lambda v: (
+        isinstance(v, list)
+        and len(v) == count
+        and all(type(i) is int and low <= i <= high for i in v)
+    )
+
+
+def _positive_numbers(count: int) -> Check:
+    return lambda v: (
+        isinstance(v, list)
+        and len(v) == count
+        and all(type(i) in (int, float) and 1e-4 < i < 1e4 for i in v)
+    )
+
+
+def _one_of(*choices: Any) -> Check:
+    return lambda v: any(type(v) is type(c) and v == c for c in choices)
+
+
+def _clamp(v: Any) -> bool:
+    """[lo, hi] in output codes, or in real units for a float32 output; None for no bound."""
+    return (
+        isinstance(v, list)
+        and len(v) == 2
+        and all(b is None or (type(b) in (int, float) and abs(b) < 1e30) for b in v)
+        and (v[0] is None or v[1] is None or v[0] <= v[1])
+    )
+
+
+def _optional(check: Check) -> Check:
+    return lambda v: v is None or check(v)
+
+
+def _slices(v: Any) -> bool:
+    return isinstance(v, list) and len(v) <= 4 and all(type(i) is int and abs(i) < 2**63 for i in v)
+
+
+_CONV_ATTRIBUTES: dict[str, tuple[Any, Check]] = {
+    "strides": ([1, 1], _integers(2, 1)),
+    "pads": ([0, 0, 0, 0], _integers(4, 0)),
+    "dilations": ([1, 1], _integers(2, 1)),
+    "group": (1, lambda v: type(v) is int and 1 <= v <= MAX_ATTRIBUTE),
+    "clamp": ([None, None], _clamp),
+}
+_POOL_ATTRIBUTES: dict[str, tuple[Any, Check]] = {
+    "kernel_shape": (_REQUIRED, _integers(2, 1)),
+    "strides": ([1, 1], _integers(2, 1)),
+    "pads": ([0, 0, 0, 0], _integers(4, 0)),
+    "dilations": ([1, 1], _integers(2, 1)),
+    "ceil_mode": (0, _one_of(0, 1)),
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a packed node of this kind may look like.
+
+    `arity` bounds the number of inputs; `codes` says which of (inputs, output) hold codes:
+    "c" codes, "f" float32, "?" either for the output.
+    """
+
+    shape: Callable[[Node, list[Shape]], Shape]
+    arity: tuple[int, int]
+    codes: str
+    attributes: dict[str, tuple[Any, Check]] = field(default_factory=dict)
+
+
+OPERATORS: dict[str, Operator] = {
+    "QuantizeLinear": Operator(_shape_same, (1, 1), "fc"),
+    "DequantizeLinear": Operator(_shape_same, (1, 1), "cf"),
+    "Conv": Operator(_shape_conv, (1, 2), "c?", _CONV_ATTRIBUTES),
+    "ConvTranspose": Operator(
+        _shape_conv_transpose, (1, 2), "c?",
+        {**_CONV_ATTRIBUTES, "output_padding": ([0, 0], _integers(2, 0))},
+    ),
+    "MaxPool": Operator(_shape_pool, (1, 1), "cc", _POOL_ATTRIBUTES),
+    "AveragePool": Operator(
+        _shape_pool, (1, 1), "cc", {**_POOL_ATTRIBUTES, "count_include_pad": (0, _one_of(0, 1))}
+    ),
+    "GlobalAveragePool": Operator(_shape_global_pool, (1, 1), "cc"),
+    "Add": Operator(_shape_add, (2, 2), "cc", {"clamp": ([None, None], _clamp)}),
+    "Concat": Operator(_shape_concat, (1, 4096), "cc", {"axis": (1, _one_of(1, 2, 3))}),
+    "Lookup": Operator(_shape_same, (1, 1), "cc"),
+    "Resize": Operator(
+        _shape_resize, (1, 1), "cc",
+        {
+            "mode": (_REQUIRED, _one_of("nearest", "linear")),
+            "coordinate_transformation_mode": (
+                "half_pixel",
+                _one_of("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"),
+            ),
+            "nearest_mode": (
+                "round_prefer_floor",
+                _one_of("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"),
+            ),
+            "scales": (None, _optional(_positive_numbers(2))),
+            "sizes": (None, _optional(_integers(2, 1))),
+        },
+    ),
+    "DepthToSpace": Operator(
+        _shape_depth_to_space, (1, 1), "cc",
+        {"blocksize": (_REQUIRED, lambda v: type(v) is int and 1 <= v <= 64),
+         "mode": ("DCR", _one_of("DCR", "CRD"))},
+    ),
+    "Slice": Operator(
+        _shape_slice, (1, 1), "cc",
+        {"axes": (_REQUIRED, lambda v: _slices(v) and set(v) <= {1, 2, 3}),
+         "starts": (_REQUIRED, _slices), "ends": (_REQUIRED, _slices),
+         "steps": (_REQUIRED, lambda v: _slices(v) and all(1 <= i <= MAX_ATTRIBUTE for i in v))},
+    ),
+    "Pad": Operator(
+        _shape_pad, (1, 1), "cc",
+        {"pads": (_REQUIRED, lambda v: _integers(8, 0)(v) and v[0] == v[4] == 0)},
+    ),
+    "Flatten": Operator(_shape_flatten, (1, 1), "ff"),
+}  # fmt: skip
+
+# Operators whose output codes mean what their input codes mean, so both share one quantization.
+SAME_QUANTIZATION = {"MaxPool", "Resize", "DepthToSpace", "Slice", "Pad"}
+
+
+def _check_node(graph: Graph, node: Node) -> None:
+    operator = OPERATORS[node.op]
+    low, high = operator.arity
+    if not low <= len(node.inputs) <= high:
+        raise _ShapeError(f"has {len(node.inputs)} inputs, takes {low} to {high}")
+    kind_in, kind_out = tuple(operator.codes)
+    for name in node.inputs:
+        if graph.is_code(name) != (kind_in == "c"):
+            expected = "codes" if kind_in == "c" else "float32"
+            raise _ShapeError(f"input {name!r} must hold {expected}")
+    out = node.outputs[0]
+    if kind_out != "?" and graph.is_code(out) != (kind_out == "c"):
+        raise _ShapeError(f"output {out!r} must hold {'codes' if kind_out == 'c' else 'float32'}")
+    if unknown := set(node.attributes) - set(operator.attributes):
+        raise _ShapeError(f"unknown attribute {min(unknown)!r}")
+    for key, (default, check) in operator.attributes.items():
+        if key not in node.attributes:
+            if default is _REQUIRED:
+                raise _ShapeError(f"attribute {key!r} is missing")
+            node.attributes[key] = default
+        if not check(node.attributes[key]):
+            raise _ShapeError(f"attribute {key} = {node.attributes[key]!r} is not allowed")
+    if (
+        node.op in SAME_QUANTIZATION
+        and graph.quantization[out] != graph.quantization[node.inputs[0]]
+    ):
+        raise _ShapeError(f"output {out!r} must have the quantization of its input")
+    _OWN_CHECKS.get(node.op, lambda graph, node: None)(graph, node)
+
+
+def _check_clamp(graph: Graph, node: Node) -> None:
+    q = graph.quantization.get(node.outputs[0])
+    if q is not None:
+        for bound in node.attributes["clamp"]:
+            if bound is not None and not (type(bound) is int and 0 <= bound <= q.top):
+                raise _ShapeError(f"clamp bound {bound!r} is not an output code")
+
+
+def _check_conv(graph: Graph, node: Node) -> None:
+    _check_clamp(graph, node)
+    weights, bias, a = node.weights, node.bias, node.attributes
+    if weights is None or bias is None:
+        raise _ShapeError("weights are missing")
+    o, kh, kw, _ = weights.shape
+    if min(weights.shape) < 1 or max(kh, kw) > 4096:
+        raise _ShapeError(f"weight shape {weights.shape} is not allowed")
+    if o % a["group"]:
+        raise _ShapeError(f"{o} output channels do not divide into {a['group']} groups")
+    extent = [d * (k - 1) + 1 for d, k in zip(a["dilations"], (kh, kw), strict=True)]
+    for side, pad in enumerate(a["pads"]):
+        if pad >= max(extent[side % 2], 2):
+            raise _ShapeError(f"pads {a['pads']} reach beyond the kernel's extent {extent}")
+    if not (np.isfinite(weights.alpha).all() and (weights.alpha > 0).all()):
+        raise _ShapeError("alpha must be finite and positive")
+    if not np.isfinite(bias).all():
+        raise _ShapeError("bias must be finite")
+    largest = int(np.abs(weights.integers()).max())
+    if largest > weights.limit:
+        raise _ShapeError(f"|W| reaches {largest}, beyond clip * 2^(L-1+s) = {weights.limit}")
+    scale_x = graph.quantization[node.inputs[0]].scale
+    q = graph.quantization.get(node.outputs[0])
+    scale_y = q.scale if q else 1.0
+    # Keeps |t * M + B| far from float32 infinity for any codes.
+    if (
+        float(weights.unit().max()) * scale_x / scale_y > 1e15
+        or np.abs(bias).max() / scale_y > 1e30
+    ):
+        raise _ShapeError("alpha or bias is absurdly large against the output scale")
+
+
+def _check_conv_transpose(graph: Graph, node: Node) -> None:
+    _check_conv(graph, node)
+    a = node.attributes
+    for extra, stride, dilation in zip(
+        a["output_padding"], a["strides"], a["dilations"], strict=True
+    ):
+        if extra >= max(stride, dilation):
+            raise _ShapeError("output_padding must be below stride or dilation")
+
+
+def _check_pool(graph: Graph, node: Node) -> None:
+    a = node.attributes
+    for side, pad in enumerate(a["pads"]):
+        if pad >= a["kernel_shape"][side % 2]:
+            raise _ShapeError(f"pads {a['pads']} must be below kernel_shape {a['kernel_shape']}")
+
+
+def _check_lookup(graph: Graph, node: Node) -> None:
+    if node.table is None:
+        raise _ShapeError("table is missing")
+    if int(node.table.max()) > graph.quantization[node.outputs[0]].top:
+        raise _ShapeError("the table holds values that are no output codes")
+
+
+def _check_resize(graph: Graph, node: Node) -> None:
+    if (node.attributes["scales"] is None) == (node.attributes["sizes"] is None):
+        raise _ShapeError("needs either scales or sizes")
+
+
+def _check_slice(graph: Graph, node: Node) -> None:
+    a = node.attributes
+    if len({len(a[k]) for k in ("axes", "starts", "ends", "steps")}) != 1:
+        raise _ShapeError("axes, starts, ends and steps must have one length")
+    if len(set(a["axes"])) != len(a["axes"]):
+        raise _ShapeError("an axis is given twice")
+
+
+_OWN_CHECKS: dict[str, Callable[[Graph, Node], None]] = {
+    "Conv": _check_conv,
+    "ConvTranspose": _check_conv_transpose,
+    "MaxPool": _check_pool,
+    "AveragePool": _check_pool,
+    "Add": _check_clamp,
+    "Lookup": _check_lookup,
+    "Resize": _check_resize,
+    "Slice": _check_slice,
+}

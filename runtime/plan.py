@@ -1,0 +1,599 @@
+"""From a packed graph and input shapes to a program: buffers, argument records, kernels.
+
+Code tensors lie as (N, H, W, C) inside a border of their zero point, as wide as the paddings of the
+convolutions that read them need: padding then costs nothing and no kernel tests for edges. A border
+is written once; a buffer is handed on only to a tensor of the same geometry and zero point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from logshift.kernels import abi
+from logshift.kernels.abi import Kernel, kernel
+from logshift.kernels.codec import LogWeights
+from logshift.kernels.errors import InputError
+from logshift.kernels.layer import Layer
+from logshift.kernels.memory import aligned
+from logshift.runtime.graph import Graph, Node, Shape, slice_range
+
+_RESIZE_ONE = 2048  # weights of linear resizing are integers of this
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
+    """What a Conv, or one phase of a ConvTranspose, needs at every run, whatever the input size.
+
+    A phase computes the output rows `phase[0] + i * strides[0]` from input rows that begin at
+    `i + shift[0]` (columns alike); a plain Conv is its own only phase.
+    """
+
+    kernel: Kernel
+    layer: Layer
+    packed: np.ndarray
+    offset: np.ndarray
+    m: np.ndarray
+    b: np.ndarray
+    dilations: tuple[int, int]
+    phase: tuple[int, int] = (0, 0)
+    shift: tuple[int, int] = (0, 0)
+
+
+def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
+    """Choose kernels and lay out weights for all convolutions; keyed by the node's position."""
+    return {
+        index: list(_prepare_node(graph, node, family))
+        for index, node in enumerate(graph.nodes)
+        if node.weights is not None
+    }
+
+
+def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution]:
+    weights, bias, a = node.weights, node.bias, node.attributes
+    assert weights is not None and bias is not None
+    q_x = graph.quantization[node.inputs[0]]
+    q_y = graph.quantization.get(node.outputs[0])
+    scale_y, z_y = (q_y.scale, q_y.zero_point) if q_y else (1.0, 0)
+    # docs/quantization.md section 4; float64 until the last step
+    m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
+    b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
+
+    def convolution(part: LogWeights, **geometry: Any) -> Convolution:
+        layer = Layer(part, a["group"], q_x.bits)
+        chosen = kernel("conv", family, layer)
+        assert chosen.pack is not None
+        sums = layer.integers.sum(axis=(1, 2, 3), dtype=np.int64)
+        return Convolution(
+            chosen, layer, chosen.pack(layer), q_x.zero_point * sums, m, b, **geometry
+        )
+
+    if node.op == "Conv":
+        yield convolution(weights, dilations=tuple(a["dilations"]))
+        return
+    rows, columns = (
+        list(_phases(weights.shape[1 + i], a["strides"][i], a["dilations"][i], a["pads"][i]))
+        for i in (0, 1)
+    )
+    for p, (taps_h, shift_h, dilation_h) in enumerate(rows):
+        for q, (taps_w, shift_w, dilation_w) in enumerate(columns):
+            grid = np.ix_(range(len(m)), taps_h, taps_w, range(weights.shape[3]))
+            part = LogWeights(
+                weights.first[grid], weights.second[grid], weights.alpha, weights.bits,
+                weights.residual_shift, weights.clip,
+            )  # fmt: skip
+            yield convolution(
+                part, dilations=(dilation_h, dilation_w), phase=(p, q), shift=(shift_h, shift_w)
+            )
+
+
+def _phases(
+    kernel_size: int, stride: int, dilation: int, pad: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """Split one axis of a ConvTranspose into ordinary convolutions, one per output phase.
+
+    Output position `stride * i + p` receives input position `i + (p + pad - k * dilation) / stride`
+    through every tap k for which that is an integer. Yields, per phase p: the taps in the order of
+    ascending input positions, the first of those positions relative to i, and their distance.
+    """
+    for p in range(stride):
+        taps = [k for k in range(kernel_size) if (p + pad - k * dilation) % stride == 0][::-1]
+        shift = (p + pad - taps[0] * dilation) // stride if taps else 0
+        yield taps, shift, dilation // math.gcd(stride, dilation)
+
+
+@dataclass
+class Step:
+    """One kernel call of a program."""
+
+    node: Node
+    kernel: Kernel
+    arguments: np.ndarray  # one record
+    keep: list[np.ndarray] = field(default_factory=list)  # arrays whose addresses it holds
+
+
+@dataclass
+class _Tensor:
+    """Where a tensor lives: `array` is (N, H, W, C) with border for codes, else ONNX's layout."""
+
+    array: np.ndarray
+    top: int = 0
+    left: int = 0
+
+    def view(self) -> np.ndarray:
+        record = np.zeros((), abi.TENSOR)
+        shape = self.array.shape if self.array.ndim == 4 else (0, 0, 0, 0)
+        record["data"] = self.array.ctypes.data
+        record["n"], record["h"], record["w"], record["c"] = shape
+        record["top"], record["left"] = self.top, self.left
+        return record
+
+
+class Plan:
+    """A program with its buffers, for one set of input shapes; serves one run at a time.
+
+    Parameters
+    ----------
+    graph : Graph, validated
+    convolutions : see `prepare`
+    family : str
+    shapes : tensor name to (N, C, H, W), from `Graph.infer_shapes`
+    threads : int
+        Largest number of threads that will run it.
+    keep_all : bool
+        Keep every tensor until the end of a run, for `tensor`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        convolutions: dict[int, list[Convolution]],
+        family: str,
+        shapes: dict[str, Shape],
+        threads: int,
+        keep_all: bool = False,
+    ) -> None:
+        self.graph, self.shapes, self.steps = graph, dict(shapes), list[Step]()
+        self._family, self._threads = family, threads
+        self._convolutions = convolutions
+        self._tensors: dict[str, _Tensor] = {}
+        self._free: dict[tuple[Any, ...], list[np.ndarray]] = {}
+        self._scratch: list[np.ndarray] = []
+        # Records whose address of a float tensor is set anew at every run.
+        self._bindings: dict[str, list[tuple[np.ndarray, str]]] = {}
+        self._alias = {
+            node.outputs[0]: node.inputs[0] for node in graph.nodes if node.op == "Flatten"
+        }
+        try:
+            self._build(keep_all)
+        except MemoryError:
+            raise InputError(
+                "not enough memory for this input size; use a smaller batch or picture"
+            ) from None
+        self.program = np.array(
+            [[step.kernel.address, step.arguments.ctypes.data] for step in self.steps], np.int64
+        ).reshape(len(self.steps), 2)
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def bind(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Point the program at input arrays and at new output arrays, which are returned.
+
+        Inputs are contiguous float32 arrays of the plan's shapes; they must stay alive during
+        the run.
+        """
+        arrays = dict(inputs)
+        outputs = {}
+        for info in self.graph.outputs:
+            root = self._root(info.name)
+            if root not in arrays:
+                arrays[root] = np.empty(self.shapes[root], np.float32)
+            array = arrays[root].reshape(self.shapes[info.name])
+            outputs[info.name] = array.copy() if root in inputs else array
+        for name, places in self._bindings.items():
+            address = arrays[name].ctypes.data
+            for record, key in places:
+                record[key]["data"] = address
+        return outputs
+
+    def tensor(self, name: str) -> np.ndarray | None:
+        """Copy of a tensor after a run, codes as they are, in ONNX's layout (N, C, H, W).
+
+        None for graph inputs and outputs, which the caller has.
+        """
+        root = self._root(name)
+        if root not in self._tensors:
+            return None
+        held, shape = self._tensors[root], self.shapes[root]
+        if not self.graph.is_code(root):
+            return held.array.reshape(self.shapes[name]).copy()
+        _, _, h, w = shape
+        picture = held.array[:, held.top : held.top + h, held.left : held.left + w]
+        return np.ascontiguousarray(picture.transpose(0, 3, 1, 2))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensor buffers."""
+        arrays = {id(t.array): t.array for t in self._tensors.values()}
+        return sum(array.nbytes for array in arrays.values())
+
+    # --- building --------------------------------------------------------------------------------
+
+    def _root(self, name: str) -> str:
+        while name in self._alias:
+            name = self._alias[name]
+        return name
+
+    def _build(self, keep_all: bool) -> None:
+        graph = self.graph
+        outside = {info.name for info in graph.inputs}
+        outside |= {self._root(info.name) for info in graph.outputs}
+        self._outside = outside
+        borders = self._borders()
+        last_use = {
+            self._root(name): index
+            for index, node in enumerate(graph.nodes)
+            for name in (*node.inputs, *node.outputs)
+        }
+        for index, node in enumerate(graph.nodes):
+            if node.op == "Flatten":
+                continue
+            out = node.outputs[0]
+            if out not in outside:
+                self._tensors[out] = self._allocate(out, borders.get(out, (0, 0, 0, 0)))
+            _BUILDERS[node.op](self, index, node)
+            for name in {self._root(name) for name in (*node.inputs, out)}:
+                if last_use[name] == index and not keep_all and graph.is_code(name):
+                    self._release(name)
+
+    def _borders(self) -> dict[str, tuple[int, int, int, int]]:
+        """Border (top, left, bottom, right) that the readers of each tensor need."""
+        borders: dict[str, tuple[int, int, int, int]] = {}
+        for index, node in enumerate(self.graph.nodes):
+            for conv in self._convolutions.get(index, ()):
+                x = node.inputs[0]
+                needed = [0, 0, 0, 0]
+                for axis in (0, 1):
+                    first, stride, count = self._window(node, conv, axis)
+                    extent = conv.dilations[axis] * (conv.layer.weights.shape[1 + axis] - 1)
+                    last = first + (count - 1) * stride + max(extent, 0)
+                    if count > 0 and conv.layer.integers.size:
+                        needed[axis] = max(0, -first)
+                        needed[2 + axis] = max(0, last - self.shapes[x][2 + axis] + 1)
+                old = borders.get(x, (0, 0, 0, 0))
+                top, left, bottom, right = (max(p) for p in zip(old, needed, strict=True))
+                borders[x] = (top, left, bottom, right)
+        return borders
+
+    def _window(self, node: Node, conv: Convolution, axis: int) -> tuple[int, int, int]:
+        """First input row, stride over the input, and number of output rows of one axis."""
+        a = node.attributes
+        size = self.shapes[node.outputs[0]][2 + axis]
+        if node.op == "Conv":
+            return -a["pads"][axis], a["strides"][axis], size
+        step = a["strides"][axis]
+        return conv.shift[axis], 1, -(-(size - conv.phase[axis]) // step)
+
+    def _allocate(self, name: str, border: tuple[int, int, int, int]) -> _Tensor:
+        n, c, h, w = (*self.shapes[name], 1, 1)[:4]
+        if not self.graph.is_code(name):
+            return _Tensor(aligned((n, h, w, c), np.float32))
+        top, left, bottom, right = border
+        shape = (n, h + top + bottom, w + left + right, c)
+        zero_point = self.graph.quantization[name].zero_point
+        free = self._free.get((shape, top, left, h, w, zero_point))
+        if free:
+            return _Tensor(free.pop(), top, left)
+        array = aligned(shape, np.uint8)
+        array.fill(zero_point)
+        return _Tensor(array, top, left)
+
+    def _release(self, name: str) -> None:
+        if name not in self._tensors:
+            return
+        held = self._tensors[name]
+        _, _, h, w = self.shapes[name]
+        zero_point = self.graph.quantization[name].zero_point
+        key = (held.array.shape, held.top, held.left, h, w, zero_point)
+        self._free.setdefault(key, []).append(held.array)
+
+    def _step(
+        self,
+        node: Node,
+        op: str,
+        record: np.dtype,
+        *,
+        chosen: Kernel | None = None,
+        tensors: dict[str, str],
+        **fields: Any,
+    ) -> None:
+        """Append a kernel call; `tensors` maps record fields to tensor names."""
+        chosen = chosen or kernel(op, self._family)
+        arguments = np.zeros(1, record)
+        for key, value in fields.items():
+            arguments[key] = value.ctypes.data if isinstance(value, np.ndarray) else value
+        for key, name in tensors.items():
+            root = self._root(name)
+            if root in self._tensors:
+                arguments[key] = self._tensors[root].view()
+            else:
+                n, c, h, w = (*self.shapes[root], 1, 1)[:4]
+                place = arguments[0][key]
+                place["n"], place["h"], place["w"], place["c"] = n, h, w, c
+                self._bindings.setdefault(root, []).append((arguments[0], key))
+        arrays = [value for value in fields.values() if isinstance(value, np.ndarray)]
+        if chosen.scratch is not None:
+            size = -(-chosen.scratch(int(arguments["channels"][0])) // 64) * 64
+            scratch = aligned((size * self._threads,), np.uint8)
+            arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
+            arrays.append(scratch)
+        self.steps.append(Step(node, chosen, arguments, arrays))
+
+    def _sizes(self, name: str) -> dict[str, Any]:
+        n, c, h, w = (*self.shapes[name], 1, 1)[:4]
+        return {"n": n, "height": h, "width": w, "channels": c}
+
+    def _range(self, node: Node) -> dict[str, Any]:
+        """`lo` and `hi` of the node's clamp: codes for a code output, else real values."""
+        lo, hi = node.attributes.get("clamp", (None, None))
+        q = self.graph.quantization.get(node.outputs[0])
+        low, high = (0, q.top) if q else (-math.inf, math.inf)
+        return {"lo": low if lo is None else lo, "hi": high if hi is None else hi}
+
+    def _conv(self, index: int, node: Node) -> None:
+        out = node.outputs[0]
+        is_float = not self.graph.is_code(out)
+        n, c, h, w = self.shapes[out]
+        target = out
+        if is_float and h * w > 1:
+            # Kernels write channels last; one more step brings them into ONNX's order.
+            target = f"{out} (channels last)"
+            self.shapes[target] = self.shapes[out]
+            self._tensors[target] = _Tensor(aligned((n, h, w, c), np.float32))
+        residual = len(node.inputs) > 1
+        extra: dict[str, Any] = {}
+        tensors = {"x": node.inputs[0], "y": target}
+        if residual:
+            q_y, q_r = self.graph.quantization.get(out), self.graph.quantization[node.inputs[1]]
+            tensors["r"] = node.inputs[1]
+            scale_y = q_y.scale if q_y else 1.0
+            extra = {"z_r": q_r.zero_point, "m_r": np.float32(q_r.scale / scale_y)}
+        steps = node.attributes["strides"] if node.op == "ConvTranspose" else (1, 1)
+        x = self._tensors[node.inputs[0]]
+        for conv in self._convolutions[index]:
+            (row, stride_h, height), (column, stride_w, width) = (
+                self._window(node, conv, axis) for axis in (0, 1)
+            )
+            if height <= 0 or width <= 0:
+                continue
+            weights = conv.layer.weights
+            self._step(
+                node, "conv", abi.CONV, chosen=conv.kernel, tensors=tensors,
+                n=n, height=height, width=width, channels=c,
+                kernel_h=weights.shape[1], kernel_w=weights.shape[2],
+                stride_h=stride_h, stride_w=stride_w,
+                dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],
+                row0=x.top + row, column0=x.left + column,
+                step_h=steps[0], step_w=steps[1], group=conv.layer.group,
+                bits=weights.bits, residual_shift=weights.residual_shift,
+                block=conv.packed.shape[-1], weights=conv.packed, offset=conv.offset,
+                m=conv.m, b=conv.b, has_residual=residual, float_output=is_float,
+                **extra, **self._range(node),
+            )  # fmt: skip
+            # A phase writes into the picture from its own first row and column on.
+            for key in ("y", "r")[: 1 + residual]:
+                record = self.steps[-1].arguments[0][key]
+                record["top"] += conv.phase[0]
+                record["left"] += conv.phase[1]
+        if target != out:
+            sizes = self._sizes(out)
+            self._step(
+                node, "to_channels_first", abi.TO_CHANNELS_FIRST,
+                tensors={"x": target, "y": out}, **sizes,
+            )  # fmt: skip
+
+    def _pool(self, index: int, node: Node) -> None:
+        a, x, out = node.attributes, node.inputs[0], node.outputs[0]
+        _, _, h, w = self.shapes[x]
+        everything = node.op == "GlobalAveragePool"
+        size = [h, w] if everything else a["kernel_shape"]
+        strides, dilations, pads = (
+            ([1, 1], [1, 1], [0, 0, 0, 0])
+            if everything
+            else (a["strides"], a["dilations"], a["pads"])
+        )
+        if size[0] * size[1] >= 2**23:
+            raise InputError(f"node {node.name!r}: a window of {size} is too large")
+        held = self._tensors[x]
+        average: dict[str, Any] = {}
+        if node.op != "MaxPool":
+            q_x, q_y = self.graph.quantization[x], self.graph.quantization[out]
+            counts = np.arange(size[0] * size[1] + 1, dtype=np.float64)
+            counts[0] = 1  # a window with nothing in it has a sum of 0 to divide
+            padded = pads if not everything and a["count_include_pad"] else [0, 0, 0, 0]
+            average = {
+                "count_low_h": held.top - padded[0], "count_high_h": held.top + h + padded[2],
+                "count_low_w": held.left - padded[1], "count_high_w": held.left + w + padded[3],
+                "z_x": q_x.zero_point, "b": q_y.zero_point,
+                "m": (q_x.scale / (counts * q_y.scale)).astype(np.float32),
+                **self._range(node),
+            }  # fmt: skip
+        self._step(
+            node, "pool_max" if node.op == "MaxPool" else "pool_average", abi.POOL,
+            tensors={"x": x, "y": out}, **self._sizes(out),
+            kernel_h=size[0], kernel_w=size[1], stride_h=strides[0], stride_w=strides[1],
+            dilation_h=dilations[0], dilation_w=dilations[1],
+            row0=held.top - pads[0], column0=held.left - pads[1],
+            low_h=held.top, high_h=held.top + h, low_w=held.left, high_w=held.left + w,
+            **average,
+        )  # fmt: skip
+
+    def _add(self, index: int, node: Node) -> None:
+        first, second = (self.graph.quantization[name] for name in node.inputs)
+        q_y = self.graph.quantization[node.outputs[0]]
+        self._step(
+            node, "add", abi.ADD,
+            tensors={"x": node.inputs[0], "r": node.inputs[1], "y": node.outputs[0]},
+            **self._sizes(node.outputs[0]),
+            z_x=first.zero_point, m=np.float32(first.scale / q_y.scale), b=q_y.zero_point,
+            z_r=second.zero_point, m_r=np.float32(second.scale / q_y.scale),
+            **self._range(node),
+        )  # fmt: skip
+
+    def _copy(
+        self,
+        node: Node,
+        x: str,
+        *,
+        at: tuple[int, int, int] = (0, 0, 0),
+        start: tuple[int, int, int] = (0, 0, 0),
+        step: tuple[int, int, int] = (1, 1, 1),
+        sizes: dict[str, Any] | None = None,
+        table: np.ndarray | None = None,
+    ) -> None:
+        """Copy from x to the output; `at`, `start` and `step` are (channel, row, column)."""
+        source, target = self._tensors[x], self._tensors[node.outputs[0]]
+        self._step(
+            node, "copy", abi.COPY, tensors={"x": x, "y": node.outputs[0]},
+            **(sizes or self._sizes(x)),
+            channel0_x=start[0], row0=source.top + start[1], column0=source.left + start[2],
+            stride_c=step[0], stride_h=step[1], stride_w=step[2],
+            channel0_y=at[0], row0_y=target.top + at[1], column0_y=target.left + at[2],
+            table=0 if table is None else table, has_table=table is not None,
+        )  # fmt: skip
+
+    def _lookup(self, index: int, node: Node) -> None:
+        self._copy(node, node.inputs[0], table=node.table)
+
+    def _concat(self, index: int, node: Node) -> None:
+        q_y = self.graph.quantization[node.outputs[0]]
+        axis, position = node.attributes["axis"], 0
+        for name in node.inputs:
+            q_x = self.graph.quantization[name]
+            table = None
+            if (q_x.scale, q_x.zero_point, q_x.bits) != (q_y.scale, q_y.zero_point, q_y.bits):
+                t = (np.arange(256) - q_x.zero_point).astype(np.float32)
+                v = t * np.float32(q_x.scale / q_y.scale) + np.float32(q_y.zero_point)
+                table = np.clip(np.rint(v), 0, q_y.top).astype(np.uint8)
+            channel, row, column = (position if axis == a else 0 for a in (1, 2, 3))
+            self._copy(node, name, at=(channel, row, column), table=table)
+            position += self.shapes[name][axis]
+
+    def _slice(self, index: int, node: Node) -> None:
+        a = node.attributes
+        start, step = [0, 0, 0], [1, 1, 1]
+        for axis, first, end, stride in zip(
+            a["axes"], a["starts"], a["ends"], a["steps"], strict=True
+        ):
+            chosen = slice_range(self.shapes[node.inputs[0]][axis], first, end, stride)
+            start[axis - 1], step[axis - 1] = chosen.start, chosen.step
+        self._copy(
+            node, node.inputs[0], start=(start[0], start[1], start[2]),
+            step=(step[0], step[1], step[2]), sizes=self._sizes(node.outputs[0]),
+        )  # fmt: skip
+
+    def _pad(self, index: int, node: Node) -> None:
+        out, pads = node.outputs[0], node.attributes["pads"]
+        self._step(
+            node, "fill", abi.FILL, tensors={"y": out}, **self._sizes(out),
+            value=self.graph.quantization[out].zero_point,
+        )  # fmt: skip
+        self._copy(node, node.inputs[0], at=(pads[1], pads[2], pads[3]))
+
+    def _resize(self, index: int, node: Node) -> None:
+        x, out = node.inputs[0], node.outputs[0]
+        tables: dict[str, Any] = {}
+        for axis, label in ((0, "row"), (1, "column")):
+            first, second, weight = resize_table(
+                node.attributes, axis, self.shapes[x][2 + axis], self.shapes[out][2 + axis]
+            )
+            tables |= {
+                f"{label}_index0": first, f"{label}_index1": second, f"{label}_weight": weight
+            }  # fmt: skip
+        self._step(
+            node, "resize", abi.RESIZE, tensors={"x": x, "y": out}, **self._sizes(out),
+            linear=node.attributes["mode"] == "linear", **tables,
+        )  # fmt: skip
+
+    def _depth_to_space(self, index: int, node: Node) -> None:
+        self._step(
+            node, "depth_to_space", abi.DEPTH_TO_SPACE,
+            tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
+            blocksize=node.attributes["blocksize"], block_first=node.attributes["mode"] == "DCR",
+        )  # fmt: skip
+
+    def _quantize(self, index: int, node: Node) -> None:
+        q = self.graph.quantization[node.outputs[0]]
+        self._step(
+            node, "quantize", abi.QUANTIZE,
+            tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
+            scale=np.float32(q.scale), zero_point=q.zero_point, top=q.top,
+        )  # fmt: skip
+
+    def _dequantize(self, index: int, node: Node) -> None:
+        q = self.graph.quantization[node.inputs[0]]
+        self._step(
+            node, "dequantize", abi.DEQUANTIZE,
+            tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
+            scale=np.float32(q.scale), zero_point=q.zero_point,
+        )  # fmt: skip
+
+
+def resize_table(
+    attributes: dict[str, Any], axis: int, size: int, out: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Source positions of a Resize along one axis (0 height, 1 width).
+
+    Returns
+    -------
+    index0, index1 : int64 arrays of shape (out,)
+        The two neighbours; equal for mode "nearest".
+    weight : int64 array of shape (out,)
+        Weight of index1, in 1/2048; index0 has the rest.
+    """
+    scale = out / size if attributes["scales"] is None else attributes["scales"][axis]
+    i = np.arange(out, dtype=np.float64)
+    mode = attributes["coordinate_transformation_mode"]
+    if mode == "asymmetric":
+        source = i / scale
+    elif mode == "align_corners":
+        source = i * (size - 1) / (out - 1) if out > 1 else np.zeros(1)
+    elif mode == "pytorch_half_pixel" and out == 1:
+        source = np.zeros(1)
+    else:
+        source = (i + 0.5) / scale - 0.5
+    if attributes["mode"] == "nearest":
+        index = np.clip(_NEAREST[attributes["nearest_mode"]](source), 0, size - 1).astype(np.int64)
+        return index, index, np.zeros(out, np.int64)
+    source = np.clip(source, 0, size - 1)
+    index0 = np.floor(source).astype(np.int64)
+    weight = np.rint((source - index0) * _RESIZE_ONE).astype(np.int64)
+    return index0, np.minimum(index0 + 1, size - 1), weight
+
+
+_NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "round_prefer_floor": lambda v: np.ceil(v - 0.5),
+    "round_prefer_ceil": lambda v: np.floor(v + 0.5),
+    "floor": np.floor,
+    "ceil": np.ceil,
+}
+
+_BUILDERS: dict[str, Callable[[Plan, int, Node], None]] = {
+    "QuantizeLinear": Plan._quantize,
+    "DequantizeLinear": Plan._dequantize,
+    "Conv": Plan._conv,
+    "ConvTranspose": Plan._conv,
+    "MaxPool": Plan._pool,
+    "AveragePool": Plan._pool,
+    "GlobalAveragePool": Plan._pool,
+    "Add": Plan._add,
+    "Concat": Plan._concat,
+    "Lookup": Plan._lookup,
+    "Resize": Plan._resize,
+    "DepthToSpace": Plan._depth_to_space,
+    "Slice": Plan._slice,
+    "Pad": Plan._pad,
+}

@@ -1,0 +1,378 @@
+"""Sessions: a loaded network, ready to run."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from logshift.kernels import abi
+from logshift.kernels.abi import FAMILIES
+from logshift.kernels.errors import InputError
+from logshift.runtime import executor, format
+from logshift.runtime.graph import Graph, Shape, ValueInfo
+from logshift.runtime.picture import Preprocessing
+from logshift.runtime.plan import Plan, prepare
+from PIL import Image
+
+AUTO_FAMILY = "portable"
+_SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
+_MAX_THREADS = 256
+
+Progress = Callable[[int, int, str], None]
+
+
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, kernels: str = "auto"
+) -> Session:
+    """Load a packed file.
+
+    Parameters
+    ----------
+    path : path-like
+        A `.stlq` file.
+    threads : int, optional
+        Threads per run; by default the cores this process may use.
+    kernels : {"auto", "portable", "reference"}
+        Kernel family; "auto" takes the fastest for this machine. Results are the same, bit for
+        bit.
+
+    Returns
+    -------
+    Session
+
+    Raises
+    ------
+    FormatError
+        If the file is damaged or of a newer version.
+    InputError
+        If a setting is out of range.
+    OSError
+        If the file cannot be opened.
+    """
+    return Session(format.read(path), threads=threads, kernels=kernels)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One node of `Session.summary`; weights' fields are None for nodes without weights."""
+
+    name: str
+    op: str
+    output_shape: Shape
+    kernel: str
+    macs: int
+    weight_shape: tuple[int, ...] | None = None
+    bits: int | None = None
+    nzr: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a session runs, at the nominal input size; `str()` is a table."""
+
+    layers: list[LayerSummary]
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-able data."""
+        return asdict(self)
+
+    def __str__(self) -> str:  # noqa: D105
+        rows = [("node", "op", "output", "weights", "bits", "NZR", "MMAC", "kernel")]
+        for layer in self.layers:
+            rows.append((
+                layer.name, layer.op, "x".join(map(str, layer.output_shape)),
+                "x".join(map(str, layer.weight_shape)) if layer.weight_shape else "",
+                "" if layer.bits is None else str(layer.bits),
+                "" if layer.nzr is None else f"{layer.nzr:.3f}",
+                f"{layer.macs / 1e6:.2f}" if layer.macs else "", layer.kernel,
+            ))  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        macs = sum(layer.macs for layer in self.layers)
+        return "\n".join([*lines, f"{macs / 1e6:.2f} MMAC, {self.threads} threads"])
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Median time that one node takes, in seconds."""
+
+    name: str
+    op: str
+    kernel: str
+    seconds: float
+
+
+class Session:
+    """A network ready to run; made by `load`, or from a `Graph` in memory.
+
+    May be used from several threads at once, and after a fork. Buffers are kept from run to run;
+    in steady state only the outputs are allocated.
+
+    Attributes
+    ----------
+    graph : Graph
+    threads : int
+    kernels : str
+        The kernel family asked for.
+    """
+
+    def __init__(self, graph: Graph, *, threads: int | None = None, kernels: str = "auto") -> None:
+        families = ("auto", *FAMILIES)
+        if kernels not in families:
+            raise InputError(f"kernels is {kernels!r}; choose one of {', '.join(families)}")
+        if threads is None:
+            threads = min(executor.default_threads(), _MAX_THREADS)
+        if type(threads) is not int or not 1 <= threads <= _MAX_THREADS:
+            raise InputError(f"threads is {threads!r}; it must be from 1 to {_MAX_THREADS}")
+        self.graph, self.threads, self.kernels = graph, threads, kernels
+        self._preprocessing = (
+            None
+            if graph.preprocessing is None
+            else Preprocessing.from_manifest(graph.preprocessing)
+        )
+        self._family = AUTO_FAMILY if kernels == "auto" else kernels
+        self._convolutions = prepare(graph, self._family)
+        self._idle: OrderedDict[tuple[Shape, ...], list[Plan]] = OrderedDict()
+        self._reset_lock()
+
+    def _reset_lock(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    @property
+    def inputs(self) -> list[ValueInfo]:
+        """Name and shape of each input; all are float32."""
+        return self.graph.inputs
+
+    @property
+    def outputs(self) -> list[ValueInfo]:
+        """Name and shape of each output; all are float32."""
+        return self.graph.outputs
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Class labels, if the file holds any."""
+        return self.graph.labels
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def run(self, x: Any) -> Any:
+        """Run the network.
+
+        Parameters
+        ----------
+        x : array, picture, sequence of pictures, or mapping of input name to array
+            For a network of one input: a float array of the shape that the ONNX model takes; or,
+            if the file holds preprocessing, an HWC uint8 array or a PIL image, or a sequence (or
+            NHWC array) of those as a batch. For several inputs a mapping of float arrays.
+
+        Returns
+        -------
+        float32 array, or dict of output name to float32 array if there are several outputs
+            Batch first, also for a single picture.
+
+        Raises
+        ------
+        InputError
+            If `x` does not fit the network; the message says what would.
+        """
+        outputs = self._run(self._arrays(x))
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    def _run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        key = tuple(array.shape for array in arrays.values())
+        plan = self._borrow(key) or self._plan(arrays)
+        try:
+            outputs = plan.bind(arrays)
+            executor.team(self.threads).run(plan.program)
+        finally:
+            self._return(key, plan)
+        return outputs
+
+    def trace(self, x: Any) -> dict[str, np.ndarray]:
+        """Run once and return every tensor, codes dequantized.
+
+        Parameters
+        ----------
+        x : as for `run`
+
+        Returns
+        -------
+        dict of tensor name to float32 array in ONNX's layout, in order of computation.
+        """
+        return {
+            name: (array.astype(np.int64) - q.zero_point).astype(np.float32) * np.float32(q.scale)
+            if (q := self.graph.quantization.get(name))
+            else array
+            for name, array in self.trace_codes(x).items()
+        }
+
+    def trace_codes(self, x: Any) -> dict[str, np.ndarray]:
+        """Run once and return every tensor as it is: uint8 codes, or float32; see `trace`."""
+        arrays = self._arrays(x)
+        plan = self._plan(arrays, keep_all=True)
+        outputs = plan.bind(arrays)
+        executor.team(self.threads).run(plan.program)
+        result = dict(arrays)
+        for node in self.graph.nodes:
+            name = node.outputs[0]
+            held = outputs[name] if name in outputs else plan.tensor(name)
+            if held is not None:
+                result[name] = held
+        return result
+
+    def profile(self, x: Any, repeat: int = 10) -> list[LayerTime]:
+        """Time every node.
+
+        Parameters
+        ----------
+        x : as for `run`
+        repeat : int
+            Runs to take the median of.
+
+        Returns
+        -------
+        list of LayerTime, in order of execution
+        """
+        if repeat < 1:
+            raise InputError(f"repeat is {repeat}; it must be at least 1")
+        arrays = self._arrays(x)
+        plan = self._plan(arrays)
+        plan.bind(arrays)
+        team = executor.team(self.threads)
+        team.run(plan.program)
+        seconds = np.empty((repeat, len(plan.steps)))
+        for run in range(repeat):
+            for index in range(len(plan.steps)):
+                start = time.perf_counter()
+                team.run(plan.program[index : index + 1])
+                seconds[run, index] = time.perf_counter() - start
+        medians = np.median(seconds, axis=0)
+        totals: dict[str, LayerTime] = {}
+        for step, spent in zip(plan.steps, medians, strict=True):
+            before = totals.get(step.node.outputs[0])
+            total = float(spent) + (before.seconds if before else 0.0)
+            totals[step.node.outputs[0]] = LayerTime(
+                step.node.name, step.node.op, before.kernel if before else step.kernel.name, total
+            )
+        return list(totals.values())
+
+    def summary(self) -> Summary:
+        """Describe every node at the nominal input size."""
+        shapes = self.graph.nominal_shapes()
+        layers = []
+        for index, node in enumerate(self.graph.nodes):
+            out = shapes[node.outputs[0]]
+            w = node.weights
+            if w is None:
+                layers.append(LayerSummary(node.name, node.op, out, "", 0))
+                continue
+            # A ConvTranspose uses every weight once per input position, a Conv per output position.
+            n, _, height, width = shapes[node.inputs[0]] if node.op == "ConvTranspose" else out
+            layers.append(
+                LayerSummary(
+                    node.name,
+                    node.op,
+                    out,
+                    self._convolutions[index][0].kernel.name,
+                    n * height * width * w.first.size,
+                    w.shape,
+                    w.bits,
+                    w.nzr,
+                )  # fmt: skip
+            )
+        return Summary(layers, self.threads)
+
+    # --- plans -----------------------------------------------------------------------------------
+
+    def _plan(self, arrays: dict[str, np.ndarray], keep_all: bool = False) -> Plan:
+        shapes = self.graph.infer_shapes({name: array.shape for name, array in arrays.items()})
+        return Plan(self.graph, self._convolutions, self._family, shapes, self.threads, keep_all)
+
+    def _borrow(self, key: tuple[Shape, ...]) -> Plan | None:
+        if os.getpid() != self._pid:  # another thread may have held the lock when we were forked
+            self._reset_lock()
+        with self._lock:
+            plans = self._idle.get(key)
+            return plans.pop() if plans else None
+
+    def _return(self, key: tuple[Shape, ...], plan: Plan) -> None:
+        with self._lock:
+            self._idle.setdefault(key, []).append(plan)
+            self._idle.move_to_end(key)
+            while len(self._idle) > _SHAPES_KEPT:
+                self._idle.popitem(last=False)
+
+    # --- inputs ----------------------------------------------------------------------------------
+
+    def _arrays(self, x: Any) -> dict[str, np.ndarray]:
+        """Contiguous float32 arrays by input name, in the graph's order."""
+        names = [info.name for info in self.inputs]
+        if isinstance(x, Mapping):
+            if set(x) != set(names):
+                raise InputError(f"inputs {sorted(x)} given, the network takes {sorted(names)}")
+            return {name: self._array(name, x[name]) for name in names}
+        if len(names) > 1:
+            raise InputError(f"the network has inputs {names}; give a dict of arrays")
+        if _is_picture(x):
+            x = self._prepared([x])
+        elif isinstance(x, Sequence) and not isinstance(x, str) and len(x) and _is_picture(x[0]):
+            x = self._prepared(x)
+        elif isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 4 and len(x):
+            x = self._prepared(list(x))
+        return {names[0]: self._array(names[0], x)}
+
+    def _prepared(self, pictures: Sequence[Any]) -> np.ndarray:
+        if self._preprocessing is None:
+            raise InputError(
+                "the packed file holds no preprocessing, so it takes no pictures: convert with"
+                " preprocessing=..., or give the float32 array that the ONNX model takes"
+            )
+        nominal = self.inputs[0].nominal
+        if len(nominal) != 4:
+            raise InputError(f"the network takes no pictures but arrays of shape {nominal}")
+        return np.stack([self._preprocessing.apply(p, nominal[2:]) for p in pictures])
+
+    def _array(self, name: str, x: Any) -> np.ndarray:
+        array = np.asarray(x)
+        if array.dtype.kind != "f":
+            raise InputError(
+                f"input {name!r} has dtype {array.dtype}; it takes float32 (or, for a network"
+                " with preprocessing, HWC uint8 pictures)"
+            )
+        return np.ascontiguousarray(array, np.float32)
+
+
+def _is_picture(x: Any) -> bool:
+    return isinstance(x, Image.Image) or (
+        isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim in (2, 3)
+    )
+
+
+def warmup(progress: Progress | None = None) -> None:
+    """Compile all kernels that `kernels="auto"` may use, so that later processes start fast.
+
+    Compiled code is kept in Numba's cache: beside the package, or in the user's cache directory
+    if that is not writable.
+
+    Parameters
+    ----------
+    progress : callable(done, total, name), optional
+    """
+    chosen = [kernel for kernel in abi.kernels() if kernel.family == AUTO_FAMILY]
+    for done, kernel in enumerate(chosen):
+        if progress:
+            progress(done, len(chosen), kernel.name)
+        assert kernel.address
+    if progress:
+        progress(len(chosen), len(chosen), "")
