@@ -18,8 +18,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from logshift.kernels.native import as_pointer
 from numba import carray, cfunc, from_dtype, njit, types
+
+from logshift.kernels.native import as_pointer
 
 FAMILIES = ("reference", "portable")
 

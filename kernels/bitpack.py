@@ -7,6 +7,7 @@ stream, and bit j of the stream is bit j % 8 of byte j // 8 (`docs/format.md`).
 from __future__ import annotations
 
 import numpy as np
+
 from logshift.kernels.errors import InputError
 
 

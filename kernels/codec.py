@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from logshift.kernels.errors import InputError
 from numba import njit
+
+from logshift.kernels.errors import InputError
 
 MIN_BITS, MAX_BITS = 2, 5
 MAX_RESIDUAL_SHIFT = 4

@@ -8,12 +8,13 @@ of summation and with or without fused multiply-add. `Layer.accumulator_bound` d
 from __future__ import annotations
 
 import numpy as np
+from numba import carray, njit
+
 from logshift.kernels import abi
 from logshift.kernels.abi import codes, floats, register, share
 from logshift.kernels.layer import Layer
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
-from numba import carray, njit
 
 _PIXELS = 4  # output pixels that share one pass over the weights
 

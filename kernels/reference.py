@@ -7,11 +7,12 @@ with a weight anywhere. One thread does all the work.
 from __future__ import annotations
 
 import numpy as np
+from numba import carray, njit
+
 from logshift.kernels import abi
 from logshift.kernels.abi import codes, floats, register
 from logshift.kernels.layer import Layer
 from logshift.kernels.native import as_pointer
-from numba import carray, njit
 
 
 @njit

@@ -16,8 +16,9 @@ from functools import cache
 from queue import SimpleQueue
 
 import numpy as np
-from logshift.kernels.native import atomic_add, atomic_load, call_kernel, yield_thread
 from numba import njit, types
+
+from logshift.kernels.native import atomic_add, atomic_load, call_kernel, yield_thread
 
 _SPINS = 2000  # loads of the barrier before a waiting thread offers its core to others
 

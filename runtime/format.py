@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+
 from logshift.kernels import bitpack, codec
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import FormatError, InputError
@@ -26,8 +27,9 @@ FORMAT_VERSION = 1
 MANIFEST_KEY = "logshift"
 CHECKSUM_KEY = "checksum"
 
-# RFC 1951 cannot expand more than 1032 times: a longer claim is a lie, found before allocating.
-_DEFLATE_MAX_RATIO = 1032
+# What a stream may expand to, times its compressed size. RFC 1951 allows 1032, which would let a
+# file of one megabyte claim gigabytes; codes worth storing never get near this.
+_DEFLATE_MAX_RATIO = 64
 _MAX_WEIGHTS = 2**31 - 1
 
 
@@ -94,9 +96,17 @@ def serialize(graph: Graph) -> bytes:
     if graph.labels is not None:
         manifest["labels"] = graph.labels
     text = json.dumps(manifest, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return safetensors.numpy.save(
-        tensors, {MANIFEST_KEY: text, CHECKSUM_KEY: _checksum(text, tensors)}
-    )
+    return _container(tensors, {MANIFEST_KEY: text, CHECKSUM_KEY: _checksum(text, tensors)})
+
+
+def _container(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file; the library alone would write metadata in random order."""
+    data = safetensors.numpy.save(tensors, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end]) | {"__metadata__": metadata}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _checksum(manifest: str, tensors: dict[str, np.ndarray]) -> str:
@@ -167,8 +177,13 @@ def _deflate(streams: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, bool
     for name, array in streams.items():
         raw = array.tobytes()
         # Codes have no repeats worth finding: Huffman coding alone usually beats matching here.
+        # It cannot shrink eight times, so there is always one that readers accept.
         smallest = min(
-            (_zlib(raw, strategy) for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)),
+            (
+                packed
+                for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)
+                if len(raw) <= _DEFLATE_MAX_RATIO * len(packed := _zlib(raw, strategy))
+            ),
             key=len,
         )
         deflated = len(smallest) < len(raw)
@@ -258,9 +273,11 @@ def _metadata(data: bytes) -> tuple[str, str]:
 
 def _parse_manifest(text: str) -> dict[str, Any]:
     try:
-        manifest = json.loads(text)
+        manifest = json.loads(text, parse_int=_integer)
+        # Written again, infinity, NaN and half surrogate pairs show: what Python alone reads.
+        json.dumps(manifest, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"the manifest is not JSON ({error})") from error
+        raise FormatError(f"the manifest is not strict JSON ({error})") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if type(version) is not int or version < 1:
         raise FormatError("the manifest has no format_version")
@@ -270,6 +287,13 @@ def _parse_manifest(text: str) -> dict[str, Any]:
             " install a newer logshift"
         )
     return manifest
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError(f"the integer {text:.20} is beyond 64 bits")
+    return value
 
 
 _KINDS: dict[type | tuple[type, ...], str] = {

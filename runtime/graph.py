@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import FormatError, InputError
 
@@ -155,8 +156,9 @@ class Graph:
         if not self.inputs or not self.outputs or not self.nodes:
             raise FormatError("the graph needs at least one input, one output and one node")
         for tensor, q in self.quantization.items():
-            if not (math.isfinite(q.scale) and 1e-20 < q.scale < 1e20):
-                raise FormatError(f"tensor {tensor!r}: scale {q.scale} is not in (1e-20, 1e20)")
+            # Ratios of scales, times any sum of codes, stay far from float32 infinity.
+            if not 1e-15 < q.scale < 1e15:
+                raise FormatError(f"tensor {tensor!r}: scale {q.scale} is not in (1e-15, 1e15)")
             if not 2 <= q.bits <= 8:
                 raise FormatError(f"tensor {tensor!r}: {q.bits} bits; codes have 2 to 8")
             if not 0 <= q.zero_point <= q.top:
@@ -442,7 +444,9 @@ OPERATORS: dict[str, Operator] = {
     "Conv": Operator(_shape_conv, (1, 2), "c?", _CONV_ATTRIBUTES),
     "ConvTranspose": Operator(
         _shape_conv_transpose, (1, 2), "c?",
-        {**_CONV_ATTRIBUTES, "output_padding": ([0, 0], _integers(2, 0))},
+        # It runs as one convolution per phase of the output: strides[0] * strides[1] of them.
+        {**_CONV_ATTRIBUTES, "strides": ([1, 1], _integers(2, 1, 32)),
+         "output_padding": ([0, 0], _integers(2, 0))},
     ),
     "MaxPool": Operator(_shape_pool, (1, 1), "cc", _POOL_ATTRIBUTES),
     "AveragePool": Operator(
@@ -555,7 +559,7 @@ def _check_conv(graph: Graph, node: Node) -> None:
     # Keeps |t * M + B| far from float32 infinity for any codes.
     if (
         float(weights.unit().max()) * scale_x / scale_y > 1e15
-        or np.abs(bias).max() / scale_y > 1e30
+        or float(np.abs(bias).max()) / scale_y > 1e30
     ):
         raise _ShapeError("alpha or bias is absurdly large against the output scale")
 

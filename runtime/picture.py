@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from logshift.kernels.errors import FormatError, InputError
 from PIL import Image
+
+from logshift.kernels.errors import FormatError, InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -17,6 +20,25 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Return the picture files in a folder and its subfolders, sorted.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"folder {os.fspath(folder)!r} does not exist")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise InputError(
+            f"folder {os.fspath(folder)!r} holds no pictures ({', '.join(sorted(_SUFFIXES))})"
+        )
+    return files
 
 
 @dataclass(frozen=True)

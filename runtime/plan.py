@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from logshift.kernels import abi
 from logshift.kernels.abi import Kernel, kernel
 from logshift.kernels.codec import LogWeights

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from logshift.kernels import abi
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
@@ -18,7 +20,7 @@ from logshift.runtime import executor, format
 from logshift.runtime.graph import Graph, Shape, ValueInfo
 from logshift.runtime.picture import Preprocessing
 from logshift.runtime.plan import Plan, prepare
-from PIL import Image
+from logshift.runtime.table import text_table
 
 AUTO_FAMILY = "portable"
 _SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
@@ -83,23 +85,19 @@ class Summary:
         """Return plain JSON-able data."""
         return asdict(self)
 
-    def __str__(self) -> str:  # noqa: D105
-        rows = [("node", "op", "output", "weights", "bits", "NZR", "MMAC", "kernel")]
+    def __str__(self) -> str:
+        """Return a table of the nodes, then the totals."""
+        rows = [("node", "op", "output", "weights", "kernel", "bits", "NZR", "MMAC")]
         for layer in self.layers:
             rows.append((
                 layer.name, layer.op, "x".join(map(str, layer.output_shape)),
-                "x".join(map(str, layer.weight_shape)) if layer.weight_shape else "",
+                "x".join(map(str, layer.weight_shape or ())), layer.kernel,
                 "" if layer.bits is None else str(layer.bits),
                 "" if layer.nzr is None else f"{layer.nzr:.3f}",
-                f"{layer.macs / 1e6:.2f}" if layer.macs else "", layer.kernel,
+                f"{layer.macs / 1e6:.2f}" if layer.macs else "",
             ))  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
         macs = sum(layer.macs for layer in self.layers)
-        return "\n".join([*lines, f"{macs / 1e6:.2f} MMAC, {self.threads} threads"])
+        return f"{text_table(rows, left=5)}\n{macs / 1e6:.2f} MMAC, {self.threads} threads"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""Scales and zero points of activations from observed values."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from logshift.runtime.graph import Quantization
+
+_SAMPLE = 2**16
+_PERCENTILE = 99.99
+_FRACTIONS = np.linspace(0.2, 1.0, 33)
+_SMALLEST_RANGE = 1e-12
+
+
+def choose_quantization(values: np.ndarray, bits: int, method: str) -> Quantization:
+    """Choose scale and zero point for a tensor.
+
+    Parameters
+    ----------
+    values : float32 array, any shape, finite
+    bits : int
+        A; codes are 0 to 2^A - 1.
+    method : {"minmax", "percentile", "mse"}
+        The range of codes covers all values, all but 0.01 % at both ends, or minimises the squared
+        error of a sample of the values.
+
+    Returns
+    -------
+    Quantization
+        Zero is a code exactly; it is code 0 if no value is negative.
+    """
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    if high - low < _SMALLEST_RANGE:
+        return Quantization(1.0, 0, bits)
+    if method == "minmax":
+        return _affine(low, high, bits)
+    if method == "percentile":
+        # Of the values beside zero: most of a tensor after a Relu is zero.
+        sample = _sample(values[values != 0], 16 * _SAMPLE)
+        ends = np.percentile(sample, [100 - _PERCENTILE, _PERCENTILE])
+        return _affine(min(float(ends[0]), 0.0), max(float(ends[1]), 0.0), bits)
+    sample = _sample(values, _SAMPLE)
+    best = _affine(low, high, bits)
+    # Each end by itself: the two tails of a distribution may be quite different.
+    for side in (0, 1):
+        ends = np.outer(_FRACTIONS, [low, high])
+        ends[:, 1 - side] = (low, high)[1 - side]
+        candidates = [_affine(a, b, bits) for a, b in ends]
+        best = min(candidates, key=lambda q: _squared_error(sample, q))
+        low, high = _range(best)
+    return best
+
+
+def quantize(x: np.ndarray, q: Quantization) -> np.ndarray:
+    """Return the codes of x, uint8."""
+    codes = np.rint(x / np.float32(q.scale)) + np.float32(q.zero_point)
+    return np.clip(codes, 0, q.top).astype(np.uint8)
+
+
+def dequantize(codes: np.ndarray, q: Quantization) -> np.ndarray:
+    """Return the real values of codes, float32."""
+    return (codes.astype(np.float32) - np.float32(q.zero_point)) * np.float32(q.scale)
+
+
+def _sample(values: np.ndarray, count: int) -> np.ndarray:
+    """Return at most `count` values, drawn without any pattern of their positions."""
+    flat = values.reshape(-1)
+    if flat.size <= count:
+        return flat
+    return flat[np.random.default_rng(0).integers(0, flat.size, count)]
+
+
+def _affine(low: float, high: float, bits: int) -> Quantization:
+    top = 2**bits - 1
+    scale = max(high - low, _SMALLEST_RANGE) / top
+    return Quantization(scale, int(np.clip(np.rint(-low / scale), 0, top)), bits)
+
+
+def _range(q: Quantization) -> tuple[float, float]:
+    return -q.zero_point * q.scale, (q.top - q.zero_point) * q.scale
+
+
+def _squared_error(values: np.ndarray, q: Quantization) -> float:
+    return float(np.square(dequantize(quantize(values, q), q) - values).sum(dtype=np.float64))

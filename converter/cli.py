@@ -1,0 +1,819 @@
+"""The command `logshift`: convert, look at, run, time and verify packed networks.
+
+Heavy packages are imported by the commands that need them: `logshift info` needs no onnx.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import numpy as np
+
+from logshift.kernels.errors import ConversionError, FormatError, InputError, LogshiftError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress
+except ModuleNotFoundError:
+    # This module is the command and nothing else: a sentence is all that anybody wants from it.
+    sys.exit("error: the command line needs typer and rich: pip install 'logshift[cli]'")
+
+if TYPE_CHECKING:
+    from logshift.runtime import Preprocessing, Session
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_LABELS = "airplane automobile bird cat deer dog frog horse ship truck".split()
+_TOP = 5
+_BLOCK_SECONDS = 0.05
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Kernels(str, Enum):
+    """Kernel families that a user may ask for."""
+
+    auto = "auto"
+    portable = "portable"
+    reference = "reference"
+
+
+class Granularity(str, Enum):
+    """What gets second words."""
+
+    element = "element"
+    tile = "tile"
+    filter = "filter"
+
+
+class ActivationRange(str, Enum):
+    """How activation ranges are chosen."""
+
+    mse = "mse"
+    minmax = "minmax"
+    percentile = "percentile"
+
+
+class Interpolation(str, Enum):
+    """How pictures are resized."""
+
+    nearest = "nearest"
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+Packed = Annotated[Path, typer.Argument(metavar="FILE.stlq", help="A packed network.")]
+Onnx = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A float32 ONNX model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads per run.", show_default="all cores of this process"),
+]
+KernelFamily = Annotated[
+    Kernels, typer.Option(help="Kernel family; the results are the same, bit for bit.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors are one line on the error stream and exit code 1."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="logshift")
+    except (LogshiftError, OSError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"logshift {importlib.metadata.version('logshift')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _logshift(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run power-of-two (STLQ) quantized CNNs fast on ordinary CPUs.
+
+    `logshift demo` shows all of it in a minute. Then, with a network of your own:
+
+    - `logshift convert model.onnx model.stlq --calibration pictures/`
+
+    - `logshift run model.stlq photo.jpg`
+    """
+
+
+# --- convert ------------------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    model: Onnx,
+    out: Annotated[Path, typer.Argument(metavar="FILE.stlq", help="The packed file to write.")],
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            help="Typical inputs: a folder of pictures, or a .npy file with a float32 array"
+            " (N, C, H, W) as the model takes it or uint8 pictures (N, H, W, C)."
+        ),
+    ],
+    bits: Annotated[int, typer.Option(help="Bits of a weight word, 2 to 5.")] = 4,
+    residual_ratio: Annotated[
+        float, typer.Option(help="Share of weights that get a second word, 0 to 1.")
+    ] = 0.15,
+    activation_bits: Annotated[int, typer.Option(help="Bits of activations, 2 to 8.")] = 8,
+    granularity: Annotated[
+        Granularity, typer.Option(help="What gets second words: weights, tiles or whole filters.")
+    ] = Granularity.element,
+    tile: Annotated[int, typer.Option(help="Weights per tile, 1 to 256.")] = 256,
+    residual_shift: Annotated[
+        int, typer.Option(help="Second words on a grid 2^N times finer, 0 to 4.")
+    ] = 0,
+    activation_range: Annotated[
+        ActivationRange, typer.Option(help="How activation ranges are chosen.")
+    ] = ActivationRange.mse,
+    bias_correction: Annotated[
+        bool, typer.Option(help="Let biases make up for the mean error of quantized layers.")
+    ] = True,
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Per channel, in units of pixel / 255.", show_default="ImageNet's"),
+    ] = None,
+    std: Annotated[
+        str | None,
+        typer.Option(help="Per channel, in units of pixel / 255.", show_default="ImageNet's"),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="Length of the shorter side before the crop, or exact size.",
+            show_default="what the crop needs",
+        ),
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Centre crop.", show_default="input size")
+    ] = None,
+    bgr: Annotated[bool, typer.Option("--bgr", help="Channels in the order BGR.")] = False,
+    interpolation: Annotated[
+        Interpolation, typer.Option(help="How pictures are resized.")
+    ] = Interpolation.bilinear,
+    labels: Annotated[
+        Path | None, typer.Option(help="Text file of class names, one a line.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert an ONNX model to a packed file.
+
+    Preprocessing (mean, std, resize, crop ...) is stored in the file, so that it takes pictures.
+
+    **Examples**
+
+    - `logshift convert resnet18.onnx resnet18.stlq --calibration photos/ --resize 256`
+
+    - `logshift convert net.onnx net.stlq --calibration inputs.npy --bits 3 --residual-ratio 0.3`
+    """
+    from logshift import converter
+
+    pictures = calibration.suffix != ".npy"
+    data: Any = calibration if pictures else _load_array(calibration)
+    given = mean or std or resize or crop or bgr or interpolation is not Interpolation.bilinear
+    report = converter.convert(
+        model,
+        out,
+        calibration=data,
+        weight_bits=bits,
+        residual_ratio=residual_ratio,
+        activation_bits=activation_bits,
+        granularity=granularity.value,
+        tile=tile,
+        residual_shift=residual_shift,
+        activation_range=activation_range.value,
+        bias_correction=bias_correction,
+        preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
+        if given
+        else None,
+        labels=None if labels is None else _lines(labels),
+    )
+    _show(report.to_dict(), str(report), as_json)
+
+
+def _preprocessing(
+    mean: str | None, std: str | None, resize: str | None, crop: str | None, bgr: bool,
+    interpolation: str,
+) -> Preprocessing:  # fmt: skip
+    from logshift.runtime import Preprocessing
+    from logshift.runtime.picture import IMAGENET_MEAN, IMAGENET_STD
+
+    return Preprocessing(
+        resize=None if resize is None else int(resize) if resize.isdigit() else _size(resize),
+        crop=None if crop is None else _size(crop),
+        mean=IMAGENET_MEAN if mean is None else _numbers("mean", mean),
+        std=IMAGENET_STD if std is None else _numbers("std", std),
+        channel_order="BGR" if bgr else "RGB",
+        interpolation=interpolation,
+    )
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--{name} {text!r}: give numbers like 0.485,0.456,0.406") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise InputError(f"size {text!r}: give height and width like 224x224")
+    return int(height), int(width)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file in UTF-8") from None
+
+
+# --- info ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    packed: Packed,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Load the file and show the kernel chosen for each layer."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a packed file holds, without loading its weights.
+
+    **Examples**
+
+    - `logshift info model.stlq`
+
+    - `logshift info model.stlq --json | jq .bits_per_weight`
+    """
+    if kernels:
+        session = _load(packed)
+        summary = session.summary()
+        _show(summary.to_dict(), str(summary), as_json)
+        return
+    record = _describe(packed)
+    _show(record, _description(record), as_json)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Everything that `info` shows, from the header and the counts of second words."""
+    import safetensors
+
+    from logshift.converter.report import layer_bytes
+    from logshift.runtime import format
+
+    manifest = format.read_manifest(path)
+    try:
+        sizes = layer_bytes(path)
+        with safetensors.safe_open(path, framework="np") as tensors:
+            nodes = [
+                _describe_node(index, node, sizes[index], tensors)
+                for index, node in enumerate(manifest["nodes"])
+            ]
+        layers = [node for node in nodes if "weights" in node]
+        weights = sum(node["weights"] for node in layers)
+        return {
+            "file": str(path),
+            "bytes": path.stat().st_size,
+            "format_version": manifest["format_version"],
+            "inputs": [_value(v) for v in manifest["inputs"]],
+            "outputs": [_value(v) for v in manifest["outputs"]],
+            "preprocessing": manifest.get("preprocessing"),
+            "labels": manifest.get("labels"),
+            "settings": dict(manifest["settings"]),
+            "nodes": nodes,
+            "weights": weights,
+            "bits_per_weight": 8 * sum(node["bytes"] for node in layers) / max(weights, 1),
+            "nzr": sum(node["nzr"] * node["weights"] for node in layers) / max(weights, 1),
+        }
+    # What is not validated here is validated on loading, which also names the rule.
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, zlib.error,
+            safetensors.SafetensorError) as error:  # fmt: skip
+        raise FormatError(f"{path}: the file is damaged ({error})") from error
+
+
+def _value(record: dict[str, Any]) -> dict[str, Any]:
+    return {"name": record["name"], "shape": list(record["shape"])}
+
+
+def _describe_node(index: int, node: dict[str, Any], size: int, tensors: Any) -> dict[str, Any]:
+    result = {"name": node["name"], "op": node["op"], "bytes": size}
+    if "weight" in node:
+        weight = node["weight"]
+        count = math.prod(weight["shape"])
+        result |= {
+            "weight_shape": weight["shape"],
+            "weights": count,
+            "bits": weight["bits"],
+            "nzr": _second_words(index, weight, count, tensors) / count,
+        }
+    return result
+
+
+def _second_words(index: int, weight: dict[str, Any], count: int, tensors: Any) -> int:
+    """Count the second words of a layer by its tile counts or bitmap."""
+    if weight["positions"] == "none":
+        return 0
+    name = "count" if weight["positions"] == "list" else "position"
+    raw = tensors.get_tensor(f"{index}.{name}").tobytes()
+    if name in weight["zlib"]:
+        raw = zlib.decompressobj().decompress(raw, 2 * count)
+    if name == "count":
+        return int(np.frombuffer(raw, "<u2").sum(dtype=np.int64))
+    return int(np.unpackbits(np.frombuffer(raw, np.uint8)).sum(dtype=np.int64))
+
+
+def _description(record: dict[str, Any]) -> str:
+    from logshift.runtime.table import text_table
+
+    def values(key: str) -> str:
+        return ", ".join(f"{v['name']} ({', '.join(map(str, v['shape']))})" for v in record[key])
+
+    def pairs(record: dict[str, Any]) -> str:
+        return ", ".join(f"{k} {v}" for k, v in record.items() if v is not None)
+
+    lines = [
+        f"{record['file']}: {record['bytes']:,} bytes, format version {record['format_version']}",
+        f"inputs: {values('inputs')}",
+        f"outputs: {values('outputs')}",
+    ]
+    if record["preprocessing"]:
+        lines.append(f"preprocessing: {pairs(record['preprocessing'])}")
+    if labels := record["labels"]:
+        shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+        lines.append(f"labels: {len(labels)}: {shown}")
+    if record["settings"]:
+        lines.append(f"settings: {pairs(record['settings'])}")
+    rows = [("node", "op", "weights", "bits", "NZR %", "bytes")]
+    for node in record["nodes"]:
+        rows.append(
+            (
+                node["name"],
+                node["op"],
+                "x".join(map(str, node.get("weight_shape", ()))),
+                str(node.get("bits", "")),
+                f"{100 * node['nzr']:.1f}" if "nzr" in node else "",
+                f"{node['bytes']:,}" if node["bytes"] else "",
+            )
+        )
+    lines += ["", text_table(rows, left=3), ""]
+    lines.append(
+        f"{record['weights']:,} weights, {record['bits_per_weight']:.2f} bits per weight,"
+        f" NZR {100 * record['nzr']:.1f} %"
+    )
+    return "\n".join(lines)
+
+
+# --- run ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    packed: Packed,
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Pictures, folders of pictures, or .npy files as the model takes them."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the outputs of all inputs: .npy, or .npz."),
+    ] = None,
+    threads: Threads = None,
+    kernels: KernelFamily = Kernels.auto,
+    as_json: Json = False,
+) -> None:
+    """Run a network on pictures and print the five best classes, or write its outputs.
+
+    Scores are the network's outputs as they are. Pictures need a file that holds preprocessing.
+
+    **Examples**
+
+    - `logshift run model.stlq cat.jpg dog.jpg`
+
+    - `logshift run model.stlq batch.npy --output logits.npy`
+    """
+    session = _load(packed, threads=threads, kernels=kernels.value)
+    labels, records, collected = session.labels or [], [], []
+    for path in _expanded(inputs):
+        result = session.run(_load_array(path) if path.suffix == ".npy" else _picture(path))
+        outputs = result if isinstance(result, dict) else {session.outputs[0].name: result}
+        collected.append(outputs)
+        first = outputs[session.outputs[0].name]
+        for i, scores in enumerate(first):
+            name = str(path) if len(first) == 1 else f"{path}[{i}]"
+            records.append({"input": name} | _best(scores, labels))
+    if output is not None:
+        _write(output, collected)
+    text = "\n".join(f"{record['input']}: {_best_text(record)}" for record in records)
+    _show(records, text, as_json)
+
+
+def _best(scores: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    if scores.ndim != 1:
+        return {"shape": list(scores.shape)}
+    order = np.argsort(-scores, kind="stable")[:_TOP]
+    return {
+        "top": [
+            {
+                "class": int(k),
+                "label": labels[k] if k < len(labels) else None,
+                "score": float(scores[k]),
+            }
+            for k in order
+        ]
+    }
+
+
+def _best_text(record: dict[str, Any]) -> str:
+    if "top" not in record:
+        return f"output of shape {tuple(record['shape'])}; --output writes it"
+    return ", ".join(
+        f"{'class ' + str(c['class']) if c['label'] is None else c['label']} {c['score']:.2f}"
+        for c in record["top"]
+    )
+
+
+def _write(path: Path, collected: list[dict[str, np.ndarray]]) -> None:
+    try:
+        arrays = {name: np.concatenate([o[name] for o in collected]) for name in collected[0]}
+    except ValueError:
+        raise InputError(
+            "the inputs give outputs of different sizes; write one at a time"
+        ) from None
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # its stub mistakes them for options
+    elif path.suffix == ".npy" and len(arrays) == 1:
+        np.save(path, next(iter(arrays.values())))
+    else:
+        raise InputError(f"--output {path}: give a .npz file, or .npy for a single output")
+
+
+# --- bench --------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    packed: Packed,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL.onnx", help="Time onnxruntime on this float32 model in turns with it."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs per run.")] = 1,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Threads per run; may be repeated.", show_default="1 and 2"),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Time to spend on each number of threads.")
+    ] = 3.0,
+    kernels: KernelFamily = Kernels.auto,
+    layers: Annotated[bool, typer.Option("--layers", help="Show the time of every layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the latency of a packed network.
+
+    Blocks of runs, in turns A B A B if there is something to compare with: only ratios from one
+    command mean anything. Medians, and in brackets the 10th to 90th percentile of the blocks.
+
+    **Examples**
+
+    - `logshift bench model.stlq`
+
+    - `logshift bench model.stlq --against model.onnx --threads 1`
+    """
+    records = []
+    for count in threads or [1, 2]:
+        session = _load(packed, threads=count, kernels=kernels.value)
+        x = _random_inputs(session, batch)
+        engines: dict[str, Callable[[], Any]] = {"logshift": partial(session.run, x)}
+        if against is not None:
+            engines["onnxruntime"] = _onnx_engine(against, x, count)
+        times = _in_turns(list(engines.values()), seconds)
+        record: dict[str, Any] = {"threads": count, "batch": batch}
+        record |= {name: _spread(t) for name, t in zip(engines, times, strict=True)}
+        if against is not None:
+            record["ratio"] = _spread(times[1] / times[0])
+        if layers:
+            record["layers"] = [
+                {"name": t.name, "op": t.op, "kernel": t.kernel, "seconds": t.seconds}
+                for t in session.profile(x)
+            ]
+        records.append(record)
+    _show(records, "\n".join(_bench_text(record) for record in records), as_json)
+
+
+def _bench_text(record: dict[str, Any]) -> str:
+    from logshift.runtime.table import text_table
+
+    def spread(s: dict[str, float], factor: float) -> str:
+        return f"{factor * s['median']:.3f} [{factor * s['p10']:.3f}-{factor * s['p90']:.3f}]"
+
+    text = f"threads {record['threads']}, batch {record['batch']}:"
+    text += f" {spread(record['logshift'], 1e3)} ms"
+    if "ratio" in record:
+        text += f"; onnxruntime float32 {spread(record['onnxruntime'], 1e3)} ms,"
+        text += f" {spread(record['ratio'], 1)} times as long"
+    if "layers" in record:
+        rows = [("node", "op", "kernel", "ms")]
+        rows += [
+            (t["name"], t["op"], t["kernel"], f"{1e3 * t['seconds']:.3f}") for t in record["layers"]
+        ]
+        text += "\n" + text_table(rows, left=3) + "\n"
+    return text
+
+
+def _random_inputs(session: Session, batch: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    inputs = {}
+    for value in session.inputs:
+        size = batch if isinstance(value.shape[0], str) else value.nominal[0]
+        if size != batch:
+            raise InputError(f"the network takes batches of {size} only: --batch {size}")
+        inputs[value.name] = rng.standard_normal((batch, *value.nominal[1:])).astype(np.float32)
+    return inputs
+
+
+def _onnx_engine(model: Path, x: dict[str, np.ndarray], threads: int) -> Callable[[], Any]:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise ConversionError(
+            "comparing needs onnxruntime: pip install 'logshift[converter]'"
+        ) from None
+    if not model.is_file():
+        raise FileNotFoundError(f"{model}: there is no such file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session.run(None, x)
+    except Exception as error:  # onnxruntime's exceptions share no useful base
+        raise ConversionError(f"onnxruntime cannot run {model}: {error}") from error
+    return lambda: session.run(None, x)
+
+
+def _in_turns(engines: list[Callable[[], Any]], seconds: float) -> list[np.ndarray]:
+    """Seconds per run: for each engine the medians of blocks of runs, the engines taking turns.
+
+    Blocks, because threads of one engine that still spin after its run would slow the other's;
+    the first run of a block is not counted.
+    """
+    for engine in engines:
+        engine()
+    blocks: list[list[float]] = [[] for _ in engines]
+    end = time.perf_counter() + seconds
+    while len(blocks[0]) < 5 or time.perf_counter() < end:
+        for engine, medians in zip(engines, blocks, strict=True):
+            engine()
+            runs: list[float] = []
+            while len(runs) < 3 or sum(runs) < _BLOCK_SECONDS:
+                start = time.perf_counter()
+                engine()
+                runs.append(time.perf_counter() - start)
+            medians.append(float(np.median(runs)))
+    return [np.array(medians) for medians in blocks]
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(values, [10, 50, 90])
+    return {"median": float(median), "p10": float(low), "p90": float(high)}
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+@app.command()
+def verify(
+    model: Onnx,
+    packed: Packed,
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Pictures, folders of pictures, or .npy files as the model takes them."
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare a packed network with its ONNX model, tensor by tensor.
+
+    Shows where precision is lost: the signal-to-noise ratio and cosine of every tensor that both
+    networks have, and how often the best class is the same.
+
+    **Examples**
+
+    - `logshift verify model.onnx model.stlq pictures/`
+
+    - `logshift verify model.onnx model.stlq inputs.npy --json`
+    """
+    from logshift.converter.verify import verify
+
+    session = _load(packed)
+    verification = verify(model, session, _batches(_expanded(inputs), session))
+    _show(verification.to_dict(), str(verification), as_json)
+
+
+def _batches(paths: list[Path], session: Session) -> Iterator[Any]:
+    dim = session.inputs[0].shape[0]
+    size = dim if isinstance(dim, int) else 1
+    for path in paths:
+        if path.suffix == ".npy":
+            array = _load_array(path)
+            yield from (array[i : i + size] for i in range(0, len(array), size))
+        else:
+            yield _picture(path)
+
+
+# --- demo and warmup ----------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.stlq", help="Keep the packed file.", show_default="not kept"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert, load and run a small network that comes with logshift.
+
+    A ResNet-20 for the ten classes of CIFAR-10, and photographs of these. The first run compiles
+    the kernels, which takes a while; later ones start fast.
+
+    **Examples**
+
+    - `logshift demo`
+
+    - `logshift demo --out demo.stlq`
+    """
+    from logshift import converter, runtime
+    from logshift.converter.verify import verify
+
+    model, folder = DEMO / "resnet20-cifar10.onnx", DEMO / "pictures"
+    with tempfile.TemporaryDirectory() as temporary:
+        target = out or Path(temporary) / "demo.stlq"
+        report = converter.convert(
+            model, target, calibration=folder, preprocessing=runtime.Preprocessing(),
+            labels=DEMO_LABELS,
+        )  # fmt: skip
+        session = _load(target)
+    records, pictures = [], []
+    for path in sorted(folder.glob("*.jpg")):
+        picture = _picture(path)
+        pictures.append(picture)
+        best = _best(session.run(picture)[0], DEMO_LABELS)["top"][0]
+        records.append({"picture": path.name, "truth": path.stem, **best})
+    times = _spread(_in_turns([partial(session.run, picture)], 1.0)[0])
+    right = sum(record["truth"] == record["label"] for record in records)
+    result = {
+        "pictures": records,
+        "right": right,
+        "same_as_float": verify(model, session, pictures).agreement,
+        "onnx_bytes": report.onnx_bytes,
+        "packed_bytes": report.file_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        "nzr": report.nzr,
+        "threads": session.threads,
+        "seconds": times,
+        "file": None if out is None else str(out),
+    }
+    _show(result, _demo_text(result), as_json)
+
+
+def _demo_text(result: dict[str, Any]) -> str:
+    from logshift.runtime.table import text_table
+
+    rows = [("picture", "prediction", "score")]
+    rows += [(r["picture"], r["label"], f"{r['score']:.2f}") for r in result["pictures"]]
+    ratio = result["onnx_bytes"] / result["packed_bytes"]
+    seconds = result["seconds"]
+    lines = [
+        text_table(rows, left=2),
+        "",
+        f"{result['right']} of {len(result['pictures'])} right, the same as the float32 network for"
+        f" {100 * result['same_as_float']:.0f} %",
+        f"ONNX float32 {result['onnx_bytes']:,} bytes, packed {result['packed_bytes']:,} bytes:"
+        f" {ratio:.1f} times smaller",
+        f"{result['bits_per_weight']:.2f} bits per weight, NZR {100 * result['nzr']:.1f} %",
+        f"{1e3 * seconds['median']:.2f} ms a picture, preprocessing included,"
+        f" {result['threads']} threads",
+    ]
+    if result["file"]:
+        lines.append(f"packed file: {result['file']}")
+    return "\n".join(lines)
+
+
+@app.command()
+def warmup() -> None:
+    """Compile all kernels, so that later commands and programs start fast.
+
+    Compiled code is kept in a cache; after an update of logshift or Numba, or on another CPU, it is
+    made anew.
+
+    **Example**
+
+    - `logshift warmup`
+    """
+    start = time.perf_counter()
+    _warmup()
+    print(f"kernels are ready ({time.perf_counter() - start:.1f} s)")
+
+
+# --- what the commands share --------------------------------------------------------------------
+
+
+def _warmup() -> None:
+    from logshift import runtime
+
+    with _progress("compiling kernels") as show:
+        runtime.warmup(show)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a callable(done, total, detail) that moves a bar on the error stream."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: int, total: int, detail: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{what} {detail}")
+
+        yield show
+
+
+def _load(path: Path, **options: Any) -> Session:
+    from logshift import runtime
+
+    session = runtime.load(path, **options)
+    if session.kernels == "auto":
+        _warmup()  # what takes long on the first run, visibly
+    return session
+
+
+def _expanded(paths: Sequence[Path]) -> list[Path]:
+    """All files, folders replaced by the pictures in them."""
+    from logshift.runtime.picture import picture_files
+
+    return [file for path in paths for file in (picture_files(path) if path.is_dir() else [path])]
+
+
+def _picture(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a .npy file of numbers ({error})") from None
+
+
+def _show(record: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(record, indent=2) if as_json else text)
+
+
+if __name__ == "__main__":
+    main()

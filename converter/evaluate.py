@@ -1,0 +1,185 @@
+"""Float evaluation of lowered nodes: each becomes a tiny ONNX model that onnxruntime runs.
+
+Weights are inputs of that model, so that one session serves float and quantized weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function
+from logshift.kernels.errors import ConversionError
+
+_OPSET = 19
+_IR_VERSION = 8
+_BATCH_ELEMENTS = 2**22
+
+# Takes rows (pictures) and returns the node's inputs for them.
+Fetch = Callable[[slice], list[np.ndarray]]
+
+
+class Evaluator:
+    """Evaluates one lowered node, without its clamp."""
+
+    def __init__(self, node: FloatNode) -> None:
+        self.node = node
+        self.session: onnxruntime.InferenceSession | None = None
+        if node.op in ("QuantizeLinear", "DequantizeLinear", "Flatten"):
+            return
+        if node.op == "Lookup":
+            assert node.function is not None
+            model = _function_model(node.function, TensorProto.FLOAT)
+        else:
+            model = _node_model(node)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:
+        """Return the output for `inputs`; `weight` replaces the node's own."""
+        if self.session is None:
+            x = inputs[0]
+            return x.reshape(x.shape[:2]) if self.node.op == "Flatten" else x
+        feed = {f"x{i}": x for i, x in enumerate(inputs)}
+        if self.node.op == "Lookup":
+            feed = {self.session.get_inputs()[0].name: inputs[0]}
+        if self.node.is_conv:
+            assert self.node.weight is not None and self.node.bias is not None
+            feed["w"] = _onnx_weight(self.node, self.node.weight if weight is None else weight)
+            feed["b"] = self.node.bias
+        return self.session.run(None, feed)[0]
+
+    def sweep(self, fetch: Fetch, count: int, weight: np.ndarray | None = None) -> np.ndarray:
+        """Return the output for `count` pictures, evaluated a few at a time."""
+        size = max(x[0].size for x in fetch(slice(0, 1)))
+        step = max(1, _BATCH_ELEMENTS // size)
+        output: np.ndarray | None = None
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            part = self(fetch(rows), weight)
+            if output is None:
+                output = np.empty((count, *part.shape[1:]), np.float32)
+            output[rows] = part
+        assert output is not None
+        return output
+
+
+def clamped(y: np.ndarray, clamp: Clamp) -> np.ndarray:
+    """Return y within the bounds of `clamp`."""
+    low, high = clamp
+    return y if low is None and high is None else np.clip(y, low, high)
+
+
+def evaluate_graph(graph: FloatGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Evaluate the lowered network in float32 and return its outputs."""
+    values = dict(inputs)
+    for node in graph.nodes:
+        y = Evaluator(node)([values[name] for name in node.inputs])
+        values[node.output] = clamped(y, node.clamp)
+    return {info.name: values[info.name] for info in graph.outputs}
+
+
+def evaluate_function(function: Function, x: np.ndarray) -> np.ndarray:
+    """Evaluate an element-wise function in float64.
+
+    Raises
+    ------
+    ConversionError
+        If it is not finite everywhere on `x`.
+    """
+    model = _function_model(function, TensorProto.DOUBLE)
+    with np.errstate(all="ignore"):
+        (y,) = ReferenceEvaluator(model).run(None, {function.input: x.astype(np.float64)})
+    if not np.isfinite(y).all():
+        worst = float(x[~np.isfinite(y)][0])
+        raise ConversionError(
+            f"the element-wise function of {function.output!r} is not finite at x = {worst:g},"
+            " which its input can reach"
+        )
+    return np.asarray(y, np.float64)
+
+
+def _function_model(function: Function, dtype: int) -> onnx.ModelProto:
+    kind = np.float32 if dtype == TensorProto.FLOAT else np.float64
+    constants = [
+        onnx.numpy_helper.from_array(value.astype(kind), name)
+        for name, value in function.constants.items()
+    ]
+    graph = helper.make_graph(
+        function.nodes,
+        "function",
+        [helper.make_tensor_value_info(function.input, dtype, None)],
+        [helper.make_tensor_value_info(function.output, dtype, None)],
+        constants,
+    )
+    opset = helper.make_opsetid("", function.opset)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
+
+
+def _node_model(node: FloatNode) -> onnx.ModelProto:
+    attributes = dict(node.attributes)
+    inputs = [f"x{i}" for i in range(len(node.inputs))]
+    parameters: dict[str, np.ndarray] = {}
+    if node.is_conv:
+        nodes = [helper.make_node(node.op, ["x0", "w", "b"], ["conv"], **attributes)]
+        last = ["conv", "x1"] if len(inputs) == 2 else ["conv"]
+        nodes.append(helper.make_node("Sum", last, ["y"]))
+        inputs += ["w", "b"]
+    else:
+        if node.op == "Slice":
+            parameters = {
+                key: np.array(attributes.pop(key), np.int64)
+                for key in ("starts", "ends", "axes", "steps")
+            }
+        elif node.op == "Pad":
+            parameters = {"pads": np.array(attributes.pop("pads"), np.int64)}
+        elif node.op == "Resize":
+            parameters = _resize_parameters(attributes)
+        names = [name if parameters[name].size else "" for name in parameters]
+        nodes = [helper.make_node(node.op, inputs + names, ["y"], **attributes)]
+    graph = helper.make_graph(
+        nodes,
+        "node",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(v, name) for name, v in parameters.items() if v.size],
+    )
+    opset = helper.make_opsetid("", _OPSET)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
+
+
+def _resize_parameters(attributes: dict) -> dict[str, np.ndarray]:
+    attributes["axes"] = [2, 3]
+    return {
+        "roi": np.array([], np.float32),
+        "scales": np.array(attributes.pop("scales", []), np.float32),
+        "sizes": np.array(attributes.pop("sizes", []), np.int64),
+    }
+
+
+def _onnx_weight(node: FloatNode, weight: np.ndarray) -> np.ndarray:
+    """From (O, kh, kw, C / group) to ONNX's layout."""
+    if node.op == "Conv":
+        return np.ascontiguousarray(weight.transpose(0, 3, 1, 2))
+    o, kh, kw, in_group = weight.shape
+    group = node.attributes["group"]
+    grouped = weight.reshape(group, o // group, kh, kw, in_group).transpose(0, 4, 1, 2, 3)
+    return np.ascontiguousarray(grouped.reshape(group * in_group, o // group, kh, kw))
+
+
+def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:
+    """Signal-to-noise ratio in dB: infinite without noise, NaN without a signal."""
+    error = signal - noisy
+    power, noise = float(np.vdot(signal, signal)), float(np.vdot(error, error))
+    if power == 0.0:
+        return math.nan
+    return math.inf if noise == 0.0 else 10.0 * math.log10(power / noise)

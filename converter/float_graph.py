@@ -1,0 +1,126 @@
+"""The lowered network: packed operations whose weights are still float.
+
+`lower` makes it from ONNX, `fuse` shrinks it, `edges` puts float32 at its ends and `quantize`
+packs it. Tensors carry the names of the ONNX tensors that they stand for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+
+from logshift.kernels.errors import ConversionError
+from logshift.runtime.graph import Shape, ValueInfo
+
+Clamp = tuple[float | None, float | None]
+NO_CLAMP: Clamp = (None, None)
+
+
+@dataclass
+class Function:
+    """An element-wise function of one tensor, as the ONNX nodes that compute it.
+
+    Attributes
+    ----------
+    input, output : str
+        Tensor names inside `nodes`.
+    nodes : list of onnx.NodeProto, in execution order
+    constants : dict of name to scalar array
+    opset : int
+        Version of the ONNX operators in `nodes`.
+    """
+
+    input: str
+    output: str
+    nodes: list[onnx.NodeProto]
+    constants: dict[str, np.ndarray]
+    opset: int
+
+
+@dataclass(eq=False)
+class FloatNode:
+    """One operation of the lowered network.
+
+    Attributes
+    ----------
+    op : str
+        A key of `runtime.graph.OPERATORS`; before fusion also "Affine" (weight * x + bias per
+        channel) and "Elementwise" (`function`, of one or more tensors).
+    name : str
+        Name of the ONNX node it came from.
+    inputs : tensor names; a second one of a Conv is added to its result
+    output : tensor name
+    attributes : dict
+        As in the packed node, without `clamp`.
+    weight : float32 array (O, kh, kw, C / group), or (C,) of an Affine
+    bias : float32 array of shape (O,)
+    clamp : (low, high) in real units, None for no bound
+    function : Function
+        Of a Lookup.
+    """
+
+    op: str
+    name: str
+    inputs: list[str]
+    output: str
+    attributes: dict[str, Any] = field(default_factory=dict)
+    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    clamp: Clamp = NO_CLAMP
+    function: Function | None = None
+
+    @property
+    def is_conv(self) -> bool:
+        """Tell whether the node has weights to quantize."""
+        return self.op in ("Conv", "ConvTranspose")
+
+
+@dataclass
+class FloatGraph:
+    """The lowered network.
+
+    Attributes
+    ----------
+    nodes : list of FloatNode, in execution order
+    inputs, outputs : list of ValueInfo
+    results : dict of output name to the tensor that holds it
+        Before `edges`; afterwards both are the same.
+    shapes : dict of tensor name to nominal (N, C, H, W)
+    float_tensors : set of tensors that stay float32
+        Known after `edges`.
+    """
+
+    nodes: list[FloatNode]
+    inputs: list[ValueInfo]
+    outputs: list[ValueInfo]
+    results: dict[str, str]
+    shapes: dict[str, Shape]
+    float_tensors: set[str] = field(default_factory=set)
+
+    def uses(self) -> Counter[str]:
+        """How often each tensor is read, by nodes and as a result."""
+        counts = Counter(name for node in self.nodes for name in node.inputs)
+        counts.update(self.results.values())
+        return counts
+
+
+@dataclass
+class Problems:
+    """What cannot be converted, gathered so that one error can tell all of it."""
+
+    found: list[str] = field(default_factory=list)
+
+    def add(self, op: str, name: str, why: str) -> None:
+        """Note an offending node."""
+        self.found.append(f"{op} {name!r}: {why}")
+
+    def raise_if_any(self) -> None:
+        """Raise one `ConversionError` that lists everything noted."""
+        if self.found:
+            count = f"{len(self.found)} node{'s' if len(self.found) > 1 else ''}"
+            listing = "\n".join(f"  - {line}" for line in self.found)
+            raise ConversionError(f"{count} of the model cannot be converted:\n{listing}")

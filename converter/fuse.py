@@ -1,0 +1,201 @@
+"""Fewer, larger nodes: what a convolution, an addition or one table can do at once.
+
+Every rule keeps the function exactly; each looks back from a node to the producer of its input.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from logshift.converter.float_graph import (
+    NO_CLAMP,
+    Clamp,
+    FloatGraph,
+    FloatNode,
+    Function,
+    Problems,
+)
+from logshift.runtime.graph import OPERATORS
+
+
+def fuse(graph: FloatGraph, problems: Problems) -> None:
+    """Fuse `graph` in place, leaving only packed operators.
+
+    - Affine (batch normalization, arithmetic with constants) goes into the weights of the
+      convolution before it, else becomes a table or a depthwise 1x1 convolution;
+    - Relu and Clip become the clamp of the convolution or addition before them;
+    - Add goes into a convolution that feeds nothing else and has no clamp yet;
+    - all other element-wise nodes that depend on one tensor become one table of that tensor;
+    - a Pad of height and width goes into the convolution after it.
+
+    Nodes that remain impossible are added to `problems`.
+    """
+    _Fusion(graph, problems).run()
+    _drop_unused(graph)
+
+
+class _Fusion:
+    def __init__(self, graph: FloatGraph, problems: Problems) -> None:
+        self.graph = graph
+        self.problems = problems
+        self.uses = graph.uses()
+        self.nodes: list[FloatNode] = []
+        self.producer: dict[str, FloatNode] = {}
+
+    def run(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "Affine":
+                self._affine(node)
+            elif node.op == "Elementwise":
+                self._elementwise(node)
+            elif node.op == "Conv":
+                self._absorb_pad(node)
+                self._emit(node)
+            else:
+                self._emit(node)
+        self.graph.nodes = self.nodes
+
+    def _emit(self, node: FloatNode) -> None:
+        self.nodes.append(node)
+        self.producer[node.output] = node
+
+    def _sole_producer(self, tensor: str, *ops: str) -> FloatNode | None:
+        """Return the producer of `tensor` if it is one of `ops` and nothing else reads it."""
+        node = self.producer.get(tensor)
+        return node if node and node.op in ops and self.uses[tensor] == 1 else None
+
+    def _rename_output(self, node: FloatNode, tensor: str) -> None:
+        del self.producer[node.output]
+        node.output = tensor
+        self.producer[tensor] = node
+
+    def _affine(self, node: FloatNode) -> None:
+        assert node.weight is not None and node.bias is not None
+        conv = self._sole_producer(node.inputs[0], "Conv", "ConvTranspose")
+        if conv and conv.clamp == NO_CLAMP and len(conv.inputs) == 1:
+            assert conv.weight is not None and conv.bias is not None
+            scale = node.weight.astype(np.float64)
+            conv.weight = (conv.weight * scale[:, None, None, None]).astype(np.float32)
+            conv.bias = (conv.bias * scale + node.bias).astype(np.float32)
+            self._rename_output(conv, node.output)
+        elif node.function:
+            self._elementwise(node)
+        else:
+            # One weight per channel is alpha itself, so quantization does not touch it.
+            node.op = "Conv"
+            node.attributes = {
+                "strides": [1, 1],
+                "pads": [0, 0, 0, 0],
+                "dilations": [1, 1],
+                "group": node.weight.size,
+            }
+            node.weight = node.weight.reshape(-1, 1, 1, 1)
+            self._emit(node)
+
+    def _elementwise(self, node: FloatNode) -> None:
+        if node.clamp != NO_CLAMP:
+            target = self._sole_producer(node.inputs[0], "Conv", "ConvTranspose", "Add")
+            if target:
+                target.clamp = _clamp_twice(target.clamp, node.clamp)
+                self._rename_output(target, node.output)
+                return
+        sources = {self._source(name) for name in node.inputs}
+        assert node.function is not None
+        kind = node.function.nodes[0].op_type
+        if len(sources) == 1:
+            source = sources.pop()
+            function = self._composed(node, source)
+            self._emit(FloatNode("Lookup", node.name, [source], node.output, function=function))
+        elif kind == "Add":
+            self._add(node)
+        else:
+            self.problems.add(kind, node.name, "combines two different computed tensors")
+
+    def _source(self, tensor: str) -> str:
+        """Return the tensor of which `tensor` is an element-wise function, or itself."""
+        node = self.producer.get(tensor)
+        return node.inputs[0] if node and node.op == "Lookup" else tensor
+
+    def _composed(self, node: FloatNode, source: str) -> Function:
+        """Return the function of `node` as one of `source`: the tables it reads, then itself."""
+        assert node.function is not None
+        nodes: list[onnx.NodeProto] = []
+        constants: dict[str, np.ndarray] = {}
+        for name in node.inputs:
+            if name != source:
+                inner = self.producer[name].function
+                assert inner is not None
+                nodes += [n for n in inner.nodes if n not in nodes]
+                constants |= inner.constants
+        return Function(
+            source,
+            node.output,
+            nodes + node.function.nodes,
+            constants | node.function.constants,
+            node.function.opset,
+        )
+
+    def _add(self, node: FloatNode) -> None:
+        convs = [
+            conv
+            for name in node.inputs
+            if (conv := self._sole_producer(name, "Conv"))
+            and conv.clamp == NO_CLAMP
+            and len(conv.inputs) == 1
+        ]
+        if not convs:
+            self._emit(FloatNode("Add", node.name, node.inputs, node.output))
+            return
+        # The later of two convolutions: the other summand is complete by then.
+        conv = max(convs, key=self.nodes.index)
+        residual = next(name for name in node.inputs if name != conv.output)
+        self.nodes.remove(conv)
+        conv.inputs.append(residual)
+        self._rename_output(conv, node.output)
+        self.nodes.append(conv)
+
+    def _absorb_pad(self, conv: FloatNode) -> None:
+        pad = self._sole_producer(conv.inputs[0], "Pad")
+        if pad is None:
+            return
+        _, c0, top, left, _, c1, bottom, right = pad.attributes["pads"]
+        own = conv.attributes["pads"]
+        pads = [p + q for p, q in zip(own, (top, left, bottom, right), strict=True)]
+        if c0 == c1 == 0 and pads_fit(conv, pads):
+            conv.attributes["pads"] = pads
+            conv.inputs[0] = pad.inputs[0]
+            self.nodes.remove(pad)
+
+
+def pads_fit(conv: FloatNode, pads: list[int]) -> bool:
+    """Tell whether the packed convolution allows these pads: less than the kernel's extent."""
+    assert conv.weight is not None
+    kernel = conv.weight.shape[1:3]
+    dilations = conv.attributes["dilations"]
+    extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    return all(0 <= pad < max(extent[side % 2], 2) for side, pad in enumerate(pads))
+
+
+def _clamp_twice(first: Clamp, second: Clamp) -> Clamp:
+    low, high = second
+
+    def bound(value: float | None, fallback: float | None) -> float | None:
+        if value is None:
+            return fallback
+        if low is not None:
+            value = max(value, low)
+        return value if high is None else min(value, high)
+
+    return bound(first[0], low), bound(first[1], high)
+
+
+def _drop_unused(graph: FloatGraph) -> None:
+    needed = set(graph.results.values())
+    kept = []
+    for node in reversed(graph.nodes):
+        if node.output in needed:
+            needed.update(node.inputs)
+            kept.append(node)
+    graph.nodes = kept[::-1]
+    assert {node.op for node in kept} <= set(OPERATORS)

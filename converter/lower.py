@@ -1,0 +1,678 @@
+"""From ONNX to packed operations, node by node; weights stay float and nothing is fused yet.
+
+The packed network knows (N, C, H, W) only. An ONNX tensor (N, F) is either stored as (N, F, 1, 1),
+or it is a flattened (N, C, H, W), which only a Gemm (as a convolution with a kernel of H x W) and
+element-wise functions can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+
+from logshift.converter.float_graph import (
+    NO_CLAMP,
+    Clamp,
+    FloatGraph,
+    FloatNode,
+    Function,
+    Problems,
+)
+from logshift.converter.fuse import pads_fit
+from logshift.converter.onnx_model import Model, Trace
+from logshift.runtime.graph import Dim, Shape, ValueInfo
+
+# Clip bounds beyond this are float32's way to say "none".
+_NO_BOUND = 1e30
+
+_ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
+_ELEMENTWISE = _ARITHMETIC | {
+    "Abs", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
+    "HardSwish", "LeakyRelu", "Log", "Max", "Min", "Mish", "Neg", "PRelu", "Pow", "Reciprocal",
+    "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Tanh",
+    "ThresholdedRelu",
+}  # fmt: skip
+_VARIADIC = _ELEMENTWISE | {"Concat", "MatMul", "Sum"}
+
+_HINTS = {
+    "Softmax": "; end the model before it (the largest logit stays the largest)",
+    "LogSoftmax": "; end the model before it (the largest logit stays the largest)",
+    "ArgMax": "; end the model before it and take the maximum of its output",
+    "Transpose": "; export the model with channels first (N, C, H, W)",
+}
+
+
+def _name(node: onnx.NodeProto) -> str:
+    """Return the node's name; nodes without one are known by their output."""
+    return node.name or node.output[0]
+
+
+class _Unsupported(Exception):
+    """Why a node has no packed counterpart."""
+
+
+def lower(model: Model, trace: Trace, problems: Problems) -> FloatGraph:
+    """Translate every ONNX node that the outputs depend on.
+
+    Parameters
+    ----------
+    model : Model
+    trace : Trace
+        Of a sample of the nominal size.
+    problems : Problems
+        Nodes that cannot be translated are added to it.
+
+    Returns
+    -------
+    FloatGraph
+        With "Affine" and "Elementwise" nodes, which `fuse` resolves.
+    """
+    return _Lowering(model, trace, problems).run()
+
+
+class _Lowering:
+    def __init__(self, model: Model, trace: Trace, problems: Problems) -> None:
+        self.model = model
+        self.constants = trace.constants
+        self.trace = trace
+        self.problems = problems
+        self.nodes: list[FloatNode] = []
+        self.alias: dict[str, str] = {}
+        self.shapes: dict[str, Shape] = {}
+        # Set once a node's translation holds for the nominal height and width only.
+        self.fixed_size = False
+
+    def run(self) -> FloatGraph:
+        graph = self.model.proto.graph
+        for info in self.model.inputs:
+            self.shapes[info.name] = self.trace.shapes[info.name]
+        for node in self._needed(graph):
+            try:
+                self._lower(node)
+            except _Unsupported as reason:
+                self.problems.add(node.op_type, _name(node), str(reason))
+        results = {}
+        for value in graph.output:
+            try:
+                results[value.name] = self.tensor(value.name)
+            except _Unsupported as reason:
+                self.problems.add("output", value.name, str(reason))
+        return FloatGraph(
+            self.nodes, self._inputs(), self._outputs(graph, results), results, self.shapes
+        )
+
+    def _needed(self, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+        """Nodes that compute data, in execution order: not those that only compute sizes."""
+        needed = {value.name for value in graph.output}
+        kept = []
+        for node in reversed(graph.node):
+            if node.op_type != "Constant" and needed.intersection(node.output):
+                needed.update(node.input if node.op_type in _VARIADIC else node.input[:1])
+                kept.append(node)
+        return kept[::-1]
+
+    def _lower(self, node: onnx.NodeProto) -> None:
+        for name in node.output:
+            if len(shape := self.trace.shapes.get(name, ())) in (2, 4):
+                # Also of a node that fails: its consumers shall be judged on their own.
+                self.shapes[name] = shape if len(shape) == 4 else (*shape, 1, 1)
+        if node.domain not in ("", "ai.onnx"):
+            raise _Unsupported(f"operator of the domain {node.domain!r}")
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in attributes.items()}
+        handler = _HANDLERS.get(node.op_type)
+        if handler is None:
+            raise _Unsupported(f"not supported{_HINTS.get(node.op_type, '')}")
+        handler(self, node, attributes)
+
+    # --- what handlers ask for -----------------------------------------------------------------
+
+    def source(self, name: str) -> str:
+        """Return the stored tensor that `name` is, or is a flattened view of."""
+        if name in self.constants:
+            raise _Unsupported(f"its input {name!r} is a constant")
+        name = self.alias.get(name, name)
+        if name not in self.shapes:
+            shape = self.trace.shapes.get(name, ())
+            raise _Unsupported(f"its input has shape {shape}; only (N, C, H, W) is supported")
+        return name
+
+    def tensor(self, name: str) -> str:
+        """Return the stored tensor that `name` is; not one of which it is a flattened view."""
+        source = self.source(name)
+        if self.shapes[source][:2] != self.trace.shapes[name][:2]:
+            raise _Unsupported(f"reads a flattened tensor of shape {self.shapes[source]}")
+        return source
+
+    def constant(self, name: str) -> np.ndarray:
+        """Return a weight as float32."""
+        if name not in self.constants:
+            raise _Unsupported(f"its weight {name!r} is not a constant")
+        array = self.constants[name]
+        if array.dtype not in (np.float32, np.float64):
+            raise _Unsupported(f"its weight {name!r} is {array.dtype}, not float32")
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise _Unsupported(f"its weight {name!r} holds NaN or infinity")
+        return array
+
+    def integers(self, node: onnx.NodeProto, index: int) -> list[int] | None:
+        """Return an input that gives sizes or positions; None if it is absent."""
+        name = node.input[index] if index < len(node.input) else ""
+        if not name:
+            return None
+        if name in self.constants:
+            return [int(v) for v in self.constants[name].ravel()]
+        if name not in self.trace.integers:
+            raise _Unsupported(f"its input {name!r} must be a constant")
+        self.fixed_size = True
+        return [int(v) for v in self.trace.integers[name].ravel()]
+
+    def emit(self, op: str, node: onnx.NodeProto, inputs: list[str], **fields: Any) -> None:
+        self.nodes.append(FloatNode(op, _name(node), inputs, node.output[0], **fields))
+
+    # --- inputs and outputs --------------------------------------------------------------------
+
+    def _inputs(self) -> list[ValueInfo]:
+        infos = []
+        for info in self.model.inputs:
+            nominal = self.shapes[info.name]
+            shape = (*info.shape[:2], *(nominal[2:] if self.fixed_size else info.shape[2:]))
+            infos.append(ValueInfo(info.name, shape, nominal))
+        return infos
+
+    def _outputs(self, graph: onnx.GraphProto, results: dict[str, str]) -> list[ValueInfo]:
+        sizes = [dim for info in self._inputs() for dim in info.shape[2:]]
+        dynamic = any(isinstance(dim, str) for dim in sizes)
+        infos = []
+        for value in graph.output:
+            if value.name not in results:
+                continue
+            nominal = self.trace.shapes[value.name]
+            declared = list(value.type.tensor_type.shape.dim)
+            shape: list[Dim] = [self.model.inputs[0].shape[0], nominal[1]]
+            for axis in range(2, len(nominal)):
+                dim = declared[axis] if axis < len(declared) else None
+                if not dynamic or (dim and dim.dim_value == nominal[axis]):
+                    shape.append(nominal[axis])
+                else:
+                    shape.append((dim and dim.dim_param) or f"{value.name}_dim_{axis}")
+            infos.append(ValueInfo(value.name, tuple(shape), nominal))
+        return infos
+
+
+_Handler = Callable[[_Lowering, onnx.NodeProto, dict[str, Any]], None]
+_HANDLERS: dict[str, _Handler] = {}
+
+
+def _lowers(*ops: str) -> Callable[[_Handler], _Handler]:
+    def register(handler: _Handler) -> _Handler:
+        _HANDLERS.update(dict.fromkeys(ops, handler))
+        return handler
+
+    return register
+
+
+# --- convolutions -------------------------------------------------------------------------------
+
+
+@_lowers("Conv")
+def _conv(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    weight = ctx.constant(node.input[1])
+    if weight.ndim != 4:
+        raise _Unsupported(f"is {weight.ndim - 2}-dimensional; only 2-D is supported")
+    x = ctx.tensor(node.input[0])
+    attributes = _window_attributes(ctx, a, ctx.shapes[x], weight.shape[2:])
+    attributes["group"] = a.get("group", 1)
+    _emit_conv(ctx, node, x, weight.transpose(0, 2, 3, 1), attributes)
+
+
+@_lowers("ConvTranspose")
+def _conv_transpose(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    weight = ctx.constant(node.input[1])
+    if weight.ndim != 4:
+        raise _Unsupported(f"is {weight.ndim - 2}-dimensional; only 2-D is supported")
+    x = ctx.tensor(node.input[0])
+    group = a.get("group", 1)
+    channels, per_group, kh, kw = weight.shape
+    attributes = {
+        "strides": list(a.get("strides", [1, 1])),
+        "dilations": list(a.get("dilations", [1, 1])),
+        "output_padding": list(a.get("output_padding", [0, 0])),
+        "group": group,
+    }
+    attributes["pads"] = _transposed_pads(ctx, node, a, attributes, ctx.shapes[x], (kh, kw))
+    # ONNX: (group * Cg, Og, kh, kw); packed: (group * Og, kh, kw, Cg).
+    weight = weight.reshape(group, channels // group, per_group, kh, kw)
+    weight = weight.transpose(0, 2, 3, 4, 1).reshape(group * per_group, kh, kw, channels // group)
+    _emit_conv(ctx, node, x, weight, attributes)
+
+
+@_lowers("Gemm")
+def _gemm(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    if a.get("transA", 0):
+        raise _Unsupported("transA = 1 mixes the pictures of a batch")
+    weight = ctx.constant(node.input[1])
+    weight = weight if a.get("transB", 0) else weight.T
+    bias = None
+    if len(node.input) > 2 and node.input[2]:
+        bias = ctx.constant(node.input[2])
+        if bias.size not in (1, weight.shape[0]):
+            raise _Unsupported(f"its bias has shape {bias.shape}")
+        bias = np.float32(a.get("beta", 1.0)) * np.resize(bias, weight.shape[0])
+    _emit_matrix(ctx, node, weight * np.float32(a.get("alpha", 1.0)), bias)
+
+
+@_lowers("MatMul")
+def _matmul(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    weight = ctx.constant(node.input[1])
+    if weight.ndim != 2 or len(ctx.trace.shapes[node.input[0]]) != 2:
+        raise _Unsupported("only (N, F) times a constant (F, O) is supported")
+    _emit_matrix(ctx, node, weight.T, None)
+
+
+def _emit_matrix(
+    ctx: _Lowering, node: onnx.NodeProto, weight: np.ndarray, bias: np.ndarray | None
+) -> None:
+    """Emit x @ weight.T, (O, F): a convolution whose kernel covers what was flattened."""
+    x = ctx.source(node.input[0])
+    _, c, h, w = ctx.shapes[x]
+    if c * h * w != weight.shape[1]:
+        raise _Unsupported(f"multiplies {weight.shape[1]} features, reads shape {ctx.shapes[x]}")
+    if h * w > 1:
+        ctx.fixed_size = True
+    weight = weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1)
+    attributes = {"strides": [1, 1], "pads": [0, 0, 0, 0], "dilations": [1, 1], "group": 1}
+    ctx.emit(
+        "Conv",
+        node,
+        [x],
+        weight=np.ascontiguousarray(weight),
+        attributes=attributes,
+        bias=np.zeros(len(weight), np.float32) if bias is None else bias,
+    )
+
+
+def _emit_conv(
+    ctx: _Lowering, node: onnx.NodeProto, x: str, weight: np.ndarray, attributes: dict[str, Any]
+) -> None:
+    if len(node.input) > 2 and node.input[2]:
+        bias = ctx.constant(node.input[2])
+    else:
+        bias = np.zeros(weight.shape[0], np.float32)
+    pads = attributes["pads"]
+    if min(pads) < 0:
+        raise _Unsupported(f"pads {pads} are negative")
+    conv = FloatNode(
+        node.op_type,
+        _name(node),
+        [x],
+        node.output[0],
+        attributes,
+        np.ascontiguousarray(weight),
+        bias,
+    )
+    if not pads_fit(conv, pads):
+        if node.op_type == "ConvTranspose":
+            raise _Unsupported(f"pads {pads} reach beyond the kernel's extent")
+        conv.inputs = [_emit_pad(ctx, conv, pads)]
+        conv.attributes["pads"] = [0, 0, 0, 0]
+    ctx.nodes.append(conv)
+
+
+def _emit_pad(ctx: _Lowering, conv: FloatNode, pads: list[int]) -> str:
+    """Emit a Pad before `conv` with all of its pads, and return the padded tensor."""
+    x, padded = conv.inputs[0], f"{conv.inputs[0]}/padded for {conv.output}"
+    top, left, bottom, right = pads
+    n, c, h, w = ctx.shapes[x]
+    ctx.shapes[padded] = (n, c, h + top + bottom, w + left + right)
+    attributes = {"pads": [0, 0, top, left, 0, 0, bottom, right]}
+    ctx.nodes.append(FloatNode("Pad", f"{conv.name}/Pad", [x], padded, attributes))
+    return padded
+
+
+def _window_attributes(
+    ctx: _Lowering, a: dict[str, Any], shape: Shape, kernel: tuple[int, ...]
+) -> dict[str, Any]:
+    """Strides, dilations and explicit pads of a convolution or pooling."""
+    strides = list(a.get("strides", [1, 1]))
+    dilations = list(a.get("dilations", [1, 1]))
+    mode = a.get("auto_pad", "NOTSET")
+    pads = list(a.get("pads", [0, 0, 0, 0])) if mode == "NOTSET" else [0, 0, 0, 0]
+    if mode.startswith("SAME"):
+        ctx.fixed_size |= strides != [1, 1]
+        for i in range(2):
+            extent = dilations[i] * (kernel[i] - 1) + 1
+            size = shape[2 + i]
+            total = max((-(-size // strides[i]) - 1) * strides[i] + extent - size, 0)
+            pads[i], pads[i + 2] = _split_pad(total, mode)
+    return {"strides": strides, "pads": pads, "dilations": dilations}
+
+
+def _transposed_pads(
+    ctx: _Lowering,
+    node: onnx.NodeProto,
+    a: dict[str, Any],
+    attributes: dict[str, Any],
+    shape: Shape,
+    kernel: tuple[int, int],
+) -> list[int]:
+    """Return explicit pads of a ConvTranspose; its output's size is known from the trace."""
+    mode = a.get("auto_pad", "NOTSET")
+    if mode == "NOTSET" and "output_shape" not in a:
+        return list(a.get("pads", [0, 0, 0, 0]))
+    pads = [0, 0, 0, 0]
+    if mode == "VALID":
+        return pads
+    ctx.fixed_size |= "output_shape" in a
+    out = ctx.trace.shapes[node.output[0]]
+    for i in range(2):
+        extent = attributes["dilations"][i] * (kernel[i] - 1) + 1
+        full = attributes["strides"][i] * (shape[2 + i] - 1) + extent
+        total = full + attributes["output_padding"][i] - out[2 + i]
+        pads[i], pads[i + 2] = _split_pad(total, mode)
+    return pads
+
+
+def _split_pad(total: int, mode: str) -> tuple[int, int]:
+    small, large = total // 2, total - total // 2
+    return (small, large) if mode == "SAME_UPPER" else (large, small)
+
+
+# --- pooling ------------------------------------------------------------------------------------
+
+
+@_lowers("MaxPool", "AveragePool")
+def _pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    if len(node.output) > 1 and node.output[1]:
+        raise _Unsupported("its indices are used")
+    x = ctx.tensor(node.input[0])
+    kernel = list(a["kernel_shape"])
+    attributes = _window_attributes(ctx, a, ctx.shapes[x], tuple(kernel))
+    attributes |= {"kernel_shape": kernel, "ceil_mode": a.get("ceil_mode", 0)}
+    if node.op_type == "AveragePool":
+        attributes["count_include_pad"] = a.get("count_include_pad", 0)
+    if any(not 0 <= p < kernel[i % 2] for i, p in enumerate(attributes["pads"])):
+        raise _Unsupported(f"pads {attributes['pads']} must be below the kernel's size {kernel}")
+    ctx.emit(node.op_type, node, [x], attributes=attributes)
+
+
+@_lowers("GlobalAveragePool")
+def _global_average_pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    ctx.emit("GlobalAveragePool", node, [ctx.tensor(node.input[0])])
+
+
+@_lowers("GlobalMaxPool")
+def _global_max_pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    x = ctx.tensor(node.input[0])
+    ctx.fixed_size = True
+    ctx.emit("MaxPool", node, [x], attributes={"kernel_shape": list(ctx.shapes[x][2:])})
+
+
+@_lowers("ReduceMean")
+def _reduce_mean(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    axes = a.get("axes") or ctx.integers(node, 1) or []
+    x = ctx.tensor(node.input[0])
+    if len(ctx.trace.shapes[node.input[0]]) != 4 or sorted(axis % 4 for axis in axes) != [2, 3]:
+        raise _Unsupported(f"axes {list(axes)}; only the mean over height and width is supported")
+    ctx.emit("GlobalAveragePool", node, [x])
+
+
+# --- element-wise -------------------------------------------------------------------------------
+
+
+def _elementwise(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    tensors = [ctx.source(name) for name in node.input if name and name not in ctx.constants]
+    if not tensors:
+        raise _Unsupported("all its inputs are constants")
+    shapes = {ctx.trace.shapes[name] for name in node.input if name and name not in ctx.constants}
+    if len(shapes) > 1 or len({ctx.shapes[t] for t in tensors}) > 1:
+        raise _Unsupported(f"combines tensors of different shapes {sorted(shapes)}")
+    constants = {n: ctx.constants[n] for n in node.input if n in ctx.constants}
+    # Onto itself: a view of a tensor becomes an element-wise function of that tensor.
+    ctx.shapes[node.output[0]] = ctx.shapes[tensors[0]]
+    function = None
+    if all(_is_scalar(array) for array in constants.values()):
+        function = _function(ctx, node, constants)
+    if node.op_type in _ARITHMETIC and len(tensors) == len(constants) == 1:
+        if affine := _affine(ctx, node, tensors[0], next(iter(constants.values()))):
+            ctx.emit("Affine", node, tensors, weight=affine[0], bias=affine[1], function=function)
+            return
+    if function is None:
+        raise _Unsupported("its constant is neither one value nor one per channel")
+    ctx.emit(
+        "Elementwise",
+        node,
+        list(dict.fromkeys(tensors)),
+        clamp=_clamp(node, a, constants),
+        function=function,
+    )
+
+
+_HANDLERS.update(dict.fromkeys(_ELEMENTWISE, _elementwise))
+
+
+@_lowers("Sum")
+def _sum(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    if len(node.input) != 2:
+        raise _Unsupported(f"has {len(node.input)} inputs; only 2 are supported")
+    add = onnx.helper.make_node("Add", node.input, node.output, name=node.name)
+    _elementwise(ctx, add, a)
+
+
+@_lowers("BatchNormalization")
+def _batch_normalization(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    if a.get("training_mode", 0):
+        raise _Unsupported("is in training mode; export the model for inference")
+    gamma, beta, mean, variance = (ctx.constant(n).astype(np.float64) for n in node.input[1:5])
+    scale = gamma / np.sqrt(variance + a.get("epsilon", 1e-5))
+    shift = beta - mean * scale
+    ctx.emit(
+        "Affine",
+        node,
+        [ctx.tensor(node.input[0])],
+        weight=scale.astype(np.float32),
+        bias=shift.astype(np.float32),
+    )
+
+
+def _is_scalar(array: np.ndarray) -> bool:
+    return array.size > 0 and bool((array == array.flat[0]).all())
+
+
+def _function(ctx: _Lowering, node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> Function:
+    """Return the node as a function of its stored inputs, its constants reduced to scalars."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    del copy.input[:]
+    copy.input.extend(n if n in constants or not n else ctx.source(n) for n in node.input)
+    scalars = {name: array.flat[0].reshape(()) for name, array in constants.items()}
+    source = next(n for n in copy.input if n and n not in constants)
+    return Function(source, node.output[0], [copy], scalars, ctx.model.opset)
+
+
+def _affine(
+    ctx: _Lowering, node: onnx.NodeProto, tensor: str, constant: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scale and shift per channel of arithmetic with a constant, or None if it is no such thing."""
+    channels = ctx.shapes[tensor][1]
+    first = node.input[0] in ctx.constants
+    if constant.size != 1:
+        rank = 4 if len(ctx.trace.shapes[node.output[0]]) == 4 else 2
+        shape = (1,) * (rank - constant.ndim) + constant.shape
+        if len(shape) != rank or shape[1] != constant.size or constant.size != channels:
+            return None
+    value = np.resize(constant.astype(np.float64).ravel(), channels)
+    if not np.isfinite(value).all():
+        raise _Unsupported("its constant holds NaN or infinity")
+    one, zero = np.ones(channels), np.zeros(channels)
+    match node.op_type:
+        case "Add":
+            scale, shift = one, value
+        case "Sub":
+            scale, shift = (-one, value) if first else (one, -value)
+        case "Mul":
+            scale, shift = value, zero
+        case _:
+            if first or not value.all():
+                return None
+            scale, shift = one / value, zero
+    return scale.astype(np.float32), shift.astype(np.float32)
+
+
+def _clamp(node: onnx.NodeProto, a: dict[str, Any], constants: dict[str, np.ndarray]) -> Clamp:
+    """Return the bounds if the node is nothing but a clamp."""
+
+    def bound(index: int, attribute: str = "") -> float | None:
+        name = node.input[index] if index < len(node.input) else ""
+        value = float(constants[name].flat[0]) if name in constants else a.get(attribute)
+        return None if value is None or abs(value) > _NO_BOUND else value
+
+    match node.op_type:
+        case "Relu":
+            return 0.0, None
+        case "Clip":
+            return bound(1, "min"), bound(2, "max")
+        case "Max" | "Min" if len(node.input) == 2 and len(constants) == 1:
+            value = bound(0 if node.input[0] in constants else 1)
+            return (value, None) if node.op_type == "Max" else (None, value)
+    return NO_CLAMP
+
+
+# --- moving values ------------------------------------------------------------------------------
+
+
+@_lowers("Concat")
+def _concat(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    rank = len(ctx.trace.shapes[node.output[0]])
+    axis = a["axis"] % rank
+    if axis == 0:
+        raise _Unsupported("joins pictures of a batch")
+    ctx.emit("Concat", node, [ctx.tensor(n) for n in node.input], attributes={"axis": axis})
+
+
+@_lowers("Slice")
+def _slice(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    x = ctx.tensor(node.input[0])
+    starts = a.get("starts") or ctx.integers(node, 1) or []
+    ends = a.get("ends") or ctx.integers(node, 2) or []
+    axes = a.get("axes") or ctx.integers(node, 3) or range(len(starts))
+    steps = ctx.integers(node, 4) or [1] * len(starts)
+    rank = len(ctx.trace.shapes[node.input[0]])
+    attributes: dict[str, list[int]] = {"axes": [], "starts": [], "ends": [], "steps": []}
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if step < 1:
+            raise _Unsupported(f"step {step}; only positive steps are supported")
+        if axis % rank == 0:
+            raise _Unsupported("takes pictures out of a batch")
+        # The largest int64 is a usual way to say "to the end"; the format wants |end| < 2^63.
+        values = (axis % rank, start, min(end, 2**31 - 1), step)
+        for key, value in zip(attributes, values, strict=True):
+            attributes[key].append(int(value))
+    ctx.emit("Slice", node, [x], attributes=attributes)
+
+
+@_lowers("Split")
+def _split(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    x = ctx.tensor(node.input[0])
+    axis = a.get("axis", 0) % len(ctx.trace.shapes[node.input[0]])
+    if axis == 0:
+        raise _Unsupported("takes pictures out of a batch")
+    start = 0
+    for name in node.output:
+        end = start + ctx.shapes[name][axis]
+        attributes = {"axes": [axis], "starts": [start], "ends": [end], "steps": [1]}
+        ctx.nodes.append(FloatNode("Slice", f"{_name(node)}/{name}", [x], name, attributes))
+        start = end
+    ctx.fixed_size |= axis > 1
+
+
+@_lowers("Pad")
+def _pad(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    x = ctx.tensor(node.input[0])
+    if (mode := a.get("mode", "constant")) != "constant":
+        raise _Unsupported(f"mode {mode!r}; only constant zero is supported")
+    value = a.get("value", 0.0)
+    if len(node.input) > 2 and node.input[2]:
+        value = float(ctx.constant(node.input[2]).item())
+    if value != 0.0:
+        raise _Unsupported(f"pads with {value}; only zero is supported")
+    given = a.get("pads") or ctx.integers(node, 1) or []
+    axes = ctx.integers(node, 3) or list(range(len(ctx.trace.shapes[node.input[0]])))
+    pads = [0] * 8
+    for i, axis in enumerate(axes):
+        pads[axis % 4], pads[axis % 4 + 4] = given[i], given[i + len(axes)]
+    if min(pads) < 0 or pads[0] or pads[4]:
+        raise _Unsupported(f"pads {list(given)}; only adding to C, H and W is supported")
+    ctx.emit("Pad", node, [x], attributes={"pads": pads})
+
+
+@_lowers("Resize", "Upsample")
+def _resize(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    x = ctx.tensor(node.input[0])
+    modern = node.op_type == "Resize" and ctx.model.opset >= 11
+    mode = a.get("mode", "nearest")
+    coordinates = a.get("coordinate_transformation_mode", "half_pixel") if modern else "asymmetric"
+    nearest = a.get("nearest_mode", "round_prefer_floor") if modern else "floor"
+    if mode not in ("nearest", "linear"):
+        raise _Unsupported(f"mode {mode!r}; only nearest and linear are supported")
+    if coordinates not in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"):
+        raise _Unsupported(f"coordinate_transformation_mode {coordinates!r} is not supported")
+    if a.get("antialias", 0) or a.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise _Unsupported("antialias and keep_aspect_ratio_policy are not supported")
+    before, after = ctx.shapes[x], ctx.trace.shapes[node.output[0]]
+    if before[:2] != after[:2]:
+        raise _Unsupported("resizes batch or channels")
+    attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": coordinates}
+    if mode == "nearest":
+        attributes["nearest_mode"] = nearest
+    scales = _scales(ctx, node, a, modern)
+    if scales is None:
+        ctx.integers(node, 3)  # sizes computed from the input's size hold for that size only
+        attributes["sizes"] = list(after[2:])
+    else:
+        attributes["scales"] = scales
+    ctx.emit("Resize", node, [x], attributes=attributes)
+
+
+def _scales(
+    ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any], modern: bool
+) -> list[float] | None:
+    """Scales of height and width; None if a Resize gives sizes instead."""
+    if "scales" in a:  # Upsample before opset 9
+        return [float(v) for v in a["scales"][-2:]]
+    index = 2 if modern else 1
+    name = node.input[index] if index < len(node.input) else ""
+    if not name or (name in ctx.constants and ctx.constants[name].size == 0):
+        return None
+    if name not in ctx.constants:
+        raise _Unsupported("its scales must be constants")
+    values = [1.0] * 4
+    given = ctx.constants[name].ravel()
+    axes = a.get("axes") or list(range(4 - len(given), 4))
+    for axis, value in zip(axes, given, strict=True):
+        values[axis % 4] = float(value)
+    return values[2:]
+
+
+@_lowers("DepthToSpace")
+def _depth_to_space(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    attributes = {"blocksize": a["blocksize"], "mode": a.get("mode", "DCR")}
+    ctx.emit("DepthToSpace", node, [ctx.tensor(node.input[0])], attributes=attributes)
+
+
+@_lowers("Identity", "Dropout", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
+def _view(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    """Give a tensor a second name, as long as its pictures stay apart and in order."""
+    x = ctx.source(node.input[0])
+    if node.op_type == "Cast" and a["to"] != onnx.TensorProto.FLOAT:
+        raise _Unsupported("casts to a type other than float32")
+    n, c, h, w = ctx.shapes[x]
+    shape = ctx.trace.shapes[node.output[0]]
+    if shape not in ((n, c, h, w), (n, c * h * w)):
+        raise _Unsupported(f"makes shape {shape} of {(n, c, h, w)}; only flattening is supported")
+    ctx.alias[node.output[0]] = x
+    ctx.shapes.pop(node.output[0], None)

@@ -1,0 +1,203 @@
+"""Load an ONNX model, simplify it and learn its tensors' shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxslim
+
+from logshift.kernels.errors import ConversionError
+from logshift.runtime.graph import Dim, Shape
+
+# Checking and simplifying serialize the model, which protobuf refuses from 2 GiB.
+_MAX_BYTES = 2**31 - 2**20
+# Before it, arithmetic broadcasts by attributes.
+_MIN_OPSET = 7
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A float32 input of the ONNX model; unknown dimensions have names."""
+
+    name: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass
+class Model:
+    """A checked and simplified ONNX model.
+
+    Attributes
+    ----------
+    original : onnx.ModelProto
+        As it was given.
+    proto : onnx.ModelProto
+        Simplified.
+    inputs : list of ModelInput
+    size : int
+        Bytes of the original.
+    """
+
+    original: onnx.ModelProto
+    proto: onnx.ModelProto
+    inputs: list[ModelInput]
+    size: int
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return next(o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx"))
+
+
+def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
+    """Load, check and simplify a model.
+
+    Raises
+    ------
+    ConversionError
+        If it is no valid ONNX model, or its inputs are not float32 pictures (N, C, H, W).
+    OSError
+        If the file cannot be read.
+    """
+    if isinstance(source, onnx.ModelProto):
+        original, where = source, "the model"
+    else:
+        where = os.fspath(source)
+        if not Path(source).is_file():
+            raise ConversionError(f"{where}: there is no such file")
+        try:
+            original = onnx.load(where)
+        except OSError:
+            raise
+        except Exception as error:  # protobuf's and onnx's own types, by version
+            raise ConversionError(f"{where}: not a readable ONNX model ({error})") from error
+    size = original.ByteSize()
+    if size > _MAX_BYTES:
+        raise ConversionError(f"{where}: {size} bytes; models of 2 GiB and more are not supported")
+    try:
+        onnx.checker.check_model(original)
+    except onnx.checker.ValidationError as error:
+        raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
+    _check_opset(original, where)
+    inputs = _inputs(original.graph)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(original)
+    try:
+        proto = onnxslim.slim(copy)
+    except Exception as error:  # a simplifier may fail in any way
+        raise ConversionError(f"{where}: cannot be simplified ({error})") from error
+    return Model(original, proto, inputs, size)
+
+
+def _check_opset(model: onnx.ModelProto, where: str) -> None:
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    if opset < _MIN_OPSET:
+        raise ConversionError(
+            f"{where}: opset {opset} is too old; onnx.version_converter.convert_version makes it"
+            f" {_MIN_OPSET} or newer"
+        )
+
+
+def _inputs(graph: onnx.GraphProto) -> list[ModelInput]:
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = []
+    for value in graph.input:
+        if value.name in initializers:  # IR version 3 lists them as inputs too
+            continue
+        tensor = value.type.tensor_type
+        dtype = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        if dtype != "FLOAT":
+            raise ConversionError(
+                f"input {value.name!r} is {dtype}; export the model with float32 inputs and weights"
+            )
+        shape = tuple(_dim(value.name, i, dim) for i, dim in enumerate(tensor.shape.dim))
+        if len(shape) != 4:
+            raise ConversionError(
+                f"input {value.name!r} has shape {shape}; only pictures (N, C, H, W) are supported"
+            )
+        if not isinstance(shape[1], int):
+            raise ConversionError(f"input {value.name!r} must have a fixed number of channels")
+        inputs.append(ModelInput(value.name, shape))
+    if not inputs:
+        raise ConversionError("the model has no inputs")
+    return inputs
+
+
+def _dim(name: str, axis: int, dim: onnx.TensorShapeProto.Dimension) -> Dim:
+    if dim.HasField("dim_value") and dim.dim_value > 0:
+        return int(dim.dim_value)
+    return dim.dim_param or f"{name}_dim_{axis}"
+
+
+@dataclass
+class Trace:
+    """What one run of the simplified model shows.
+
+    Attributes
+    ----------
+    shapes : dict of tensor name to Shape
+        Every tensor computed by a node, every input and constant; no sequences.
+    constants : dict of name to array
+        Initializers and outputs of Constant nodes.
+    integers : dict of name to array
+        Computed integer tensors: sizes that depend on the input's size.
+    """
+
+    shapes: dict[str, Shape]
+    constants: dict[str, np.ndarray]
+    integers: dict[str, np.ndarray]
+
+
+def trace(model: Model, sample: Mapping[str, np.ndarray]) -> Trace:
+    """Run the simplified model on one sample and record every tensor's shape.
+
+    Running it is surer than shape inference: sizes that the network computes from its input's size
+    are known as well.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    graph = proto.graph
+    names = [name for node in graph.node for name in node.output if name]
+    del graph.output[:]
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    outputs = zip(names, run(proto, sample, optimize=False), strict=True)
+    values = {name: y for name, y in outputs if isinstance(y, np.ndarray)}  # not sequences
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = values[node.output[0]]
+    known = {**values, **constants, **sample}
+    return Trace(
+        {name: tuple(array.shape) for name, array in known.items()},
+        constants,
+        {n: a for n, a in values.items() if a.dtype.kind == "i" and n not in constants},
+    )
+
+
+def run(
+    proto: onnx.ModelProto, inputs: Mapping[str, np.ndarray], *, optimize: bool = True
+) -> list[np.ndarray]:
+    """Run a model with onnxruntime and return its outputs.
+
+    Raises
+    ------
+    ConversionError
+        If onnxruntime cannot run it on these inputs.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        return list(session.run(None, dict(inputs)))
+    except Exception as error:  # onnxruntime's exceptions share no useful base
+        raise ConversionError(f"onnxruntime cannot run the model: {error}") from error

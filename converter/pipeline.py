@@ -1,0 +1,259 @@
+"""From ONNX to a packed file, step by step."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logshift.converter.progress import Progress, reporting
+from logshift.converter.report import LayerReport, Report, layer_bytes
+from logshift.converter.settings import Settings
+from logshift.kernels.errors import ConversionError, InputError
+from logshift.runtime import format
+from logshift.runtime.graph import Graph
+from logshift.runtime.picture import Preprocessing
+
+if TYPE_CHECKING:
+    import onnx
+
+    from logshift.converter.float_graph import FloatGraph
+    from logshift.converter.onnx_model import Model
+    from logshift.converter.quantize import LayerError
+    from logshift.converter.samples import Calibration, Samples
+
+_REQUIRED = ("onnx", "onnxruntime", "onnxslim")
+_MOST_SAMPLES = 512
+_FEWEST_SAMPLES = 16
+_MEMORY = 2**30
+# Folding reorders float32 sums; anything beyond that means a wrong translation.
+_TOLERANCE = 1e-3
+
+
+def convert(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    out: str | os.PathLike[str],
+    *,
+    calibration: Calibration,
+    weight_bits: int = 4,
+    residual_ratio: float = 0.15,
+    activation_bits: int = 8,
+    granularity: str = "element",
+    tile: int = 256,
+    residual_shift: int = 0,
+    activation_range: str = "mse",
+    bias_correction: bool = True,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
+    calibration_limit: int | None = None,
+    progress: Progress | bool | None = None,
+) -> Report:
+    """Convert an ONNX model to a packed power-of-two network.
+
+    Parameters
+    ----------
+    model : path or onnx.ModelProto
+        float32 inputs (N, C, H, W).
+    out : path
+        The `.stlq` file to write; replaced only once the new one is complete.
+    calibration : folder, array or iterable
+        Typical inputs: a folder of pictures, a float32 array (N, C, H, W) as the ONNX model takes
+        it, a uint8 array of pictures (N, H, W, C), or an iterable of dictionaries with a float32
+        array for each input.
+    weight_bits : int
+        Bits of a word, 2 to 5.
+    residual_ratio : float
+        Share of weights with a second word, 0 to 1.
+    activation_bits : int
+        2 to 8.
+    granularity : {"element", "tile", "filter"}
+        What gets second words: single weights, tiles, or output channels.
+    tile : int
+        Weights per tile, 1 to 256.
+    residual_shift : int
+        The second word's grid is 2^residual_shift times finer, 0 to 4.
+    activation_range : {"mse", "minmax", "percentile"}
+        How the range of an activation's codes is chosen.
+    bias_correction : bool
+        Whether biases make up for the mean error of quantized layers.
+    preprocessing : Preprocessing, optional
+        How pictures become inputs; stored in the file. Pictures for calibration without it are
+        prepared by the default `Preprocessing()`, and the report says so.
+    labels : list of str, optional
+        Class names; stored in the file.
+    calibration_limit : int, optional
+        Most calibration samples to use; by default as many as fit into 1 GiB, at most 512.
+    progress : callable(done, total, what), or bool, optional
+        By default a progress bar on terminals, if rich is installed.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ConversionError
+        If the model cannot be converted; lists every offending node.
+    InputError
+        If a setting or the calibration data does not fit.
+    """
+    settings = Settings(
+        weight_bits,
+        residual_ratio,
+        activation_bits,
+        granularity,
+        tile,
+        residual_shift,
+        activation_range,
+        bias_correction,
+    )
+    target = Path(out)
+    _check_arguments(target, labels, calibration_limit)
+    _check_packages()
+    from logshift.converter.onnx_model import load
+    from logshift.converter.quantize import quantize_graph
+    from logshift.converter.samples import open_samples
+
+    loaded = load(model)
+    samples = open_samples(calibration, loaded.inputs, preprocessing)
+    graph = _lowered(loaded, samples)
+    data = samples.read(calibration_limit or _limit(graph))
+    with reporting(progress) as show:
+        packed, errors = quantize_graph(graph, data, settings, show)
+    if samples.preprocessing is not None:
+        packed.preprocessing = samples.preprocessing.to_manifest()
+    packed.labels = list(labels) if labels is not None else None
+    packed.settings = asdict(settings)
+    file_bytes = format.write(packed, target)
+    count = len(next(iter(data.values())))
+    notes = _notes(samples, preprocessing, loaded, packed)
+    return _report(target, packed, errors, file_bytes, loaded.size, count, notes)
+
+
+def _check_arguments(
+    target: Path, labels: Sequence[str] | None, calibration_limit: int | None
+) -> None:
+    if not target.parent.is_dir():
+        raise InputError(f"out: the directory {os.fspath(target.parent)!r} does not exist")
+    if target.is_dir():
+        raise InputError(f"out: {os.fspath(target)!r} is a directory")
+    if labels is not None and (
+        isinstance(labels, str) or not all(isinstance(label, str) for label in labels)
+    ):
+        raise InputError("labels must be a list of strings")
+    if calibration_limit is not None and (
+        type(calibration_limit) is not int or calibration_limit < 1
+    ):
+        raise InputError(f"calibration_limit is {calibration_limit!r}; it must be at least 1")
+
+
+def _check_packages() -> None:
+    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConversionError(
+            f"converting needs {', '.join(missing)}: pip install 'logshift[converter]'"
+        )
+
+
+def _lowered(model: Model, samples: Samples) -> FloatGraph:
+    """Lower and fuse, and prove on a sample that the function is still the same."""
+    from logshift.converter.edges import add_edges
+    from logshift.converter.evaluate import evaluate_graph
+    from logshift.converter.float_graph import Problems
+    from logshift.converter.fuse import fuse
+    from logshift.converter.lower import lower
+    from logshift.converter.onnx_model import run, trace
+
+    problems = Problems()
+    graph = lower(model, trace(model, samples.first), problems)
+    fuse(graph, problems)
+    problems.raise_if_any()
+    add_edges(graph)
+    expected = run(model.original, samples.first)
+    found = evaluate_graph(graph, samples.first)
+    for value, y in zip(model.original.graph.output, expected, strict=True):
+        if not np.isfinite(y).all():
+            raise ConversionError(
+                f"output {value.name!r}: the ONNX model itself produces NaN or infinity on the"
+                " calibration data"
+            )
+        error = np.linalg.norm(found[value.name] - y) / max(float(np.linalg.norm(y)), 1e-30)
+        if not error <= _TOLERANCE:
+            raise ConversionError(
+                f"output {value.name!r}: the translated network differs from the ONNX model by"
+                f" {error:.2g} (relative) before any quantization; please report this model"
+            )
+    return graph
+
+
+def _limit(graph: FloatGraph) -> int:
+    from logshift.converter.quantize import bytes_per_picture
+
+    return int(np.clip(_MEMORY // bytes_per_picture(graph), _FEWEST_SAMPLES, _MOST_SAMPLES))
+
+
+def _notes(
+    samples: Samples, preprocessing: Preprocessing | None, model: Model, packed: Graph
+) -> list[str]:
+    notes = []
+    if preprocessing is None and samples.preprocessing is not None:
+        notes.append(
+            f"assumed {samples.preprocessing}; give preprocessing if the model was trained"
+            " otherwise"
+        )
+    for before, after in zip(model.inputs, packed.inputs, strict=True):
+        if before.shape != after.shape:
+            notes.append(
+                f"input {after.name!r} is fixed to height and width {after.nominal[2:]}: the model"
+                " computes sizes from it"
+            )
+    return notes
+
+
+def _report(
+    target: Path,
+    graph: Graph,
+    errors: list[LayerError],
+    file_bytes: int,
+    onnx_bytes: int,
+    samples: int,
+    notes: list[str],
+) -> Report:
+    sizes = layer_bytes(target)
+    layers, weights, residuals = [], 0, 0
+    for index, (node, error) in enumerate(zip(graph.nodes, errors, strict=True)):
+        fields: dict[str, Any] = {}
+        if node.weights is not None:
+            fields = {
+                "weight_shape": node.weights.shape,
+                "bits": node.weights.bits,
+                "nzr": node.weights.nzr,
+            }
+            weights += node.weights.first.size
+            residuals += int(np.count_nonzero(node.weights.second))
+        layers.append(
+            LayerReport(
+                node.name,
+                node.op,
+                error.output_snr_db,
+                sizes[index],
+                weight_snr_db=error.weight_snr_db,
+                **fields,
+            )
+        )
+    return Report(
+        os.fspath(target),
+        layers,
+        file_bytes,
+        onnx_bytes,
+        weights,
+        residuals / max(weights, 1),
+        samples,
+        graph.settings,
+        notes,
+    )

@@ -1,0 +1,201 @@
+"""Quantize a lowered network layer by layer, following it with calibration data.
+
+Two streams of values run through the network side by side: the float one, and the quantized one
+that sees every weight and activation quantized so far. Each layer's bias makes up for what the
+quantization of everything before it has shifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from logshift.converter.calibrate import choose_quantization, dequantize, quantize
+from logshift.converter.evaluate import Evaluator, clamped, evaluate_function, snr_db
+from logshift.converter.float_graph import FloatGraph, FloatNode
+from logshift.converter.settings import Settings
+from logshift.kernels import codec
+from logshift.kernels.errors import ConversionError
+from logshift.runtime.graph import SAME_QUANTIZATION, Graph, Node, Quantization
+
+# Before the walk, float stream and codes of the quantized one: bytes per value of a tensor.
+_BYTES_PER_VALUE = 5
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What quantization did to one node: signal-to-noise ratios, float against quantized stream."""
+
+    weight_snr_db: float | None
+    output_snr_db: float
+
+
+@dataclass
+class _Streams:
+    """Values of a tensor for all calibration pictures: float, and codes unless it stays float32."""
+
+    exact: np.ndarray
+    quantized: np.ndarray
+
+
+def bytes_per_picture(graph: FloatGraph) -> int:
+    """Return the most memory that `quantize_graph` holds at once, per calibration picture."""
+    sizes = {name: int(np.prod(shape[1:])) for name, shape in graph.shapes.items()}
+    last_use = _last_uses(graph)
+    alive = {info.name for info in graph.inputs}
+    most = 0
+    for index, node in enumerate(graph.nodes):
+        alive.add(node.output)
+        most = max(most, sum(sizes[name] for name in alive) + 2 * sizes[node.output])
+        alive -= {name for name in alive if last_use.get(name, index) <= index}
+    return most * _BYTES_PER_VALUE
+
+
+def quantize_graph(
+    graph: FloatGraph, samples: Mapping[str, np.ndarray], settings: Settings, progress: Progress
+) -> tuple[Graph, list[LayerError]]:
+    """Quantize every node in execution order.
+
+    Parameters
+    ----------
+    graph : FloatGraph
+        After `fuse` and `add_edges`.
+    samples : dict of input name to float32 array (pictures, C, H, W)
+    settings : Settings
+    progress : callable(done, total, what)
+
+    Returns
+    -------
+    Graph
+        Packed; without preprocessing, labels and settings.
+    list of LayerError
+        One per node.
+    """
+    return _Walk(graph, samples, settings).run(progress)
+
+
+class _Walk:
+    def __init__(
+        self, graph: FloatGraph, samples: Mapping[str, np.ndarray], settings: Settings
+    ) -> None:
+        self.graph = graph
+        self.settings = settings
+        self.count = len(next(iter(samples.values())))
+        self.streams = {name: _Streams(x, x) for name, x in samples.items()}
+        self.quantization: dict[str, Quantization] = {}
+
+    def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
+        last_use = _last_uses(self.graph)
+        nodes, errors = [], []
+        for index, node in enumerate(self.graph.nodes):
+            progress(index, len(self.graph.nodes), node.name)
+            packed, error = self._node(node)
+            nodes.append(packed)
+            errors.append(error)
+            for name in [n for n in self.streams if last_use.get(n, index) <= index]:
+                del self.streams[name]
+        progress(len(self.graph.nodes), len(self.graph.nodes), "")
+        graph = Graph(self.graph.inputs, self.graph.outputs, self.quantization, nodes)
+        return graph, errors
+
+    def _node(self, node: FloatNode) -> tuple[Node, LayerError]:
+        evaluator = Evaluator(node)
+        exact = evaluator.sweep(self._exact(node), self.count)
+        if not np.isfinite(exact).all():
+            raise ConversionError(
+                f"{node.op} {node.name!r}: the float model produces NaN or infinity here on the"
+                " calibration data"
+            )
+        packed = Node(node.op, node.name, list(node.inputs), [node.output], dict(node.attributes))
+        weight_snr = None
+        if node.is_conv:
+            assert node.weight is not None and node.bias is not None
+            packed.weights = self._encode(node.weight)
+            values = packed.weights.values()
+            weight_snr = snr_db(node.weight, values)
+            quantized = evaluator.sweep(self._quantized(node), self.count, values)
+            packed.bias = node.bias
+            if self.settings.bias_correction:
+                shift = _channel_means(exact) - _channel_means(quantized)
+                packed.bias = (node.bias + shift).astype(np.float32)
+                quantized += shift.astype(np.float32).reshape(-1, 1, 1)
+        else:
+            quantized = evaluator.sweep(self._quantized(node), self.count)
+        exact, quantized = clamped(exact, node.clamp), clamped(quantized, node.clamp)
+        if node.output in self.graph.float_tensors:
+            self.streams[node.output] = _Streams(exact, quantized)
+            error = snr_db(exact, quantized)
+        else:
+            q = self._choose(node, exact)
+            self.quantization[node.output] = q
+            codes = quantize(quantized, q)
+            self.streams[node.output] = _Streams(exact, codes)
+            error = snr_db(exact, dequantize(codes, q))
+        self._fill_in(packed, node)
+        return packed, LayerError(weight_snr, error)
+
+    def _exact(self, node: FloatNode) -> Callable[[slice], list[np.ndarray]]:
+        return lambda rows: [self.streams[name].exact[rows] for name in node.inputs]
+
+    def _quantized(self, node: FloatNode) -> Callable[[slice], list[np.ndarray]]:
+        def fetch(rows: slice) -> list[np.ndarray]:
+            parts = [(self.streams[n].quantized[rows], n) for n in node.inputs]
+            return [
+                dequantize(part, self.quantization[name]) if name in self.quantization else part
+                for part, name in parts
+            ]
+
+        return fetch
+
+    def _encode(self, weight: np.ndarray) -> codec.LogWeights:
+        s = self.settings
+        return codec.encode(
+            weight,
+            s.weight_bits,
+            s.residual_ratio,
+            granularity=s.granularity,
+            tile=s.tile,
+            residual_shift=s.residual_shift,
+        )
+
+    def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
+        if node.op in SAME_QUANTIZATION:
+            return self.quantization[node.inputs[0]]
+        return choose_quantization(
+            exact, self.settings.activation_bits, self.settings.activation_range
+        )
+
+    def _fill_in(self, packed: Node, node: FloatNode) -> None:
+        """Add what depends on the quantization of inputs and output: clamp and table."""
+        q = self.quantization.get(node.output)
+        low, high = node.clamp
+        if low is not None or high is not None:
+            packed.attributes["clamp"] = [_bound(low, q), _bound(high, q)]
+        if node.function is not None:
+            assert q is not None
+            q_x = self.quantization[node.inputs[0]]
+            # Codes beyond the top never occur; they get the top's value.
+            codes = np.minimum(np.arange(256), q_x.top)
+            y = evaluate_function(node.function, (codes - q_x.zero_point) * q_x.scale)
+            table = np.clip(np.rint(y / q.scale + q.zero_point), 0, q.top)
+            packed.table = table.astype(np.uint8)
+
+
+def _bound(value: float | None, q: Quantization | None) -> Any:
+    """Return a clamp bound in codes, or in real units of a float32 output."""
+    if value is None or q is None:
+        return value
+    return int(np.clip(np.rint(value / q.scale + q.zero_point), 0, q.top))
+
+
+def _channel_means(y: np.ndarray) -> np.ndarray:
+    return y.mean(axis=(0, 2, 3), dtype=np.float64)
+
+
+def _last_uses(graph: FloatGraph) -> dict[str, int]:
+    return {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}

@@ -1,0 +1,139 @@
+"""What a conversion did, for reading and for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from logshift.runtime.table import text_table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One node of the packed network; fields of weights are None for nodes without.
+
+    Attributes
+    ----------
+    name, op : str
+    weight_shape : (O, kh, kw, C / group), optional
+    bits : int, optional
+    nzr : float, optional
+        Non-zero ratio of second words.
+    weight_snr_db : float, optional
+    output_snr_db : float
+        Of the quantized network's values here against the float network's.
+    bytes : int
+        Size of the layer's tensors in the file.
+    """
+
+    name: str
+    op: str
+    output_snr_db: float
+    bytes: int
+    weight_shape: tuple[int, ...] | None = None
+    bits: int | None = None
+    nzr: float | None = None
+    weight_snr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of `convert`; `str()` is a table, `to_dict()` is for JSON.
+
+    Attributes
+    ----------
+    path : str
+    layers : list of LayerReport, in execution order
+    file_bytes, onnx_bytes : int
+    weights : int
+        Number of weights.
+    nzr : float
+        Non-zero ratio over all weights.
+    samples : int
+        Calibration samples used.
+    settings : dict
+    notes : list of str
+        What was assumed where nothing was said.
+    """
+
+    path: str
+    layers: list[LayerReport]
+    file_bytes: int
+    onnx_bytes: int
+    weights: int
+    nzr: float
+    samples: int
+    settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the ONNX model the file is."""
+        return self.onnx_bytes / self.file_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the layers' tensors (words, positions, alpha, bias) per weight."""
+        layers = [layer for layer in self.layers if layer.weight_shape]
+        return 8 * sum(layer.bytes for layer in layers) / max(self.weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON types; infinite and undefined ratios are None."""
+        record = asdict(self)
+        record |= {"ratio": self.ratio, "bits_per_weight": self.bits_per_weight}
+        for layer in record["layers"]:
+            layer["weight_shape"] = layer["weight_shape"] and list(layer["weight_shape"])
+            for key in ("weight_snr_db", "output_snr_db"):
+                if layer[key] is not None and not math.isfinite(layer[key]):
+                    layer[key] = None
+        return record
+
+    def __str__(self) -> str:
+        """Return a table of the layers, then the totals and notes."""
+        rows = [("layer", "op", "weights", "bits", "NZR %", "weight SNR", "output SNR", "bytes")]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.name,
+                    layer.op,
+                    "x".join(map(str, layer.weight_shape or ())),
+                    str(layer.bits or ""),
+                    "" if layer.nzr is None else f"{100 * layer.nzr:.1f}",
+                    _decibels(layer.weight_snr_db),
+                    _decibels(layer.output_snr_db),
+                    f"{layer.bytes:,}" if layer.bytes else "",
+                )
+            )
+        lines = [
+            text_table(rows, left=3),
+            "",
+            f"{self.path}: {self.file_bytes:,} bytes, {self.ratio:.1f} times smaller than ONNX"
+            f" ({self.onnx_bytes:,} bytes)",
+            f"{self.weights:,} weights, {self.bits_per_weight:.2f} bits per weight, NZR"
+            f" {100 * self.nzr:.1f} %, calibrated with {self.samples} samples",
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def _decibels(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.1f} dB"
+
+
+def layer_bytes(path: Path) -> Counter[int]:
+    """Return the bytes of each node's tensors in a packed file, by the node's index.
+
+    Tensors are named `<index of the node>.<what>`; see `docs/format.md`.
+    """
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    sizes: Counter[int] = Counter()
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            begin, end = tensor["data_offsets"]
+            sizes[int(name.split(".")[0])] += end - begin
+    return sizes

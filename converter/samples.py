@@ -1,0 +1,235 @@
+"""Calibration data: a folder of pictures, an array, or an iterable of input dictionaries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from logshift.converter.onnx_model import ModelInput
+from logshift.kernels.errors import InputError
+from logshift.runtime.picture import Preprocessing, picture_files
+
+Calibration = str | os.PathLike[str] | np.ndarray | Iterable[Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration data that is read when it is known how much of it is wanted.
+
+    Attributes
+    ----------
+    first : dict of input name to float32 array (n, C, H, W), n the model's batch or 1
+    read : callable(limit)
+        Returns at most `limit` samples per input, spread evenly over a folder or array, else
+        the first ones.
+    preprocessing : Preprocessing, optional
+        What was applied to pictures.
+    """
+
+    first: dict[str, np.ndarray]
+    read: Callable[[int], dict[str, np.ndarray]]
+    preprocessing: Preprocessing | None
+
+
+def open_samples(
+    calibration: Calibration, inputs: Sequence[ModelInput], preprocessing: Preprocessing | None
+) -> Samples:
+    """Look at calibration data and check that it fits the model.
+
+    Parameters
+    ----------
+    calibration : path, array or iterable of dict
+        See `convert`.
+    inputs : the model's inputs
+    preprocessing : Preprocessing, optional
+        For pictures; the default one is used if pictures come without.
+
+    Raises
+    ------
+    InputError
+        Names what does not fit and how to mend it.
+    """
+    if isinstance(calibration, (str, os.PathLike)):
+        return _from_pictures(picture_files(Path(calibration)), inputs, preprocessing)
+    if isinstance(calibration, np.ndarray):
+        if calibration.ndim != 4 or len(calibration) == 0:
+            raise InputError(
+                f"calibration array has shape {calibration.shape}; expected samples (N, C, H, W)"
+                " as float32, or pictures (N, H, W, C) as uint8"
+            )
+        if calibration.dtype == np.uint8:
+            return _from_pictures(calibration, inputs, preprocessing)
+        return _from_array(calibration, _single(inputs), preprocessing)
+    if isinstance(calibration, Iterable):
+        return _from_dictionaries(calibration, inputs, preprocessing)
+    raise InputError(
+        f"calibration is {type(calibration).__name__}; expected a folder of pictures, an array or"
+        " an iterable of dictionaries of arrays"
+    )
+
+
+def _single(inputs: Sequence[ModelInput]) -> ModelInput:
+    if len(inputs) > 1:
+        names = ", ".join(repr(i.name) for i in inputs)
+        raise InputError(
+            f"the model has several inputs ({names}); give calibration as an iterable of"
+            " dictionaries with an array for each"
+        )
+    return inputs[0]
+
+
+def _spread(available: int, limit: int) -> list[int]:
+    """Return indices evenly over all samples, because folders and arrays are sorted by class."""
+    return [int(i) for i in np.linspace(0, available - 1, min(available, limit)).round()]
+
+
+def _nominal_batch(x: np.ndarray, info: ModelInput) -> np.ndarray:
+    """Return the samples that make up one batch of the model, repeated where they are too few."""
+    size = info.shape[0] if isinstance(info.shape[0], int) else 1
+    return np.resize(x, (size, *x.shape[1:]))
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def _from_pictures(
+    pictures: Sequence[Path] | np.ndarray,
+    inputs: Sequence[ModelInput],
+    preprocessing: Preprocessing | None,
+) -> Samples:
+    info = _single(inputs)
+    chosen = preprocessing or Preprocessing()
+    size = _picture_size(info, chosen)
+
+    def prepare(index: int) -> np.ndarray:
+        picture = pictures[index]
+        if not isinstance(picture, Path):
+            return chosen.apply(picture, size)
+        try:
+            with Image.open(picture) as image:
+                return chosen.apply(image, size)
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"cannot read picture {os.fspath(picture)!r}: {error}") from error
+
+    def read(limit: int) -> dict[str, np.ndarray]:
+        return {info.name: np.stack([prepare(i) for i in _spread(len(pictures), limit)])}
+
+    first = {info.name: _nominal_batch(prepare(0)[None], info)}
+    return Samples(first, read, chosen)
+
+
+def _picture_size(info: ModelInput, preprocessing: Preprocessing) -> tuple[int, int]:
+    channels, *size = info.shape[1:]
+    if len(preprocessing.mean) != channels:
+        raise InputError(
+            f"preprocessing makes {len(preprocessing.mean)} channels, input {info.name!r} has"
+            f" {channels}; give preprocessing=Preprocessing(mean=..., std=...) with one value per"
+            " channel"
+        )
+    crop = preprocessing.crop
+    if crop is None:
+        height, width = size
+        if not (isinstance(height, int) and isinstance(width, int)):
+            raise InputError(
+                f"input {info.name!r} has no fixed height and width; give"
+                " preprocessing=Preprocessing(crop=(height, width))"
+            )
+        return height, width
+    for wanted, dim in zip(crop, size, strict=True):
+        if isinstance(dim, int) and dim != wanted:
+            raise InputError(
+                f"preprocessing crops to {crop}, input {info.name!r} has height and width"
+                f" {tuple(size)}"
+            )
+    return crop
+
+
+# --- arrays -------------------------------------------------------------------------------------
+
+
+def _from_array(
+    array: np.ndarray, info: ModelInput, preprocessing: Preprocessing | None
+) -> Samples:
+    _check(array, info)
+
+    def read(limit: int) -> dict[str, np.ndarray]:
+        return {info.name: _as_float32(array[_spread(len(array), limit)], info)}
+
+    first = {info.name: _nominal_batch(_as_float32(array[:1], info), info)}
+    return Samples(first, read, preprocessing)
+
+
+def _from_dictionaries(
+    dictionaries: Iterable[Mapping[str, np.ndarray]],
+    inputs: Sequence[ModelInput],
+    preprocessing: Preprocessing | None,
+) -> Samples:
+    iterator = iter(dictionaries)
+    first = next(iterator, None)
+    if first is None:
+        raise InputError("calibration is empty")
+    start = _checked(first, inputs)
+
+    def read(limit: int) -> dict[str, np.ndarray]:
+        parts = [start]
+        count = len(start[inputs[0].name])
+        for item in iterator:
+            if count >= limit:
+                break
+            parts.append(_checked(item, inputs))
+            count += len(parts[-1][inputs[0].name])
+        joined = {}
+        for info in inputs:
+            arrays = [part[info.name] for part in parts]
+            if len({array.shape[1:] for array in arrays}) > 1:
+                raise InputError(f"calibration: samples of input {info.name!r} differ in shape")
+            joined[info.name] = np.concatenate(arrays)[:limit]
+        return joined
+
+    return Samples(
+        {info.name: _nominal_batch(start[info.name][:1], info) for info in inputs},
+        read,
+        preprocessing,
+    )
+
+
+def _checked(item: Any, inputs: Sequence[ModelInput]) -> dict[str, np.ndarray]:
+    names = {info.name for info in inputs}
+    if not isinstance(item, Mapping) or set(item) != names:
+        found = sorted(item) if isinstance(item, Mapping) else type(item).__name__
+        raise InputError(f"calibration: expected dictionaries of {sorted(names)}, got {found}")
+    arrays = {}
+    for info in inputs:
+        array = np.asarray(item[info.name])
+        _check(array, info)
+        arrays[info.name] = _as_float32(array, info)
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise InputError("calibration: the inputs of one dictionary have different batch sizes")
+    return arrays
+
+
+def _check(array: np.ndarray, info: ModelInput) -> None:
+    expected: tuple[Any, ...] = ("N", *info.shape[1:])
+    if (
+        array.ndim != 4
+        or array.dtype.kind != "f"
+        or len(array) == 0
+        or any(isinstance(d, int) and d != s for d, s in zip(expected, array.shape, strict=True))
+    ):
+        raise InputError(
+            f"calibration for input {info.name!r} is {array.dtype} of shape {array.shape};"
+            f" expected float32 of shape ({', '.join(map(str, expected))})"
+        )
+
+
+def _as_float32(array: np.ndarray, info: ModelInput) -> np.ndarray:
+    array = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"calibration for input {info.name!r} holds NaN or infinity")
+    return array

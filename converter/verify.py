@@ -1,0 +1,222 @@
+"""Compare a packed network with the ONNX model it came from, tensor by tensor."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logshift.kernels.errors import ConversionError, InputError
+from logshift.runtime import Session, load
+from logshift.runtime.table import text_table
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+_REQUIRED = ("onnx", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How far one tensor of the packed network is from the ONNX model's.
+
+    Attributes
+    ----------
+    name, op : str
+        The tensor, and the packed operation that makes it.
+    snr_db : float
+        10 log10(sum of squares of the ONNX values / sum of squared differences); infinite if equal.
+    cosine : float
+        Cosine of the angle between both; NaN if one of them is zero.
+    """
+
+    name: str
+    op: str
+    snr_db: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of `verify`; `str()` is a table, `to_dict()` is for JSON.
+
+    Attributes
+    ----------
+    tensors : list of TensorError, in execution order
+        Tensors that both networks have under one name and in one shape.
+    output : str
+        Name of the first output.
+    agreement : float
+        Share of positions at which the largest channel of the first output is the same.
+    samples : int
+    """
+
+    tensors: list[TensorError]
+    output: str
+    agreement: float
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON types; infinite and undefined ratios are None."""
+        record = asdict(self)
+        for tensor in record["tensors"]:
+            for key in ("snr_db", "cosine"):
+                if not math.isfinite(tensor[key]):
+                    tensor[key] = None
+        return record
+
+    def __str__(self) -> str:
+        """Return a table of the tensors and the agreement of the first output."""
+        rows = [("tensor", "op", "SNR dB", "cosine")]
+        rows += [(t.name, t.op, f"{t.snr_db:.1f}", f"{t.cosine:.5f}") for t in self.tensors]
+        return (
+            f"{text_table(rows, left=2)}\n"
+            f"first output {self.output!r}: same top-1 for {100 * self.agreement:.1f} % of"
+            f" {self.samples} samples"
+        )
+
+
+class _Sums:
+    """Running sums of one tensor over all samples."""
+
+    def __init__(self) -> None:
+        self.expected = self.found = self.product = self.difference = 0.0
+
+    def add(self, expected: np.ndarray, found: np.ndarray) -> None:
+        x, y = expected.ravel().astype(np.float64), found.ravel().astype(np.float64)
+        self.expected += float(x @ x)
+        self.found += float(y @ y)
+        self.product += float(x @ y)
+        self.difference += float((x - y) @ (x - y))
+
+    def snr_db(self) -> float:
+        if self.difference == 0:
+            return math.inf
+        return 10 * math.log10(self.expected / self.difference) if self.expected else -math.inf
+
+    def cosine(self) -> float:
+        norm = math.sqrt(self.expected) * math.sqrt(self.found)
+        return self.product / norm if norm else math.nan
+
+
+def verify(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    packed: str | os.PathLike[str] | Session,
+    inputs: np.ndarray | Iterable[Any],
+) -> Verification:
+    """Run both networks on the same inputs and compare all tensors that they share.
+
+    Parameters
+    ----------
+    model : path or onnx.ModelProto
+    packed : path or Session
+    inputs : float32 array (N, C, H, W), or iterable
+        An iterable gives one input after the other, each as `Session.run` takes it: pictures,
+        arrays with their batch, or dictionaries of arrays.
+
+    Returns
+    -------
+    Verification
+
+    Raises
+    ------
+    ConversionError
+        If the model is not readable, or has not the packed network's inputs and outputs.
+    InputError
+        If an input does not fit, or there is none.
+    """
+    if missing := [name for name in _REQUIRED if importlib.util.find_spec(name) is None]:
+        raise ConversionError(
+            f"verifying needs {', '.join(missing)}: pip install 'logshift[converter]'"
+        )
+    session = packed if isinstance(packed, Session) else load(packed)
+    reference, names = _reference(model, session)
+    output = session.outputs[0].name
+    sums: dict[str, _Sums] = {}
+    same = positions = samples = 0
+    for x in _each(inputs, session):
+        found = session.trace(x)
+        arrays = {info.name: found[info.name] for info in session.inputs}
+        expected = dict(zip(names, _run(reference, names, arrays), strict=True))
+        for name in names:
+            if expected[name].shape == found[name].shape:
+                sums.setdefault(name, _Sums()).add(expected[name], found[name])
+        if expected[output].shape != found[output].shape:
+            raise ConversionError(
+                f"output {output!r} has shape {expected[output].shape} in the ONNX model and"
+                f" {found[output].shape} in the packed file"
+            )
+        agree = expected[output].argmax(axis=1) == found[output].argmax(axis=1)
+        same, positions = same + int(agree.sum()), positions + agree.size
+        samples += len(found[output])
+    if not samples:
+        raise InputError("there are no inputs to compare on")
+    ops = {node.outputs[0]: node.op for node in session.graph.nodes}
+    return Verification(
+        [TensorError(n, ops[n], s.snr_db(), s.cosine()) for n, s in sums.items()],
+        output,
+        same / positions,
+        samples,
+    )
+
+
+def _each(inputs: np.ndarray | Iterable[Any], session: Session) -> Iterator[Any]:
+    """One input of the network after the other: arrays are cut into the model's own batches."""
+    if not (isinstance(inputs, np.ndarray) and inputs.dtype.kind == "f"):
+        yield from inputs
+        return
+    dim = session.inputs[0].shape[0]
+    size = dim if isinstance(dim, int) else 1
+    for start in range(0, len(inputs), size):
+        yield inputs[start : start + size]
+
+
+def _reference(
+    model: str | os.PathLike[str] | onnx.ModelProto, session: Session
+) -> tuple[onnxruntime.InferenceSession, list[str]]:
+    """ONNX session that returns every tensor of the packed network, and these tensors' names."""
+    import onnx
+    import onnxruntime
+
+    try:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else onnx.load(os.fspath(model)))
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's own types, by version
+        raise ConversionError(f"{model}: not a readable ONNX model ({error})") from error
+    computed = {name for node in proto.graph.node for name in node.output}
+    missing = {info.name for info in session.inputs} - {value.name for value in proto.graph.input}
+    missing |= {info.name for info in session.outputs} - computed
+    if missing:
+        raise ConversionError(
+            f"the ONNX model has no input or output {min(missing)!r}: the packed file was made"
+            " from another model"
+        )
+    names = [node.outputs[0] for node in session.graph.nodes if node.outputs[0] in computed]
+    declared = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in declared)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        reference = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's exceptions share no useful base
+        raise ConversionError(f"onnxruntime cannot load the model: {error}") from error
+    return reference, names
+
+
+def _run(
+    reference: onnxruntime.InferenceSession, names: list[str], arrays: dict[str, np.ndarray]
+) -> list[np.ndarray]:
+    try:
+        return list(reference.run(names, arrays))
+    except Exception as error:
+        raise ConversionError(f"onnxruntime cannot run the model: {error}") from error

@@ -1,0 +1,619 @@
+"""Make the hostile packed files of this directory and their table in README.md.
+
+Every file is a small valid one with a single thing wrong. Files whose fault lies behind the
+checksum are signed with a right one: the rule they break must be found, not the damage.
+
+Run `python tests/hostile/make.py` after a change; the files are committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from logshift.kernels import codec
+from logshift.runtime import format as packed_format
+from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+
+HERE = Path(__file__).parent
+Manifest = dict[str, Any]
+Tensors = dict[str, np.ndarray]
+
+
+# --- valid files --------------------------------------------------------------------------------
+
+
+def _finish(nodes: list[Node], quantization: dict[str, Quantization], size: int, **more) -> Graph:
+    rng = np.random.default_rng(5)
+    for node in nodes:
+        if node.weights is not None:
+            node.bias = rng.standard_normal(node.weights.shape[0]).astype(np.float32)
+    x = ("batch", 2, "height", "width") if size == 6 else ("batch", 2, size, size)
+    graph = Graph([ValueInfo("x", x, (1, 2, size, size))], [], quantization, nodes, **more)
+    # Attribute defaults, which shapes depend on, are filled in by the first validation.
+    graph.outputs = [ValueInfo("y", ("batch",), (1,))]
+    try:
+        graph.validate()
+    except packed_format.FormatError as error:
+        assert "is declared" in str(error), error
+    shape = graph.nominal_shapes()["y"]
+    graph.outputs = [ValueInfo("y", ("batch", *shape[1:]), shape)]
+    return graph
+
+
+def _weights(shape: tuple[int, ...], bits: int, ratio: float, shift: int = 0) -> codec.LogWeights:
+    w = np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+    return codec.encode(w, bits, ratio, residual_shift=shift)
+
+
+def classifier() -> Graph:
+    """Second words as a list, as a bitmap and none at all; a residual, a table, labels."""
+    q = Quantization(0.05, 0, 8)
+    pads = {"pads": [1, 1, 1, 1], "clamp": [0, None]}
+    table = np.minimum(np.arange(256), 200).astype(np.uint8)
+    nodes = [
+        Node("QuantizeLinear", "quantize", ["x"], ["x_q"]),
+        Node("Conv", "sparse", ["x_q"], ["a"], dict(pads), _weights((12, 3, 3, 2), 4, 0.02)),
+        Node("Conv", "dense", ["a", "a"], ["b"], dict(pads), _weights((12, 1, 1, 12), 3, 0.5)),
+        Node("Lookup", "table", ["b"], ["c"], table=table),
+        Node("GlobalAveragePool", "pool", ["c"], ["d"]),
+        Node("Conv", "plain", ["d"], ["e"], {}, _weights((3, 1, 1, 12), 5, 0.0)),
+        Node("Flatten", "flatten", ["e"], ["y"]),
+    ]
+    nodes[2].attributes["pads"] = [0, 0, 0, 0]
+    return _finish(
+        nodes, {"x_q": Quantization(0.02, 114, 8)} | dict.fromkeys("abcd", q), 6,
+        preprocessing={"mean": [0.5], "std": [0.25]}, labels=["cat", "dog", "ship"],
+    )  # fmt: skip
+
+
+def upscaler() -> Graph:
+    """The operators that `classifier` has not, on a fixed input size."""
+    q, wide = Quantization(0.05, 3, 6), Quantization(0.1, 7, 7)
+    nodes = [
+        Node("QuantizeLinear", "quantize", ["x"], ["x_q"]),
+        Node("ConvTranspose", "up", ["x_q"], ["a"], {"strides": [2, 2]},
+             _weights((4, 2, 2, 2), 3, 0.3, 2)),
+        Node("MaxPool", "max", ["a"], ["b"], {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
+        Node("AveragePool", "average", ["b"], ["c"], {"kernel_shape": [2, 2], "strides": [2, 2]}),
+        Node("Resize", "resize", ["c"], ["d"], {"mode": "linear", "scales": [2.0, 2.0]}),
+        Node("Add", "add", ["d", "a"], ["e"]),
+        Node("Concat", "concat", ["e", "a"], ["f"]),
+        Node("DepthToSpace", "shuffle", ["f"], ["g"], {"blocksize": 2}),
+        Node("Slice", "slice", ["g"], ["h"], {"axes": [2, 3], "starts": [0, 1], "ends": [9, 9],
+                                              "steps": [2, 1]}),
+        Node("Pad", "pad", ["h"], ["i"], {"pads": [0, 0, 1, 1, 0, 0, 0, 2]}),
+        Node("DequantizeLinear", "dequantize", ["i"], ["y"]),
+    ]  # fmt: skip
+    return _finish(
+        nodes, {"x_q": Quantization(0.02, 114, 8)} | dict.fromkeys("ab", q)
+        | dict.fromkeys("cdefghi", wide), 4,
+    )  # fmt: skip
+
+
+# --- taking files apart -------------------------------------------------------------------------
+
+
+def take_apart(data: bytes) -> tuple[Manifest, Tensors]:
+    """Manifest and tensors of a packed file, without any check."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    tensors = {name: array.copy() for name, array in safetensors.numpy.load(data).items()}
+    return json.loads(header["__metadata__"]["logshift"]), tensors
+
+
+def sign(text: str, tensors: Tensors) -> bytes:
+    """A container of this manifest and these tensors, with the right checksum."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].tobytes())
+    metadata = {"logshift": text, "checksum": f"sha256:{digest.hexdigest()}"}
+    return safetensors.numpy.save(tensors, metadata)
+
+
+def inflated(manifest: Manifest, tensors: Tensors) -> None:
+    """Store all streams as they are, so that faults can be put into them."""
+    for index, record in enumerate(manifest["nodes"]):
+        for name in record.get("weight", {}).get("zlib", ()):
+            raw = zlib.decompress(tensors[f"{index}.{name}"].tobytes())
+            tensors[f"{index}.{name}"] = np.frombuffer(raw, np.uint8).copy()
+        if "weight" in record:
+            record["weight"]["zlib"] = []
+
+
+# --- the faults ---------------------------------------------------------------------------------
+
+FILES: dict[str, tuple[str, str, Callable[[], bytes]]] = {}
+SPARSE, DENSE, LOOKUP, PLAIN = 1, 2, 3, 5  # nodes of `classifier`
+
+
+def fault(reason: str, message: str) -> Callable[[Callable[[Manifest, Tensors], Any]], None]:
+    """Register a change to the parts of `classifier`; signed afterwards."""
+
+    def register(change: Callable[[Manifest, Tensors], Any]) -> None:
+        def make() -> bytes:
+            manifest, tensors = take_apart(packed_format.serialize(classifier()))
+            inflated(manifest, tensors)
+            text = change(manifest, tensors)
+            return sign(text if isinstance(text, str) else json.dumps(manifest), tensors)
+
+        FILES[change.__name__.strip("_")] = reason, message, make
+
+    return register
+
+
+def damage(reason: str, message: str) -> Callable[[Callable[[bytes], bytes]], None]:
+    """Register a change to the bytes of `classifier`."""
+
+    def register(change: Callable[[bytes], bytes]) -> None:
+        FILES[change.__name__.strip("_")] = (
+            reason, message, lambda: change(packed_format.serialize(classifier())),
+        )  # fmt: skip
+
+    return register
+
+
+def weight(manifest: Manifest, index: int) -> dict[str, Any]:
+    """Weight record of a node."""
+    return manifest["nodes"][index]["weight"]
+
+
+@damage("no bytes at all", "not a readable safetensors container")
+def empty(data):
+    return b""
+
+
+@damage("cut off in the middle of the header", "not a readable safetensors container")
+def truncated_header(data):
+    return data[:300]
+
+
+@damage("cut off in the middle of the tensors", "not a readable safetensors container")
+def truncated_tensors(data):
+    return data[:-100]
+
+
+@damage("bytes after the last tensor", "not a readable safetensors container")
+def trailing_bytes(data):
+    return data + bytes(16)
+
+
+@damage("header length of 2^63 - 1 bytes", "not a readable safetensors container")
+def header_length(data):
+    return (2**63 - 1).to_bytes(8, "little") + data[8:]
+
+
+@damage("one bit of a tensor flipped", "checksum")
+def flipped_tensor_bit(data):
+    return data[:-5] + bytes([data[-5] ^ 4]) + data[-4:]
+
+
+@damage("one digit of a scale changed", "checksum")
+def flipped_manifest_byte(data):
+    return data.replace(b'\\"scale\\":0.05', b'\\"scale\\":0.06', 1)
+
+
+@damage("a checksum of zeros", "checksum")
+def bad_checksum(data):
+    start = data.index(b"sha256:") + 7
+    return data[:start] + b"0" * 64 + data[start + 64 :]
+
+
+@damage("a safetensors file of something else", "not a .stlq file")
+def other_safetensors(data):
+    return safetensors.numpy.save({"weight": np.zeros(3, np.float32)})
+
+
+@fault("the manifest is not JSON", "not strict JSON")
+def manifest_not_json(manifest, tensors):
+    return json.dumps(manifest)[:-1]
+
+
+@fault("the manifest is a list", "format_version")
+def manifest_a_list(manifest, tensors):
+    return "[]"
+
+
+@fault("4,000 lists in each other, never closed", "not strict JSON")
+def deep_nesting(manifest, tensors):
+    tensors.clear()
+    return "[" * 4_000
+
+
+@fault("a number that JSON does not have, ignored by many readers", "not strict JSON")
+def nan_in_settings(manifest, tensors):
+    manifest["settings"] = {"ratio": float("nan")}
+
+
+@fault("half a surrogate pair in a name", "not strict JSON")
+def lone_surrogate(manifest, tensors):
+    manifest["nodes"][0]["name"] = "\ud800"
+
+
+@fault("a version of the future", "install a newer logshift")
+def newer_version(manifest, tensors):
+    manifest["format_version"] = 99
+
+
+@fault("version 0", "no format_version")
+def version_zero(manifest, tensors):
+    manifest["format_version"] = 0
+
+
+@fault("`true` where an integer belongs", "no format_version")
+def version_true(manifest, tensors):
+    manifest["format_version"] = True
+
+
+@fault("no list of nodes", "'nodes' is missing")
+def nodes_missing(manifest, tensors):
+    del manifest["nodes"]
+
+
+@fault("an empty list of nodes", "belongs to no node")
+def no_nodes(manifest, tensors):
+    manifest["nodes"] = []
+
+
+@fault("nodes as an object", "'nodes' must be a list")
+def nodes_an_object(manifest, tensors):
+    manifest["nodes"] = {}
+
+
+@fault("a node that is a string", "'op' is missing")
+def node_a_string(manifest, tensors):
+    manifest["nodes"][0] = "Conv"
+
+
+@fault("an operator that does not exist", "unknown operator")
+def unknown_operator(manifest, tensors):
+    manifest["nodes"][0]["op"] = "Exec"
+
+
+@fault("an attribute that does not exist", "unknown attribute")
+def unknown_attribute(manifest, tensors):
+    manifest["nodes"][SPARSE]["attributes"]["padding"] = "same"
+
+
+@fault("two nodes feed each other", "produced by no earlier node")
+def cycle(manifest, tensors):
+    manifest["nodes"][SPARSE]["inputs"] = ["c"]
+
+
+@fault("an input that nothing produces", "produced by no earlier node")
+def unknown_tensor(manifest, tensors):
+    manifest["nodes"][SPARSE]["inputs"] = ["ghost"]
+
+
+@fault("two nodes produce one tensor", "produced twice")
+def produced_twice(manifest, tensors):
+    manifest["nodes"][DENSE]["outputs"] = ["a"]
+
+
+@fault("a node of two outputs", "one output")
+def two_outputs(manifest, tensors):
+    manifest["nodes"][SPARSE]["outputs"] = ["a", "a2"]
+
+
+@fault("a pool of two inputs", "inputs, takes")
+def too_many_inputs(manifest, tensors):
+    manifest["nodes"][4]["inputs"] = ["c", "b"]
+
+
+@fault("a graph output that nothing produces", "produced by no node")
+def unknown_output(manifest, tensors):
+    manifest["outputs"][0]["name"] = "ghost"
+
+
+@fault("a graph output of codes", "is not float32")
+def code_output(manifest, tensors):
+    manifest["outputs"][0]["name"] = "d"
+
+
+@fault("a declared output shape that the graph does not produce", "but the graph produces")
+def wrong_output_shape(manifest, tensors):
+    manifest["outputs"][0] |= {"shape": ["batch", 4], "nominal": [1, 4]}
+
+
+@fault("an input of negative size", "does not fit")
+def negative_dimension(manifest, tensors):
+    manifest["inputs"][0] |= {"shape": [1, 2, -6, 6], "nominal": [1, 2, -6, 6]}
+
+
+@fault("an input of 2^61 elements", "too small or too large")
+def enormous_input(manifest, tensors):
+    manifest["inputs"][0]["nominal"] = [1, 2, 2**30, 2**30]
+
+
+@fault("a float32 tensor where codes belong", "must hold codes")
+def float_into_conv(manifest, tensors):
+    manifest["nodes"][SPARSE]["inputs"] = ["x"]
+
+
+@fault("scale NaN, written as null", "'scale' must be a number")
+def null_scale(manifest, tensors):
+    manifest["tensors"]["a"]["scale"] = None
+
+
+@fault("scale NaN", "not strict JSON")
+def nan_scale(manifest, tensors):
+    manifest["tensors"]["a"]["scale"] = float("nan")
+
+
+@fault("scale 0", "scale 0.0 is not in")
+def zero_scale(manifest, tensors):
+    manifest["tensors"]["a"]["scale"] = 0
+
+
+@fault("scale 1e999, which parses as infinity", "not strict JSON")
+def infinite_scale(manifest, tensors):
+    manifest["tensors"]["a"]["scale"] = -5
+    return json.dumps(manifest).replace('"scale": -5', '"scale": 1e999')
+
+
+@fault("scale as an integer of 400 digits", "beyond 64 bits")
+def integer_scale(manifest, tensors):
+    manifest["tensors"]["a"]["scale"] = 10**400
+
+
+@fault("scale 1e16, so that ratios of scales may overflow", "is not in (1e-15, 1e15)")
+def large_scale(manifest, tensors):
+    manifest["tensors"]["a"]["scale"] = 1e16
+
+
+@fault("codes of 9 bits", "codes have 2 to 8")
+def nine_bits(manifest, tensors):
+    manifest["tensors"]["a"]["bits"] = 9
+
+
+@fault("a zero point above the largest code", "is not a code")
+def zero_point_too_large(manifest, tensors):
+    manifest["tensors"]["a"]["zero_point"] = 256
+
+
+@fault("quantization of a tensor that does not exist", "unknown tensor")
+def quantization_of_nothing(manifest, tensors):
+    manifest["tensors"]["ghost"] = manifest["tensors"]["a"]
+
+
+@fault("pads larger than the kernel", "beyond the kernel's extent")
+def huge_pads(manifest, tensors):
+    manifest["nodes"][SPARSE]["attributes"]["pads"] = [60000, 0, 0, 0]
+
+
+@fault("stride 0", "strides")
+def zero_stride(manifest, tensors):
+    manifest["nodes"][SPARSE]["attributes"]["strides"] = [0, 1]
+
+
+@fault("dilation of 2^40", "dilations")
+def huge_dilation(manifest, tensors):
+    manifest["nodes"][SPARSE]["attributes"]["dilations"] = [2**40, 1]
+
+
+@fault("2^32 phases of a transposed convolution", "strides")
+def transposed_strides(manifest, tensors):
+    manifest["nodes"][PLAIN] |= {"op": "ConvTranspose", "attributes": {"strides": [65536, 65536]}}
+
+
+@fault("groups that do not divide the channels", "do not divide into")
+def wrong_group(manifest, tensors):
+    manifest["nodes"][SPARSE]["attributes"]["group"] = 5
+
+
+@fault("clamp of a NaN", "not strict JSON")
+def nan_clamp(manifest, tensors):
+    manifest["nodes"][SPARSE]["attributes"]["clamp"] = [float("nan"), None]
+
+
+@fault("a clamp bound that is no code", "is not an output code")
+def clamp_out_of_range(manifest, tensors):
+    manifest["nodes"][SPARSE]["attributes"]["clamp"] = [0, 300]
+
+
+@fault("a tensor that a node needs is missing", "is missing")
+def tensor_missing(manifest, tensors):
+    del tensors[f"{SPARSE}.alpha"]
+
+
+@fault("a tensor that belongs to no node", "belongs to no node")
+def tensor_extra(manifest, tensors):
+    tensors["payload"] = np.zeros(4, np.uint8)
+
+
+@fault("bias of type float64", "is float64")
+def wrong_dtype(manifest, tensors):
+    tensors[f"{SPARSE}.bias"] = tensors[f"{SPARSE}.bias"].astype(np.float64)
+
+
+@fault("a bias too short", "expected float32 of shape (12,)")
+def short_bias(manifest, tensors):
+    tensors[f"{SPARSE}.bias"] = tensors[f"{SPARSE}.bias"][:5].copy()
+
+
+@fault("weights of two dimensions", "must be four positive integers")
+def weight_shape_of_two(manifest, tensors):
+    weight(manifest, SPARSE)["shape"] = [12, 18]
+
+
+@fault("weights with an empty dimension", "must be four positive integers")
+def weight_shape_empty(manifest, tensors):
+    weight(manifest, SPARSE)["shape"] = [12, 3, 0, 2]
+
+
+@fault("2^120 weights", "more than a layer can have")
+def weight_shape_absurd(manifest, tensors):
+    weight(manifest, SPARSE)["shape"] = [12, 2**30, 2**30, 2**30]
+
+
+@fault("more weights than there are bytes", "bytes, expected")
+def weight_shape_too_large(manifest, tensors):
+    weight(manifest, SPARSE)["shape"] = [12, 3, 4, 2]
+
+
+@fault("weights for other channels than the input has", "its input has")
+def wrong_channels(manifest, tensors):
+    weight(manifest, SPARSE)["shape"] = [12, 3, 2, 3]
+
+
+@fault("words of 6 bits", "bits is 6")
+def weight_bits_six(manifest, tensors):
+    weight(manifest, SPARSE)["bits"] = 6
+
+
+@fault("residual_shift 60", "residual_shift is 60")
+def residual_shift_sixty(manifest, tensors):
+    weight(manifest, SPARSE)["residual_shift"] = 60
+
+
+@fault("a tile of 0 weights", "tile is 0")
+def tile_zero(manifest, tensors):
+    weight(manifest, SPARSE)["tile"] = 0
+
+
+@fault("a tile of 257 weights, whose positions need 9 bits", "tile is 257")
+def tile_too_large(manifest, tensors):
+    weight(manifest, SPARSE)["tile"] = 257
+
+
+@fault("an encoding of positions that does not exist", "unknown encoding")
+def unknown_encoding(manifest, tensors):
+    weight(manifest, SPARSE)["positions"] = "huffman"
+
+
+@fault("a first word that is negative zero", "negative zero")
+def negative_zero(manifest, tensors):
+    tensors[f"{SPARSE}.first"][0] = 0x88
+
+
+@fault("|W| beyond its bound: both words at their largest", "beyond clip")
+def beyond_limit(manifest, tensors):
+    weight(manifest, SPARSE)["positions"] = "bitmap"
+    tensors[f"{SPARSE}.position"] = np.zeros(27, np.uint8)
+    tensors[f"{SPARSE}.position"][0] = 1
+    tensors[f"{SPARSE}.second"] = np.array([7], np.uint8)
+    tensors[f"{SPARSE}.first"][0] = 0x17
+    del tensors[f"{SPARSE}.count"]
+
+
+@fault("a position outside its tile", "outside a tile")
+def position_outside_tile(manifest, tensors):
+    weight(manifest, SPARSE)["tile"] = 100
+    tensors[f"{SPARSE}.count"] = np.array([4, 0, 0], "<u2").view(np.uint8)
+    tensors[f"{SPARSE}.position"] = np.array([1, 2, 3, 100], np.uint8)
+
+
+@fault("a position beyond the last weight", "beyond the last weight")
+def position_beyond_end(manifest, tensors):
+    tensors[f"{SPARSE}.position"][-1] = 250
+
+
+@fault("a position twice", "do not ascend")
+def position_twice(manifest, tensors):
+    tensors[f"{SPARSE}.position"][1] = tensors[f"{SPARSE}.position"][0]
+
+
+@fault("counts that do not add up to the positions", "bytes, expected")
+def counts_do_not_add_up(manifest, tensors):
+    tensors[f"{SPARSE}.count"] = np.array([60000], "<u2").view(np.uint8)
+
+
+@fault("second words for fewer weights than the bitmap marks", "bytes, expected")
+def second_too_short(manifest, tensors):
+    tensors[f"{DENSE}.second"] = tensors[f"{DENSE}.second"][:-3].copy()
+
+
+@fault("stray bits after the last code", "beyond the last value")
+def stray_bits(manifest, tensors):
+    shape = weight(manifest, PLAIN)["shape"]
+    assert shape[0] * shape[3] * 5 % 8
+    tensors[f"{PLAIN}.first"][-1] |= 0x80
+
+
+@fault("alpha negative", "alpha must be finite and positive")
+def alpha_negative(manifest, tensors):
+    tensors[f"{SPARSE}.alpha"][3] = -1
+
+
+@fault("alpha NaN", "alpha must be finite and positive")
+def alpha_nan(manifest, tensors):
+    tensors[f"{SPARSE}.alpha"][3] = np.nan
+
+
+@fault("alpha so large that results overflow", "absurdly large")
+def alpha_absurd(manifest, tensors):
+    tensors[f"{SPARSE}.alpha"][3] = 1e38
+
+
+@fault("bias infinite", "bias must be finite")
+def bias_infinite(manifest, tensors):
+    tensors[f"{SPARSE}.bias"][0] = np.inf
+
+
+@fault("a table with values that are no codes of its output", "no output codes")
+def table_out_of_range(manifest, tensors):
+    manifest["tensors"]["c"]["bits"] = 7
+
+
+@fault("a table of 255 entries", "expected uint8 of shape (256,)")
+def table_too_short(manifest, tensors):
+    tensors[f"{LOOKUP}.table"] = tensors[f"{LOOKUP}.table"][:255].copy()
+
+
+def _deflated(manifest: Manifest, tensors: Tensors, raw: bytes) -> None:
+    weight(manifest, SPARSE)["zlib"] = ["first"]
+    tensors[f"{SPARSE}.first"] = np.frombuffer(raw, np.uint8)
+
+
+@fault("a zlib stream that is none", "damaged zlib stream")
+def zlib_garbage(manifest, tensors):
+    _deflated(manifest, tensors, bytes(range(100)))
+
+
+@fault("a zlib stream cut off", "does not hold exactly")
+def zlib_truncated(manifest, tensors):
+    _deflated(manifest, tensors, zlib.compress(tensors[f"{SPARSE}.first"].tobytes(), 9)[:-6])
+
+
+@fault("a zlib stream with bytes after its end", "does not hold exactly")
+def zlib_trailing(manifest, tensors):
+    _deflated(manifest, tensors, zlib.compress(tensors[f"{SPARSE}.first"].tobytes(), 9) + b"x")
+
+
+@fault("a zlib bomb: 1 kB that inflates to 1 MB, where 108 bytes belong", "does not hold exactly")
+def zlib_bomb(manifest, tensors):
+    _deflated(manifest, tensors, zlib.compress(bytes(2**20), 9))
+
+
+@fault("2^31 - 1 weights in a 1 kB zlib stream", "cannot inflate")
+def zlib_ratio(manifest, tensors):
+    weight(manifest, SPARSE)["shape"] = [1, 1, 1, 2**31 - 1]
+    tensors[f"{SPARSE}.bias"] = tensors[f"{SPARSE}.bias"][:1].copy()
+    _deflated(manifest, tensors, zlib.compress(bytes(2**20), 9))
+
+
+def table() -> str:
+    """README.md's table of all files."""
+    rows = [f"| {name}.stlq | {reason} | {part} |" for name, (reason, part, _) in FILES.items()]
+    return "\n".join(["| file | reason | expected in the message |", "| --- | --- | --- |", *rows])
+
+
+def main() -> None:
+    """Write all files and the table."""
+    for path in HERE.glob("*.stlq"):
+        path.unlink()
+    for name, (_, _, make) in FILES.items():
+        (HERE / f"{name}.stlq").write_bytes(make())
+    readme = HERE / "README.md"
+    introduction = readme.read_text(encoding="utf-8").split("| file |")[0]
+    readme.write_text(introduction + table() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

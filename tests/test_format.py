@@ -1,0 +1,234 @@
+"""The packed file: what goes in comes out, nothing is half written, nothing damaged gets in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import GRAPHS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logshift.kernels import codec
+from logshift.kernels.errors import FormatError
+from logshift.runtime import format as packed_format
+
+HOSTILE = Path(__file__).parent / "hostile"
+
+
+def script(path):
+    """Import a script that is no module of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = script(HOSTILE / "make.py")
+
+
+def hostile_table():
+    """Rows (file, reason, message part) of the README."""
+    lines = (HOSTILE / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return rows[2:]
+
+
+def assert_same(a, b):
+    """Assert that two graphs are equal, arrays included."""
+    assert (a.inputs, a.outputs, a.quantization) == (b.inputs, b.outputs, b.quantization)
+    assert (a.preprocessing, a.labels, a.settings) == (b.preprocessing, b.labels, b.settings)
+    for x, y in zip(a.nodes, b.nodes, strict=True):
+        assert (x.op, x.name, x.inputs, x.outputs) == (y.op, y.name, y.inputs, y.outputs)
+        assert x.attributes == y.attributes
+        for p, q in ((x.bias, y.bias), (x.table, y.table)):
+            assert p is q is None or np.array_equal(p, q)
+        if x.weights is None:
+            assert y.weights is None
+            continue
+        for key in ("bits", "residual_shift", "clip"):
+            assert getattr(x.weights, key) == getattr(y.weights, key)
+        for key in ("first", "second", "alpha"):
+            p, q = getattr(x.weights, key), getattr(y.weights, key)
+            assert p.dtype == q.dtype and np.array_equal(p, q), key
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_graphs_round_trip(kind):
+    @settings(max_examples=40)
+    @given(graph=GRAPHS[kind], tile=st.integers(1, 256))
+    def check(graph, tile):
+        graph.settings["tile"] = tile
+        data = packed_format.serialize(graph)
+        again = packed_format.deserialize(data)
+        assert_same(graph, again)
+        assert packed_format.serialize(again) == data
+
+    check()
+
+
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler])
+def test_optional_parts_round_trip(network):
+    graph = network()
+    graph.settings = {"tile": 100, "note": "ä 漢 😀", "nested": [1, 2.5, None, {"a": True}]}
+    graph.labels = ["chat", "犬", 'a "quoted" one\n']
+    assert_same(graph, packed_format.deserialize(packed_format.serialize(graph)))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.001, 0.02, 0.15, 0.6, 1.0])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_every_encoding_round_trips_and_the_smaller_is_taken(bits, ratio):
+    graph = make.classifier()
+    w = np.random.default_rng(1).standard_normal((12, 3, 3, 2)).astype(np.float32)
+    graph.nodes[make.SPARSE].weights = codec.encode(w, bits, ratio)
+    data = packed_format.serialize(graph)
+    assert_same(graph, packed_format.deserialize(data))
+    encoding = make.take_apart(data)[0]["nodes"][make.SPARSE]["weight"]["positions"]
+    selected = np.count_nonzero(graph.nodes[make.SPARSE].weights.second)
+    assert encoding == ("none" if selected == 0 else "list" if selected <= 20 else "bitmap")
+
+
+def test_streams_are_deflated_where_that_is_smaller():
+    graph = make.classifier()
+    w = np.random.default_rng(1).standard_normal((12, 3, 3, 2)) * 0
+    w[0, 0, 0, 0] = 1
+    graph.nodes[make.SPARSE].weights = codec.encode(w, 4, 0.0)
+    data = packed_format.serialize(graph)
+    assert make.take_apart(data)[0]["nodes"][make.SPARSE]["weight"]["zlib"] == ["first"]
+    assert_same(graph, packed_format.deserialize(data))
+
+
+def test_degenerate_weights_stay_readable():
+    """A layer of equal weights would deflate 1000 times, more than a reader accepts."""
+    graph = make.classifier()
+    same = codec.encode(np.ones((12, 64, 64, 12)), 4, 0.0)
+    graph.nodes[make.DENSE].weights = same
+    graph.nodes[make.DENSE].attributes["pads"] = [32, 32, 31, 31]
+    data = packed_format.serialize(graph)
+    assert len(data) < 200_000
+    assert_same(graph, packed_format.deserialize(data))
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_files_round_trip_and_tell_their_manifest(tmp_path):
+    path = tmp_path / "net.stlq"
+    size = packed_format.write(make.classifier(), path)
+    assert path.stat().st_size == size
+    assert_same(make.classifier(), packed_format.read(path))
+    manifest = packed_format.read_manifest(path)
+    assert manifest == make.take_apart(path.read_bytes())[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["net.stlq"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="permissions are POSIX's")
+def test_new_files_have_ordinary_permissions(tmp_path):
+    packed_format.write(make.classifier(), tmp_path / "net.stlq")
+    (tmp_path / "other").write_bytes(b"")
+    modes = [(tmp_path / name).stat().st_mode for name in ("net.stlq", "other")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, function):
+    path = tmp_path / "net.stlq"
+    packed_format.write(make.classifier(), path)
+    old = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OSError, match="no space"):
+        packed_format.write(make.upscaler(), path)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["net.stlq"]
+
+
+def test_an_invalid_graph_is_not_written(tmp_path):
+    graph = make.classifier()
+    graph.nodes[make.SPARSE].inputs = ["ghost"]
+    with pytest.raises(FormatError, match="ghost"):
+        packed_format.write(graph, tmp_path / "net.stlq")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_name_the_file(tmp_path):
+    path = tmp_path / "net.stlq"
+    path.write_bytes(b"not a packed file")
+    for read in (packed_format.read, packed_format.read_manifest):
+        with pytest.raises(FormatError, match="net.stlq"):
+            read(path)
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "ghost.stlq")
+
+
+def test_the_manifest_is_read_without_the_weights(tmp_path):
+    """A file cut off behind its header still tells what it holds; loading it fails."""
+    data = packed_format.serialize(make.classifier())
+    path = tmp_path / "net.stlq"
+    path.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    assert packed_format.read_manifest(path)["format_version"] == packed_format.FORMAT_VERSION
+    with pytest.raises(FormatError, match="container"):
+        packed_format.read(path)
+
+
+def test_unknown_keys_of_later_writers_are_ignored():
+    manifest, tensors = make.take_apart(packed_format.serialize(make.classifier()))
+    manifest["comment"] = manifest["nodes"][make.SPARSE]["weight"]["comment"] = "new"
+    assert_same(
+        make.classifier(), packed_format.deserialize(make.sign(json.dumps(manifest), tensors))
+    )
+
+
+# --- what must be refused -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "reason", "message"), hostile_table())
+def test_hostile_file_is_refused(name, reason, message):
+    with pytest.raises(FormatError) as caught:
+        packed_format.read(HOSTILE / name)
+    assert message in str(caught.value)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    try:
+        packed_format.read_manifest(HOSTILE / name)
+    except FormatError:
+        pass
+
+
+def test_hostile_table_and_directory_agree():
+    files = {path.name for path in HOSTILE.glob("*.stlq")}
+    assert files == {name for name, *_ in hostile_table()}
+    assert files == {f"{name}.stlq" for name in make.FILES}
+    assert make.table() in (HOSTILE / "README.md").read_text(encoding="utf-8")
+    assert max((HOSTILE / name).stat().st_size for name in files) < 5000
+
+
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler])
+def test_every_flipped_byte_is_found(network):
+    data = packed_format.serialize(network())
+    for position in range(0, len(data), 7):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        with pytest.raises(FormatError):
+            packed_format.deserialize(bytes(damaged))
+
+
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler])
+def test_every_truncation_is_found(network):
+    data = packed_format.serialize(network())
+    for size in range(0, len(data), 11):
+        with pytest.raises(FormatError):
+            packed_format.deserialize(data[:size])
+
+
+def test_fuzzing_finds_only_format_errors(repository):
+    fuzz = script(repository / "benchmarks" / "fuzz_format.py")
+    outcome = fuzz.run(count=3000, seed=1)
+    assert outcome.rejected > 1000 and outcome.ran > 100

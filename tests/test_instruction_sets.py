@@ -1,0 +1,40 @@
+"""The same bits on every instruction set: each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from instruction_set_digest import digest
+
+MACHINES = {
+    "x86_64": [("x86-64", ""), ("nehalem", ""), ("haswell", ""), ("icelake-server", None)],
+    "AMD64": [("x86-64", ""), ("nehalem", ""), ("haswell", "")],
+    "aarch64": [("generic", "")],
+    "arm64": [("generic", "")],
+}
+
+
+def _runs_here(cpu):
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    needed = {"haswell": {"avx2", "fma", "bmi2"}, "icelake-server": {"avx512vl", "avx512_vnni"}}
+    return needed.get(cpu, set()) <= set(flags)
+
+
+@pytest.mark.parametrize(("cpu", "features"), MACHINES.get(platform.machine(), []))
+def test_other_instruction_sets_give_the_same_bits(cpu, features):
+    if not _runs_here(cpu):
+        pytest.skip(f"this machine cannot run code for {cpu}")
+    environment = os.environ | {"NUMBA_CPU_NAME": cpu}
+    if features is not None:
+        environment["NUMBA_CPU_FEATURES"] = features
+    script = Path(__file__).with_name("instruction_set_digest.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == digest("reference")

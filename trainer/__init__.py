@@ -1,0 +1,1 @@
+"""Training recipes for the networks that logshift runs."""
