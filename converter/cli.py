@@ -52,6 +52,7 @@ class Kernels(str, Enum):
     """Kernel families that a user may ask for."""
 
     auto = "auto"
+    dot = "dot"
     portable = "portable"
     reference = "reference"
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,12 @@ from numba import carray, cfunc, from_dtype, njit, types
 
 from logshift.kernels.native import as_pointer
 
-FAMILIES = ("reference", "portable")
+# What each family falls back to for an operation, or a layer, that it has no kernel for.
+FAMILIES = {
+    "reference": ("reference",),
+    "portable": ("portable",),
+    "dot": ("dot", "portable"),
+}
 
 TENSOR = np.dtype(
     [
@@ -54,13 +59,15 @@ CONV = _record(
     row0=_I, column0=_I, step_h=_I, step_w=_I,
     group=_I,
     bits=_I, residual_shift=_I,
+    # What the kernel's `pack` laid out, each in a form of its own: weights, z_x * sum of W, M, B.
+    weights=_P, offset=_P, m=_P, b=_P,
     block=_I,  # channels per block of the packed weights
-    weights=_P,  # as the kernel's `pack` laid them out
-    offset=_P,  # int64 (O,): z_x * sum of W
-    m=_P, b=_P,  # float32 (O,)
     z_r=_I, m_r=_F, lo=_F, hi=_F,
     has_residual=_I, float_output=_I,
     scratch=_P, scratch_size=_I,  # bytes per thread
+    # Byte-dot kernels: microkernel and its pixels, bytes of weights per block; segments of all
+    # blocks (see microkernels.TILE), how many each block has and which is its first.
+    tile=_P, pixels=_I, block_bytes=_I, segments=_P, segment_counts=_P, segment_firsts=_P,
 )  # fmt: skip
 # Window as for CONV; rows below `low` and from `high` on hold no picture (padding).
 POOL = _record(
@@ -130,8 +137,12 @@ class Kernel:
     function : the Python function, compiled on first use
     supports : callable(layer.Layer) -> bool, or None
         Whether it can serve a convolution; None for other ops.
-    pack : callable(layer.Layer) -> array, or None
-        Lays out the weights of a convolution; the last dimension is the channel block.
+    pack : callable(layer.Layer) -> layer.Packed, or None
+        Lays out a convolution; None for other ops.
+    cost : callable(layer.Layer) -> float, or None
+        Decides between kernels of one family that support a layer: the lowest is taken.
+    available : callable() -> bool
+        Whether the machine has the instructions.
     scratch : callable(channels) -> int, or None
         Bytes of scratch memory it needs per thread.
     """
@@ -142,7 +153,9 @@ class Kernel:
     record: np.dtype
     function: Callable[..., None]
     supports: Callable[[Any], bool] | None = None
-    pack: Callable[[Any], np.ndarray] | None = None
+    pack: Callable[[Any], Any] | None = None
+    cost: Callable[[Any], float] | None = None
+    available: Callable[[], bool] = lambda: True
     scratch: Callable[[int], int] | None = None
 
     @property
@@ -150,15 +163,16 @@ class Kernel:
         """Family, op and variant, as `logshift info` shows it."""
         return "-".join(part for part in (self.family, self.op, self.variant) if part)
 
-    @cached_property
-    def _compiled(self) -> Any:
-        signature = types.void(types.CPointer(from_dtype(self.record)), types.intp, types.intp)
-        return cfunc(signature, cache=True, error_model="numpy")(self.function)
-
     @property
     def address(self) -> int:
         """Address of the compiled kernel; the first use compiles it or loads it from the cache."""
-        return self._compiled.address
+        return _compiled(self.function, self.record).address
+
+
+@cache
+def _compiled(function: Callable[..., None], record: np.dtype) -> Any:
+    signature = types.void(types.CPointer(from_dtype(record)), types.intp, types.intp)
+    return cfunc(signature, cache=True, error_model="numpy")(function)
 
 
 _REGISTRY: dict[tuple[str, str, str], Kernel] = {}
@@ -176,15 +190,21 @@ def register(op: str, family: str, record: np.dtype, variant: str = "", **hooks:
 
 def kernels() -> Iterator[Kernel]:
     """Yield all kernels, for tests, benchmarks and warm-up to walk."""
-    for module in ("reference", "portable"):
+    for module in FAMILIES:
         importlib.import_module(f"logshift.kernels.{module}")
     yield from _REGISTRY.values()
 
 
 def kernel(op: str, family: str, layer: Any = None) -> Kernel:
-    """Return the first kernel of a family that serves `op`, and `layer` if one is given."""
-    for candidate in kernels():
-        if candidate.op == op and candidate.family == family:
-            if layer is None or candidate.supports is None or candidate.supports(layer):
-                return candidate
+    """Return the kernel for `op`, and `layer` if given, of a family or what it falls back to."""
+    for name in FAMILIES[family]:
+        candidates = [
+            k
+            for k in kernels()
+            if (k.op, k.family) == (op, name)
+            and k.available()
+            and (layer is None or k.supports is None or k.supports(layer))
+        ]
+        if candidates:
+            return min(candidates, key=lambda k: k.cost(layer) if k.cost and layer else 0)
     raise LookupError(f"no {family} kernel for {op}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +13,28 @@ from logshift.kernels.codec import LogWeights
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Weights of shape (O, kh, kw, C / group), the group count, and the bits of the input codes."""
+    """One convolution.
+
+    Attributes
+    ----------
+    weights : LogWeights of shape (O, kh, kw, C / group)
+    group : int
+    dilation_w : int
+    activation_bits : int
+        A of the input codes.
+    z_x : int
+        Zero point of the input.
+    m, b : float32 arrays of shape (O,)
+        M and B of `docs/quantization.md` section 4.
+    """
 
     weights: LogWeights
     group: int
+    dilation_w: int
     activation_bits: int
+    z_x: int
+    m: np.ndarray
+    b: np.ndarray
 
     @cached_property
     def integers(self) -> np.ndarray:
@@ -29,7 +47,30 @@ class Layer:
         sums = np.abs(self.integers).sum(axis=(1, 2, 3), dtype=np.int64)
         return int(sums.max(initial=0)) * (2**self.activation_bits - 1)
 
+    @cached_property
+    def offset(self) -> np.ndarray:
+        """z_x times the sum of W, int64 (O,)."""
+        return self.z_x * self.integers.sum(axis=(1, 2, 3), dtype=np.int64)
+
+    @property
+    def run_taps(self) -> int:
+        """Taps of a kernel row whose inputs lie side by side in memory: all of them, or one."""
+        return self.integers.shape[2] if self.dilation_w == 1 and self.group == 1 else 1
+
     @property
     def is_depthwise(self) -> bool:
         """Every output channel reads exactly the input channel of its own number."""
         return self.integers.shape[3] == 1 and self.group == self.integers.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A layer as one kernel wants it: values for its argument record, arrays by their address."""
+
+    fields: dict[str, Any]
+
+    def place(self, arguments: np.ndarray) -> list[np.ndarray]:
+        """Fill in an argument record whose geometry is known; returns arrays to keep alive."""
+        for key, value in self.fields.items():
+            arguments[key] = value.ctypes.data if isinstance(value, np.ndarray) else value
+        return [value for value in self.fields.values() if isinstance(value, np.ndarray)]

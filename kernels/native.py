@@ -41,6 +41,20 @@ def call_kernel(typingctx, function, arguments, thread, threads):
 
 
 @intrinsic
+def call_tile(typingctx, function, arguments):
+    """Call the microkernel at an address: void (address of a TILE), see `microkernels`."""
+    signature = types.void(types.uintp, types.uintp)
+
+    def codegen(context, builder, signature, args):
+        function, arguments = args
+        kind = ir.FunctionType(ir.VoidType(), [arguments.type])
+        builder.call(builder.inttoptr(function, kind.as_pointer()), [arguments])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
 def atomic_add(typingctx, address, value):
     """Add to the int64 at an address; returns the value before."""
     signature = types.int64(types.uintp, types.int64)

@@ -12,7 +12,7 @@ from numba import carray, njit
 
 from logshift.kernels import abi
 from logshift.kernels.abi import codes, floats, register, share
-from logshift.kernels.layer import Layer
+from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
 
@@ -43,8 +43,8 @@ def _block(channels: int) -> int:
     return 16 if channels <= 16 else 32
 
 
-def _pack_blocks(layer: Layer, dtype: type) -> np.ndarray:
-    """W as (group, blocks, K, block), zeros in channels beyond the last."""
+def _pack_blocks(layer: Layer, dtype: type) -> Packed:
+    """W as (group, blocks, K, block), zeros in channels beyond the last; the rest as (O,)."""
     w = layer.integers
     group_size = w.shape[0] // layer.group
     block = _block(group_size)
@@ -57,7 +57,13 @@ def _pack_blocks(layer: Layer, dtype: type) -> np.ndarray:
         for i in range(blocks):
             rows = matrix[i * block : (i + 1) * block]
             packed[g, i, :, : len(rows)] = rows.T
-    return packed
+    return _packed(layer, packed, block)
+
+
+def _packed(layer: Layer, weights: np.ndarray, block: int) -> Packed:
+    return Packed(
+        {"weights": weights, "block": block, "offset": layer.offset, "m": layer.m, "b": layer.b}
+    )
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
@@ -213,12 +219,12 @@ def _input_start(a, pixel):
     return ((n * a.x.h + row) * a.x.w + column) * a.x.c
 
 
-def _pack_depthwise(layer: Layer) -> np.ndarray:
-    """W as (kh * kw, C), int32."""
+def _pack_depthwise(layer: Layer) -> Packed:
+    """W as (kh * kw, C), int32; the rest as (C,)."""
     w = layer.integers
     packed = aligned((w.shape[1] * w.shape[2], w.shape[0]), np.int32)
     packed[:] = w.reshape(packed.shape[::-1]).T
-    return packed
+    return _packed(layer, packed, w.shape[0])
 
 
 @register(

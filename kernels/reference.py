@@ -11,7 +11,7 @@ from numba import carray, njit
 
 from logshift.kernels import abi
 from logshift.kernels.abi import codes, floats, register
-from logshift.kernels.layer import Layer
+from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.native import as_pointer
 
 
@@ -31,9 +31,10 @@ def _shift_add(acc, code, word, bits, shift):
     return acc - shifted if word & sign else acc + shifted
 
 
-def _pack_conv(layer: Layer) -> np.ndarray:
-    """First and second words as codes, (2, O, K)."""
-    return np.stack([layer.weights.first, layer.weights.second])
+def _pack_conv(layer: Layer) -> Packed:
+    """First and second words as codes, (2, O, K); offset int64, M and B float32, (O,)."""
+    words = np.stack([layer.weights.first, layer.weights.second])
+    return Packed({"weights": words, "offset": layer.offset, "m": layer.m, "b": layer.b})
 
 
 @register("conv", "reference", abi.CONV, supports=lambda layer: True, pack=_pack_conv)

@@ -18,7 +18,7 @@ from logshift.kernels import abi
 from logshift.kernels.abi import Kernel, kernel
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import InputError
-from logshift.kernels.layer import Layer
+from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.memory import aligned
 from logshift.runtime.graph import Graph, Node, Shape, slice_range
 
@@ -35,10 +35,7 @@ class Convolution:
 
     kernel: Kernel
     layer: Layer
-    packed: np.ndarray
-    offset: np.ndarray
-    m: np.ndarray
-    b: np.ndarray
+    packed: Packed
     dilations: tuple[int, int]
     phase: tuple[int, int] = (0, 0)
     shift: tuple[int, int] = (0, 0)
@@ -63,17 +60,14 @@ def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution
     m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
     b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
 
-    def convolution(part: LogWeights, **geometry: Any) -> Convolution:
-        layer = Layer(part, a["group"], q_x.bits)
+    def convolution(part: LogWeights, dilations: tuple[int, int], **phase: Any) -> Convolution:
+        layer = Layer(part, a["group"], dilations[1], q_x.bits, q_x.zero_point, m, b)
         chosen = kernel("conv", family, layer)
         assert chosen.pack is not None
-        sums = layer.integers.sum(axis=(1, 2, 3), dtype=np.int64)
-        return Convolution(
-            chosen, layer, chosen.pack(layer), q_x.zero_point * sums, m, b, **geometry
-        )
+        return Convolution(chosen, layer, chosen.pack(layer), dilations, **phase)
 
     if node.op == "Conv":
-        yield convolution(weights, dilations=tuple(a["dilations"]))
+        yield convolution(weights, tuple(a["dilations"]))
         return
     rows, columns = (
         list(_phases(weights.shape[1 + i], a["strides"][i], a["dilations"][i], a["pads"][i]))
@@ -87,7 +81,7 @@ def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution
                 weights.residual_shift, weights.clip,
             )  # fmt: skip
             yield convolution(
-                part, dilations=(dilation_h, dilation_w), phase=(p, q), shift=(shift_h, shift_w)
+                part, (dilation_h, dilation_w), phase=(p, q), shift=(shift_h, shift_w)
             )
 
 
@@ -380,13 +374,14 @@ class Plan:
                 row0=x.top + row, column0=x.left + column,
                 step_h=steps[0], step_w=steps[1], group=conv.layer.group,
                 bits=weights.bits, residual_shift=weights.residual_shift,
-                block=conv.packed.shape[-1], weights=conv.packed, offset=conv.offset,
-                m=conv.m, b=conv.b, has_residual=residual, float_output=is_float,
+                has_residual=residual, float_output=is_float,
                 **extra, **self._range(node),
             )  # fmt: skip
+            step = self.steps[-1]
+            step.keep += conv.packed.place(step.arguments)
             # A phase writes into the picture from its own first row and column on.
             for key in ("y", "r")[: 1 + residual]:
-                record = self.steps[-1].arguments[0][key]
+                record = step.arguments[0][key]
                 record["top"] += conv.phase[0]
                 record["left"] += conv.phase[1]
         if target != out:

@@ -22,7 +22,7 @@ from logshift.runtime.picture import Preprocessing
 from logshift.runtime.plan import Plan, prepare
 from logshift.runtime.table import text_table
 
-AUTO_FAMILY = "portable"
+AUTO_FAMILY = "dot"
 _SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
 _MAX_THREADS = 256
 
@@ -40,8 +40,9 @@ def load(
         A `.stlq` file.
     threads : int, optional
         Threads per run; by default the cores this process may use.
-    kernels : {"auto", "portable", "reference"}
-        Kernel family; "auto" takes the fastest for this machine. Results are the same, bit for
+    kernels : {"auto", "dot", "portable", "reference"}
+        Kernel family; "auto" takes the fastest for this machine, "dot" the byte dot product where
+        there is one and portable kernels elsewhere. Results are the same, bit for
         bit.
 
     Returns
@@ -367,7 +368,8 @@ def warmup(progress: Progress | None = None) -> None:
     ----------
     progress : callable(done, total, name), optional
     """
-    chosen = [kernel for kernel in abi.kernels() if kernel.family == AUTO_FAMILY]
+    families = FAMILIES[AUTO_FAMILY]
+    chosen = [k for k in abi.kernels() if k.family in families and k.available()]
     for done, kernel in enumerate(chosen):
         if progress:
             progress(done, len(chosen), kernel.name)
