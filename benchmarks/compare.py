@@ -4,8 +4,8 @@
 
 Every engine has a process of its own and runs only when it is its turn (A B C A B C ...), so that
 what else happens on the machine happens to all. Ratios are taken within a round; the median and the
-spread (10th to 90th percentile) of the rounds are printed, and written with --json. Models and their
-conversions are kept in --cache.
+spread (10th to 90th percentile) of the rounds are printed, and written with --json. Models and
+their conversions are kept in --cache.
 """
 
 from __future__ import annotations
@@ -64,9 +64,13 @@ def prepare(name: str, cache: Path, weight_bits: int, activation_bits: int) -> F
 
 
 def _quantize(source: Path, target: Path, calibration: np.ndarray) -> None:
-    """Static QDQ quantization by onnxruntime: uint8 activations, int8 weights per channel."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
-    from onnxruntime.quantization import quantize_static
+    """Quantize as onnxruntime does it: QDQ, static, uint8 activations, int8 weights per channel."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
@@ -89,9 +93,7 @@ def compare(
     files: Files, x: np.ndarray, threads: int, names: list[str], rounds: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
     """Run all engines in turns; returns what was measured, by engine."""
-    engines = {
-        name: Engine(name, getattr(files, ENGINES[name][1]), threads, x) for name in names
-    }
+    engines = {name: Engine(name, getattr(files, ENGINES[name][1]), threads, x) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, engine in engines.items():

@@ -2,8 +2,8 @@
 
 Weights are drawn from a Laplace distribution, whose tails are like those of trained weights, scaled
 as He et al. do; batch norm is taken as folded into biases. Speed does not depend on the values,
-with one exception: logshift's AVX2 kernels leave 16-bit sums the sooner the more large weights there
-are.
+with one exception: logshift's AVX2 kernels leave 16-bit sums the sooner the more large weights
+there are.
 """
 
 from __future__ import annotations
@@ -56,8 +56,15 @@ class Builder:
         return self.constant(self.rng.laplace(0, scale, shape).astype(np.float32))
 
     def conv(
-        self, x: str, out: int, kernel: int = 3, stride: int = 1, *, group: int = 1,
-        dilation: int = 1, act: str | None = "relu",
+        self,
+        x: str,
+        out: int,
+        kernel: int = 3,
+        stride: int = 1,
+        *,
+        group: int = 1,
+        dilation: int = 1,
+        act: str | None = "relu",
     ) -> str:
         """Convolution of "same" padding with bias, then "relu", "relu6" or nothing."""
         c = self.channels[x]
@@ -147,7 +154,9 @@ _MOBILENET_V2 = (
 )  # fmt: skip
 
 
-def _inverted(b: Builder, x: str, expand: int, out: int, kernel: int, stride: int, rate: int) -> str:
+def _inverted(
+    b: Builder, x: str, expand: int, out: int, kernel: int, stride: int, rate: int
+) -> str:
     c = b.channels[x]
     y = b.conv(x, c * expand, 1, act="relu6") if expand > 1 else x
     y = b.conv(y, c * expand, kernel, stride, group=c * expand, dilation=rate, act="relu6")
@@ -156,7 +165,7 @@ def _inverted(b: Builder, x: str, expand: int, out: int, kernel: int, stride: in
 
 
 def _mobilenet_features(b: Builder, output_stride: int) -> tuple[str, str]:
-    """The last features, and those at a quarter of the size."""
+    """Return the last features, and those at a quarter of the size."""
     x = b.conv("input", 32, 3, 2, act="relu6")
     reached, rate, low = 2, 1, x
     for expand, out, repeat, stride in _MOBILENET_V2:
@@ -192,7 +201,7 @@ def efficientnet_lite0() -> onnx.ModelProto:
 
 
 def sid_unet() -> onnx.ModelProto:
-    """The See-in-the-Dark U-Net: packed Bayer in, twice as high and wide RGB out."""
+    """See-in-the-Dark U-Net: packed Bayer in, twice as high and wide RGB out."""
     b = Builder((4, 512, 512))
 
     def double(x: str, out: int) -> str:

@@ -65,9 +65,9 @@ CONV = _record(
     z_r=_I, m_r=_F, lo=_F, hi=_F,
     has_residual=_I, float_output=_I,
     scratch=_P, scratch_size=_I,  # bytes per thread
-    # Byte-dot kernels: microkernel and its pixels, bytes of weights per block; segments of all
-    # blocks (see microkernels.TILE), how many each block has and which is its first.
-    tile=_P, pixels=_I, block_bytes=_I, segments=_P, segment_counts=_P, segment_firsts=_P,
+    # Byte-dot kernels: microkernel and its pixels; segments of all blocks (see microkernels.TILE);
+    # int64 (blocks,): how many segments each block has, the first, and where its weights begin.
+    tile=_P, pixels=_I, segments=_P, segment_counts=_P, segment_firsts=_P, weight_begins=_P,
 )  # fmt: skip
 # Window as for CONV; rows below `low` and from `high` on hold no picture (padding).
 POOL = _record(

@@ -4,14 +4,13 @@ Weights are the integers W of `docs/quantization.md` section 2, which fit an int
 whatever is selected; second words cost nothing. There is no im2col: a microkernel reads the runs of
 bytes that a row of taps covers where they lie.
 
-Where the machine's dot product sums in int16, sums stay there for as long as they cannot overflow.
-Log-quantized weights are mostly small, so that is long: how long is known once the weights are,
-and `_cut` ends a segment exactly there.
+Where the machine's dot product sums in int16, sums stay there for as long as the range of their
+total is no wider than int16. Log-quantized weights are mostly small, so that is long: how long is
+known once the weights are, and `_cut` ends a segment exactly there.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,34 +64,47 @@ def _cost(tile: Microkernel, layer: Layer) -> float:
 
 
 @njit(cache=True)
-def _cut(weights, run_quads, top, pair, out):
+def _cut(weights, run_quads, top, pair, segments, initials):
     """Cut the quads of one block into segments (run, first quad of the run, quads).
 
-    weights : int8 (runs * run_quads, channels, 4); returns how many segments `out` got.
+    An int16 lane that adds products with weights of positive sum P and negative sum -N ends within
+    [-N * top, P * top]. If that is no wider than int16, some initial value brings all of it into
+    int16, and sums on the way may wrap around.
+
+    weights : int8 (runs * run_quads, channels, 4); initials : int16 (segments, channels, 2).
+    Returns how many segments there are.
     """
     channels = weights.shape[1]
-    # Largest and smallest value of every int16 so far, and with the next quad.
-    sums, ahead = np.zeros((channels, 2, 2), np.int64), np.zeros((channels, 2, 2), np.int64)
+    plus, minus = np.zeros((channels, 2), np.int64), np.zeros((channels, 2), np.int64)
     count = 0
     for run in range(weights.shape[0] // run_quads):
         first = 0
-        sums[:] = 0
-        for q in range(run_quads):
-            ahead[:] = 0
-            for c in range(channels):
-                for byte in range(4):
-                    w = np.int64(weights[run * run_quads + q, c, byte])
-                    ahead[c, byte // 2, 0 if w > 0 else 1] += w * top
-            total = sums + ahead
-            if pair and (total[:, :, 0].max() > 32767 or total[:, :, 1].min() < -32768):
-                out[count, 0], out[count, 1], out[count, 2] = run, first, q - first
+        for q in range(run_quads + 1):
+            fits = q < run_quads
+            if fits and pair:
+                for c in range(channels):
+                    for lane in range(2):
+                        width = plus[c, lane] + minus[c, lane]
+                        for byte in range(2):
+                            width += abs(np.int64(weights[run * run_quads + q, c, 2 * lane + byte]))
+                        fits = fits and width * top <= 65535
+            if not fits:
+                segments[count, 0], segments[count, 1], segments[count, 2] = run, first, q - first
+                for c in range(channels):
+                    for lane in range(2):
+                        low, high = -minus[c, lane] * top, plus[c, lane] * top
+                        initials[count, c, lane] = max(-32768 - low, min(0, 32767 - high))
+                plus[:], minus[:] = 0, 0
                 count += 1
                 first = q
-                sums[:] = ahead
-            else:
-                sums[:] = total
-        out[count, 0], out[count, 1], out[count, 2] = run, first, run_quads - first
-        count += 1
+            if q < run_quads:
+                for c in range(channels):
+                    for byte in range(4):
+                        w = np.int64(weights[run * run_quads + q, c, byte])
+                        if w > 0:
+                            plus[c, byte // 2] += w
+                        else:
+                            minus[c, byte // 2] -= w
     return count
 
 
@@ -105,10 +117,34 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     quads = -(-run // 4)
     padded = np.zeros((layer.group, blocks * tile.channels, runs, quads * 4), np.int8)
     padded[:, :out_group, :, :run] = w.reshape(layer.group, out_group, runs, run)
-    weights = aligned((layer.group * blocks, runs * quads, tile.channels, 4), np.int8)
-    weights[:] = (padded.reshape(layer.group * blocks, tile.channels, runs * quads, 4)).transpose(
-        0, 2, 1, 3
+    quadwise = (
+        padded.reshape(layer.group * blocks, tile.channels, runs * quads, 4)
+        .transpose(0, 2, 1, 3)
+        .copy()
     )
+    top = 2**layer.activation_bits - 1
+    table = np.empty((runs * quads, 3), np.int64)
+    initials = np.empty((runs * quads, tile.channels, 2), np.int16)
+    cuts, streams = [], []
+    start = np.zeros((layer.group, blocks * tile.channels), np.int64)
+    start[:, :out_group] = -layer.offset.reshape(layer.group, out_group)
+    for block, own_start in zip(quadwise, start.reshape(-1, tile.channels), strict=True):
+        count = _cut(block, quads, top, tile.pair, table, initials)
+        cuts.append(table[:count].copy())
+        if tile.pair:
+            own_start -= initials[:count].sum(axis=(0, 2), dtype=np.int64)
+            for (run, first, length), initial in zip(cuts[-1], initials, strict=False):
+                begin = run * quads + first
+                streams.append(initial.copy().view(np.int8).ravel())
+                streams.append(block[begin : begin + length].ravel())
+        else:
+            streams.append(block.ravel())
+    stream = np.concatenate(streams)
+    weights = aligned(stream.shape, np.int8)
+    weights[:] = stream
+    counts = np.array([len(cut) for cut in cuts], np.int64)
+    # Initial values, int16 (channels, 2), are as large as a quad.
+    sizes = 4 * tile.channels * (runs * quads + (counts if tile.pair else 0 * counts))
 
     def blocked(values: np.ndarray, dtype: type) -> np.ndarray:
         out = aligned((layer.group, blocks * tile.channels), dtype)
@@ -116,22 +152,20 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         out[:, :out_group] = values.reshape(layer.group, out_group)
         return out
 
-    table = np.empty((runs * quads, 3), np.int64)
-    top = 2**layer.activation_bits - 1
-    cuts = [table[: _cut(b, quads, top, tile.pair, table)].copy() for b in weights]
-    counts = np.array([len(cut) for cut in cuts], np.int64)
+    start_values = aligned(start.shape, np.int32)
+    start_values[:] = start
     return _PackedDot(
         {
             "weights": weights,
-            "offset": blocked(-layer.offset, np.int32),
+            "offset": start_values,
             "m": blocked(layer.m, np.float32),
             "b": blocked(layer.b, np.float32),
             "block": tile.channels,
             "tile": microkernels.address(tile),
             "pixels": tile.pixels,
-            "block_bytes": math.prod(weights.shape[1:]),
             "segment_counts": counts,
             "segment_firsts": np.cumsum(counts) - counts,
+            "weight_begins": np.cumsum(sizes) - sizes,
         },
         layer,
         np.concatenate(cuts),
@@ -184,6 +218,7 @@ def _conv_dot(arguments, thread, threads):
     blocks = (out_group + block - 1) // block
     counts = carray(as_pointer(a.segment_counts), a.group * blocks, np.int64)
     firsts = carray(as_pointer(a.segment_firsts), a.group * blocks, np.int64)
+    begins = carray(as_pointer(a.weight_begins), a.group * blocks, np.int64)
     total = a.n * a.height * a.width
     strips = (total + pixels - 1) // pixels
     begin, end = share(a.group * blocks * strips, thread, threads)
@@ -194,7 +229,7 @@ def _conv_dot(arguments, thread, threads):
         g, i_block = index // blocks, index % blocks
         t.segments = a.segments + np.uintp(8 * firsts[index])
         t.segment_count = counts[index]
-        t.weights = a.weights + np.uintp(index * a.block_bytes)
+        t.weights = a.weights + np.uintp(begins[index])
         t.start = a.offset + np.uintp(4 * index * block)
         t.m, t.b = a.m + np.uintp(4 * index * block), a.b + np.uintp(4 * index * block)
         x0, o0 = g * in_group, g * out_group + i_block * block

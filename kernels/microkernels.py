@@ -6,8 +6,8 @@ A microkernel computes, for `pixels` output pixels and one block of `channels` o
 
 and requantizes the tile in registers (`docs/quantization.md` section 4). Inputs are read where they
 lie; a *segment* is a run of quads that are contiguous in memory. Kernels of the "pair" kind sum
-products in int16 inside a segment, so the weights' layout must make segments short enough for no
-int16 to overflow (`dot.segments`); the others sum in int32 throughout.
+products in int16 inside a segment, modulo 2^16, from an initial value of the segment's own that
+keeps the total within int16 (`dot._cut`); the others sum in int32 throughout.
 
 All are listed in `MICROKERNELS`; tests and benchmarks walk that table.
 """
@@ -36,7 +36,8 @@ TILE = np.dtype(
         ("r", _P),  # int64 (pixels,): the same of the residual
         ("segments", _P),  # int32 (segment_count, 2): byte offset from x, quads
         ("segment_count", _I),
-        ("weights", _P),  # int8 (quads, channels, 4)
+        ("weights", _P),  # int8 (quads, channels, 4); "pair": each segment begins with its
+        # initial values, int16 (channels, 2)
         ("start", _P),  # int32 (channels,): minus z_x * sum of W
         ("m", _P), ("b", _P),  # float32 (channels,)
         ("z_r", np.int32), ("m_r", _F), ("lo", _F), ("hi", _F),
@@ -186,15 +187,21 @@ class _Emission:
         offset = b.sext(self.load(place, _i32, 4), _i64)
         quads = b.sext(self.load(b.add(place, self.word(4)), _i32, 4), _i64)
         rows = [b.add(base, offset) for base in bases]
-        initial = {
-            t: self.constant(0, self.int16s) if k.pair else b.load(slots[t]) for t in self.tiles
-        }
+        if k.pair:
+            initials = [
+                self.load(b.add(w_segment, self.word(size * j)), self.int16s, size)
+                for j in range(k.vectors)
+            ]
+            initial = {(i, j): initials[j] for i, j in self.tiles}
+            first = b.add(w_segment, self.word(size * k.vectors))
+        else:
+            initial, first = {t: b.load(slots[t]) for t in self.tiles}, w_segment
         b.branch(quad_loop)
 
         b.position_at_end(quad_loop)
         q, w = b.phi(_i64), b.phi(_i64)
         q.add_incoming(self.word(0), segment_loop)
-        w.add_incoming(w_segment, segment_loop)
+        w.add_incoming(first, segment_loop)
         acc = {t: b.phi(initial[t].type) for t in self.tiles}
         vectors = [
             self.load(b.add(w, self.word(size * j)), self.bytes, size) for j in range(k.vectors)

@@ -247,7 +247,7 @@ class Session:
             raise InputError(f"repeat is {repeat}; it must be at least 1")
         arrays = self._arrays(x)
         plan = self._plan(arrays)
-        plan.bind(arrays)
+        outputs = plan.bind(arrays)  # held: the program writes into them
         team = executor.team(self.threads)
         team.run(plan.program)
         seconds = np.empty((repeat, len(plan.steps)))
@@ -257,6 +257,7 @@ class Session:
                 team.run(plan.program[index : index + 1])
                 seconds[run, index] = time.perf_counter() - start
         medians = np.median(seconds, axis=0)
+        del outputs
         totals: dict[str, LayerTime] = {}
         for step, spent in zip(plan.steps, medians, strict=True):
             before = totals.get(step.node.outputs[0])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from graphs import GRAPHS, random_inputs
+from graphs import GRAPHS, build, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logshift.kernels import abi
+from logshift.kernels.codec import LogWeights
 from logshift.runtime import Session
+from logshift.runtime.graph import Node, Quantization
 
 
 def assert_same(expected, actual, context):
@@ -36,6 +38,32 @@ def test_fast_equals_reference_equals_numpy(kind):
                 assert_same(expected, session.trace_codes(inputs), (kind, kernels, threads))
 
     check()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("signs", ["plus", "minus", "pairs", "halves"])
+def test_largest_weights_and_codes_do_not_overflow(bits, signs):
+    shape = (17, 3, 3, 8)
+    largest = 2 ** (bits - 1) - 1  # the field e of the largest magnitude
+    negative = {
+        "plus": np.zeros(shape, bool),
+        "minus": np.ones(shape, bool),
+        "pairs": np.arange(np.prod(shape)).reshape(shape) // 2 % 2 == 1,
+        "halves": np.arange(np.prod(shape)).reshape(shape) % 72 >= 36,
+    }[signs]
+    first = np.where(negative, largest + 2 ** (bits - 1), largest).astype(np.uint8)
+    # At 3 bits both words may be at their largest, at 4 bits the bound is the first word's.
+    second = first if bits == 3 else np.zeros_like(first)
+    weights = LogWeights(first, second, np.ones(17, np.float32), bits, clip=2 if bits == 3 else 1)
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("Conv", "conv", ["x"], ["y"], {}, weights),
+    ]
+    graph = build(nodes, {"x": Quantization(1.0, 0, 8)}, {"input": (1, 8, 5, 9)}, "y")
+    x = np.full((1, 8, 5, 9), 255, np.float32)
+    expected = Session(graph, kernels="reference").run(x)
+    for kernels in ("portable", "dot"):
+        assert np.array_equal(Session(graph, kernels=kernels).run(x), expected)
 
 
 def test_every_operation_has_a_reference_and_a_portable_kernel():
