@@ -57,13 +57,13 @@ def _pack_blocks(layer: Layer, dtype: type) -> Packed:
         for i in range(blocks):
             rows = matrix[i * block : (i + 1) * block]
             packed[g, i, :, : len(rows)] = rows.T
-    return _packed(layer, packed, block)
+    return _packed(layer, packed, block, dtype)
 
 
-def _packed(layer: Layer, weights: np.ndarray, block: int) -> Packed:
-    return Packed(
-        {"weights": weights, "block": block, "offset": layer.offset, "m": layer.m, "b": layer.b}
-    )
+def _packed(layer: Layer, weights: np.ndarray, block: int, accumulator: type) -> Packed:
+    # Sums begin at minus the offset: no partial sum then exceeds the bound either.
+    start = (-layer.offset).astype(accumulator)
+    return Packed({"weights": weights, "block": block, "offset": start, "m": layer.m, "b": layer.b})
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
@@ -138,26 +138,25 @@ def _accumulate(x, p0, p1, p2, p3, valid, run, w, wk, block, acc):
 
 
 @njit(error_model="numpy")
-def _write(a, acc, acc0, offset, m, b, o0, count, y, y_float, y0, r, r0):
+def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
     """Requantize `count` channels of one pixel, from `o0` on, and store them at y0."""
     acc0, o0, y0, r0 = np.uintp(acc0), np.uintp(o0), np.uintp(y0), np.uintp(r0)
+    # Read once: for all the compiler knows, a store to y may change the record.
     lo, hi, z_r, m_r = a.lo, a.hi, np.int32(a.z_r), a.m_r
+    has_residual, float_output = a.has_residual != 0, a.float_output != 0
     for j in range(np.uintp(count)):
-        v = np.float32(acc[acc0 + j] - offset[o0 + j]) * m[o0 + j]
+        v = np.float32(acc[acc0 + j]) * m[o0 + j]
         v = v + b[o0 + j]
-        if a.float_output:
-            if a.has_residual:
-                v = v + np.float32(np.int32(r[r0 + j]) - z_r) * m_r
-            y_float[y0 + j] = min(max(v, lo), hi)
-        elif a.has_residual:
+        if has_residual:
             v = v + np.float32(np.int32(r[r0 + j]) - z_r) * m_r
-            y[y0 + j] = _to_code(v, lo, hi)
+        if float_output:
+            y_float[y0 + j] = min(max(v, lo), hi)
         else:
             y[y0 + j] = _to_code(v, lo, hi)
 
 
 @njit(error_model="numpy")
-def _conv_blocks(a, w, acc, offset, thread, threads):
+def _conv_blocks(a, w, acc, start, thread, threads):
     """Convolve as `abi.CONV` says, weights packed by `_pack_blocks`, in the type of `acc`."""
     block = a.block
     x, r = codes(a.x).ravel(), codes(a.r).ravel()
@@ -184,9 +183,11 @@ def _conv_blocks(a, w, acc, offset, thread, threads):
         p1 = _input_start(a, first + 1) if valid > 1 else p0
         p2 = _input_start(a, first + 2) if valid > 2 else p0
         p3 = _input_start(a, first + 3) if valid > 3 else p0
-        lanes = (_PIXELS if valid > 1 else 1) * block
-        for j in range(lanes):
-            acc[j] = 0
+        count = min(block, out_group - i_block * block)
+        o0 = g * out_group + i_block * block
+        for q in range(_PIXELS if valid > 1 else 1):
+            for c in range(block):
+                acc[q * block + c] = start[o0 + c] if c < count else 0
         wk = index * k * block
         for ky in range(a.kernel_h):
             row = ky * a.dilation_h * a.x.w * a.x.c + g * in_group
@@ -196,8 +197,6 @@ def _conv_blocks(a, w, acc, offset, thread, threads):
                     x, p0 + tap, p1 + tap, p2 + tap, p3 + tap, valid, run, w, wk, block, acc
                 )
                 wk += run * block
-        count = min(block, out_group - i_block * block)
-        o0 = g * out_group + i_block * block
         for q in range(valid):
             pixel = first + q
             j = pixel % a.width
@@ -206,7 +205,7 @@ def _conv_blocks(a, w, acc, offset, thread, threads):
             i, j = i * a.step_h, j * a.step_w
             y0 = _pixel(a.y, n, a.y.top + i, a.y.left + j) + np.uintp(o0)
             r0 = _pixel(a.r, n, a.r.top + i, a.r.left + j) + np.uintp(o0)
-            _write(a, acc, q * block, offset, m, b, o0, count, y, y_float, y0, r, r0)
+            _write(a, acc, q * block, m, b, o0, count, y, y_float, y0, r, r0)
 
 
 @njit(inline="always", error_model="numpy")
@@ -219,27 +218,43 @@ def _input_start(a, pixel):
     return ((n * a.x.h + row) * a.x.w + column) * a.x.c
 
 
-def _pack_depthwise(layer: Layer) -> Packed:
-    """W as (kh * kw, C), int32; the rest as (C,)."""
+def _pack_depthwise(layer: Layer, dtype: type) -> Packed:
+    """W as (kh * kw, C); the rest as (C,)."""
     w = layer.integers
-    packed = aligned((w.shape[1] * w.shape[2], w.shape[0]), np.int32)
+    packed = aligned((w.shape[1] * w.shape[2], w.shape[0]), dtype)
     packed[:] = w.reshape(packed.shape[::-1]).T
-    return _packed(layer, packed, w.shape[0])
+    return _packed(layer, packed, w.shape[0], np.int32)
 
 
-@register(
-    "conv", "portable", abi.CONV, "depthwise",
-    supports=lambda layer: layer.is_depthwise and layer.accumulator_bound < 2**31,
-    pack=_pack_depthwise,
-    scratch=lambda channels: 4 * channels,
-)  # fmt: skip
-def _conv_depthwise(arguments, thread, threads):
-    a = carray(arguments, 1)[0]
+@njit(error_model="numpy")
+def _add_taps(x, p, step, w, q, taps, channels, acc):
+    """Add to all channels a row of taps whose inputs lie `step` apart, from p on.
+
+    The sum of two products is taken in the type of w, which vectors of int16 make worth it.
+    """
+    number = w.dtype.type
+    p, step, q, channels = np.uintp(p), np.uintp(step), np.uintp(q), np.uintp(channels)
+    if taps == 3:
+        p1, p2, q1, q2 = p + step, p + step + step, q + channels, q + channels + channels
+        for c in range(channels):
+            two = number(number(x[p + c]) * w[q + c] + number(x[p1 + c]) * w[q1 + c])
+            acc[c] += np.int32(two) + np.int32(number(number(x[p2 + c]) * w[q2 + c]))
+        return
+    for _ in range(taps // 2):
+        p1, q1 = p + step, q + channels
+        for c in range(channels):
+            acc[c] += np.int32(number(number(x[p + c]) * w[q + c] + number(x[p1 + c]) * w[q1 + c]))
+        p, q = p1 + step, q1 + channels
+    if taps % 2:
+        for c in range(channels):
+            acc[c] += np.int32(number(number(x[p + c]) * w[q + c]))
+
+
+@njit(error_model="numpy")
+def _depthwise(a, w, thread, threads):
     x, r = codes(a.x).ravel(), codes(a.r).ravel()
     y, y_float = codes(a.y).ravel(), floats(a.y).ravel()
-    channels = np.uintp(a.channels)
-    w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.int32)
-    offset = carray(as_pointer(a.offset), a.channels, np.int64)
+    start = carray(as_pointer(a.offset), a.channels, np.int32)
     m = carray(as_pointer(a.m), a.channels, np.float32)
     b = carray(as_pointer(a.b), a.channels, np.float32)
     acc = carray(as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), a.channels, np.int32)
@@ -247,20 +262,42 @@ def _conv_depthwise(arguments, thread, threads):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         for j in range(a.width):
-            start = _input_start(a, item * a.width + j)
-            for c in range(channels):
-                acc[c] = 0
+            p = _input_start(a, item * a.width + j)
+            for c in range(np.uintp(a.channels)):
+                acc[c] = start[c]
             for ky in range(a.kernel_h):
-                for kx in range(a.kernel_w):
-                    tap = (ky * a.dilation_h * a.x.w + kx * a.dilation_w) * a.channels
-                    p = np.uintp(start + tap)
-                    q = np.uintp(ky * a.kernel_w + kx) * channels
-                    for c in range(channels):
-                        acc[c] += np.int32(x[p + c]) * w[q + c]
+                row = p + ky * a.dilation_h * a.x.w * a.channels
+                step, q = a.dilation_w * a.channels, ky * a.kernel_w * a.channels
+                _add_taps(x, row, step, w, q, a.kernel_w, a.channels, acc)
             row, column = i * a.step_h, j * a.step_w
             y0 = _pixel(a.y, n, a.y.top + row, a.y.left + column)
             r0 = _pixel(a.r, n, a.r.top + row, a.r.left + column)
-            _write(a, acc, 0, offset, m, b, 0, a.channels, y, y_float, y0, r, r0)
+            _write(a, acc, 0, m, b, 0, a.channels, y, y_float, y0, r, r0)
+
+
+@register(
+    "conv", "portable", abi.CONV, "depthwise",
+    # Two products of 255 and 64 fit an int16.
+    supports=lambda layer: layer.is_depthwise and np.abs(layer.integers).max(initial=0) <= 64,
+    pack=lambda layer: _pack_depthwise(layer, np.int16),
+    scratch=lambda channels: 4 * channels,
+)  # fmt: skip
+def _conv_depthwise(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.int16)
+    _depthwise(a, w, thread, threads)
+
+
+@register(
+    "conv", "portable", abi.CONV, "depthwise_wide",
+    supports=lambda layer: layer.is_depthwise and layer.accumulator_bound < 2**31,
+    pack=lambda layer: _pack_depthwise(layer, np.int32),
+    scratch=lambda channels: 4 * channels,
+)  # fmt: skip
+def _conv_depthwise_wide(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.int32)
+    _depthwise(a, w, thread, threads)
 
 
 @register(
@@ -277,8 +314,8 @@ def _conv_float32(arguments, thread, threads):
     acc = carray(
         as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), _PIXELS * 32, np.float32
     )
-    offset = carray(as_pointer(a.offset), a.channels, np.int64)
-    _conv_blocks(a, w, acc, offset, thread, threads)
+    start = carray(as_pointer(a.offset), a.channels, np.float32)
+    _conv_blocks(a, w, acc, start, thread, threads)
 
 
 @register(
@@ -295,8 +332,8 @@ def _conv_float64(arguments, thread, threads):
     acc = carray(
         as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), _PIXELS * 32, np.float64
     )
-    offset = carray(as_pointer(a.offset), a.channels, np.int64)
-    _conv_blocks(a, w, acc, offset, thread, threads)
+    start = carray(as_pointer(a.offset), a.channels, np.float64)
+    _conv_blocks(a, w, acc, start, thread, threads)
 
 
 # --- everything else ----------------------------------------------------------------------------
