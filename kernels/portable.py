@@ -62,7 +62,7 @@ def _pack_blocks(layer: Layer, dtype: type) -> Packed:
 
 def _packed(layer: Layer, weights: np.ndarray, block: int, accumulator: type) -> Packed:
     # Sums begin at minus the offset: no partial sum then exceeds the bound either.
-    start = (-layer.offset).astype(accumulator)
+    start: np.ndarray = (-layer.offset).astype(accumulator)
     return Packed({"weights": weights, "block": block, "offset": start, "m": layer.m, "b": layer.b})
 
 
