@@ -133,8 +133,8 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         cuts.append(table[:count].copy())
         if tile.pair:
             own_start -= initials[:count].sum(axis=(0, 2), dtype=np.int64)
-            for (run, first, length), initial in zip(cuts[-1], initials, strict=False):
-                begin = run * quads + first
+            for (index, first, length), initial in zip(cuts[-1], initials, strict=False):
+                begin = index * quads + first
                 streams.append(initial.copy().view(np.int8).ravel())
                 streams.append(block[begin : begin + length].ravel())
         else:

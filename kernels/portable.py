@@ -218,6 +218,10 @@ def _input_start(a, pixel):
     return ((n * a.x.h + row) * a.x.w + column) * a.x.c
 
 
+def _fits_depthwise(layer: Layer) -> bool:
+    return layer.is_depthwise and layer.accumulator_bound < 2**31
+
+
 def _pack_depthwise(layer: Layer, dtype: type) -> Packed:
     """W as (kh * kw, C); the rest as (C,)."""
     w = layer.integers
@@ -278,7 +282,7 @@ def _depthwise(a, w, thread, threads):
 @register(
     "conv", "portable", abi.CONV, "depthwise",
     # Two products of 255 and 64 fit an int16.
-    supports=lambda layer: layer.is_depthwise and np.abs(layer.integers).max(initial=0) <= 64,
+    supports=lambda layer: _fits_depthwise(layer) and np.abs(layer.integers).max(initial=0) <= 64,
     pack=lambda layer: _pack_depthwise(layer, np.int16),
     scratch=lambda channels: 4 * channels,
 )  # fmt: skip
@@ -290,7 +294,7 @@ def _conv_depthwise(arguments, thread, threads):
 
 @register(
     "conv", "portable", abi.CONV, "depthwise_wide",
-    supports=lambda layer: layer.is_depthwise and layer.accumulator_bound < 2**31,
+    supports=_fits_depthwise,
     pack=lambda layer: _pack_depthwise(layer, np.int32),
     scratch=lambda channels: 4 * channels,
 )  # fmt: skip
