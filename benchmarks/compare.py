@@ -1,17 +1,18 @@
 """Compare logshift with other engines: the same input, in turns, on 1 and on 2 threads.
 
-    python -m benchmarks.compare --models resnet18 --threads 1 2
+    python -m benchmarks.compare --models resnet18 --json results.json --plot ratios.svg
 
 Every engine has a process of its own and runs only when it is its turn (A B C A B C ...), so that
 what else happens on the machine happens to all. Ratios are taken within a round; the median and the
-spread (10th to 90th percentile) of the rounds are printed, and written with --json. Models and
-their conversions are kept in --cache.
+spread (10th to 90th percentile) of the rounds are printed. Models and their conversions are kept in
+--cache. `docs/benchmarks.md` says what every figure means.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from benchmarks.models import SUITE
 from logshift import converter
 from logshift.runtime.table import text_table
 
+CACHE = Path("build/benchmarks")
 _CALIBRATION = 16
 # Threads of some engines go on spinning for a while after a run; the next one must not suffer.
 _PAUSE = 0.03
@@ -40,7 +42,7 @@ class Files:
     packed: Path
 
 
-def prepare(name: str, cache: Path, weight_bits: int, activation_bits: int) -> Files:
+def prepare(name: str, cache: Path, weight_bits: int = 4, activation_bits: int = 8) -> Files:
     """Build and convert a network of the suite, unless that was done before."""
     files = Files(
         cache / f"{name}.onnx",
@@ -52,7 +54,7 @@ def prepare(name: str, cache: Path, weight_bits: int, activation_bits: int) -> F
     rng = np.random.default_rng(1)
     calibration = rng.standard_normal((_CALIBRATION, *model.shape)).astype(np.float32)
     if not files.float.exists():
-        onnx.save(model.build(), files.float)
+        onnx.save(model.build(model.size), files.float)
     if not files.qdq.exists():
         _quantize(files.float, files.qdq, calibration)
     if not files.packed.exists():
@@ -90,26 +92,38 @@ def _quantize(source: Path, target: Path, calibration: np.ndarray) -> None:
 
 
 def compare(
-    files: Files, x: np.ndarray, threads: int, names: list[str], rounds: int, seconds: float
+    files: Files,
+    shape: tuple[int, ...],
+    threads: int,
+    names: list[str],
+    rounds: int,
+    seconds: float,
+    numba_cache: str,
 ) -> dict[str, dict[str, Any]]:
     """Run all engines in turns; returns what was measured, by engine."""
-    engines = {name: Engine(name, getattr(files, ENGINES[name][1]), threads, x) for name in names}
+    paths = {name: getattr(files, ENGINES[name].file) for name in names}
+    engines = {name: Engine(name, paths[name], threads, shape, numba_cache) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, engine in engines.items():
             times[name].append(engine.turn(seconds))
             time.sleep(_PAUSE)
-    result: dict[str, dict[str, Any]] = {}
-    for name, engine in engines.items():
-        ratio = np.array(times[name]) / np.array(times["logshift"])
-        low, middle, high = np.percentile(ratio, [10, 50, 90])
-        result[name] = {
-            "milliseconds": 1e3 * float(np.median(times[name])),
-            "ratio": float(middle), "ratio_low": float(low), "ratio_high": float(high),
-            **engine.start, "peak_memory": engine.close(),
-            "bytes": getattr(files, ENGINES[name][1]).stat().st_size,
-        }  # fmt: skip
-    return result
+    return {
+        name: {
+            **statistics(times[name], times["logshift"]), **engine.start,
+            "peak_memory": engine.close(), "bytes": paths[name].stat().st_size,
+        }
+        for name, engine in engines.items()
+    }  # fmt: skip
+
+
+def statistics(seconds: list[float], logshift: list[float]) -> dict[str, float]:
+    """Median time, and the ratio to logshift's time in the same round: median and spread."""
+    low, middle, high = np.percentile(np.array(seconds) / np.array(logshift), [10, 50, 90])
+    return {
+        "milliseconds": 1e3 * float(np.median(seconds)),
+        "ratio": float(middle), "ratio_low": float(low), "ratio_high": float(high),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -117,43 +131,72 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SUITE, default=list(SUITE))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", nargs="+", type=int, help="default: those of the suite")
     parser.add_argument("--weight-bits", type=int, default=4)
     parser.add_argument("--activation-bits", type=int, default=8)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.2, help="length of a turn")
-    parser.add_argument("--cache", type=Path, default=Path("build/benchmarks"))
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="svg, png or pdf")
     a = parser.parse_args()
-    names = ["logshift", *(name for name in a.engines if name != "logshift")]
     print(describe())
+    names = ["logshift"]
+    for name in a.engines:
+        if missing := ENGINES[name].missing:
+            print(f"{name} is left out: {missing} is not installed")
+        elif name not in names:
+            names.append(name)
     rows = []
     for model in a.models:
         files = prepare(model, a.cache, a.weight_bits, a.activation_bits)
-        x = np.random.default_rng(2).standard_normal((a.batch, *SUITE[model].shape))
-        for threads in a.threads:
-            result = compare(files, x.astype(np.float32), threads, names, a.rounds, a.seconds)
-            case = f"{model}, W{a.weight_bits}A{a.activation_bits}, batch {a.batch}"
-            print(f"\n{case}, {threads} thread{'s' if threads > 1 else ''}")
-            print(_table(result))
-            rows.append({
-                "model": model, "threads": threads, "batch": a.batch, "engines": result,
-                "weight_bits": a.weight_bits, "activation_bits": a.activation_bits,
-            })  # fmt: skip
-    if a.json:
-        a.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1))
+        weights = onnx.load(files.float).doc_string or "random weights"
+        batches = a.batch or SUITE[model].batches
+        with tempfile.TemporaryDirectory() as numba_cache:
+            shape = (batches[0], *SUITE[model].shape)
+            first = Engine("logshift", files.packed, a.threads[0], shape, numba_cache)
+            first.close()
+            for batch in batches:
+                for threads in a.threads:
+                    shape = (batch, *SUITE[model].shape)
+                    result = compare(files, shape, threads, names, a.rounds, a.seconds, numba_cache)
+                    rows.append({
+                        "model": model, "weights": weights, "threads": threads, "batch": batch,
+                        "weight_bits": a.weight_bits, "activation_bits": a.activation_bits,
+                        "cold_start": first.start["start"], "engines": result,
+                    })  # fmt: skip
+                    print(f"\n{report(rows[-1])}", flush=True)
+                    # Written as they come: the whole suite takes long.
+                    if a.json:
+                        text = json.dumps({"machine": describe(), "rows": rows}, indent=1)
+                        a.json.write_text(text)
+    if a.plot:
+        from benchmarks.plot import plot
+
+        plot(rows, a.plot)
 
 
-def _table(result: dict[str, dict[str, Any]]) -> str:
-    rows = [("engine", "ms", "x logshift's time", "10-90 %", "load s", "first s", "peak MB", "MB")]
-    for name, r in result.items():
-        rows.append((
+def report(row: dict[str, Any]) -> str:
+    """One case as a heading and a table."""
+    threads = row["threads"]
+    heading = (
+        f"{row['model']} ({row['weights']}), W{row['weight_bits']}A{row['activation_bits']},"
+        f" batch {row['batch']}, {threads} thread{'s' if threads > 1 else ''};"
+        f" logshift's cold start {row['cold_start']:.1f} s"
+    )
+    lines = [(
+        "engine", "ms", "x logshift's time", "10-90 %", "start s", "load s", "first s", "peak MB",
+        "MB",
+    )]  # fmt: skip
+    for name, r in row["engines"].items():
+        lines.append((
             name, f"{r['milliseconds']:.2f}", f"{r['ratio']:.2f}",
-            f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}", f"{r['load']:.2f}",
-            f"{r['first_run']:.2f}", f"{r['peak_memory'] / 1e6:.0f}", f"{r['bytes'] / 1e6:.1f}",
+            f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}", f"{r['start']:.2f}",
+            f"{r['load']:.2f}", f"{r['first_run']:.2f}", f"{r['peak_memory'] / 1e6:.0f}",
+            f"{r['bytes'] / 1e6:.1f}",
         ))  # fmt: skip
-    return text_table(rows, left=1)
+    return f"{heading}\n{text_table(lines, left=1)}"
 
 
 if __name__ == "__main__":

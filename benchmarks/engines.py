@@ -1,12 +1,24 @@
-"""The engines that `benchmarks.compare` runs, each in a process of its own."""
+"""The engines that `benchmarks.compare` runs, each in a process of its own.
+
+    python -m benchmarks.engines "onnxruntime fp32" model.onnx --threads 1 --shape 1 3 224 224
+
+is such a process: it answers every line of its standard input, see `serve`. It imports nothing but
+its engine, so that its start and its memory are those of the engine.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import argparse
+import importlib.util
+import json
+import os
 import resource
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,77 +52,152 @@ def _openvino(path: Path, threads: int) -> Run:
         "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1,
     }  # fmt: skip
-    compiled: dict[tuple[int, ...], Any] = {}
+    model = core.read_model(path)
+
+    def compile_for(shape: tuple[int, ...]) -> Run:
+        model.reshape(list(shape))  # static shapes are what it optimises for
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        return lambda x: request.infer([x], share_inputs=True, share_outputs=True)
+
+    return _by_shape(compile_for)
+
+
+def _pytorch(path: Path, threads: int, how: str) -> Run:
+    import onnx
+    import torch
+
+    from benchmarks import torch_model
+
+    torch.set_num_threads(threads)
+    network = torch_model.Network(onnx.load(path)).eval()
+
+    def compile_for(shape: tuple[int, ...]) -> Run:
+        with torch.inference_mode():
+            program = getattr(torch_model, how)(network, torch.zeros(shape))
+
+        def run(x: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                return program(torch.from_numpy(x)).numpy()
+
+        run(np.zeros(shape, np.float32))  # frozen programs are optimised at their first run
+        return run
+
+    return _by_shape(compile_for)
+
+
+def _by_shape(compile_for: Callable[[tuple[int, ...]], Run]) -> Run:
+    compiled: dict[tuple[int, ...], Run] = {}
 
     def run(x: np.ndarray) -> Any:
-        if x.shape not in compiled:  # static shapes are what it optimises for
-            model = core.read_model(path)
-            model.reshape(list(x.shape))
-            compiled[x.shape] = core.compile_model(model, "CPU", settings).create_infer_request()
-        return compiled[x.shape].infer([x], share_inputs=True)
+        if x.shape not in compiled:
+            compiled[x.shape] = compile_for(x.shape)
+        return compiled[x.shape](x)
 
     return run
 
 
-# engine -> (loader, which file of `compare.Files` it runs)
-ENGINES: dict[str, tuple[Callable[[Path, int], Run], str]] = {
-    "logshift": (_logshift, "packed"),
-    "onnxruntime fp32": (_onnxruntime, "float"),
-    "onnxruntime int8": (_onnxruntime, "qdq"),
-    "openvino fp32": (_openvino, "float"),
-    "openvino int8": (_openvino, "qdq"),
+@dataclass(frozen=True)
+class Kind:
+    """What an engine is: how it loads, which file of `compare.Files`, what must be installed."""
+
+    load: Callable[[Path, int], Run]
+    file: str
+    module: str
+    program: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """Name of what is not installed."""
+        if importlib.util.find_spec(self.module) is None:
+            return self.module
+        return self.program if self.program and shutil.which(self.program) is None else None
+
+
+ENGINES = {
+    "logshift": Kind(_logshift, "packed", "logshift"),
+    "onnxruntime fp32": Kind(_onnxruntime, "float", "onnxruntime"),
+    "onnxruntime int8": Kind(_onnxruntime, "qdq", "onnxruntime"),
+    "openvino fp32": Kind(_openvino, "float", "openvino"),
+    "openvino int8": Kind(_openvino, "qdq", "openvino"),
+    "pytorch frozen fp32": Kind(lambda *a: _pytorch(*a, "frozen"), "float", "torch"),
+    "pytorch compiled fp32": Kind(lambda *a: _pytorch(*a, "compiled"), "float", "torch", "g++"),
 }
 
 
 class Engine:
-    """An engine in a process of its own, which sleeps unless it is its turn."""
+    """An engine in a process of its own, which sleeps unless it is its turn.
 
-    def __init__(self, name: str, path: Path, threads: int, x: np.ndarray) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, far = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(far, name, path, threads, x), daemon=True
-        )
-        self._process.start()
-        far.close()
-        self.start: dict[str, float] = self._receive()
+    Attributes
+    ----------
+    start : dict
+        Seconds from the start of the process to its first result ("start"), and of those what
+        loading the file ("load") and the first run ("first_run") took.
+    """
+
+    def __init__(
+        self, name: str, path: Path, threads: int, shape: tuple[int, ...], numba_cache: str
+    ) -> None:
+        command = [sys.executable, "-m", "benchmarks.engines", name, str(path.resolve())]
+        command += ["--threads", str(threads), "--shape", *map(str, shape)]
+        environment = os.environ | {"NUMBA_CACHE_DIR": numba_cache}
+        repository = Path(__file__).resolve().parent.parent
+        begin = time.perf_counter()
+        self._process = subprocess.Popen(
+            command, env=environment, cwd=repository, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        inside = self._receive()
+        self.start: dict[str, float] = {"start": time.perf_counter() - begin, **inside}
 
     def _receive(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("an engine's process ended; its message is above") from None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("an engine's process ended; its message is above")
+        return json.loads(line)
+
+    def _ask(self, question: str) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{question}\n")
+        return self._receive()
 
     def turn(self, seconds: float) -> float:
         """Run for about this long; return the median time of one run, in seconds."""
-        self._pipe.send(seconds)
-        return self._receive()
+        return self._ask(str(seconds))
 
-    def close(self) -> float:
+    def close(self) -> int:
         """End the process; return its peak resident memory in bytes."""
-        self._pipe.send(None)
-        peak = self._receive()
-        self._process.join()
+        peak = self._ask("end")
+        self._process.communicate()
         return peak
 
 
-def _serve(pipe: Connection, name: str, path: Path, threads: int, x: np.ndarray) -> None:
+def serve(name: str, path: Path, threads: int, shape: list[int]) -> None:
+    """Load, run once, then answer: a number of seconds with a median time, "end" with memory."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever an engine prints goes elsewhere
+
+    def answer(value: Any) -> None:
+        answers.write(json.dumps(value) + "\n")
+
+    x = np.random.default_rng(2).standard_normal(shape, np.float32)
     begin = time.perf_counter()
-    run = ENGINES[name][0](path, threads)
+    run = ENGINES[name].load(path, threads)
     loaded = time.perf_counter()
     run(x)
-    first = time.perf_counter()
-    pipe.send({"load": loaded - begin, "first_run": first - loaded})
-    while (seconds := pipe.recv()) is not None:
+    answer({"load": loaded - begin, "first_run": time.perf_counter() - loaded})
+    for line in sys.stdin:
+        if line.strip() == "end":
+            answer(_peak_memory())
+            break
         run(x)  # brings caches and clock back
-        times = []
-        end = time.perf_counter() + seconds
+        times: list[float] = []
+        end = time.perf_counter() + float(line)
         while not times or time.perf_counter() < end:
             start = time.perf_counter()
             run(x)
             times.append(time.perf_counter() - start)
-        pipe.send(float(np.median(times)))
-    pipe.send(_peak_memory())
+        answer(float(np.median(times)))
 
 
 def _peak_memory() -> int:
@@ -119,3 +206,18 @@ def _peak_memory() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Be an engine's process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shape", type=int, nargs="+", required=True)
+    arguments = parser.parse_args()
+    serve(arguments.engine, arguments.model, arguments.threads, arguments.shape)
+
+
+if __name__ == "__main__":
+    main()

