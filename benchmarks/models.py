@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-OPSET = 18
+OPSET = 17
 _BATCH_NORM_EPSILON = 1e-3  # of EfficientNet
 
 Parameters = tuple[np.ndarray, np.ndarray]  # weights and bias
@@ -107,13 +107,13 @@ class Builder:
             return self.op("Clip", x, zero, six)
         return x
 
-    def resize(self, x: str, size: int) -> str:
-        """Bilinear, corners on corners."""
-        sizes = self.constant(np.array([size, size], np.int64))
+    def resize(self, x: str, before: int, after: int) -> str:
+        """Bilinear, corners on corners, which leaves scales no part but the size that they give."""
+        scale = (after + 0.25) / before  # rounded down, whatever float32 makes of it
+        scales = self.constant(np.array([1, 1, scale, scale], np.float32))
         return self.op(
-            "Resize", x, "", "", sizes, axes=[2, 3], mode="linear",
-            coordinate_transformation_mode="align_corners",
-        )  # fmt: skip
+            "Resize", x, "", scales, mode="linear", coordinate_transformation_mode="align_corners"
+        )
 
     def classifier(self, x: str, classes: int, given: Parameters | None = None) -> str:
         """Global average pooling and a fully connected layer."""
@@ -280,15 +280,16 @@ def deeplab_v3_plus(size: int) -> onnx.ModelProto:
     pytorch-deeplab-xception.
     """
     b = Builder((3, size, size))
+    quarter, sixteenth = (size - 1) // 4 + 1, (size - 1) // 16 + 1
     x, low = _mobilenet_features(b, 16)
     pooled = b.conv(b.op("GlobalAveragePool", x), 256, 1)
     branches = [b.conv(x, 256, 1), *(b.conv(x, 256, 3, dilation=rate) for rate in (6, 12, 18))]
-    branches.append(b.resize(pooled, (size - 1) // 16 + 1))
+    branches.append(b.resize(pooled, 1, sixteenth))
     x = b.conv(b.op("Concat", *branches, channels=5 * 256, axis=1), 256, 1)
-    x = b.resize(x, (size - 1) // 4 + 1)
+    x = b.resize(x, sixteenth, quarter)
     x = b.op("Concat", x, b.conv(low, 48, 1), channels=256 + 48, axis=1)
     x = b.conv(b.conv(b.conv(x, 256), 256), 21, 1, act=None)
-    return b.model(b.resize(x, size))
+    return b.model(b.resize(x, quarter, size))
 
 
 def sid_unet(size: int) -> onnx.ModelProto:

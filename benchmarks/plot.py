@@ -41,6 +41,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("time / logshift's time (above 1: logshift is faster)")
     axes[0][0].set_yticks(range(len(cases)), [f"{model}, batch {batch}" for model, batch in cases])
     axes[0][0].invert_yaxis()
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    bars = axes[0][0].get_legend_handles_labels()
+    figure.legend(*bars, loc="outside lower center", ncols=2 * len(threads))
     figure.savefig(path)
     pyplot.close(figure)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -22,10 +21,11 @@ class Network(torch.nn.Module):
             for n in model.graph.node
         ]
         self.input, self.output = model.graph.input[0].name, model.graph.output[0].name
-        self.settings: dict[str, Any] = {"": None}  # inputs that are plain numbers or lists here
+        self.settings: dict[str, Any] = {"": None}  # inputs that are plain numbers here
+        scales = {n.input[2] for n in model.graph.node if n.op_type == "Resize"}
         for constant in model.graph.initializer:
             value = numpy_helper.to_array(constant)
-            if value.ndim == 0 or value.dtype == np.int64:
+            if value.ndim == 0 or constant.name in scales:
                 self.settings[constant.name] = value.tolist()
             else:
                 self.register_buffer(constant.name, torch.tensor(value))
@@ -88,9 +88,10 @@ def _gemm(a: dict, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.T
     return functional.linear(x, w, b)
 
 
-def _resize(a: dict, x: torch.Tensor, roi: None, scales: None, sizes: list[int]) -> torch.Tensor:
-    assert a["axes"] == [2, 3] and a["coordinate_transformation_mode"] == b"align_corners"
-    return functional.interpolate(x, sizes, mode="bilinear", align_corners=True)
+def _resize(a: dict, x: torch.Tensor, roi: None, scales: list[float]) -> torch.Tensor:
+    assert a["coordinate_transformation_mode"] == b"align_corners"
+    height, width = (int(n * s) for n, s in zip(x.shape[2:], scales[2:], strict=True))
+    return functional.interpolate(x, (height, width), mode="bilinear", align_corners=True)
 
 
 def _depth_to_space(a: dict, x: torch.Tensor) -> torch.Tensor:
