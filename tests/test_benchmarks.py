@@ -1,0 +1,130 @@
+"""The benchmark's networks convert, its engines answer, its tables say what was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from benchmarks import compare, layers, peak
+from benchmarks.engines import ENGINES, Engine
+from benchmarks.models import SUITE
+from logshift.converter import onnx_model
+from logshift.converter.float_graph import Problems
+from logshift.converter.fuse import fuse
+from logshift.converter.lower import lower
+from logshift.runtime.session import LayerSummary
+
+SMALL = {"deeplab_v3_plus": 33}  # whose sizes are 16 n + 1
+
+
+@pytest.fixture(scope="module", params=SUITE)
+def small(request):
+    """A network of the suite for small pictures, and an input."""
+    model, size = SUITE[request.param], SMALL.get(request.param, 32)
+    x = np.random.default_rng(0).standard_normal((1, model.channels, size, size), np.float32)
+    return model.build(size), x
+
+
+def test_networks_lower(small):
+    model, x = small
+    onnx.checker.check_model(model)
+    loaded, problems = onnx_model.load(model), Problems()
+    graph = lower(loaded, onnx_model.trace(loaded, {"input": x}), problems)
+    fuse(graph, problems)
+    problems.raise_if_any()
+    assert any(node.is_conv for node in graph.nodes)
+
+
+def test_networks_are_the_same_in_pytorch(small):
+    torch = pytest.importorskip("torch")
+    from benchmarks.torch_model import Network
+
+    model, x = small
+    (expected,) = onnx_model.run(model, {"input": x})
+    with torch.inference_mode():
+        found = Network(model)(torch.from_numpy(x)).numpy()
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_engine_runs_in_a_process_of_its_own(tmp_path):
+    path = tmp_path / "network.onnx"
+    onnx.save(SUITE["resnet20"].build(16), path)
+    engine = Engine("onnxruntime fp32", path, 1, (2, 3, 16, 16), str(tmp_path))
+    assert engine.start["start"] > engine.start["load"] + engine.start["first_run"] > 0
+    assert engine.turn(0.0) > 0
+    assert engine.close() > 1e6
+
+
+def test_engine_reports_that_its_process_ended(tmp_path):
+    with pytest.raises(RuntimeError, match="process ended"):
+        Engine("onnxruntime fp32", tmp_path / "missing.onnx", 1, (1, 3, 16, 16), str(tmp_path))
+
+
+def test_ratios_are_taken_within_a_round():
+    result = compare.statistics([2.0, 40.0, 6.0], [1.0, 10.0, 2.0])
+    assert result["ratio"] == 3.0
+    assert result["milliseconds"] == 6000.0
+    assert 2.0 <= result["ratio_low"] < 3.0 < result["ratio_high"] <= 4.0
+
+
+def made_up_rows():
+    """Rows of `compare`'s JSON; one engine is missing from some."""
+    rows = []
+    for threads in (1, 2):
+        for model in ("resnet18", "resnet20"):
+            engines = {}
+            for number, name in enumerate(list(ENGINES)[: 2 + threads]):
+                engines[name] = {
+                    "milliseconds": 10.0 + number, "ratio": 1 + number / 10,
+                    "ratio_low": 0.9 + number / 10, "ratio_high": 1.2 + number / 10,
+                    "start": 0.5, "load": 0.25, "first_run": 0.125,
+                    "peak_memory": 123_000_000, "bytes": 4_500_000,
+                }  # fmt: skip
+            rows.append({
+                "model": model, "weights": "random weights", "threads": threads, "batch": 1,
+                "weight_bits": 4, "activation_bits": 8, "cold_start": 5.25, "engines": engines,
+            })  # fmt: skip
+    return rows
+
+
+def test_report():
+    heading, titles, *lines = compare.report(made_up_rows()[0]).splitlines()
+    assert heading == (
+        "resnet18 (random weights), W4A8, batch 1, 1 thread; logshift's cold start 5.2 s"
+    )
+    assert titles.split()[0] == "engine"
+    assert lines[1].split() == (
+        ["onnxruntime", "fp32", "11.00", "1.10", "1.00-1.30"]
+        + ["0.50", "0.25", "0.12", "123", "4.5"]
+    )
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_plot(tmp_path, ending):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot import plot
+
+    path = tmp_path / f"ratios.{ending}"
+    plot(made_up_rows(), path)
+    assert path.stat().st_size > 1000
+    if ending == "svg":
+        text = path.read_text()
+        assert "2 threads" in text and "resnet20, batch 1" in text
+
+
+def test_layer_table():
+    layer = LayerSummary("conv", "Conv", (1, 64, 8, 8), "dot-conv", 2_359_296, (64, 3, 3, 64), 4)
+    measured = layers.Measured(layer, 1.2e11, 0.8, 0.75, 0.85)
+    assert measured.is_wide_3x3
+    assert layers.table([measured]).splitlines()[1].split() == (
+        ["conv", "64x3x3x64", "1x64x8x8", "dot-conv", "2.4", "120.0", "80", "75-85"]
+    )
+
+
+def test_peak_loop_runs():
+    name = peak.best()
+    if name is None:
+        pytest.skip("the machine has no byte dot product")
+    assert peak.peak_loop(name)(0.001) > 0
