@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,9 @@ def frozen(network: Network, example: torch.Tensor) -> Callable[[torch.Tensor], 
 
     Measured on AVX2, channels last is no faster after that.
     """
-    traced = torch.jit.trace(network, example)
+    with warnings.catch_warnings():  # sizes become constants, as they should
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(network, example)
     return torch.jit.optimize_for_inference(torch.jit.freeze(traced))
 
 
