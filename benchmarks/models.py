@@ -221,7 +221,7 @@ def efficientnet_lite0(size: int) -> onnx.ModelProto:
     trained = _trained_efficientnet_lite0()
 
     def given(conv: str, norm: str) -> Parameters | None:
-        return _folded(trained, conv, norm) if trained else None
+        return folded(trained, conv, norm) if trained else None
 
     def pads(kernel: int, stride: int) -> list[int]:
         """TensorFlow's "same", which pads more at the end."""
@@ -264,7 +264,7 @@ def _trained_efficientnet_lite0() -> dict[str, np.ndarray] | None:
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 
-def _folded(state: dict[str, np.ndarray], conv: str, norm: str) -> Parameters:
+def folded(state: dict[str, np.ndarray], conv: str, norm: str) -> Parameters:
     """Weights and bias of a convolution with its batch norm."""
     mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
     factor = state[f"{norm}.weight"] / np.sqrt(variance + _BATCH_NORM_EPSILON)

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import compare, layers, peak
+from benchmarks import bench_kernels, compare, layers, peak
 from benchmarks.engines import ENGINES, Engine
-from benchmarks.models import SUITE
+from benchmarks.models import SUITE, folded
 from logshift.converter import onnx_model
 from logshift.converter.float_graph import Problems
 from logshift.converter.fuse import fuse
@@ -46,6 +46,26 @@ def test_networks_are_the_same_in_pytorch(small):
         found = Network(model)(torch.from_numpy(x)).numpy()
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_batch_norm_is_folded():
+    rng = np.random.default_rng(0)
+    w, (gamma, beta, mean) = rng.standard_normal((5, 4, 1, 1)), rng.standard_normal((3, 5))
+    state = {
+        "conv.weight": w, "norm.weight": gamma, "norm.bias": beta,
+        "norm.running_mean": mean, "norm.running_var": np.full(5, 0.25 - 1e-3),
+    }  # fmt: skip
+    x = rng.standard_normal(4)
+    weights, bias = folded(state, "conv", "norm")
+    expected = (w[:, :, 0, 0] @ x - mean) / 0.5 * gamma + beta
+    np.testing.assert_allclose(weights[:, :, 0, 0] @ x + bias, expected, atol=1e-5)
+
+
+def test_every_case_of_the_kernel_suite_calls_its_kernel():
+    for case in bench_kernels.cases():
+        graph, kernel = case.values
+        plan = bench_kernels.plan_with(graph, kernel)
+        assert any(step.kernel is kernel for step in plan.steps), case.id
 
 
 def test_engine_runs_in_a_process_of_its_own(tmp_path):
