@@ -37,10 +37,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 xerr=(middle - low, high - middle), label=name, error_kw={"linewidth": 0.8},
             )  # fmt: skip
         axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlabel("time / logshift's time")
         axis.set_title(f"{count} thread{'s' if count > 1 else ''}")
     axes[0][0].set_yticks(range(len(cases)), [f"{model}, batch {batch}" for model, batch in cases])
     axes[0][0].invert_yaxis()
-    figure.supxlabel("time / logshift's time", fontsize="medium")
     bars = axes[0][0].get_legend_handles_labels()
     figure.legend(*bars, loc="outside lower center", ncols=2 * len(threads))
     figure.savefig(path)
