@@ -61,13 +61,14 @@ CONV = _record(
     bits=_I, residual_shift=_I,
     # What the kernel's `pack` laid out, each in a form of its own: weights, z_x * sum of W, M, B.
     weights=_P, offset=_P, m=_P, b=_P,
-    block=_I,  # channels per block of the packed weights
+    block=_I, existing=_I,  # channels per block of the packed weights, and those that exist
     z_r=_I, m_r=_F, lo=_F, hi=_F,
     has_residual=_I, float_output=_I,
     scratch=_P, scratch_size=_I,  # bytes per thread
-    # Byte-dot kernels: microkernel and its pixels; segments of all blocks (see microkernels.TILE);
-    # int64 (blocks,): how many segments each block has, the first, and where its weights begin.
-    tile=_P, pixels=_I, segments=_P, segment_counts=_P, segment_firsts=_P, weight_begins=_P,
+    # Byte-dot kernels: microkernel, its pixels, and its twin for single pixels or 0; SEGMENTs of all
+    # blocks (see microkernels); runs of blocks that one call takes, see dot.CHUNK.
+    tile=_P, pixels=_I, single=_P, segments=_P, x_step=_I, chunks=_P, chunk_count=_I,
+    table=_P,  # uint8 (256,) that output codes go through at the end, or 0
 )  # fmt: skip
 # Window as for CONV; rows below `low` and from `high` on hold no picture (padding).
 POOL = _record(

@@ -1,17 +1,17 @@
-"""The byte-dot family: convolutions on the machine's dot product of uint8 codes and int8 weights.
+"""The byte-dot family: convolutions on the machine's products of uint8 codes and int8 weights.
 
 Weights are the integers W of `docs/quantization.md` section 2, which fit an int8 at 3 and 4 bits
 whatever is selected; second words cost nothing. There is no im2col: a microkernel reads the runs of
 bytes that a row of taps covers where they lie.
 
-Where the machine's dot product sums in int16, sums stay there for as long as the range of their
+Where the machine's products are summed in int16, sums stay there for as long as the range of their
 total is no wider than int16. Log-quantized weights are mostly small, so that is long: how long is
-known once the weights are, and `_cut` ends a segment exactly there.
+known once the weights are, and `_cut` flushes sums exactly there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,154 +21,251 @@ from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, share
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.memory import aligned
-from logshift.kernels.microkernels import MICROKERNELS, TILE, Microkernel
+from logshift.kernels.microkernels import (
+    CONTINUE,
+    END,
+    FLUSH,
+    MICROKERNELS,
+    SEGMENT,
+    TILE,
+    Microkernel,
+)
 from logshift.kernels.native import as_pointer, call_tile
 
-# Per thread: a TILE record, tables of addresses, and a tile of outputs for the last block.
+# Blocks of channels that one call of a microkernel takes: the first one, how many, and what begins
+# where for them; x0 and o0 are input and output channels.
+CHUNK = np.dtype([(n, np.int64) for n in ("block", "blocks", "segment", "weights", "x0", "o0")])
+# Bytes of weights in a chunk: they stay in the first-level cache while pixels go by.
+_CHUNK_WEIGHTS = 16384
+
+# Per thread: a TILE record, tables of addresses, and a tile of outputs for a block not full.
 _TABLE = 8 * 32
 _SCRATCH = 256 + 4 * _TABLE + 4 * 28 * 64
 assert TILE.itemsize <= 256 and all(k.pixels <= 32 for k in MICROKERNELS.values())
 
+_ROUND = np.float32(12582912.0)  # see `portable`
+
 
 @dataclass(frozen=True, eq=False)
-class _PackedDot(Packed):
-    """`segments` of all blocks are (run, first quad of the run, quads)."""
+class _PackedTiles(Packed):
+    """`places`, int64 (segments, 1 or 2, 3): kernel row, kernel column and byte of what is read."""
 
-    layer: Layer
+    places: np.ndarray
     segments: np.ndarray
 
     def place(self, arguments: np.ndarray) -> list[np.ndarray]:
         a = arguments[0]
         pixel = int(a["x"]["c"])
-        taps = self.layer.run_taps
-        runs_of_row = self.layer.integers.shape[2] // taps
-        row, column = self.segments[:, 0] // runs_of_row, self.segments[:, 0] % runs_of_row
-        offsets = row * (int(a["dilation_h"]) * int(a["x"]["w"]) * pixel)
-        offsets += column * (taps * int(a["dilation_w"]) * pixel) + 4 * self.segments[:, 1]
-        table = np.stack([offsets, self.segments[:, 2]], axis=1).astype(np.int32)
-        a["segments"] = table.ctypes.data
-        return [table, *super().place(arguments)]
+        row = int(a["dilation_h"]) * int(a["x"]["w"]) * pixel
+        offsets = self.places @ np.array([row, int(a["dilation_w"]) * pixel, 1])
+        segments = self.segments.copy()
+        segments["offset"] = offsets[:, 0]
+        if offsets.shape[1] == 2:
+            segments["second"] = offsets[:, 1]
+        a["segments"] = segments.ctypes.data
+        return [segments, *super().place(arguments)]
 
 
 def _supports(tile: Microkernel, layer: Layer) -> bool:
     largest = int(np.abs(layer.integers).max(initial=0))
     # Two products of 255 and 64 fit an int16, so that no pair saturates.
-    fits = 0 < largest <= (64 if tile.pair else 127)
-    return fits and layer.accumulator_bound < 2**31 and not layer.is_depthwise
+    limit = {"pair": 64, "depthwise": 64, "dot": 127, "wide": 32767}[tile.kind]
+    fits = 0 < largest <= limit and layer.accumulator_bound < 2**31
+    return fits and layer.is_depthwise == (tile.kind == "depthwise")
 
 
 def _cost(tile: Microkernel, layer: Layer) -> float:
     """Channels computed, those beyond the last included; the larger of two equal blocks."""
     channels = layer.integers.shape[0] // layer.group
-    return -(-channels // tile.channels) * tile.channels - tile.channels / 1000
+    padded = -(-channels // tile.channels) * tile.channels - tile.channels / 1000
+    return padded * (2 if tile.kind == "wide" else 1)
 
 
 @njit(cache=True)
-def _cut(weights, run_quads, top, pair, segments, initials):
-    """Cut the quads of one block into segments (run, first quad of the run, quads).
+def _cut(weights, run_steps, top, lanes, sums_in_int16):
+    """Cut the steps of every block into segments, and decide after which sums are flushed.
 
     An int16 lane that adds products with weights of positive sum P and negative sum -N ends within
     [-N * top, P * top]. If that is no wider than int16, some initial value brings all of it into
     int16, and sums on the way may wrap around.
 
-    weights : int8 (runs * run_quads, channels, 4); initials : int16 (segments, channels, 2).
-    Returns how many segments there are.
+    Parameters
+    ----------
+    weights : int16 (blocks, steps, channels, lanes * weights per lane), in runs of `run_steps`
+    top : the largest input code
+
+    Returns
+    -------
+    segments : int64 (segments, 4)
+        Block, first step, number of steps, what then (`microkernels.SEGMENT`).
+    groups : int64 (blocks, steps)
+        How many flushes of all blocks come before a step.
+    initials : int16 (flushes, channels, lanes)
     """
-    channels = weights.shape[1]
-    plus, minus = np.zeros((channels, 2), np.int64), np.zeros((channels, 2), np.int64)
-    count = 0
-    for run in range(weights.shape[0] // run_quads):
+    blocks, steps, channels, size = weights.shape
+    per_lane = size // lanes
+    segments = np.empty((blocks * steps, 4), np.int64)
+    groups = np.empty((blocks, steps), np.int64)
+    initials = np.empty((blocks * steps, channels, lanes), np.int16)
+    plus, minus = np.zeros((channels, lanes), np.int64), np.zeros((channels, lanes), np.int64)
+    count, group = 0, 0
+    for block in range(blocks):
         first = 0
-        for q in range(run_quads + 1):
-            fits = q < run_quads
-            if fits and pair:
+        for step in range(steps + 1):
+            fits = step < steps
+            if fits and sums_in_int16:
                 for c in range(channels):
-                    for lane in range(2):
+                    for lane in range(lanes):
                         width = plus[c, lane] + minus[c, lane]
-                        for byte in range(2):
-                            width += abs(np.int64(weights[run * run_quads + q, c, 2 * lane + byte]))
+                        for i in range(lane * per_lane, (lane + 1) * per_lane):
+                            width += abs(np.int64(weights[block, step, c, i]))
                         fits = fits and width * top <= 65535
-            if not fits:
-                segments[count, 0], segments[count, 1], segments[count, 2] = run, first, q - first
-                for c in range(channels):
-                    for lane in range(2):
-                        low, high = -minus[c, lane] * top, plus[c, lane] * top
-                        initials[count, c, lane] = max(-32768 - low, min(0, 32767 - high))
-                plus[:], minus[:] = 0, 0
+            if step > first and (not fits or step % run_steps == 0):
+                segments[count, 0], segments[count, 1] = block, first
+                segments[count, 2] = step - first
+                segments[count, 3] = END if step == steps else CONTINUE if fits else FLUSH
                 count += 1
-                first = q
-            if q < run_quads:
+                first = step
+            if not fits:
                 for c in range(channels):
-                    for byte in range(4):
-                        w = np.int64(weights[run * run_quads + q, c, byte])
-                        if w > 0:
-                            plus[c, byte // 2] += w
-                        else:
-                            minus[c, byte // 2] -= w
-    return count
+                    for lane in range(lanes):
+                        low, high = -minus[c, lane] * top, plus[c, lane] * top
+                        initials[group, c, lane] = max(-32768 - low, min(0, 32767 - high))
+                plus[:], minus[:] = 0, 0
+                group += 1
+            if step == steps:
+                break
+            groups[block, step] = group
+            for c in range(channels):
+                for i in range(size):
+                    w = np.int64(weights[block, step, c, i])
+                    if w > 0:
+                        plus[c, i // per_lane] += w
+                    else:
+                        minus[c, i // per_lane] -= w
+    return segments[:count], groups, initials[:group]
+
+
+def _first_channels(tile: Microkernel, layer: Layer) -> np.ndarray:
+    """First output channels of all blocks, (groups, blocks); the last one overlaps if need be."""
+    groups = 1 if layer.is_depthwise else layer.group
+    size = layer.integers.shape[0] // groups
+    firsts = np.minimum(np.arange(0, size, tile.channels), max(size - tile.channels, 0))
+    return firsts + size * np.arange(groups)[:, None]
+
+
+def _by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights as (blocks, steps, channels, weights of a step), and where the steps' inputs lie.
+
+    rows : (blocks, channels), output channels; -1 for those that do not exist.
+    Places are (steps, 1 or 2, 3), see `_PackedTiles`.
+    """
+    o, kh, kw, in_group = layer.integers.shape
+    if tile.kind == "depthwise":
+        taps = np.arange(kh * kw + kh * kw % 2)
+        taps[kh * kw :] = 0  # a second tap of weight 0 for the last one
+        places = np.stack([taps // kw, taps % kw, 0 * taps], axis=1).reshape(-1, 2, 3)
+        runs, run, size = 1, kh * kw, 2
+    else:
+        runs, run, size = kh * kw // layer.run_taps, layer.run_taps * in_group, 4
+        index = np.arange(runs * -(-run // size)) // -(-run // size) * layer.run_taps
+        byte = np.arange(len(index)) % -(-run // size) * size
+        places = np.stack([index // kw, index % kw, byte], axis=1)[:, None]
+    steps = -(-run // size)
+    padded = np.zeros((o + 1, runs, steps * size), np.int16)
+    padded[:o, :, :run] = layer.integers.reshape(o, runs, run)
+    weights = padded.reshape(o + 1, runs * steps, size)[rows]
+    return np.ascontiguousarray(weights.transpose(0, 2, 1, 3)), places
+
+
+def _stream(
+    tile: Microkernel, weights: np.ndarray, groups: np.ndarray, initials: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, and initial values before the first step of each group, in the order of reading.
+
+    Returns rows of int8, as long as the weights of a step, and the first row of each block.
+    """
+    blocks, steps, channels, size = weights.shape
+    if tile.kind == "wide":  # vectors of even and of odd weights in turns
+        split = weights.reshape(blocks, steps, tile.vectors, tile.lanes, 2, 2)
+        ordered = np.ascontiguousarray(split.transpose(0, 1, 2, 5, 3, 4))
+    elif tile.kind == "depthwise":  # bytes interleave within halves of a register
+        order = np.arange(channels).reshape(2, 2, -1).transpose(1, 0, 2).ravel()
+        ordered, initials = weights[:, :, order].astype(np.int8), initials[:, order]
+    else:
+        ordered = weights.astype(np.int8)
+    ordered = ordered.reshape(blocks * steps, -1).view(np.int8)
+    row = np.arange(blocks * steps)
+    flushes = len(initials) if tile.sums_in_int16 else 0
+    stream = aligned((blocks * steps + flushes, ordered.shape[1]), np.int8)
+    if flushes:
+        first_of_group = np.searchsorted(groups.ravel(), np.arange(flushes))
+        stream[row[first_of_group] + np.arange(flushes)] = (
+            np.ascontiguousarray(initials).reshape(flushes, -1).view(np.int8)
+        )
+        row += groups.ravel() + 1
+    stream[row] = ordered
+    return stream, row[::steps] - bool(flushes)
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:
-    w = layer.integers
-    o, kh, kw, in_group = w.shape
-    out_group = o // layer.group
-    blocks = -(-out_group // tile.channels)
-    runs, run = kh * kw // layer.run_taps, layer.run_taps * in_group
-    quads = -(-run // 4)
-    padded = np.zeros((layer.group, blocks * tile.channels, runs, quads * 4), np.int8)
-    padded[:, :out_group, :, :run] = w.reshape(layer.group, out_group, runs, run)
-    quadwise = (
-        padded.reshape(layer.group * blocks, tile.channels, runs * quads, 4)
-        .transpose(0, 2, 1, 3)
-        .copy()
-    )
-    top = 2**layer.activation_bits - 1
-    table = np.empty((runs * quads, 3), np.int64)
-    initials = np.empty((runs * quads, tile.channels, 2), np.int16)
-    cuts, streams = [], []
-    start = np.zeros((layer.group, blocks * tile.channels), np.int64)
-    start[:, :out_group] = -layer.offset.reshape(layer.group, out_group)
-    for block, own_start in zip(quadwise, start.reshape(-1, tile.channels), strict=True):
-        count = _cut(block, quads, top, tile.pair, table, initials)
-        cuts.append(table[:count].copy())
-        if tile.pair:
-            own_start -= initials[:count].sum(axis=(0, 2), dtype=np.int64)
-            for (index, first, length), initial in zip(cuts[-1], initials, strict=False):
-                begin = index * quads + first
-                streams.append(initial.copy().view(np.int8).ravel())
-                streams.append(block[begin : begin + length].ravel())
-        else:
-            streams.append(block.ravel())
-    stream = np.concatenate(streams)
-    weights = aligned(stream.shape, np.int8)
-    weights[:] = stream
-    counts = np.array([len(cut) for cut in cuts], np.int64)
-    # Initial values, int16 (channels, 2), are as large as a quad.
-    sizes = 4 * tile.channels * (runs * quads + (counts if tile.pair else 0 * counts))
+    firsts = _first_channels(tile, layer)
+    blocks_of_group = firsts.shape[1]
+    existing = min(tile.channels, layer.integers.shape[0] // len(firsts))
+    rows = np.full((firsts.size, tile.channels), -1)
+    rows[:, :existing] = firsts.reshape(-1, 1) + np.arange(existing)
+    weights, places = _by_step(tile, layer, rows)
+    steps = weights.shape[1]
+    depthwise = tile.kind == "depthwise"
+    top, lanes = 2**layer.activation_bits - 1, 1 if depthwise else 2
+    run_steps = 1 if depthwise else -(-layer.run_taps * layer.integers.shape[3] // 4)
+    cuts, groups, initials = _cut(weights, run_steps, top, lanes, tile.sums_in_int16)
+    stream, begins = _stream(tile, weights, groups, initials)
+
+    segments = np.zeros(len(cuts), SEGMENT)
+    segments["second"], segments["then"] = cuts[:, 2], cuts[:, 3]
+    first_segments = np.searchsorted(cuts[:, 0], np.arange(firsts.size))
+
+    together = max(1, _CHUNK_WEIGHTS // (steps * stream.shape[1]))
+    chunks: list[list[int]] = []
+    for block in range(firsts.size):
+        g, i = divmod(block, blocks_of_group)
+        o0 = firsts[g, i]
+        aligned_block = o0 == firsts[g, 0] + i * tile.channels
+        if i and aligned_block and chunks[-1][1] < together:
+            chunks[-1][1] += 1
+            continue
+        x0 = o0 if depthwise else g * layer.integers.shape[3]
+        chunks.append([block, 1, first_segments[block], begins[block] * stream.shape[1], x0, o0])
 
     def blocked(values: np.ndarray, dtype: type) -> np.ndarray:
-        out = aligned((layer.group, blocks * tile.channels), dtype)
-        out[:] = 0
-        out[:, :out_group] = values.reshape(layer.group, out_group)
+        out = aligned(rows.shape, dtype)
+        out[:] = np.where(rows < 0, 0, values[rows])
         return out
 
-    start_values = aligned(start.shape, np.int32)
-    start_values[:] = start
-    return _PackedDot(
+    start = -layer.offset[rows]
+    if tile.sums_in_int16:
+        np.subtract.at(start, cuts[cuts[:, 3] != CONTINUE, 0], initials.sum(axis=2, dtype=np.int64))
+    start_values = aligned(rows.shape, np.int32)
+    start_values[:] = np.where(rows < 0, 0, start)
+    single = MICROKERNELS.get(replace(tile, pixels=1).name)
+    return _PackedTiles(
         {
-            "weights": weights,
+            "weights": stream,
             "offset": start_values,
             "m": blocked(layer.m, np.float32),
             "b": blocked(layer.b, np.float32),
             "block": tile.channels,
+            "existing": existing,
             "tile": microkernels.address(tile),
+            "single": microkernels.address(single) if single else 0,
             "pixels": tile.pixels,
-            "segment_counts": counts,
-            "segment_firsts": np.cumsum(counts) - counts,
-            "weight_begins": np.cumsum(sizes) - sizes,
+            "x_step": tile.channels if depthwise else 0,
+            "chunks": np.array([tuple(chunk) for chunk in chunks], CHUNK),
+            "chunk_count": len(chunks),
         },
-        layer,
-        np.concatenate(cuts),
+        places[cuts[:, 1]],
+        segments,
     )
 
 
@@ -179,7 +276,7 @@ def _address(tensor, n, row, column, channel, size):
 
 
 @njit(error_model="numpy")
-def _partial_block(a, t, y, spare, valid, count, size, scratch):
+def _partial_block(a, t, y, spare, valid, size, scratch):
     """Run a tile into spare memory and copy out the channels that exist.
 
     The residual's channels beyond the last are whatever lies there; they affect no others.
@@ -196,11 +293,21 @@ def _partial_block(a, t, y, spare, valid, count, size, scratch):
     for q in range(valid):
         source = carray(as_pointer(outputs + np.uintp(q * block_bytes)), block_bytes, np.uint8)
         target = carray(as_pointer(np.uintp(y[q])), block_bytes, np.uint8)
-        for byte in range(np.uintp(count * size)):
+        for byte in range(np.uintp(a.existing * size)):
             target[byte] = source[byte]
 
 
-def _conv_dot(arguments, thread, threads):
+@njit(error_model="numpy")
+def _single_pixels(a, t, valid, scratch):
+    """Run the tile of one pixel for each of the few that are left."""
+    x, y, r = t.x, t.y, t.r
+    for _ in range(valid):
+        call_tile(a.single, scratch)
+        t.x, t.y, t.r = t.x + np.uintp(8), t.y + np.uintp(8), t.r + np.uintp(8)
+    t.x, t.y, t.r = x, y, r
+
+
+def _conv_tiles(arguments, thread, threads):
     a = carray(arguments, 1)[0]
     block, pixels = a.block, a.pixels
     scratch = a.scratch + np.uintp(thread * a.scratch_size)
@@ -213,59 +320,69 @@ def _conv_dot(arguments, thread, threads):
     r = carray(as_pointer(t.r), pixels, np.int64)
     t.z_r, t.m_r, t.lo, t.hi = np.int32(a.z_r), a.m_r, a.lo, a.hi
     t.has_residual, t.float_output = np.int32(a.has_residual), np.int32(a.float_output)
-    size = 4 if a.float_output else 1
-    out_group, in_group = a.channels // a.group, a.x.c // a.group
-    blocks = (out_group + block - 1) // block
-    counts = carray(as_pointer(a.segment_counts), a.group * blocks, np.int64)
-    firsts = carray(as_pointer(a.segment_firsts), a.group * blocks, np.int64)
-    begins = carray(as_pointer(a.weight_begins), a.group * blocks, np.int64)
+    t.x_step, t.table = a.x_step, a.table
+    size = 4
+    if not a.float_output:
+        size = 1
+        t.lo_code = np.int32(np.int64((a.lo + _ROUND) - _ROUND) * 0x01010101)
+    chunks = carray(as_pointer(a.chunks), a.chunk_count, CHUNK)
     total = a.n * a.height * a.width
     strips = (total + pixels - 1) // pixels
-    begin, end = share(a.group * blocks * strips, thread, threads)
+    x_column = a.stride_w * a.x.c
+    y_column, r_column = a.step_w * a.y.c * size, a.step_w * a.r.c
+    begin, end = share(a.chunk_count * strips, thread, threads)
     item = begin
     while item < end:
-        index = item // strips
-        last = min(end, (index + 1) * strips)
-        g, i_block = index // blocks, index % blocks
-        t.segments = a.segments + np.uintp(8 * firsts[index])
-        t.segment_count = counts[index]
-        t.weights = a.weights + np.uintp(begins[index])
-        t.start = a.offset + np.uintp(4 * index * block)
-        t.m, t.b = a.m + np.uintp(4 * index * block), a.b + np.uintp(4 * index * block)
-        x0, o0 = g * in_group, g * out_group + i_block * block
-        count = min(block, out_group - i_block * block)
+        chunk = chunks[item // strips]
+        last = min(end, (item // strips + 1) * strips)
+        words = np.uintp(4 * chunk.block * block)
+        t.blocks = chunk.blocks
+        t.segments = a.segments + np.uintp(16 * chunk.segment)
+        t.weights = a.weights + np.uintp(chunk.weights)
+        t.start, t.m, t.b = a.offset + words, a.m + words, a.b + words
+        x0, o0 = chunk.x0, chunk.o0
         pixel = item % strips * pixels
         j, i, n = pixel % a.width, pixel // a.width % a.height, pixel // (a.width * a.height)
+        x_next = y_next = r_next = 0
+        begins = True  # a row of outputs, or the thread's share
         while item < last:
             valid = min(pixels, total - pixel)
             for q in range(valid):
-                row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
-                x[q] = _address(a.x, n, row, column, x0, 1)
-                row, column = i * a.step_h, j * a.step_w
-                y[q] = _address(a.y, n, a.y.top + row, a.y.left + column, o0, size)
-                if a.has_residual:
-                    r[q] = _address(a.r, n, a.r.top + row, a.r.left + column, o0, 1)
+                if begins:
+                    row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
+                    x_next = _address(a.x, n, row, column, x0, 1)
+                    row, column = i * a.step_h, j * a.step_w
+                    y_next = _address(a.y, n, a.y.top + row, a.y.left + column, o0, size)
+                    r_next = _address(a.r, n, a.r.top + row, a.r.left + column, o0, 1)
+                x[q], y[q], r[q] = x_next, y_next, r_next
+                x_next, y_next, r_next = x_next + x_column, y_next + y_column, r_next + r_column
                 j += 1
-                if j == a.width:
+                begins = j == a.width
+                if begins:
                     j = 0
                     i += 1
                     if i == a.height:
                         i = 0
                         n += 1
-            # Pixels beyond the last repeat one that is there.
-            for q in range(valid, pixels):
-                x[q], y[q], r[q] = x[0], y[0], r[0]
-            if count == block:
-                call_tile(a.tile, scratch)
+            if a.single != 0 and 3 * valid <= pixels and a.existing == block:
+                _single_pixels(a, t, valid, scratch)
             else:
-                _partial_block(a, t, y, spare, valid, count, size, scratch)
+                # Pixels beyond the last repeat one that is there.
+                for q in range(valid, pixels):
+                    x[q], y[q], r[q] = x[0], y[0], r[0]
+                if a.existing == block:
+                    call_tile(a.tile, scratch)
+                else:
+                    _partial_block(a, t, y, spare, valid, size, scratch)
             pixel += pixels
             item += 1
 
 
 for _tile in MICROKERNELS.values():
-    register(
-        "conv", "dot", abi.CONV, _tile.name,
-        supports=partial(_supports, _tile), pack=partial(_pack, _tile), cost=partial(_cost, _tile),
-        available=partial(getattr, _tile, "available"), scratch=lambda channels: _SCRATCH,
-    )(_conv_dot)  # fmt: skip
+    if _tile.pixels > 1:
+        register(
+            "conv", "dot", abi.CONV, _tile.name,
+            supports=partial(_supports, _tile), pack=partial(_pack, _tile),
+            cost=partial(_cost, _tile), available=partial(getattr, _tile, "available"),
+            scratch=lambda channels: _SCRATCH,
+        )(_conv_tiles)  # fmt: skip

@@ -1,19 +1,28 @@
-"""Byte-dot microkernels: a tile of output pixels times a block of output channels, emitted as IR.
+"""Byte-dot microkernels: a tile of output pixels times blocks of output channels, emitted as IR.
 
-A microkernel computes, for `pixels` output pixels and one block of `channels` output channels,
+A microkernel computes, for `pixels` output pixels and each of some blocks of `channels` output
+channels,
 
-    acc = start + sum over segments, quads of x (4 uint8) . W (4 int8)
+    acc = start + sum over steps of x . W
 
-and requantizes the tile in registers (`docs/quantization.md` section 4). Inputs are read where they
-lie; a *segment* is a run of quads that are contiguous in memory. Kernels of the "pair" kind sum
-products in int16 inside a segment, modulo 2^16, from an initial value of the segment's own that
-keeps the total within int16 (`dot._cut`); the others sum in int32 throughout.
+and requantizes it in registers (`docs/quantization.md` section 4). Inputs are read where they lie.
+The kinds differ in what a step is and in what it is summed:
+
+    pair        4 uint8 codes of a pixel times 4 int8 weights of each channel, in int16
+    dot         the same in int32, with the machine's byte dot product
+    wide        the same with int16 weights, in int32
+    depthwise   2 taps of each channel times their int8 weights, in int16
+
+Sums in int16 are modulo 2^16. A *segment* is a run of steps that are contiguous in memory; after
+some segments sums are widened to int32 (*flushed*), and begin again from initial values that keep
+the total until the next flush within int16 (`dot._cut`).
 
 All are listed in `MICROKERNELS`; tests and benchmarks walk that table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,17 +43,23 @@ TILE = np.dtype(
         ("x", _P),  # int64 (pixels,): addresses of the first input byte of each pixel
         ("y", _P),  # int64 (pixels,): addresses of the first output channel of each pixel
         ("r", _P),  # int64 (pixels,): the same of the residual
-        ("segments", _P),  # int32 (segment_count, 2): byte offset from x, quads
-        ("segment_count", _I),
-        ("weights", _P),  # int8 (quads, channels, 4); "pair": each segment begins with its
-        # initial values, int16 (channels, 2)
-        ("start", _P),  # int32 (channels,): minus z_x * sum of W
-        ("m", _P), ("b", _P),  # float32 (channels,)
+        ("blocks", _I),  # how many, at least one; channels of one follow those of another
+        ("x_step", _I),  # bytes from the input of one block to that of the next
+        ("segments", _P),  # SEGMENT records, those of one block after those of another
+        ("weights", _P),  # in the order in which they are read, see `dot`
+        ("start", _P),  # int32 (blocks * channels,): minus z_x * sum of W
+        ("m", _P), ("b", _P),  # float32 (blocks * channels,)
+        ("table", _P),  # uint8 (256,) that codes go through at the end, or 0
         ("z_r", np.int32), ("m_r", _F), ("lo", _F), ("hi", _F),
+        ("lo_code", np.int32),  # lo rounded
         ("has_residual", np.int32), ("float_output", np.int32),
     ],
     align=True,
 )  # fmt: skip
+# A segment of steps of 4 codes: byte offset from the pixel's address, number of steps. A depthwise
+# segment is one step: byte offsets of its two taps. What to do after it: one of the values below.
+SEGMENT = np.dtype([("offset", np.int32), ("second", np.int32), ("then", np.int32), ("", np.int32)])
+CONTINUE, FLUSH, END = 0, 1, 2
 
 _OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
 
@@ -55,24 +70,30 @@ _ROUND = 12582912.0  # 1.5 * 2^23: the low byte of v + _ROUND is v rounded half 
 
 @dataclass(frozen=True, eq=False)
 class Microkernel:
-    """One entry of the table: `<pixels>x<channels>` on an instruction set."""
+    """One entry of the table: `<pixels>x<channels>` of a kind on an instruction set."""
 
     isa: str
+    kind: str
     pixels: int
     vectors: int  # of output channels
     lanes: int  # int32 per vector
-    pair: bool
     features: tuple[str, ...]
 
     @property
     def channels(self) -> int:
-        """Output channels per call."""
+        """Output channels per block."""
         return self.vectors * self.lanes
 
     @property
     def name(self) -> str:
-        """Instruction set and tile."""
-        return f"{self.isa}-{self.pixels}x{self.channels}"
+        """Instruction set, kind where it is not the instruction set's own, and tile."""
+        kind = "" if self.kind in ("pair", "dot") else f"{self.kind}-"
+        return f"{self.isa}-{kind}{self.pixels}x{self.channels}"
+
+    @property
+    def sums_in_int16(self) -> bool:
+        """Whether sums must be flushed to int32 in time."""
+        return self.kind in ("pair", "depthwise")
 
     @property
     def available(self) -> bool:
@@ -85,7 +106,9 @@ def _tile(typingctx, arguments, name):
     """Emit the microkernel of a name; takes the address of a TILE record."""
 
     def codegen(context, builder, signature, args):
-        _Emission(MICROKERNELS[name.literal_value], builder, args[0]).emit()
+        kernel = MICROKERNELS[name.literal_value]
+        emission = _Depthwise if kernel.kind == "depthwise" else _Emission
+        emission(kernel, builder, args[0]).emit()
         return context.get_dummy_value()
 
     return types.void(arguments, name), codegen
@@ -101,6 +124,12 @@ class _Emission:
         self.int32s, self.int16s = ir.VectorType(_i32, n), ir.VectorType(_i16, 2 * n)
         self.bytes, self.floats = ir.VectorType(_i8, 4 * n), ir.VectorType(_f32, n)
         self.tiles = [(i, j) for i in range(kernel.pixels) for j in range(kernel.vectors)]
+        # Accumulators: pixel, vector; depthwise ones hold twice as many channels.
+        self.sums = [
+            (i, j)
+            for i in range(kernel.pixels)
+            for j in range(kernel.vectors // (2 if kernel.kind == "depthwise" else 1))
+        ]
 
     # --- small things ---------------------------------------------------------------------------
 
@@ -123,8 +152,11 @@ class _Emission:
     def splat(self, scalar: Any, kind: ir.VectorType) -> Any:
         undefined = ir.Constant(kind, ir.Undefined)
         vector = self.b.insert_element(undefined, scalar, ir.Constant(_i32, 0))
-        zeros = ir.Constant(ir.VectorType(_i32, kind.count), [0] * kind.count)
-        return self.b.shuffle_vector(vector, undefined, zeros)
+        return self.shuffle(vector, undefined, [0] * kind.count)
+
+    def shuffle(self, first: Any, second: Any, lanes: list[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(_i32, len(lanes)), lanes)
+        return self.b.shuffle_vector(first, second, mask)
 
     def constant(self, value: Any, kind: ir.VectorType) -> ir.Constant:
         return ir.Constant(kind, [value] * kind.count)
@@ -137,156 +169,344 @@ class _Emission:
             function = ir.Function(module, kind, name)
         return self.b.call(function, arguments)
 
-    # --- instruction sets -----------------------------------------------------------------------
+    # --- steps ----------------------------------------------------------------------------------
 
-    def dot(self, acc: Any, x: Any, w: Any) -> Any:
-        """Add the products of one quad to an accumulator."""
-        if self.k.pair:
-            name = {8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512"}
-            pairs = self.intrinsic(name[self.k.lanes], self.int16s, [x, w])
-            return self.b.add(acc, pairs)
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the weights of one step."""
+        return 4 * self.k.channels * (2 if self.k.kind == "wide" else 1)
+
+    def multiply_pairs(self, x: Any, w: Any) -> Any:
+        """Sum neighbouring products of uint8 and int8 into int16."""
+        name = {8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512"}
+        return self.intrinsic(name[self.k.lanes], self.int16s, [x, w])
+
+    def multiply_wide_pairs(self, x: Any, w: Any) -> Any:
+        """Sum neighbouring products of int16 into int32."""
+        name = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+        return self.intrinsic(name[self.k.lanes], self.int32s, [x, w])
+
+    def byte_dot(self, acc: Any, x: Any, w: Any) -> Any:
         name = {8: "llvm.x86.avx512.vpdpbusd.256", 16: "llvm.x86.avx512.vpdpbusd.512"}
         if llvm_version_info[0] < 21:  # which took the bytes as int32
             x, w = self.b.bitcast(x, self.int32s), self.b.bitcast(w, self.int32s)
         return self.intrinsic(name[self.k.lanes], self.int32s, [acc, x, w])
 
-    def widen(self, pairs: Any) -> Any:
-        """Sum neighbouring int16 into int32."""
-        name = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
-        ones = self.constant(1, self.int16s)
-        return self.intrinsic(name[self.k.lanes], self.int32s, [pairs, ones])
+    def step(self, acc: dict, rows: list[Any], w: Any) -> dict:
+        """Add the products of 4 codes of each pixel; the weights of the step begin at w."""
+        b, size = self.b, 4 * self.k.lanes
+        count = self.step_bytes // size
+        vectors = [self.load(b.add(w, self.word(size * v)), self.bytes, size) for v in range(count)]
+        new = {}
+        for i, row in enumerate(rows):
+            x = b.bitcast(self.splat(self.load(row, _i32, 1), self.int32s), self.bytes)
+            if self.k.kind == "wide":
+                codes = b.bitcast(x, self.int16s)
+                even = b.and_(codes, self.constant(255, self.int16s))
+                odd = b.lshr(codes, self.constant(8, self.int16s))
+            for j in range(self.k.vectors):
+                if self.k.kind == "pair":
+                    new[i, j] = b.add(acc[i, j], self.multiply_pairs(x, vectors[j]))
+                elif self.k.kind == "dot":
+                    new[i, j] = self.byte_dot(acc[i, j], x, vectors[j])
+                else:
+                    w_even, w_odd = (b.bitcast(vectors[2 * j + p], self.int16s) for p in (0, 1))
+                    total = b.add(acc[i, j], self.multiply_wide_pairs(even, w_even))
+                    new[i, j] = b.add(total, self.multiply_wide_pairs(odd, w_odd))
+        return new
+
+    def steps(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
+        """Emit the loop over the steps of a segment; returns sums and the end of the weights."""
+        b = self.b
+        offset = b.sext(self.load(segment, _i32, 4), _i64)
+        count = b.sext(self.load(b.add(segment, self.word(4)), _i32, 4), _i64)
+        rows = [b.add(base, offset) for base in bases]
+        before, loop = b.block, b.append_basic_block("step")
+        after = b.append_basic_block("stepped")
+        b.branch(loop)
+        b.position_at_end(loop)
+        q, w_q = b.phi(_i64), b.phi(_i64)
+        held = {t: b.phi(value.type) for t, value in acc.items()}
+        places = [b.add(row, b.mul(q, self.word(4))) for row in rows]
+        new = self.step(held, places, w_q)
+        q_next, w_next = b.add(q, self.word(1)), b.add(w_q, self.word(self.step_bytes))
+        for phi, first, following in (
+            (q, self.word(0), q_next),
+            (w_q, w, w_next),
+            *((held[t], acc[t], new[t]) for t in acc),
+        ):
+            phi.add_incoming(first, before)
+            phi.add_incoming(following, b.block)
+        b.cbranch(b.icmp_signed("<", q_next, count), loop, after)
+        b.position_at_end(after)
+        return new, w_next
+
+    def widen(self, acc: dict, tile: tuple[int, int]) -> Any:
+        """Return the int32 sums of a tile's vector."""
+        if self.k.kind == "pair":
+            return self.multiply_wide_pairs(acc[tile], self.constant(1, self.int16s))
+        return acc[tile]
 
     # --- the kernel -----------------------------------------------------------------------------
 
     def emit(self) -> None:
         b, k = self.b, self.k
-        x_table = self.field("x")
-        bases = [self.at(x_table, i) for i in range(k.pixels)]
-        segments, count = self.field("segments"), self.field("segment_count")
-        weights, start = self.field("weights"), self.field("start")
         size = 4 * k.lanes
+        x_table, blocks, x_step = self.field("x"), self.field("blocks"), self.field("x_step")
+        begin = (self.field("segments"), self.field("weights"))
         entry = b.block
-        segment_loop, quad_loop = b.append_basic_block("segment"), b.append_basic_block("quad")
-        flush, done = b.append_basic_block("flush"), b.append_basic_block("done")
-        # Accumulators live in stack slots between segments: with int16 sums in flight there are
-        # not enough registers for both, and LLVM promotes the slots to registers otherwise.
+        names = ("block", "group", "segment", "flush", "end", "next", "done")
+        at = {name: b.append_basic_block(name) for name in names}
+        # Sums in int32 between flushes; until the first one `start`, which is added in its place.
         with b.goto_entry_block():
-            slots = {t: b.alloca(self.int32s) for t in self.tiles}
-            for slot in slots.values():
-                slot.align = size
-        for i, j in self.tiles:
-            address = b.add(start, self.word(size * j))
-            b.store(self.load(address, self.int32s, size), slots[i, j])
-        b.cbranch(b.icmp_signed(">", count, self.word(0)), segment_loop, done)
+            slots = b.alloca(ir.ArrayType(self.int32s, len(self.tiles)))
+            slots.align = size
+        slots = b.ptrtoint(slots, _i64)
+        b.branch(at["block"])
 
-        b.position_at_end(segment_loop)
-        s, w_segment = b.phi(_i64), b.phi(_i64)
-        s.add_incoming(self.word(0), entry)
-        w_segment.add_incoming(weights, entry)
-        place = b.add(segments, b.mul(s, self.word(8)))
-        offset = b.sext(self.load(place, _i32, 4), _i64)
-        quads = b.sext(self.load(b.add(place, self.word(4)), _i32, 4), _i64)
-        rows = [b.add(base, offset) for base in bases]
-        if k.pair:
-            initials = [
-                self.load(b.add(w_segment, self.word(size * j)), self.int16s, size)
-                for j in range(k.vectors)
-            ]
-            initial = {(i, j): initials[j] for i, j in self.tiles}
-            first = b.add(w_segment, self.word(size * k.vectors))
+        b.position_at_end(at["block"])
+        index, s_block, w_block = (b.phi(_i64) for _ in range(3))
+        channel = b.mul(index, self.word(k.channels))
+        bytes_of_words = b.mul(channel, self.word(4))
+        start = b.add(self.field("start"), bytes_of_words)
+        x_offset = b.mul(index, x_step)
+        bases = [b.add(self.at(x_table, i), x_offset) for i in range(k.pixels)]
+        b.branch(at["group"])
+
+        b.position_at_end(at["group"])
+        s_group, w_group, held_at, held_step = (b.phi(_i64) for _ in range(4))
+        first = {}
+        for t in self.sums:
+            if k.sums_in_int16:
+                place = b.add(w_group, self.word(size * t[1]))
+                first[t] = self.load(place, self.int16s, size)
+            else:
+                place = b.add(start, self.word(size * t[1]))
+                first[t] = self.load(place, self.int32s, size)
+        initials = size * (1 + max(j for _, j in self.sums)) if k.sums_in_int16 else 0
+        w_first = b.add(w_group, self.word(initials))
+        b.branch(at["segment"])
+
+        b.position_at_end(at["segment"])
+        s, w = b.phi(_i64), b.phi(_i64)
+        acc = {t: b.phi(value.type) for t, value in first.items()}
+        new, w_next = self.steps(acc, bases, s, w)
+        then = self.load(b.add(s, self.word(8)), _i32, 4)
+        s_next = b.add(s, self.word(SEGMENT.itemsize))
+        for phi, value, following in (
+            (s, s_group, s_next),
+            (w, w_first, w_next),
+            *((acc[t], first[t], new[t]) for t in acc),
+        ):
+            phi.add_incoming(value, at["group"])
+            phi.add_incoming(following, b.block)
+        choice = b.switch(then, at["end"])
+        choice.add_case(ir.Constant(_i32, CONTINUE), at["segment"])
+        if k.sums_in_int16:
+            choice.add_case(ir.Constant(_i32, FLUSH), at["flush"])
+
+        b.position_at_end(at["flush"])
+        if k.sums_in_int16:
+            for number, t in enumerate(self.tiles):
+                total = self.total(new, t, held_at, held_step)
+                self.store(total, b.add(slots, self.word(size * number)), size)
+            b.branch(at["group"])
         else:
-            initial, first = {t: b.load(slots[t]) for t in self.tiles}, w_segment
-        b.branch(quad_loop)
+            b.unreachable()
 
-        b.position_at_end(quad_loop)
-        q, w = b.phi(_i64), b.phi(_i64)
-        q.add_incoming(self.word(0), segment_loop)
-        w.add_incoming(first, segment_loop)
-        acc = {t: b.phi(initial[t].type) for t in self.tiles}
-        vectors = [
-            self.load(b.add(w, self.word(size * j)), self.bytes, size) for j in range(k.vectors)
-        ]
-        new = {}
-        for i in range(k.pixels):
-            four = self.load(b.add(rows[i], b.mul(q, self.word(4))), _i32, 1)
-            x = b.bitcast(self.splat(four, self.int32s), self.bytes)
-            for j in range(k.vectors):
-                new[i, j] = self.dot(acc[i, j], x, vectors[j])
-        q_next, w_next = b.add(q, self.word(1)), b.add(w, self.word(size * k.vectors))
-        q.add_incoming(q_next, quad_loop)
-        w.add_incoming(w_next, quad_loop)
-        for t in self.tiles:
-            acc[t].add_incoming(initial[t], segment_loop)
-            acc[t].add_incoming(new[t], quad_loop)
-        b.cbranch(b.icmp_signed("<", q_next, quads), quad_loop, flush)
+        b.position_at_end(at["end"])
+        self.epilogue(lambda t: self.total(new, t, held_at, held_step), channel, bytes_of_words)
+        b.branch(at["next"])
+        b.position_at_end(at["next"])
+        index_next = b.add(index, self.word(1))
+        b.cbranch(b.icmp_signed("<", index_next, blocks), at["block"], at["done"])
+        b.position_at_end(at["done"])
 
-        b.position_at_end(flush)
-        for t in self.tiles:
-            total = b.add(b.load(slots[t]), self.widen(new[t])) if k.pair else new[t]
-            b.store(total, slots[t])
-        s_next = b.add(s, self.word(1))
-        s.add_incoming(s_next, flush)
-        w_segment.add_incoming(w_next, flush)
-        b.cbranch(b.icmp_signed("<", s_next, count), segment_loop, done)
+        for phi, value, following in (
+            (index, self.word(0), index_next),
+            (s_block, begin[0], s_next),
+            (w_block, begin[1], w_next),
+        ):
+            phi.add_incoming(value, entry)
+            phi.add_incoming(following, at["next"])
+        for phi, value, following in (
+            (s_group, s_block, s_next),
+            (w_group, w_block, w_next),
+            (held_at, start, slots),
+            (held_step, self.word(0), self.word(size * k.vectors)),
+        ):
+            phi.add_incoming(value, at["block"])
+            if k.sums_in_int16:
+                phi.add_incoming(following, at["flush"])
 
-        b.position_at_end(done)
-        self.epilogue({t: b.load(slots[t]) for t in self.tiles})
+    def total(self, acc: dict, tile: tuple[int, int], held_at: Any, held_step: Any) -> Any:
+        """Return a vector's int32 total so far."""
+        b, (i, j) = self.b, tile
+        widened = self.widen(acc, tile)
+        if not self.k.sums_in_int16:
+            return widened
+        size = 4 * self.k.lanes
+        place = b.add(held_at, b.add(b.mul(held_step, self.word(i)), self.word(size * j)))
+        return b.add(self.load(place, self.int32s, size), widened)
 
-    def epilogue(self, acc: dict[tuple[int, int], Any]) -> None:
-        """Requantize the tile: y = t * M + B (+ residual), clamp, round, store."""
+    def epilogue(self, total: Callable, channel: Any, bytes_of_words: Any) -> None:
+        """Requantize the tile: y = t * M + B (+ residual), clamp, round, look up, store."""
+        b = self.b
+        is_float = b.icmp_signed("!=", self.field("float_output", _i32), ir.Constant(_i32, 0))
+        residual = b.icmp_signed("!=", self.field("has_residual", _i32), ir.Constant(_i32, 0))
+        with b.if_else(is_float) as (floats, codes):
+            with floats, b.if_else(residual) as (with_residual, without):
+                with with_residual:
+                    self.store_floats(self.scaled(total, channel, bytes_of_words, True), channel)
+                with without:
+                    self.store_floats(self.scaled(total, channel, bytes_of_words, False), channel)
+            with codes, b.if_else(residual) as (with_residual, without):
+                with with_residual:
+                    self.store_codes(self.scaled(total, channel, bytes_of_words, True), channel)
+                with without:
+                    self.store_codes(self.scaled(total, channel, bytes_of_words, False), channel)
+
+    def scaled(
+        self, total: Callable, channel: Any, bytes_of_words: Any, residual: bool
+    ) -> Callable[[tuple[int, int]], Any]:
+        """Return what computes a vector of real-valued outputs, unclamped, when it is called."""
         b, k = self.b, self.k
         size = 4 * k.lanes
-        m, bias = self.field("m"), self.field("b")
-        ms = [self.load(b.add(m, self.word(size * j)), self.floats, 4) for j in range(k.vectors)]
-        bs = [self.load(b.add(bias, self.word(size * j)), self.floats, 4) for j in range(k.vectors)]
-        lo, hi = (self.splat(self.field(n, _f32), self.floats) for n in ("lo", "hi"))
-        values = {
-            (i, j): b.fadd(b.fmul(b.sitofp(acc[i, j], self.floats), ms[j]), bs[j])
-            for i, j in self.tiles
-        }
-        before = b.block
-        with_residual, joined = b.append_basic_block("residual"), b.append_basic_block("joined")
-        flag = b.icmp_signed("!=", self.field("has_residual", _i32), ir.Constant(_i32, 0))
-        b.cbranch(flag, with_residual, joined)
-        b.position_at_end(with_residual)
-        r_table = self.field("r")
-        z_r = self.splat(self.field("z_r", _i32), self.int32s)
-        m_r = self.splat(self.field("m_r", _f32), self.floats)
-        added = {}
-        for i, j in self.tiles:
-            address = b.add(self.at(r_table, i), self.word(k.lanes * j))
+        m, bias = (b.add(self.field(n), bytes_of_words) for n in ("m", "b"))
+        if residual:
+            r_table = self.field("r")
+            z_r = self.splat(self.field("z_r", _i32), self.int32s)
+            m_r = self.splat(self.field("m_r", _f32), self.floats)
+
+        def compute(tile: tuple[int, int]) -> Any:
+            i, j = tile
+            scale = self.load(b.add(m, self.word(size * j)), self.floats, size)
+            shift = self.load(b.add(bias, self.word(size * j)), self.floats, size)
+            v = b.fadd(b.fmul(b.sitofp(total(tile), self.floats), scale), shift)
+            if not residual:
+                return v
+            address = b.add(b.add(self.at(r_table, i), channel), self.word(k.lanes * j))
             codes = self.load(address, ir.VectorType(_i8, k.lanes), 1)
             t = b.sitofp(b.sub(b.zext(codes, self.int32s), z_r), self.floats)
-            added[i, j] = b.fadd(values[i, j], b.fmul(t, m_r))
-        b.branch(joined)
-        b.position_at_end(joined)
-        final = {}
-        for t in self.tiles:
-            v = b.phi(self.floats)
-            v.add_incoming(values[t], before)
-            v.add_incoming(added[t], with_residual)
-            final[t] = v
+            return b.fadd(v, b.fmul(t, m_r))
+
+        return compute
+
+    def least(self, v: Any, bound: Any) -> Any:
+        return self.b.select(self.b.fcmp_ordered("<", v, bound), v, bound)
+
+    def greatest(self, v: Any, bound: Any) -> Any:
+        return self.b.select(self.b.fcmp_ordered(">", v, bound), v, bound)
+
+    def store_floats(self, value: Callable, channel: Any) -> None:
+        b, size = self.b, 4 * self.k.lanes
+        lo, hi = (self.splat(self.field(n, _f32), self.floats) for n in ("lo", "hi"))
+        y_table, offset = self.field("y"), b.mul(channel, self.word(4))
+        for i, j in self.tiles:
+            v = self.least(self.greatest(value((i, j)), lo), hi)
+            self.store(v, b.add(b.add(self.at(y_table, i), offset), self.word(size * j)), 4)
+
+    def store_codes(self, value: Callable, channel: Any) -> None:
+        """Round vectors, four together where the machine packs them with saturation, and store."""
+        b, k = self.b, self.k
         y_table = self.field("y")
-        clamped = {}
-        for t in self.tiles:
-            v = b.select(b.fcmp_ordered(">", final[t], lo), final[t], lo)
-            clamped[t] = b.select(b.fcmp_ordered("<", v, hi), v, hi)
-        as_float, as_codes = b.append_basic_block("float"), b.append_basic_block("codes")
-        end = b.append_basic_block("end")
-        flag = b.icmp_signed("!=", self.field("float_output", _i32), ir.Constant(_i32, 0))
-        b.cbranch(flag, as_float, as_codes)
-        b.position_at_end(as_float)
-        for i, j in self.tiles:
-            self.store(clamped[i, j], b.add(self.at(y_table, i), self.word(size * j)), 4)
-        b.branch(end)
-        b.position_at_end(as_codes)
-        magic = self.constant(_ROUND, self.floats)
-        for i, j in self.tiles:
-            rounded = b.bitcast(b.fadd(clamped[i, j], magic), self.int32s)
-            codes = b.trunc(rounded, ir.VectorType(_i8, k.lanes))
-            self.store(codes, b.add(self.at(y_table, i), self.word(k.lanes * j)), 1)
-        b.branch(end)
-        b.position_at_end(end)
+        together = 4 if k.lanes == 8 else 1
+        for first in range(0, len(self.tiles), together):
+            tiles = self.tiles[first : first + together]
+            codes = self.looked_up(self.rounded([value(t) for t in tiles]))
+            # Vectors of one pixel lie side by side, here and in memory.
+            for i in dict.fromkeys(i for i, _ in tiles):
+                numbers = [number for number, t in enumerate(tiles) if t[0] == i]
+                begin, end = numbers[0] * k.lanes, (numbers[-1] + 1) * k.lanes
+                part = self.shuffle(codes, codes, [*range(begin, end)])
+                offset = self.word(k.lanes * tiles[numbers[0]][1])
+                self.store(part, b.add(b.add(self.at(y_table, i), channel), offset), 1)
+
+    def rounded(self, values: list[Any]) -> Any:
+        """Clamp, round half to even, and join to one vector of uint8."""
+        b, k = self.b, self.k
+        hi = self.splat(self.field("hi", _f32), self.floats)
+        if k.lanes == 16:
+            lo = self.splat(self.field("lo", _f32), self.floats)
+            v = b.fadd(self.least(self.greatest(values[0], lo), hi), self.constant(_ROUND, hi.type))
+            return b.trunc(b.bitcast(v, self.int32s), ir.VectorType(_i8, k.lanes))
+        # Not above hi, and what is below the range of int32 converts to its least number, so that
+        # packing with saturation yields 0 for all that is below; lo acts on codes.
+        names = ("llvm.x86.avx.cvt.ps2dq.256", "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb")
+        words = [self.intrinsic(names[0], self.int32s, [self.least(v, hi)]) for v in values]
+        words += words[:1] * (4 - len(words))
+        pairs = [self.intrinsic(names[1], self.int16s, words[p : p + 2]) for p in (0, 2)]
+        packed = b.bitcast(self.intrinsic(names[2], self.bytes, pairs), self.int32s)
+        # Packing works within halves of the register.
+        ordered = self.shuffle(packed, packed, [0, 4, 1, 5, 2, 6, 3, 7])
+        codes = b.bitcast(ordered, self.bytes)
+        lo = b.bitcast(self.splat(self.field("lo_code", _i32), self.int32s), self.bytes)
+        return b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
+
+    def looked_up(self, codes: Any) -> Any:
+        """Replace codes by the entries of the table, if there is one."""
+        b = self.b
+        table, before = self.field("table"), b.block
+        loop, after = b.append_basic_block("table"), b.append_basic_block("looked_up")
+        b.cbranch(b.icmp_unsigned("==", table, self.word(0)), after, loop)
+        b.position_at_end(loop)
+        # Sixteen entries at a time: an index that is not among them gets its highest bit set, for
+        # which a byte shuffle yields 0.
+        kind, count = codes.type, codes.type.count
+        entry, index, found = b.phi(_i64), b.phi(kind), b.phi(kind)
+        sixteen = self.load(b.add(table, entry), ir.VectorType(_i8, 16), 1)
+        entries = self.shuffle(sixteen, sixteen, [i % 16 for i in range(count)])
+        bias = self.constant(0x70, kind)
+        masked = self.intrinsic(f"llvm.uadd.sat.v{count}i8", kind, [index, bias])
+        name = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b"}[count]
+        found_next = b.or_(found, self.intrinsic(name, kind, [entries, masked]))
+        entry_next = b.add(entry, self.word(16))
+        index_next = b.sub(index, self.constant(16, kind))
+        for phi, first, following in (
+            (entry, self.word(0), entry_next),
+            (index, codes, index_next),
+            (found, self.constant(0, kind), found_next),
+        ):
+            phi.add_incoming(first, before)
+            phi.add_incoming(following, loop)
+        b.cbranch(b.icmp_signed("<", entry_next, self.word(256)), loop, after)
+        b.position_at_end(after)
+        result = b.phi(kind)
+        result.add_incoming(codes, before)
+        result.add_incoming(found_next, loop)
+        return result
+
+
+class _Depthwise(_Emission):
+    """Steps of two taps of every channel."""
+
+    def steps(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
+        b, size = self.b, 4 * self.k.lanes
+        offsets = [
+            b.sext(self.load(b.add(segment, self.word(4 * p)), _i32, 4), _i64) for p in (0, 1)
+        ]
+        vectors = [self.load(b.add(w, self.word(size * half)), self.bytes, size) for half in (0, 1)]
+        new = {}
+        half_lane = self.bytes.count // 4
+        for i, base in enumerate(bases):
+            x = [self.load(b.add(base, offset), self.bytes, 1) for offset in offsets]
+            for half in (0, 1):
+                # Interleaves within halves of the register, as the machine does.
+                lanes = [
+                    lane + 2 * half_lane * part + half_lane * half + tap * self.bytes.count
+                    for part in (0, 1)
+                    for lane in range(half_lane)
+                    for tap in (0, 1)
+                ]
+                pairs = self.multiply_pairs(self.shuffle(x[0], x[1], lanes), vectors[half])
+                new[i, half] = b.add(acc[i, half], pairs)
+        return new, b.add(w, self.word(2 * size))
+
+    def widen(self, acc: dict, tile: tuple[int, int]) -> Any:
+        i, j = tile
+        held, n = acc[i, j % 2], self.k.lanes
+        half = [*range(j // 2 * n, j // 2 * n + n)]
+        return self.b.sext(self.shuffle(held, held, half), self.int32s)
 
 
 def _size(kind: ir.Type) -> int:
@@ -299,51 +519,38 @@ _AVX512 = ("avx512vnni", "avx512bw", "avx512vl")
 MICROKERNELS = {
     kernel.name: kernel
     for kernel in (
-        Microkernel("avx512vnni", 6, 4, 16, False, _AVX512),
-        Microkernel("avx512vnni", 14, 2, 16, False, _AVX512),
-        Microkernel("avx512vnni", 28, 1, 16, False, _AVX512),
-        Microkernel("avxvnni", 6, 2, 8, False, ("avxvnni",)),
-        Microkernel("avxvnni", 12, 1, 8, False, ("avxvnni",)),
-        Microkernel("avx2", 6, 2, 8, True, ("avx2",)),
-        Microkernel("avx2", 12, 1, 8, True, ("avx2",)),
+        Microkernel("avx512vnni", "dot", 6, 4, 16, _AVX512),
+        Microkernel("avx512vnni", "dot", 1, 4, 16, _AVX512),
+        Microkernel("avx512vnni", "dot", 14, 2, 16, _AVX512),
+        Microkernel("avx512vnni", "dot", 1, 2, 16, _AVX512),
+        Microkernel("avx512vnni", "dot", 28, 1, 16, _AVX512),
+        Microkernel("avx512vnni", "dot", 1, 1, 16, _AVX512),
+        Microkernel("avxvnni", "dot", 6, 2, 8, ("avxvnni",)),
+        Microkernel("avxvnni", "dot", 12, 1, 8, ("avxvnni",)),
+        Microkernel("avxvnni", "dot", 1, 2, 8, ("avxvnni",)),
+        Microkernel("avxvnni", "dot", 1, 1, 8, ("avxvnni",)),
+        Microkernel("avx2", "pair", 6, 2, 8, ("avx2",)),
+        Microkernel("avx2", "pair", 12, 1, 8, ("avx2",)),
+        Microkernel("avx2", "pair", 1, 2, 8, ("avx2",)),
+        Microkernel("avx2", "pair", 1, 1, 8, ("avx2",)),
+        Microkernel("avx512vnni", "wide", 6, 4, 16, _AVX512),
+        Microkernel("avx2", "wide", 6, 2, 8, ("avx2",)),
+        Microkernel("avx2", "depthwise", 4, 4, 8, ("avx2",)),
     )
 }
 
 
-# One function each, so that Numba's cache knows them apart.
+def function(name: str) -> Callable[[int], None]:
+    """Return the Python function that compiles to a microkernel."""
 
+    def microkernel(arguments):
+        _tile(arguments, name)
 
-def _avx512vnni_6x64(arguments):
-    _tile(arguments, "avx512vnni-6x64")
-
-
-def _avx512vnni_14x32(arguments):
-    _tile(arguments, "avx512vnni-14x32")
-
-
-def _avx512vnni_28x16(arguments):
-    _tile(arguments, "avx512vnni-28x16")
-
-
-def _avxvnni_6x16(arguments):
-    _tile(arguments, "avxvnni-6x16")
-
-
-def _avxvnni_12x8(arguments):
-    _tile(arguments, "avxvnni-12x8")
-
-
-def _avx2_6x16(arguments):
-    _tile(arguments, "avx2-6x16")
-
-
-def _avx2_12x8(arguments):
-    _tile(arguments, "avx2-12x8")
+    return microkernel
 
 
 @cache
 def address(kernel: Microkernel) -> int:
     """Address of the compiled microkernel, `void (TILE *)`."""
-    function = globals()[f"_{kernel.name.replace('-', '_')}"]
-    compiled: Any = cfunc(types.void(types.uintp), cache=True)(function)
+    compiled: Any = cfunc(types.void(types.uintp), cache=True)(function(kernel.name))
     return compiled.address
