@@ -65,8 +65,8 @@ CONV = _record(
     z_r=_I, m_r=_F, lo=_F, hi=_F,
     has_residual=_I, float_output=_I,
     scratch=_P, scratch_size=_I,  # bytes per thread
-    # Byte-dot kernels: microkernel, its pixels, and its twin for single pixels or 0; SEGMENTs of all
-    # blocks (see microkernels); runs of blocks that one call takes, see dot.CHUNK.
+    # Byte-dot kernels: microkernel, its pixels, and its twin for single pixels or 0; SEGMENTs of
+    # all blocks (microkernels); runs of blocks that one call takes (dot.CHUNK).
     tile=_P, pixels=_I, single=_P, segments=_P, x_step=_I, chunks=_P, chunk_count=_I,
     table=_P,  # uint8 (256,) that output codes go through at the end, or 0
 )  # fmt: skip
