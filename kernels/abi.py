@@ -96,7 +96,7 @@ RESIZE = _record(
 )  # fmt: skip
 DEPTH_TO_SPACE = _record(**_OUTPUT, blocksize=_I, block_first=_I)  # block_first: mode DCR
 # float32 (N, C, H, W) to codes and back
-QUANTIZE = _record(**_OUTPUT, scale=_F, zero_point=_I, top=_I)
+QUANTIZE = _record(**_OUTPUT, scale=_F, zero_point=_I, top=_I, scratch=_P, scratch_size=_I)
 DEQUANTIZE = _record(**_OUTPUT, scale=_F, zero_point=_I)
 # float32 (N, H, W, C) to (N, C, H, W)
 TO_CHANNELS_FIRST = _record(**_OUTPUT)

@@ -320,7 +320,7 @@ def _conv_tiles(arguments, thread, threads):
     r = carray(as_pointer(t.r), pixels, np.int64)
     t.z_r, t.m_r, t.lo, t.hi = np.int32(a.z_r), a.m_r, a.lo, a.hi
     t.has_residual, t.float_output = np.int32(a.has_residual), np.int32(a.float_output)
-    t.x_step, t.table = a.x_step, a.table
+    t.x_step, t.table, t.table_end = a.x_step, a.table, a.table + np.uintp(256)
     size = 4
     if not a.float_output:
         size = 1

@@ -50,6 +50,7 @@ TILE = np.dtype(
         ("start", _P),  # int32 (blocks * channels,): minus z_x * sum of W
         ("m", _P), ("b", _P),  # float32 (blocks * channels,)
         ("table", _P),  # uint8 (256,) that codes go through at the end, or 0
+        ("table_end", _P),
         ("z_r", np.int32), ("m_r", _F), ("lo", _F), ("hi", _F),
         ("lo_code", np.int32),  # lo rounded
         ("has_residual", np.int32), ("float_output", np.int32),
@@ -215,31 +216,40 @@ class _Emission:
                     new[i, j] = b.add(total, self.multiply_wide_pairs(odd, w_odd))
         return new
 
-    def steps(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
-        """Emit the loop over the steps of a segment; returns sums and the end of the weights."""
+    def run(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
+        """Emit the steps of a segment; returns sums and the end of the weights."""
         b = self.b
-        offset = b.sext(self.load(segment, _i32, 4), _i64)
+        begin = b.sext(self.load(segment, _i32, 4), _i64)
         count = b.sext(self.load(b.add(segment, self.word(4)), _i32, 4), _i64)
-        rows = [b.add(base, offset) for base in bases]
+        end = b.add(begin, b.mul(count, self.word(4)))
+
+        def step(acc: dict, q: Any, w: Any) -> tuple[Any, Any, dict]:
+            new = self.step(acc, [b.add(base, q) for base in bases], w)
+            return b.add(q, self.word(4)), b.add(w, self.word(self.step_bytes)), new
+
+        # Outside of the loop, the first step reads its sums from memory and copies none.
+        first = step(acc, begin, w)
         before, loop = b.block, b.append_basic_block("step")
         after = b.append_basic_block("stepped")
-        b.branch(loop)
+        b.cbranch(b.icmp_signed("<", first[0], end), loop, after)
         b.position_at_end(loop)
         q, w_q = b.phi(_i64), b.phi(_i64)
         held = {t: b.phi(value.type) for t, value in acc.items()}
-        places = [b.add(row, b.mul(q, self.word(4))) for row in rows]
-        new = self.step(held, places, w_q)
-        q_next, w_next = b.add(q, self.word(1)), b.add(w_q, self.word(self.step_bytes))
-        for phi, first, following in (
-            (q, self.word(0), q_next),
-            (w_q, w, w_next),
-            *((held[t], acc[t], new[t]) for t in acc),
-        ):
-            phi.add_incoming(first, before)
-            phi.add_incoming(following, b.block)
-        b.cbranch(b.icmp_signed("<", q_next, count), loop, after)
+        following = step(held, q, w_q)
+        self.incoming(q, (before, first[0]), (b.block, following[0]))
+        self.incoming(w_q, (before, first[1]), (b.block, following[1]))
+        for t, phi in held.items():
+            self.incoming(phi, (before, first[2][t]), (b.block, following[2][t]))
+        b.cbranch(b.icmp_signed("<", following[0], end), loop, after)
         b.position_at_end(after)
-        return new, w_next
+        sums = {t: b.phi(value.type) for t, value in acc.items()}
+        for t, phi in sums.items():
+            self.incoming(phi, (before, first[2][t]), (loop, following[2][t]))
+        return sums, b.add(w, b.mul(count, self.word(self.step_bytes)))
+
+    def incoming(self, phi: Any, *sources: tuple[Any, Any]) -> None:
+        for block, value in sources:
+            phi.add_incoming(value, block)
 
     def widen(self, acc: dict, tile: tuple[int, int]) -> Any:
         """Return the int32 sums of a tile's vector."""
@@ -255,7 +265,7 @@ class _Emission:
         x_table, blocks, x_step = self.field("x"), self.field("blocks"), self.field("x_step")
         begin = (self.field("segments"), self.field("weights"))
         entry = b.block
-        names = ("block", "group", "segment", "flush", "end", "next", "done")
+        names = ("block", "group", "more", "ran", "flush", "end", "next", "done")
         at = {name: b.append_basic_block(name) for name in names}
         # Sums in int32 between flushes; until the first one `start`, which is added in its place.
         with b.goto_entry_block():
@@ -275,69 +285,60 @@ class _Emission:
 
         b.position_at_end(at["group"])
         s_group, w_group, held_at, held_step = (b.phi(_i64) for _ in range(4))
-        first = {}
-        for t in self.sums:
-            if k.sums_in_int16:
-                place = b.add(w_group, self.word(size * t[1]))
-                first[t] = self.load(place, self.int16s, size)
-            else:
-                place = b.add(start, self.word(size * t[1]))
-                first[t] = self.load(place, self.int32s, size)
-        initials = size * (1 + max(j for _, j in self.sums)) if k.sums_in_int16 else 0
-        w_first = b.add(w_group, self.word(initials))
-        b.branch(at["segment"])
+        kind, place = (self.int16s, w_group) if k.sums_in_int16 else (self.int32s, start)
+        columns = 1 + max(j for _, j in self.sums)
+        initial = [self.load(b.add(place, self.word(size * j)), kind, size) for j in range(columns)]
+        w_first = b.add(w_group, self.word(size * columns if k.sums_in_int16 else 0))
+        first, w_ran = self.run({t: initial[t[1]] for t in self.sums}, bases, s_group, w_first)
+        group_end = b.block
+        b.branch(at["ran"])
 
-        b.position_at_end(at["segment"])
+        b.position_at_end(at["ran"])
         s, w = b.phi(_i64), b.phi(_i64)
         acc = {t: b.phi(value.type) for t, value in first.items()}
-        new, w_next = self.steps(acc, bases, s, w)
         then = self.load(b.add(s, self.word(8)), _i32, 4)
         s_next = b.add(s, self.word(SEGMENT.itemsize))
-        for phi, value, following in (
-            (s, s_group, s_next),
-            (w, w_first, w_next),
-            *((acc[t], first[t], new[t]) for t in acc),
-        ):
-            phi.add_incoming(value, at["group"])
-            phi.add_incoming(following, b.block)
         choice = b.switch(then, at["end"])
-        choice.add_case(ir.Constant(_i32, CONTINUE), at["segment"])
-        if k.sums_in_int16:
-            choice.add_case(ir.Constant(_i32, FLUSH), at["flush"])
+        choice.add_case(ir.Constant(_i32, CONTINUE), at["more"])
+        choice.add_case(ir.Constant(_i32, FLUSH), at["flush"])
+
+        b.position_at_end(at["more"])
+        more, w_more = self.run(acc, bases, s_next, w)
+        self.incoming(s, (group_end, s_group), (b.block, s_next))
+        self.incoming(w, (group_end, w_ran), (b.block, w_more))
+        for t, phi in acc.items():
+            self.incoming(phi, (group_end, first[t]), (b.block, more[t]))
+        b.branch(at["ran"])
 
         b.position_at_end(at["flush"])
         if k.sums_in_int16:
             for number, t in enumerate(self.tiles):
-                total = self.total(new, t, held_at, held_step)
+                total = self.total(acc, t, held_at, held_step)
                 self.store(total, b.add(slots, self.word(size * number)), size)
             b.branch(at["group"])
         else:
             b.unreachable()
 
         b.position_at_end(at["end"])
-        self.epilogue(lambda t: self.total(new, t, held_at, held_step), channel, bytes_of_words)
+        self.epilogue(lambda t: self.total(acc, t, held_at, held_step), channel, bytes_of_words)
         b.branch(at["next"])
         b.position_at_end(at["next"])
         index_next = b.add(index, self.word(1))
         b.cbranch(b.icmp_signed("<", index_next, blocks), at["block"], at["done"])
         b.position_at_end(at["done"])
 
-        for phi, value, following in (
-            (index, self.word(0), index_next),
-            (s_block, begin[0], s_next),
-            (w_block, begin[1], w_next),
-        ):
-            phi.add_incoming(value, entry)
-            phi.add_incoming(following, at["next"])
+        self.incoming(index, (entry, self.word(0)), (at["next"], index_next))
+        self.incoming(s_block, (entry, begin[0]), (at["next"], s_next))
+        self.incoming(w_block, (entry, begin[1]), (at["next"], w))
         for phi, value, following in (
             (s_group, s_block, s_next),
-            (w_group, w_block, w_next),
+            (w_group, w_block, w),
             (held_at, start, slots),
             (held_step, self.word(0), self.word(size * k.vectors)),
         ):
-            phi.add_incoming(value, at["block"])
+            self.incoming(phi, (at["block"], value))
             if k.sums_in_int16:
-                phi.add_incoming(following, at["flush"])
+                self.incoming(phi, (at["flush"], following))
 
     def total(self, acc: dict, tile: tuple[int, int], held_at: Any, held_step: Any) -> Any:
         """Return a vector's int32 total so far."""
@@ -353,18 +354,24 @@ class _Emission:
         """Requantize the tile: y = t * M + B (+ residual), clamp, round, look up, store."""
         b = self.b
         is_float = b.icmp_signed("!=", self.field("float_output", _i32), ir.Constant(_i32, 0))
-        residual = b.icmp_signed("!=", self.field("has_residual", _i32), ir.Constant(_i32, 0))
+        table = self.field("table")
+
+        def with_or_without_residual(store: Callable) -> None:
+            residual = b.icmp_signed("!=", self.field("has_residual", _i32), ir.Constant(_i32, 0))
+            with b.if_else(residual) as branches:
+                for branch, has_residual in zip(branches, (True, False), strict=True):
+                    with branch:
+                        store(self.scaled(total, channel, bytes_of_words, has_residual))
+
+        # One piece of code for each case: tests inside would cost registers.
         with b.if_else(is_float) as (floats, codes):
-            with floats, b.if_else(residual) as (with_residual, without):
-                with with_residual:
-                    self.store_floats(self.scaled(total, channel, bytes_of_words, True), channel)
-                with without:
-                    self.store_floats(self.scaled(total, channel, bytes_of_words, False), channel)
-            with codes, b.if_else(residual) as (with_residual, without):
-                with with_residual:
-                    self.store_codes(self.scaled(total, channel, bytes_of_words, True), channel)
-                with without:
-                    self.store_codes(self.scaled(total, channel, bytes_of_words, False), channel)
+            with floats:
+                with_or_without_residual(lambda value: self.store_floats(value, channel))
+            with codes, b.if_else(b.icmp_unsigned("==", table, self.word(0))) as (plain, look_up):
+                with plain:
+                    with_or_without_residual(lambda value: self.store_codes(value, channel))
+                with look_up:
+                    with_or_without_residual(lambda value: self.store_codes(value, channel, table))
 
     def scaled(
         self, total: Callable, channel: Any, bytes_of_words: Any, residual: bool
@@ -406,14 +413,16 @@ class _Emission:
             v = self.least(self.greatest(value((i, j)), lo), hi)
             self.store(v, b.add(b.add(self.at(y_table, i), offset), self.word(size * j)), 4)
 
-    def store_codes(self, value: Callable, channel: Any) -> None:
+    def store_codes(self, value: Callable, channel: Any, table: Any = None) -> None:
         """Round vectors, four together where the machine packs them with saturation, and store."""
         b, k = self.b, self.k
         y_table = self.field("y")
         together = 4 if k.lanes == 8 else 1
         for first in range(0, len(self.tiles), together):
             tiles = self.tiles[first : first + together]
-            codes = self.looked_up(self.rounded([value(t) for t in tiles]))
+            codes = self.rounded([value(t) for t in tiles])
+            if table is not None:
+                codes = self.looked_up(codes, table)
             # Vectors of one pixel lie side by side, here and in memory.
             for i in dict.fromkeys(i for i, _ in tiles):
                 numbers = [number for number, t in enumerate(tiles) if t[0] == i]
@@ -443,18 +452,20 @@ class _Emission:
         lo = b.bitcast(self.splat(self.field("lo_code", _i32), self.int32s), self.bytes)
         return b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
 
-    def looked_up(self, codes: Any) -> Any:
-        """Replace codes by the entries of the table, if there is one."""
+    def looked_up(self, codes: Any, table: Any) -> Any:
+        """Replace codes by their entries of a table."""
         b = self.b
-        table, before = self.field("table"), b.block
-        loop, after = b.append_basic_block("table"), b.append_basic_block("looked_up")
-        b.cbranch(b.icmp_unsigned("==", table, self.word(0)), after, loop)
+        before, loop = b.block, b.append_basic_block("sixteen")
+        after = b.append_basic_block("looked_up")
+        # An end that is not a constant keeps the compiler from unrolling this.
+        end = self.field("table_end")
+        b.branch(loop)
         b.position_at_end(loop)
         # Sixteen entries at a time: an index that is not among them gets its highest bit set, for
         # which a byte shuffle yields 0.
         kind, count = codes.type, codes.type.count
         entry, index, found = b.phi(_i64), b.phi(kind), b.phi(kind)
-        sixteen = self.load(b.add(table, entry), ir.VectorType(_i8, 16), 1)
+        sixteen = self.load(entry, ir.VectorType(_i8, 16), 1)
         entries = self.shuffle(sixteen, sixteen, [i % 16 for i in range(count)])
         bias = self.constant(0x70, kind)
         masked = self.intrinsic(f"llvm.uadd.sat.v{count}i8", kind, [index, bias])
@@ -462,25 +473,18 @@ class _Emission:
         found_next = b.or_(found, self.intrinsic(name, kind, [entries, masked]))
         entry_next = b.add(entry, self.word(16))
         index_next = b.sub(index, self.constant(16, kind))
-        for phi, first, following in (
-            (entry, self.word(0), entry_next),
-            (index, codes, index_next),
-            (found, self.constant(0, kind), found_next),
-        ):
-            phi.add_incoming(first, before)
-            phi.add_incoming(following, loop)
-        b.cbranch(b.icmp_signed("<", entry_next, self.word(256)), loop, after)
+        self.incoming(entry, (before, table), (loop, entry_next))
+        self.incoming(index, (before, codes), (loop, index_next))
+        self.incoming(found, (before, self.constant(0, kind)), (loop, found_next))
+        b.cbranch(b.icmp_unsigned("<", entry_next, end), loop, after)
         b.position_at_end(after)
-        result = b.phi(kind)
-        result.add_incoming(codes, before)
-        result.add_incoming(found_next, loop)
-        return result
+        return found_next
 
 
 class _Depthwise(_Emission):
     """Steps of two taps of every channel."""
 
-    def steps(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
+    def run(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
         b, size = self.b, 4 * self.k.lanes
         offsets = [
             b.sext(self.load(b.add(segment, self.word(4 * p)), _i32, 4), _i64) for p in (0, 1)

@@ -351,6 +351,25 @@ def _clip(low, high, first, stride, count):
     return begin, max(begin, end)
 
 
+@njit(error_model="numpy")
+def _raise_to_taps(y, q, x, p, step, taps, channels):
+    """Raise all channels of a pixel to those of `taps` pixels that lie `step` apart, from p on."""
+    p, step, q, channels = np.uintp(p), np.uintp(step), np.uintp(q), np.uintp(channels)
+    if taps == 3:
+        p1, p2 = p + step, p + step + step
+        for c in range(channels):
+            y[q + c] = max(y[q + c], max(x[p + c], max(x[p1 + c], x[p2 + c])))
+    elif taps == 2:
+        p1 = p + step
+        for c in range(channels):
+            y[q + c] = max(y[q + c], max(x[p + c], x[p1 + c]))
+    else:
+        for _ in range(taps):
+            for c in range(channels):
+                y[q + c] = max(y[q + c], x[p + c])
+            p += step
+
+
 @register("pool_max", "portable", abi.POOL)
 def _pool_max(arguments, thread, threads):
     a = carray(arguments, 1)[0]
@@ -367,11 +386,10 @@ def _pool_max(arguments, thread, threads):
             q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
             for c in range(channels):
                 y[q + c] = 0
+            column = column0 + kx0 * a.dilation_w
             for ky in range(ky0, ky1):
-                for kx in range(kx0, kx1):
-                    p = _pixel(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
-                    for c in range(channels):
-                        y[q + c] = max(y[q + c], x[p + c])
+                p = _pixel(a.x, n, row0 + ky * a.dilation_h, column)
+                _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels)
 
 
 @register("pool_average", "portable", abi.POOL, scratch=lambda channels: 4 * channels)
@@ -504,26 +522,47 @@ def _resize(arguments, thread, threads):
 def _depth_to_space(arguments, thread, threads):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
-    size = a.blocksize
-    channels = np.uintp(a.channels)
-    step = np.uintp(1 if a.block_first else size * size)
+    size, block_first = a.blocksize, a.block_first != 0
+    channels, blocks = np.uintp(a.channels), np.uintp(size * size)
+    run = np.uintp(size) * channels
     begin, end = share(a.n * a.height, thread, threads)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        for j in range(a.width):
-            block = i % size * size + j % size
-            p = _pixel(a.x, n, a.x.top + i // size, a.x.left + j // size)
-            p += np.uintp(block * a.channels if a.block_first else block)
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
-            for c in range(channels):
-                y[q + c] = x[p + c * step]
+        p = _pixel(a.x, n, a.x.top + i // size, a.x.left)
+        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        first = np.uintp(i % size * size)  # block of the row's first pixel
+        for _ in range(a.width // size):
+            if block_first:  # what one input pixel gives to a row lies side by side
+                for k in range(run):
+                    y[q + k] = x[p + first * channels + k]
+            else:
+                for j in range(np.uintp(size)):
+                    for c in range(channels):
+                        y[q + j * channels + c] = x[p + first + j + c * blocks]
+            p += np.uintp(a.x.c)
+            q += run
 
 
-@register("quantize", "portable", abi.QUANTIZE)
+@njit(inline="always", error_model="numpy")
+def _quantized(v, scale, zero_point, top):
+    v = v / scale
+    if not v > -zero_point:  # also NaN
+        v = -zero_point
+    # Clamping before rounding gives the same code and keeps _ROUND's trick in range.
+    v = (min(v, top - zero_point) + _ROUND) - _ROUND
+    return np.uint8(np.int32(v + zero_point))
+
+
+_ROW_PART = 64  # pixels that are quantized channel by channel before their codes are interleaved
+
+
+@register("quantize", "portable", abi.QUANTIZE, scratch=lambda channels: _ROW_PART * channels)
 def _quantize(arguments, thread, threads):
     a = carray(arguments, 1)[0]
     x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
     y = codes(a.y).ravel()
+    size, part_size = a.scratch_size, np.uintp(_ROW_PART)
+    part = carray(as_pointer(a.scratch + np.uintp(thread * size)), size, np.uint8)
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
     scale, zero_point, top = a.scale, np.float32(a.zero_point), np.float32(a.top)
     begin, end = share(a.n * a.height, thread, threads)
@@ -531,14 +570,22 @@ def _quantize(arguments, thread, threads):
         n, i = item // a.height, item % a.height
         p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
         q = _pixel(a.y, n, a.y.top + i, a.y.left)
-        for c in range(channels):
-            for j in range(np.uintp(a.width)):
-                v = x[p + c * plane + j] / scale
-                if not v > -zero_point:  # also NaN
-                    v = -zero_point
-                # Clamping before rounding gives the same code and keeps _ROUND's trick in range.
-                v = (min(v, top - zero_point) + _ROUND) - _ROUND
-                y[q + j * channels + c] = np.uint8(np.int32(v + zero_point))
+        for j in range(np.uintp(0), np.uintp(a.width), part_size):
+            count = min(part_size, np.uintp(a.width) - j)
+            for c in range(channels):
+                for k in range(count):
+                    v = x[p + c * plane + j + k]
+                    part[c * part_size + k] = _quantized(v, scale, zero_point, top)
+            if channels == 3:  # pictures
+                for k in range(count):
+                    y[q], y[q + np.uintp(1)] = part[k], part[part_size + k]
+                    y[q + np.uintp(2)] = part[part_size + part_size + k]
+                    q += channels
+            else:
+                for k in range(count):
+                    for c in range(channels):
+                        y[q + c] = part[c * part_size + k]
+                    q += channels
 
 
 @register("dequantize", "portable", abi.DEQUANTIZE)
