@@ -146,6 +146,8 @@ class Kernel:
         Whether the machine has the instructions.
     scratch : callable(channels) -> int, or None
         Bytes of scratch memory it needs per thread.
+    looks_up : bool
+        Whether a convolution passes its output codes through the table of its arguments.
     """
 
     op: str
@@ -158,6 +160,7 @@ class Kernel:
     cost: Callable[[Any], float] | None = None
     available: Callable[[], bool] = lambda: True
     scratch: Callable[[int], int] | None = None
+    looks_up: bool = False
 
     @property
     def name(self) -> str:

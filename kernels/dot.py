@@ -384,5 +384,5 @@ for _tile in MICROKERNELS.values():
             "conv", "dot", abi.CONV, _tile.name,
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),
             cost=partial(_cost, _tile), available=partial(getattr, _tile, "available"),
-            scratch=lambda channels: _SCRATCH,
+            scratch=lambda channels: _SCRATCH, looks_up=True,
         )(_conv_tiles)  # fmt: skip

@@ -228,21 +228,42 @@ class Plan:
         outside |= {self._root(info.name) for info in graph.outputs}
         self._outside = outside
         borders = self._borders()
+        self._lookups = {} if keep_all else self._fused_lookups()
+        fused = {node.outputs[0] for node in self._lookups.values()}
         last_use = {
             self._root(name): index
             for index, node in enumerate(graph.nodes)
             for name in (*node.inputs, *node.outputs)
         }
         for index, node in enumerate(graph.nodes):
-            if node.op == "Flatten":
+            if node.op == "Flatten" or node.outputs[0] in fused:
                 continue
-            out = node.outputs[0]
+            out = self._written(node)
             if out not in outside:
                 self._tensors[out] = self._allocate(out, borders.get(out, (0, 0, 0, 0)))
             _BUILDERS[node.op](self, index, node)
             for name in {self._root(name) for name in (*node.inputs, out)}:
                 if last_use[name] == index and not keep_all and graph.is_code(name):
                     self._release(name)
+
+    def _fused_lookups(self) -> dict[str, Node]:
+        """Lookups that the convolutions whose outputs they read do as well, by those outputs."""
+        readers: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            for name in node.inputs:
+                readers.setdefault(name, []).append(node)
+        return {
+            out: readers[out][0]
+            for index, convolutions in self._convolutions.items()
+            if (out := self.graph.nodes[index].outputs[0]) not in self._outside
+            and [reader.op for reader in readers.get(out, [])] == ["Lookup"]
+            and all(conv.kernel.looks_up for conv in convolutions)
+        }
+
+    def _written(self, node: Node) -> str:
+        """Name of the tensor that a node's kernels write."""
+        out = node.outputs[0]
+        return self._lookups[out].outputs[0] if out in self._lookups else out
 
     def _borders(self) -> dict[str, tuple[int, int, int, int]]:
         """Border (top, left, bottom, right) that the readers of each tensor need."""
@@ -342,7 +363,7 @@ class Plan:
         out = node.outputs[0]
         is_float = not self.graph.is_code(out)
         n, c, h, w = self.shapes[out]
-        target = out
+        target = self._written(node)
         if is_float and h * w > 1:
             # Kernels write channels last; one more step brings them into ONNX's order.
             target = f"{out} (channels last)"
@@ -356,6 +377,8 @@ class Plan:
             tensors["r"] = node.inputs[1]
             scale_y = q_y.scale if q_y else 1.0
             extra = {"z_r": q_r.zero_point, "m_r": np.float32(q_r.scale / scale_y)}
+        if out in self._lookups:
+            extra["table"] = self._lookups[out].table
         steps = node.attributes["strides"] if node.op == "ConvTranspose" else (1, 1)
         x = self._tensors[node.inputs[0]]
         for conv in self._convolutions[index]:
@@ -384,7 +407,7 @@ class Plan:
                 record = step.arguments[0][key]
                 record["top"] += conv.phase[0]
                 record["left"] += conv.phase[1]
-        if target != out:
+        if is_float and target != out:
             sizes = self._sizes(out)
             self._step(
                 node, "to_channels_first", abi.TO_CHANNELS_FIRST,

@@ -50,7 +50,7 @@ def convolutions(draw, op="Conv"):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(["dense", "grouped", "depthwise"]))
     if kind == "depthwise":
-        group, in_group, out_group = draw(st.integers(1, 35)), 1, 1
+        group, in_group, out_group = draw(st.integers(1, 70)), 1, 1
     else:
         group = 1 if kind == "dense" else draw(st.integers(2, 4))
         in_group, out_group = draw(st.integers(1, 20)), draw(st.integers(1, 40))
@@ -105,7 +105,12 @@ def convolutions(draw, op="Conv"):
     nodes.append(conv)
     if is_float:
         return build(nodes, q, inputs, "y")
-    nodes.append(Node("DequantizeLinear", "d", ["y"], ["z"]))
+    last = "y"
+    if draw(st.booleans()):  # which kernels of convolutions may do themselves
+        q["t"], last = draw(quantizations()), "t"
+        nodes.append(Node("Lookup", "lookup", ["y"], ["t"]))
+        nodes[-1].table = rng.integers(0, q["t"].top + 1, 256).astype(np.uint8)
+    nodes.append(Node("DequantizeLinear", "d", [last], ["z"]))
     return build(nodes, q, inputs, "z")
 
 

@@ -30,12 +30,16 @@ def test_fast_equals_reference_equals_numpy(kind):
         inputs = random_inputs(graph, seed)
         expected = Session(graph, threads=1, kernels="reference").trace_codes(inputs)
         tensors = oracle.evaluate(graph, inputs)
+        names = [info.name for info in graph.outputs]
         for name in graph.quantization:
             assert np.array_equal(tensors[name], expected[name]), name
         for kernels in ("portable", "dot"):
             for threads in (1, 2):
                 session = Session(graph, threads=threads, kernels=kernels)
                 assert_same(expected, session.trace_codes(inputs), (kind, kernels, threads))
+                # A trace keeps every tensor; a run fuses and reuses what it can.
+                output = session.run(inputs)
+                assert_same({k: expected[k] for k in names}, {names[0]: output}, (kind, kernels))
 
     check()
 
