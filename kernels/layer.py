@@ -19,7 +19,8 @@ class Layer:
     ----------
     weights : LogWeights of shape (O, kh, kw, C / group)
     group : int
-    dilation_w : int
+    strides, dilations : (int, int)
+        Of rows and columns of the input.
     activation_bits : int
         A of the input codes.
     z_x : int
@@ -30,7 +31,8 @@ class Layer:
 
     weights: LogWeights
     group: int
-    dilation_w: int
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
     activation_bits: int
     z_x: int
     m: np.ndarray
@@ -55,7 +57,7 @@ class Layer:
     @property
     def run_taps(self) -> int:
         """Taps of a kernel row whose inputs lie side by side in memory: all of them, or one."""
-        return self.integers.shape[2] if self.dilation_w == 1 and self.group == 1 else 1
+        return self.integers.shape[2] if self.dilations[1] == 1 and self.group == 1 else 1
 
     @property
     def is_depthwise(self) -> bool:

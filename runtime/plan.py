@@ -36,7 +36,6 @@ class Convolution:
     kernel: Kernel
     layer: Layer
     packed: Packed
-    dilations: tuple[int, int]
     phase: tuple[int, int] = (0, 0)
     shift: tuple[int, int] = (0, 0)
 
@@ -60,14 +59,16 @@ def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution
     m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
     b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
 
-    def convolution(part: LogWeights, dilations: tuple[int, int], **phase: Any) -> Convolution:
-        layer = Layer(part, a["group"], dilations[1], q_x.bits, q_x.zero_point, m, b)
+    def convolution(
+        part: LogWeights, strides: tuple[int, int], dilations: tuple[int, int], **phase: Any
+    ) -> Convolution:
+        layer = Layer(part, a["group"], strides, dilations, q_x.bits, q_x.zero_point, m, b)
         chosen = kernel("conv", family, layer)
         assert chosen.pack is not None
-        return Convolution(chosen, layer, chosen.pack(layer), dilations, **phase)
+        return Convolution(chosen, layer, chosen.pack(layer), **phase)
 
     if node.op == "Conv":
-        yield convolution(weights, tuple(a["dilations"]))
+        yield convolution(weights, tuple(a["strides"]), tuple(a["dilations"]))
         return
     rows, columns = (
         list(_phases(weights.shape[1 + i], a["strides"][i], a["dilations"][i], a["pads"][i]))
@@ -81,7 +82,7 @@ def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution
                 weights.residual_shift, weights.clip,
             )  # fmt: skip
             yield convolution(
-                part, (dilation_h, dilation_w), phase=(p, q), shift=(shift_h, shift_w)
+                part, (1, 1), (dilation_h, dilation_w), phase=(p, q), shift=(shift_h, shift_w)
             )
 
 
@@ -274,7 +275,7 @@ class Plan:
                 needed = [0, 0, 0, 0]
                 for axis in (0, 1):
                     first, stride, count = self._window(node, conv, axis)
-                    extent = conv.dilations[axis] * (conv.layer.weights.shape[1 + axis] - 1)
+                    extent = conv.layer.dilations[axis] * (conv.layer.weights.shape[1 + axis] - 1)
                     last = first + (count - 1) * stride + max(extent, 0)
                     if count > 0 and conv.layer.integers.size:
                         needed[axis] = max(0, -first)
@@ -288,10 +289,11 @@ class Plan:
         """First input row, stride over the input, and number of output rows of one axis."""
         a = node.attributes
         size = self.shapes[node.outputs[0]][2 + axis]
+        stride = conv.layer.strides[axis]
         if node.op == "Conv":
-            return -a["pads"][axis], a["strides"][axis], size
+            return -a["pads"][axis], stride, size
         step = a["strides"][axis]
-        return conv.shift[axis], 1, -(-(size - conv.phase[axis]) // step)
+        return conv.shift[axis], stride, -(-(size - conv.phase[axis]) // step)
 
     def _allocate(self, name: str, border: tuple[int, int, int, int]) -> _Tensor:
         n, c, h, w = (*self.shapes[name], 1, 1)[:4]
@@ -393,7 +395,7 @@ class Plan:
                 n=n, height=height, width=width, channels=c,
                 kernel_h=weights.shape[1], kernel_w=weights.shape[2],
                 stride_h=stride_h, stride_w=stride_w,
-                dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],
+                dilation_h=conv.layer.dilations[0], dilation_w=conv.layer.dilations[1],
                 row0=x.top + row, column0=x.left + column,
                 step_h=steps[0], step_w=steps[1], group=conv.layer.group,
                 bits=weights.bits, residual_shift=weights.residual_shift,
