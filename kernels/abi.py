@@ -69,6 +69,7 @@ CONV = _record(
     # all blocks (microkernels); runs of blocks that one call takes (dot.CHUNK).
     tile=_P, pixels=_I, single=_P, segments=_P, x_step=_I, chunks=_P, chunk_count=_I,
     table=_P,  # uint8 (256,) that output codes go through at the end, or 0
+    added=_I,  # Winograd: what makes differences of codes unsigned
 )  # fmt: skip
 # Window as for CONV; rows below `low` and from `high` on hold no picture (padding).
 POOL = _record(
@@ -144,7 +145,7 @@ class Kernel:
         Decides between kernels of one family that support a layer: the lowest is taken.
     available : callable() -> bool
         Whether the machine has the instructions.
-    scratch : callable(channels) -> int, or None
+    scratch : callable(argument record) -> int, or None
         Bytes of scratch memory it needs per thread.
     looks_up : bool
         Whether a convolution passes its output codes through the table of its arguments.
@@ -159,7 +160,7 @@ class Kernel:
     pack: Callable[[Any], Any] | None = None
     cost: Callable[[Any], float] | None = None
     available: Callable[[], bool] = lambda: True
-    scratch: Callable[[int], int] | None = None
+    scratch: Callable[[Any], int] | None = None
     looks_up: bool = False
 
     @property
@@ -194,7 +195,7 @@ def register(op: str, family: str, record: np.dtype, variant: str = "", **hooks:
 
 def kernels() -> Iterator[Kernel]:
     """Yield all kernels, for tests, benchmarks and warm-up to walk."""
-    for module in FAMILIES:
+    for module in (*FAMILIES, "winograd"):
         importlib.import_module(f"logshift.kernels.{module}")
     yield from _REGISTRY.values()
 

@@ -6,7 +6,7 @@ bytes that a row of taps covers where they lie.
 
 Where the machine's products are summed in int16, sums stay there for as long as the range of their
 total is no wider than int16. Log-quantized weights are mostly small, so that is long: how long is
-known once the weights are, and `_cut` flushes sums exactly there.
+known once the weights are, and `cut` flushes sums exactly there.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _cost(tile: Microkernel, layer: Layer) -> float:
 
 
 @njit(cache=True)
-def _cut(weights, run_steps, top, lanes, sums_in_int16):
+def cut(weights, run_steps, top, lanes, sums_in_int16):
     """Cut the steps of every block into segments, and decide after which sums are flushed.
 
     An int16 lane that adds products with weights of positive sum P and negative sum -N ends within
@@ -146,7 +146,7 @@ def _cut(weights, run_steps, top, lanes, sums_in_int16):
     return segments[:count], groups, initials[:group]
 
 
-def _first_channels(tile: Microkernel, layer: Layer) -> np.ndarray:
+def first_channels(tile: Microkernel, layer: Layer) -> np.ndarray:
     """First output channels of all blocks, (groups, blocks); the last one overlaps if need be."""
     groups = 1 if layer.is_depthwise else layer.group
     size = layer.integers.shape[0] // groups
@@ -178,7 +178,7 @@ def _by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndar
     return np.ascontiguousarray(weights.transpose(0, 2, 1, 3)), places
 
 
-def _stream(
+def in_reading_order(
     tile: Microkernel, weights: np.ndarray, groups: np.ndarray, initials: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights, and initial values before the first step of each group, in the order of reading.
@@ -209,7 +209,7 @@ def _stream(
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:
-    firsts = _first_channels(tile, layer)
+    firsts = first_channels(tile, layer)
     blocks_of_group = firsts.shape[1]
     existing = min(tile.channels, layer.integers.shape[0] // len(firsts))
     rows = np.full((firsts.size, tile.channels), -1)
@@ -219,8 +219,8 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     depthwise = tile.kind == "depthwise"
     top, lanes = 2**layer.activation_bits - 1, 1 if depthwise else 2
     run_steps = 1 if depthwise else -(-layer.run_taps * layer.integers.shape[3] // 4)
-    cuts, groups, initials = _cut(weights, run_steps, top, lanes, tile.sums_in_int16)
-    stream, begins = _stream(tile, weights, groups, initials)
+    cuts, groups, initials = cut(weights, run_steps, top, lanes, tile.sums_in_int16)
+    stream, begins = in_reading_order(tile, weights, groups, initials)
 
     segments = np.zeros(len(cuts), SEGMENT)
     segments["second"], segments["then"] = cuts[:, 2], cuts[:, 3]
@@ -270,9 +270,22 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
 
 
 @njit(inline="always", error_model="numpy")
-def _address(tensor, n, row, column, channel, size):
+def address_of(tensor, n, row, column, channel, size):
+    """Address of a channel of a pixel of a TENSOR record; `size` bytes a channel."""
     pixel = (n * tensor.h + row) * tensor.w + column
     return np.int64(tensor.data) + size * (pixel * tensor.c + channel)
+
+
+@njit(inline="always", error_model="numpy")
+def fill_in(a, t):
+    """Fill in what all calls of a microkernel have in common; returns the bytes of an output."""
+    t.z_r, t.m_r, t.lo, t.hi = np.int32(a.z_r), a.m_r, a.lo, a.hi
+    t.has_residual, t.float_output = np.int32(a.has_residual), np.int32(a.float_output)
+    t.x_step, t.table, t.table_end = a.x_step, a.table, a.table + np.uintp(256)
+    if a.float_output:
+        return 4
+    t.lo_code = np.int32(np.int64((a.lo + _ROUND) - _ROUND) * 0x01010101)
+    return 1
 
 
 @njit(error_model="numpy")
@@ -318,13 +331,7 @@ def _conv_tiles(arguments, thread, threads):
     x = carray(as_pointer(t.x), pixels, np.int64)
     y = carray(as_pointer(t.y), pixels, np.int64)
     r = carray(as_pointer(t.r), pixels, np.int64)
-    t.z_r, t.m_r, t.lo, t.hi = np.int32(a.z_r), a.m_r, a.lo, a.hi
-    t.has_residual, t.float_output = np.int32(a.has_residual), np.int32(a.float_output)
-    t.x_step, t.table, t.table_end = a.x_step, a.table, a.table + np.uintp(256)
-    size = 4
-    if not a.float_output:
-        size = 1
-        t.lo_code = np.int32(np.int64((a.lo + _ROUND) - _ROUND) * 0x01010101)
+    size = fill_in(a, t)
     chunks = carray(as_pointer(a.chunks), a.chunk_count, CHUNK)
     total = a.n * a.height * a.width
     strips = (total + pixels - 1) // pixels
@@ -350,10 +357,10 @@ def _conv_tiles(arguments, thread, threads):
             for q in range(valid):
                 if begins:
                     row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
-                    x_next = _address(a.x, n, row, column, x0, 1)
+                    x_next = address_of(a.x, n, row, column, x0, 1)
                     row, column = i * a.step_h, j * a.step_w
-                    y_next = _address(a.y, n, a.y.top + row, a.y.left + column, o0, size)
-                    r_next = _address(a.r, n, a.r.top + row, a.r.left + column, o0, 1)
+                    y_next = address_of(a.y, n, a.y.top + row, a.y.left + column, o0, size)
+                    r_next = address_of(a.r, n, a.r.top + row, a.r.left + column, o0, 1)
                 x[q], y[q], r[q] = x_next, y_next, r_next
                 x_next, y_next, r_next = x_next + x_column, y_next + y_column, r_next + r_column
                 j += 1
@@ -379,10 +386,10 @@ def _conv_tiles(arguments, thread, threads):
 
 
 for _tile in MICROKERNELS.values():
-    if _tile.pixels > 1:
+    if _tile.pixels > 1 and _tile.kind != "winograd":
         register(
             "conv", "dot", abi.CONV, _tile.name,
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),
             cost=partial(_cost, _tile), available=partial(getattr, _tile, "available"),
-            scratch=lambda channels: _SCRATCH, looks_up=True,
+            scratch=lambda record: _SCRATCH, looks_up=True,
         )(_conv_tiles)  # fmt: skip

@@ -12,10 +12,11 @@ The kinds differ in what a step is and in what it is summed:
     dot         the same in int32, with the machine's byte dot product
     wide        the same with int16 weights, in int32
     depthwise   2 taps of each channel times their int8 weights, in int16
+    winograd    as pair; blocks are positions of transformed tiles of pixels (`winograd`)
 
 Sums in int16 are modulo 2^16. A *segment* is a run of steps that are contiguous in memory; after
 some segments sums are widened to int32 (*flushed*), and begin again from initial values that keep
-the total until the next flush within int16 (`dot._cut`).
+the total until the next flush within int16 (`dot.cut`).
 
 All are listed in `MICROKERNELS`; tests and benchmarks walk that table.
 """
@@ -45,6 +46,7 @@ TILE = np.dtype(
         ("r", _P),  # int64 (pixels,): the same of the residual
         ("blocks", _I),  # how many, at least one; channels of one follow those of another
         ("x_step", _I),  # bytes from the input of one block to that of the next
+        ("channel", _I),  # "winograd": which of those at y and r comes first
         ("segments", _P),  # SEGMENT records, those of one block after those of another
         ("weights", _P),  # in the order in which they are read, see `dot`
         ("start", _P),  # int32 (blocks * channels,): minus z_x * sum of W
@@ -94,7 +96,7 @@ class Microkernel:
     @property
     def sums_in_int16(self) -> bool:
         """Whether sums must be flushed to int32 in time."""
-        return self.kind in ("pair", "depthwise")
+        return self.kind in ("pair", "depthwise", "winograd")
 
     @property
     def available(self) -> bool:
@@ -108,7 +110,7 @@ def _tile(typingctx, arguments, name):
 
     def codegen(context, builder, signature, args):
         kernel = MICROKERNELS[name.literal_value]
-        emission = _Depthwise if kernel.kind == "depthwise" else _Emission
+        emission = {"depthwise": _Depthwise, "winograd": _Winograd}.get(kernel.kind, _Emission)
         emission(kernel, builder, args[0]).emit()
         return context.get_dummy_value()
 
@@ -206,7 +208,7 @@ class _Emission:
                 even = b.and_(codes, self.constant(255, self.int16s))
                 odd = b.lshr(codes, self.constant(8, self.int16s))
             for j in range(self.k.vectors):
-                if self.k.kind == "pair":
+                if self.k.kind in ("pair", "winograd"):
                     new[i, j] = b.add(acc[i, j], self.multiply_pairs(x, vectors[j]))
                 elif self.k.kind == "dot":
                     new[i, j] = self.byte_dot(acc[i, j], x, vectors[j])
@@ -253,7 +255,7 @@ class _Emission:
 
     def widen(self, acc: dict, tile: tuple[int, int]) -> Any:
         """Return the int32 sums of a tile's vector."""
-        if self.k.kind == "pair":
+        if self.k.sums_in_int16:
             return self.multiply_wide_pairs(acc[tile], self.constant(1, self.int16s))
         return acc[tile]
 
@@ -513,6 +515,57 @@ class _Depthwise(_Emission):
         return self.b.sext(self.shuffle(held, held, half), self.int32s)
 
 
+class _Winograd(_Emission):
+    """Blocks are the 16 positions of `pixels` transformed tiles, each of which has 4 outputs.
+
+    The tables y and r hold the addresses of 4 pixels per tile; the record's y and r move past them.
+    """
+
+    def emit(self) -> None:
+        b, k = self.b, self.k
+        size = 4 * k.lanes
+        with b.goto_entry_block():
+            products = b.alloca(ir.ArrayType(self.int32s, 16 * len(self.tiles)))
+            products.align = size
+        self.products = b.ptrtoint(products, _i64)
+        super().emit()
+        before, loop, done = b.block, b.append_basic_block("tile"), b.append_basic_block("tiled")
+        b.branch(loop)
+        b.position_at_end(loop)
+        index = b.phi(_i64)
+        tile = b.add(self.products, b.mul(index, self.word(4 * k.channels)))
+        outputs = {}
+        for j in range(k.vectors):
+            places = [4 * k.channels * k.pixels * p + size * j for p in range(16)]
+            at = [self.load(b.add(tile, self.word(place)), self.int32s, size) for place in places]
+            columns = [self.combined(at[column::4]) for column in range(4)]
+            for row in (0, 1):
+                for column, total in enumerate(self.combined([c[row] for c in columns])):
+                    # Transformed weights are four times too large.
+                    outputs[2 * row + column, j] = b.ashr(total, self.constant(2, self.int32s))
+        self.tiles = list(sorted(outputs))
+        super().epilogue(lambda t: outputs[t], self.field("channel"), self.word(0))
+        for name in ("y", "r"):
+            address = b.add(self.base, self.word(_OFFSETS[name]))
+            self.store(b.add(self.field(name), self.word(8 * 4)), address, 8)
+        index_next = b.add(index, self.word(1))
+        self.incoming(index, (before, self.word(0)), (b.block, index_next))
+        b.cbranch(b.icmp_signed("<", index_next, self.word(k.pixels)), loop, done)
+        b.position_at_end(done)
+
+    def combined(self, m: list[Any]) -> tuple[Any, Any]:
+        """Return two outputs of four products, along one axis."""
+        b = self.b
+        return b.add(b.add(m[0], m[1]), m[2]), b.sub(b.sub(m[1], m[2]), m[3])
+
+    def epilogue(self, total: Callable, channel: Any, bytes_of_words: Any) -> None:
+        """Keep the products of one position."""
+        b, size = self.b, 4 * self.k.lanes
+        begin = b.add(self.products, b.mul(bytes_of_words, self.word(self.k.pixels)))
+        for number, t in enumerate(self.tiles):
+            self.store(total(t), b.add(begin, self.word(size * number)), size)
+
+
 def _size(kind: ir.Type) -> int:
     return 4 if kind in (_i32, _f32) else 8
 
@@ -540,6 +593,7 @@ MICROKERNELS = {
         Microkernel("avx512vnni", "wide", 6, 4, 16, _AVX512),
         Microkernel("avx2", "wide", 6, 2, 8, ("avx2",)),
         Microkernel("avx2", "depthwise", 4, 4, 8, ("avx2",)),
+        Microkernel("avx2", "winograd", 6, 2, 8, ("avx2",)),
     )
 }
 

@@ -284,7 +284,7 @@ def _depthwise(a, w, thread, threads):
     # Two products of 255 and 64 fit an int16.
     supports=lambda layer: _fits_depthwise(layer) and np.abs(layer.integers).max(initial=0) <= 64,
     pack=lambda layer: _pack_depthwise(layer, np.int16),
-    scratch=lambda channels: 4 * channels,
+    scratch=lambda record: 4 * record["channels"],
 )  # fmt: skip
 def _conv_depthwise(arguments, thread, threads):
     a = carray(arguments, 1)[0]
@@ -296,7 +296,7 @@ def _conv_depthwise(arguments, thread, threads):
     "conv", "portable", abi.CONV, "depthwise_wide",
     supports=_fits_depthwise,
     pack=lambda layer: _pack_depthwise(layer, np.int32),
-    scratch=lambda channels: 4 * channels,
+    scratch=lambda record: 4 * record["channels"],
 )  # fmt: skip
 def _conv_depthwise_wide(arguments, thread, threads):
     a = carray(arguments, 1)[0]
@@ -308,7 +308,7 @@ def _conv_depthwise_wide(arguments, thread, threads):
     "conv", "portable", abi.CONV, "float32",
     supports=lambda layer: layer.accumulator_bound < 2**24,
     pack=lambda layer: _pack_blocks(layer, np.float32),
-    scratch=lambda channels: 4 * _PIXELS * 32,
+    scratch=lambda record: 4 * _PIXELS * 32,
 )  # fmt: skip
 def _conv_float32(arguments, thread, threads):
     a = carray(arguments, 1)[0]
@@ -326,7 +326,7 @@ def _conv_float32(arguments, thread, threads):
     "conv", "portable", abi.CONV, "float64",
     supports=lambda layer: True,
     pack=lambda layer: _pack_blocks(layer, np.float64),
-    scratch=lambda channels: 8 * _PIXELS * 32,
+    scratch=lambda record: 8 * _PIXELS * 32,
 )  # fmt: skip
 def _conv_float64(arguments, thread, threads):
     a = carray(arguments, 1)[0]
@@ -392,7 +392,7 @@ def _pool_max(arguments, thread, threads):
                 _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels)
 
 
-@register("pool_average", "portable", abi.POOL, scratch=lambda channels: 4 * channels)
+@register("pool_average", "portable", abi.POOL, scratch=lambda record: 4 * record["channels"])
 def _pool_average(arguments, thread, threads):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()

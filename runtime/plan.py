@@ -344,7 +344,7 @@ class Plan:
                 self._bindings.setdefault(root, []).append((arguments[0], key))
         arrays = [value for value in fields.values() if isinstance(value, np.ndarray)]
         if chosen.scratch is not None:
-            size = -(-chosen.scratch(int(arguments["channels"][0])) // 64) * 64
+            size = -(-int(chosen.scratch(arguments[0])) // 64) * 64
             scratch = aligned((size * self._threads,), np.uint8)
             arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
             arrays.append(scratch)

@@ -25,7 +25,7 @@ print(cfunc(types.void(types.uintp))(function)._library.get_asm_str())
 # Of a kind: the instruction of its inner loop, and how many per pixel and vector of channels.
 PRODUCTS = {
     "pair": ("vpmaddubsw", 1), "dot": ("vpdpbusd", 1), "wide": ("vpmaddwd|vpdpwssd", 2),
-    "depthwise": ("vpmaddubsw", 0.5),
+    "depthwise": ("vpmaddubsw", 0.5), "winograd": ("vpmaddubsw", 1),
 }  # fmt: skip
 
 
