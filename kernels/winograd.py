@@ -92,7 +92,8 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     stream, begins = in_reading_order(tile, weights, groups, initials)
 
     segments = np.zeros(len(cuts), SEGMENT)
-    segments["offset"], segments["second"], segments["then"] = (cuts * [0, 4, 1, 1])[:, 1:].T
+    segments["offset"] = 4 * cuts[:, 1]
+    segments["second"], segments["then"] = cuts[:, 2], cuts[:, 3]
     first_segments = np.searchsorted(cuts[:, 0], np.arange(0, len(weights), _POSITIONS))
 
     # Take away what was added to codes, initial values, and in all four outputs the zero point.
