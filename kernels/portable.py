@@ -556,7 +556,9 @@ def _quantized(v, scale, zero_point, top):
 _ROW_PART = 64  # pixels that are quantized channel by channel before their codes are interleaved
 
 
-@register("quantize", "portable", abi.QUANTIZE, scratch=lambda channels: _ROW_PART * channels)
+@register(
+    "quantize", "portable", abi.QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"]
+)
 def _quantize(arguments, thread, threads):
     a = carray(arguments, 1)[0]
     x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
