@@ -1,0 +1,158 @@
+"""Winograd convolution: exactly the direct one, also at its bounds, and only where they hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from graphs import build, quantizations, random_weights
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from logshift.kernels import abi
+from logshift.kernels.codec import LogWeights
+from logshift.kernels.layer import Layer
+from logshift.runtime import Session
+from logshift.runtime.graph import Node, Quantization
+from logshift.runtime.plan import prepare
+
+NAME = "dot-conv-avx2-winograd-6x16"
+KERNEL = next(k for k in abi.kernels() if k.name == NAME)
+DIRECT = next(k for k in abi.kernels() if k.name == "dot-conv-avx2-6x16")
+needs_avx2 = pytest.mark.skipif(not KERNEL.available(), reason="AVX2 instructions")
+
+B_T = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
+G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
+
+
+def name_of_choice(graph):
+    """Name of the kernel that the only convolution of a graph gets."""
+    ((convolution,),) = prepare(graph, "dot").values()
+    return convolution.kernel.name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preferred():
+    """Make Winograd the choice wherever it is supported."""
+    with pytest.MonkeyPatch.context() as patch:
+        key = (KERNEL.op, KERNEL.family, NAME.removeprefix("dot-conv-"))
+        patch.setitem(abi._REGISTRY, key, replace(KERNEL, cost=lambda layer: -1.0))
+        yield
+
+
+@st.composite
+def graphs(draw):
+    """A convolution of 3x3 with 16 channels or more, and everything else that may vary about it."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n, out, channels = draw(st.integers(1, 3)), draw(st.integers(16, 40)), draw(st.integers(1, 70))
+    pads = [draw(st.integers(0, 2)) for _ in range(4)]
+    size = [draw(st.integers(max(1, 3 - pads[i] - pads[i + 2]), 9)) for i in range(2)]
+    bits, ratio = draw(st.integers(2, 3)), draw(st.sampled_from([0.0, 0.15, 1.0]))
+    weights = random_weights(rng, (out, 3, 3, channels), bits, ratio, 0)
+    q = {"x": draw(quantizations())}
+    scale = float(weights.unit().mean() * q["x"].scale * 20 * np.sqrt(9 * channels))
+    is_float = draw(st.booleans())
+    if not is_float:
+        q["y"] = Quantization(scale, draw(st.integers(0, 255)), 8)
+    conv = Node("Conv", "conv", ["x"], ["y"], {"pads": pads}, weights)
+    conv.bias = (rng.standard_normal(out) * scale).astype(np.float32)
+    nodes, inputs = [Node("QuantizeLinear", "q", ["input"], ["x"])], {"input": (n, channels, *size)}
+    if draw(st.booleans()):
+        height, width = (size[i] + pads[i] + pads[i + 2] - 2 for i in range(2))
+        inputs["other"], q["r"] = (n, out, height, width), draw(quantizations())
+        nodes.append(Node("QuantizeLinear", "q_r", ["other"], ["r"]))
+        conv.inputs.append("r")
+    nodes.append(conv)
+    if not is_float:
+        nodes.append(Node("DequantizeLinear", "d", ["y"], ["z"]))
+    return build(nodes, q, inputs, "y" if is_float else "z")
+
+
+@needs_avx2
+@given(graph=graphs(), seed=st.integers(0, 2**16))
+def test_equals_reference(graph, seed):
+    assume(name_of_choice(graph) == NAME)
+    rng = np.random.default_rng(seed)
+    inputs = {
+        info.name: rng.standard_normal(info.nominal).astype(np.float32) * 10
+        for info in graph.inputs
+    }  # fmt: skip
+    expected = Session(graph, kernels="reference").run(inputs)
+    for threads in (1, 2):
+        found = Session(graph, threads=threads, kernels="dot").run(inputs)
+        assert found.tobytes() == expected.tobytes()
+
+
+def convolution(weights, x, bits, attributes=None):
+    """Graph of one convolution with float output, whose codes are its input."""
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("Conv", "conv", ["x"], ["y"], attributes or {}, weights),
+    ]
+    return build(nodes, {"x": Quantization(1.0, 0, bits)}, {"input": x.shape}, "y")
+
+
+@needs_avx2
+@pytest.mark.parametrize("bits, words", [(5, 2), (6, 1), (2, 2)])
+@pytest.mark.parametrize("channels", [4, 33, 200])
+def test_extremes_of_every_position(bits, words, channels):
+    """Weights and codes that reach both ends of each of the 16 positions, and every mix of them."""
+    of_weights, of_codes = (
+        np.sign(np.einsum("pi,qj->pqij", m, m)).reshape(16, *2 * m.shape[1:]) for m in (G, B_T)
+    )
+    signs = np.concatenate([of_weights, -of_weights])[..., None] * np.ones(channels)
+    # At 3 bits the field of the largest magnitude is 3; the sign lies above it.
+    first = np.where(signs == 0, 0, np.where(signs > 0, 3, 7)).astype(np.uint8)
+    second = first if words == 2 else np.zeros_like(first)
+    weights = LogWeights(first, second, np.ones(32, np.float32), 3, clip=2)
+    top = 2**bits - 1
+    x = np.concatenate([of_codes > 0, of_codes < 0, np.ones((1, 4, 4)), np.zeros((1, 4, 4))])
+    x = np.repeat(x[:, None] * np.float32(top), channels, axis=1).astype(np.float32)
+    graph = convolution(weights, x, bits)
+    assert name_of_choice(graph) == NAME
+    expected = Session(graph, kernels="reference").run(x)
+    assert np.array_equal(Session(graph, kernels="dot").run(x), expected)
+
+
+@needs_avx2
+def test_several_strips():
+    rng = np.random.default_rng(0)
+    weights = random_weights(rng, (40, 3, 3, 64), 3, 0.15, 0)
+    x = rng.integers(0, 32, (2, 64, 33, 34)).astype(np.float32)
+    graph = convolution(weights, x, 5, {"pads": [1, 1, 1, 1]})
+    assert name_of_choice(graph) == NAME
+    expected = Session(graph, kernels="reference").run(x)
+    for threads in (1, 2, 5):
+        assert np.array_equal(Session(graph, threads=threads, kernels="dot").run(x), expected)
+
+
+def layer(out=64, channels=64, kernel=3, bits=3, **changes):
+    """Build a layer like those of ResNet-18."""
+    first = np.random.default_rng(0).integers(0, 2**bits, (out, kernel, kernel, channels), np.uint8)
+    weights = LogWeights(first, np.zeros_like(first), np.ones(out, np.float32), bits)
+    m = np.ones(out, np.float32)
+    return replace(Layer(weights, 1, (1, 1), (1, 1), 5, 0, m, m), **changes)
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256, 512])
+def test_chosen_for_resnet18(channels):
+    resnet = layer(channels, channels)
+    assert KERNEL.supports(resnet)
+    assert KERNEL.cost(resnet) < DIRECT.cost(resnet)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        layer(strides=(2, 2)), layer(strides=(1, 2)), layer(dilations=(1, 2)),
+        layer(activation_bits=7), layer(group=2), layer(kernel=1), layer(kernel=5),
+        layer(bits=4), layer(out=8),
+    ],
+)  # fmt: skip
+def test_not_supported(other):
+    assert not KERNEL.supports(other)
+
+
+def test_few_channels_are_left_to_the_direct_way():
+    assert DIRECT.cost(layer(16, 16)) < KERNEL.cost(layer(16, 16))
