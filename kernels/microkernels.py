@@ -543,7 +543,7 @@ class _Winograd(_Emission):
                 for column, total in enumerate(self.combined([c[row] for c in columns])):
                     # Transformed weights are four times too large.
                     outputs[2 * row + column, j] = b.ashr(total, self.constant(2, self.int32s))
-        self.tiles = list(sorted(outputs))
+        self.tiles = sorted(outputs)
         super().epilogue(lambda t: outputs[t], self.field("channel"), self.word(0))
         for name in ("y", "r"):
             address = b.add(self.base, self.word(_OFFSETS[name]))

@@ -54,6 +54,15 @@ def _transformed(layer: Layer) -> np.ndarray:
     return np.kron(_TWO_G, _TWO_G) @ layer.integers.reshape(o, 9, channels)
 
 
+def _available(tile: Microkernel) -> bool:
+    """Whether the machine has the instructions, but none that multiply and add in one.
+
+    With those the direct way is faster, by how much `_cost` does not know.
+    """
+    better = any(k.available for k in MICROKERNELS.values() if k.kind == "dot")
+    return tile.available and not better
+
+
 def _supports(tile: Microkernel, layer: Layer) -> bool:
     fits = (
         layer.integers.shape[1:3] == (3, 3)
@@ -275,6 +284,6 @@ for _tile in MICROKERNELS.values():
         register(
             "conv", "dot", abi.CONV, _tile.name,
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),
-            cost=partial(_cost, _tile), available=partial(getattr, _tile, "available"),
+            cost=partial(_cost, _tile), available=partial(_available, _tile),
             scratch=_scratch, looks_up=True,
         )(_conv_winograd)  # fmt: skip

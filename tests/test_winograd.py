@@ -64,9 +64,15 @@ def graphs(draw):
         nodes.append(Node("QuantizeLinear", "q_r", ["other"], ["r"]))
         conv.inputs.append("r")
     nodes.append(conv)
-    if not is_float:
-        nodes.append(Node("DequantizeLinear", "d", ["y"], ["z"]))
-    return build(nodes, q, inputs, "y" if is_float else "z")
+    if is_float:
+        return build(nodes, q, inputs, "y")
+    last = "y"
+    if draw(st.booleans()):
+        q["t"], last = draw(quantizations()), "t"
+        nodes.append(Node("Lookup", "lookup", ["y"], ["t"]))
+        nodes[-1].table = rng.integers(0, q["t"].top + 1, 256).astype(np.uint8)
+    nodes.append(Node("DequantizeLinear", "d", [last], ["z"]))
+    return build(nodes, q, inputs, "z")
 
 
 @needs_avx2
