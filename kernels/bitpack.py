@@ -38,11 +38,19 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
             f"{packed.size} bytes given, {count} values of {bits} bits take"
             f" {packed_size(count, bits)}"
         )
-    flat = np.unpackbits(packed, bitorder="little")
-    if flat[count * bits :].any():
+    if count * bits % 8 and packed[-1] >> count * bits % 8:
         raise InputError("bits are set beyond the last value")
-    planes = flat[: count * bits].reshape(count, bits)
-    return (planes << np.arange(bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
+    # Eight values fill a row of `bits` bytes.
+    rows = np.zeros((-(-count // 8), bits), np.uint8)
+    rows.reshape(-1)[: packed.size] = packed
+    values = np.empty((len(rows), 8), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        values[:, i] = rows[:, byte] >> shift
+        if shift + bits > 8:
+            values[:, i] |= rows[:, byte + 1] << (8 - shift)
+    values &= 2**bits - 1
+    return values.reshape(-1)[:count]
 
 
 def tile_positions(mask: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:

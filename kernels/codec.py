@@ -23,6 +23,8 @@ GRANULARITIES = ("element", "tile", "filter")
 # range only trades clipping of the largest weights against resolution of the smallest.
 _ALPHA_OCTAVES = np.linspace(0.0, 1.75, 57)
 
+_PIECE = 2**16  # weights decoded at a time: NumPy turns indices into int64
+
 
 def exponent_levels(bits: int) -> int:
     """Return L, the number of non-zero magnitudes of a `bits`-bit word (section 1)."""
@@ -78,10 +80,22 @@ class LogWeights:
         """Largest |W| the format allows: clip * 2^(L-1+s)."""
         return self.clip << (exponent_levels(self.bits) - 1 + self.residual_shift)
 
+    @property
+    def largest(self) -> int:
+        """Largest |W| there is."""
+        return int(np.abs(self.integers()).max())
+
     def integers(self) -> np.ndarray:
-        """Return W, int32, of the shape of `first`: (q0 << s) + q1."""
-        q0 = decode_codes(self.first, self.bits)
-        return (q0 << self.residual_shift) + decode_codes(self.second, self.bits)
+        """Return W, int16 or, if words are too wide for that, int32: (q0 << s) + q1."""
+        levels = exponent_levels(self.bits)
+        top = (1 << (levels - 1 + self.residual_shift)) + (1 << (levels - 1))
+        w = np.empty(self.shape, np.int16 if top < 2**15 else np.int32)
+        first, second, flat = self.first.reshape(-1), self.second.reshape(-1), w.reshape(-1)
+        for begin in range(0, w.size, _PIECE):
+            piece = slice(begin, begin + _PIECE)
+            q0 = decode_codes(first[piece], self.bits)
+            flat[piece] = (q0 << self.residual_shift) + decode_codes(second[piece], self.bits)
+        return w
 
     def unit(self) -> np.ndarray:
         """Return the real value of W = 1 per output channel, float64 of shape (O,)."""

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -423,7 +424,7 @@ def _unpack_weights(weight: dict[str, Any], shape: list[int], where: str, take: 
             raise FormatError(f"{where}: {name} has {raw.size} bytes, expected {size}")
         return raw
 
-    try:
+    def decode() -> LogWeights:
         first = bitpack.unpack(stream("first", bitpack.packed_size(count, bits)), bits, count)
         second = np.zeros(count, np.uint8)
         if encoding != "none":
@@ -439,14 +440,52 @@ def _unpack_weights(weight: dict[str, Any], shape: list[int], where: str, take: 
             selected = int(mask.sum())
             codes = stream("second", bitpack.packed_size(selected, bits))
             second[mask] = bitpack.unpack(codes, bits, selected)
+        dims = tuple(shape)
+        alpha = take("alpha", np.float32, (shape[0],))
+        return LogWeights(
+            first.reshape(dims), second.reshape(dims), alpha, bits, residual_shift, clip
+        )
+
+    try:
+        weights = decode()
     except InputError as error:
         raise FormatError(f"{where}: {error}") from None
     negative_zero = 1 << (bits - 1)
-    if (first == negative_zero).any() or (second == negative_zero).any():
+    if (weights.first == negative_zero).any() or (weights.second == negative_zero).any():
         raise FormatError(f"{where}: a code is negative zero")
-    dims = tuple(shape)
-    alpha = take("alpha", np.float32, (shape[0],))
-    return LogWeights(first.reshape(dims), second.reshape(dims), alpha, bits, residual_shift, clip)
+    return _StoredWeights(weights, decode)
+
+
+class _StoredWeights(LogWeights):
+    """Weights that stay as they lie in the file; codes are decoded anew whenever asked for.
+
+    Their one reader is usually the packing for a kernel, and once packed they are needed no more.
+    """
+
+    def __init__(self, weights: LogWeights, decode: Callable[[], LogWeights]) -> None:
+        known = {name: getattr(weights, name) for name in ("shape", "nzr", "largest")}
+        kept = {k: v for k, v in vars(weights).items() if k not in ("first", "second")}
+        vars(self).update(kept, _known=known, _decode=decode)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("first", "second"):
+            raise AttributeError(name)
+        return getattr(self._decode(), name)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self._known["shape"]
+
+    @property
+    def nzr(self) -> float:
+        return self._known["nzr"]
+
+    @property
+    def largest(self) -> int:
+        return self._known["largest"]
+
+    def integers(self) -> np.ndarray:
+        return self._decode().integers()
 
 
 def _inflate(raw: np.ndarray, size: int, where: str) -> np.ndarray:

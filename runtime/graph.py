@@ -550,7 +550,7 @@ def _check_conv(graph: Graph, node: Node) -> None:
         raise _ShapeError("alpha must be finite and positive")
     if not np.isfinite(bias).all():
         raise _ShapeError("bias must be finite")
-    largest = int(np.abs(weights.integers()).max())
+    largest = weights.largest
     if largest > weights.limit:
         raise _ShapeError(f"|W| reaches {largest}, beyond clip * 2^(L-1+s) = {weights.limit}")
     scale_x = graph.quantization[node.inputs[0]].scale

@@ -34,18 +34,26 @@ class Convolution:
     """
 
     kernel: Kernel
-    layer: Layer
     packed: Packed
+    shape: tuple[int, ...]  # of the weights
+    dilations: tuple[int, int]
     phase: tuple[int, int] = (0, 0)
     shift: tuple[int, int] = (0, 0)
 
 
 def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
-    """Choose kernels and lay out weights for all convolutions; keyed by the node's position."""
-    return {
-        index: list(_prepare_node(graph, node, family))
+    """Choose kernels and lay out weights for all convolutions; keyed by the node's position.
+
+    The largest go first, so that what they need on the way never adds to what others have left.
+    """
+    sizes = {
+        index: math.prod(node.weights.shape)
         for index, node in enumerate(graph.nodes)
         if node.weights is not None
+    }
+    return {
+        index: list(_prepare_node(graph, graph.nodes[index], family))
+        for index in sorted(sizes, key=sizes.__getitem__, reverse=True)
     }
 
 
@@ -65,7 +73,7 @@ def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution
         layer = Layer(part, a["group"], strides, dilations, q_x.bits, q_x.zero_point, m, b)
         chosen = kernel("conv", family, layer)
         assert chosen.pack is not None
-        return Convolution(chosen, layer, chosen.pack(layer), **phase)
+        return Convolution(chosen, chosen.pack(layer), part.shape, dilations, **phase)
 
     if node.op == "Conv":
         yield convolution(weights, tuple(a["strides"]), tuple(a["dilations"]))
@@ -74,11 +82,12 @@ def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution
         list(_phases(weights.shape[1 + i], a["strides"][i], a["dilations"][i], a["pads"][i]))
         for i in (0, 1)
     )
+    first, second = weights.first, weights.second
     for p, (taps_h, shift_h, dilation_h) in enumerate(rows):
         for q, (taps_w, shift_w, dilation_w) in enumerate(columns):
             grid = np.ix_(range(len(m)), taps_h, taps_w, range(weights.shape[3]))
             part = LogWeights(
-                weights.first[grid], weights.second[grid], weights.alpha, weights.bits,
+                first[grid], second[grid], weights.alpha, weights.bits,
                 weights.residual_shift, weights.clip,
             )  # fmt: skip
             yield convolution(
@@ -275,9 +284,9 @@ class Plan:
                 needed = [0, 0, 0, 0]
                 for axis in (0, 1):
                     first, stride, count = self._window(node, conv, axis)
-                    extent = conv.layer.dilations[axis] * (conv.layer.weights.shape[1 + axis] - 1)
+                    extent = conv.dilations[axis] * (conv.shape[1 + axis] - 1)
                     last = first + (count - 1) * stride + max(extent, 0)
-                    if count > 0 and conv.layer.integers.size:
+                    if count > 0 and 0 not in conv.shape:
                         needed[axis] = max(0, -first)
                         needed[2 + axis] = max(0, last - self.shapes[x][2 + axis] + 1)
                 old = borders.get(x, (0, 0, 0, 0))
@@ -362,7 +371,8 @@ class Plan:
         return {"lo": low if lo is None else lo, "hi": high if hi is None else hi}
 
     def _conv(self, index: int, node: Node) -> None:
-        out = node.outputs[0]
+        weights, out = node.weights, node.outputs[0]
+        assert weights is not None
         is_float = not self.graph.is_code(out)
         n, c, h, w = self.shapes[out]
         target = self._written(node)
@@ -389,15 +399,14 @@ class Plan:
             )
             if height <= 0 or width <= 0:
                 continue
-            weights = conv.layer.weights
             self._step(
                 node, "conv", abi.CONV, chosen=conv.kernel, tensors=tensors,
                 n=n, height=height, width=width, channels=c,
-                kernel_h=weights.shape[1], kernel_w=weights.shape[2],
+                kernel_h=conv.shape[1], kernel_w=conv.shape[2],
                 stride_h=stride_h, stride_w=stride_w,
-                dilation_h=conv.layer.dilations[0], dilation_w=conv.layer.dilations[1],
+                dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],
                 row0=x.top + row, column0=x.left + column,
-                step_h=steps[0], step_w=steps[1], group=conv.layer.group,
+                step_h=steps[0], step_w=steps[1], group=node.attributes["group"],
                 bits=weights.bits, residual_shift=weights.residual_shift,
                 has_residual=residual, float_output=is_float,
                 **extra, **self._range(node),

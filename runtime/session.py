@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -285,7 +286,7 @@ class Session:
                     node.op,
                     out,
                     self._convolutions[index][0].kernel.name,
-                    n * height * width * w.first.size,
+                    n * height * width * math.prod(w.shape),
                     w.shape,
                     w.bits,
                     w.nzr,
