@@ -7,6 +7,7 @@ Sections and symbols (`alpha`, `L`, `q0`, `q1`, `r0`, `r1`, `S`, `W`) are those 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,20 +83,22 @@ class LogWeights:
 
     @property
     def largest(self) -> int:
-        """Largest |W| there is."""
-        return int(np.abs(self.integers()).max())
+        """Largest |W| there is, within the limit or not."""
+        return max(int(np.abs(w).max()) for _, w in self._pieces())
 
     def integers(self) -> np.ndarray:
-        """Return W, int16 or, if words are too wide for that, int32: (q0 << s) + q1."""
-        levels = exponent_levels(self.bits)
-        top = (1 << (levels - 1 + self.residual_shift)) + (1 << (levels - 1))
-        w = np.empty(self.shape, np.int16 if top < 2**15 else np.int32)
-        first, second, flat = self.first.reshape(-1), self.second.reshape(-1), w.reshape(-1)
-        for begin in range(0, w.size, _PIECE):
-            piece = slice(begin, begin + _PIECE)
-            q0 = decode_codes(first[piece], self.bits)
-            flat[piece] = (q0 << self.residual_shift) + decode_codes(second[piece], self.bits)
+        """Return W = (q0 << s) + q1, of the shape of `first`, in the narrowest type for `limit`."""
+        w = np.empty(self.shape, np.min_scalar_type(-1 - self.limit))
+        for place, piece in self._pieces():
+            w.reshape(-1)[place] = piece
         return w
+
+    def _pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
+        first, second = self.first.reshape(-1), self.second.reshape(-1)
+        for begin in range(0, first.size, _PIECE):
+            place = slice(begin, begin + _PIECE)
+            q0 = decode_codes(first[place], self.bits) << self.residual_shift
+            yield place, q0 + decode_codes(second[place], self.bits)
 
     def unit(self) -> np.ndarray:
         """Return the real value of W = 1 per output channel, float64 of shape (O,)."""

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from logshift.kernels.errors import FormatError, InputError
 
+if TYPE_CHECKING:  # at run time it is imported once there is a picture
+    from PIL import Image
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+RESAMPLING = ("nearest", "bilinear", "bicubic")
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -145,10 +144,20 @@ class Preprocessing:
             )
         if target == image.size:
             return image
-        return image.resize(target, RESAMPLING[self.interpolation])
+        from PIL import Image
+
+        return image.resize(target, Image.Resampling[self.interpolation.upper()])
+
+
+def is_image(x: Any) -> bool:
+    """Whether `x` is a PIL image; there is none while nobody has imported PIL."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(x, module.Image)
 
 
 def _as_image(picture: Any) -> Image.Image:
+    from PIL import Image
+
     if isinstance(picture, Image.Image):
         return picture
     pixels = np.asarray(picture)

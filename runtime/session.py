@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from logshift.kernels import abi
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
 from logshift.runtime import executor, format
 from logshift.runtime.graph import Graph, Shape, ValueInfo
-from logshift.runtime.picture import Preprocessing
+from logshift.runtime.picture import Preprocessing, is_image
 from logshift.runtime.plan import Plan, prepare
 from logshift.runtime.table import text_table
 
@@ -355,9 +354,7 @@ class Session:
 
 
 def _is_picture(x: Any) -> bool:
-    return isinstance(x, Image.Image) or (
-        isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim in (2, 3)
-    )
+    return is_image(x) or (isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim in (2, 3))
 
 
 def warmup(progress: Progress | None = None) -> None:
