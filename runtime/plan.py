@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,12 @@ from logshift.runtime.graph import Graph, Node, Shape, slice_range
 
 _RESIZE_ONE = 2048  # weights of linear resizing are integers of this
 
+# A thread more is worth it for this much work: some microseconds, several times what a meeting at
+# the barrier takes. In multiplications of a convolution; an element of other kernels takes as long
+# as so many of them.
+_SHARE = 2**18
+_ELEMENT = 16
+
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
@@ -34,8 +40,8 @@ class Convolution:
     """
 
     kernel: Kernel
+    layer: Layer
     packed: Packed
-    shape: tuple[int, ...]  # of the weights
     dilations: tuple[int, int]
     phase: tuple[int, int] = (0, 0)
     shift: tuple[int, int] = (0, 0)
@@ -73,7 +79,9 @@ def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution
         layer = Layer(part, a["group"], strides, dilations, q_x.bits, q_x.zero_point, m, b)
         chosen = kernel("conv", family, layer)
         assert chosen.pack is not None
-        return Convolution(chosen, chosen.pack(layer), part.shape, dilations, **phase)
+        packed = chosen.pack(layer)
+        # A layer keeps what it has computed; a new one holds nothing that only packing needs.
+        return Convolution(chosen, replace(layer), packed, dilations, **phase)
 
     if node.op == "Conv":
         yield convolution(weights, tuple(a["strides"]), tuple(a["dilations"]))
@@ -117,6 +125,7 @@ class Step:
     node: Node
     kernel: Kernel
     arguments: np.ndarray  # one record
+    threads: int  # that it is worth
     keep: list[np.ndarray] = field(default_factory=list)  # arrays whose addresses it holds
 
 
@@ -179,8 +188,8 @@ class Plan:
                 "not enough memory for this input size; use a smaller batch or picture"
             ) from None
         self.program = np.array(
-            [[step.kernel.address, step.arguments.ctypes.data] for step in self.steps], np.int64
-        ).reshape(len(self.steps), 2)
+            [(s.kernel.address, s.arguments.ctypes.data, s.threads) for s in self.steps], np.int64
+        ).reshape(len(self.steps), 3)
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -284,9 +293,9 @@ class Plan:
                 needed = [0, 0, 0, 0]
                 for axis in (0, 1):
                     first, stride, count = self._window(node, conv, axis)
-                    extent = conv.dilations[axis] * (conv.shape[1 + axis] - 1)
+                    extent = conv.dilations[axis] * (conv.layer.weights.shape[1 + axis] - 1)
                     last = first + (count - 1) * stride + max(extent, 0)
-                    if count > 0 and 0 not in conv.shape:
+                    if count > 0 and 0 not in conv.layer.weights.shape:
                         needed[axis] = max(0, -first)
                         needed[2 + axis] = max(0, last - self.shapes[x][2 + axis] + 1)
                 old = borders.get(x, (0, 0, 0, 0))
@@ -335,9 +344,13 @@ class Plan:
         *,
         chosen: Kernel | None = None,
         tensors: dict[str, str],
+        work: int = _ELEMENT,
         **fields: Any,
     ) -> None:
-        """Append a kernel call; `tensors` maps record fields to tensor names."""
+        """Append a kernel call; `tensors` maps record fields to tensor names.
+
+        `work` is that of one element of the output, in multiplications of a convolution.
+        """
         chosen = chosen or kernel(op, self._family)
         arguments = np.zeros(1, record)
         for key, value in fields.items():
@@ -357,7 +370,9 @@ class Plan:
             scratch = aligned((size * self._threads,), np.uint8)
             arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
             arrays.append(scratch)
-        self.steps.append(Step(node, chosen, arguments, arrays))
+        total = work * math.prod(fields[key] for key in ("n", "height", "width", "channels"))
+        threads = max(1, min(total // _SHARE, self._threads))
+        self.steps.append(Step(node, chosen, arguments, threads, arrays))
 
     def _sizes(self, name: str) -> dict[str, Any]:
         n, c, h, w = (*self.shapes[name], 1, 1)[:4]
@@ -371,8 +386,7 @@ class Plan:
         return {"lo": low if lo is None else lo, "hi": high if hi is None else hi}
 
     def _conv(self, index: int, node: Node) -> None:
-        weights, out = node.weights, node.outputs[0]
-        assert weights is not None
+        out = node.outputs[0]
         is_float = not self.graph.is_code(out)
         n, c, h, w = self.shapes[out]
         target = self._written(node)
@@ -399,14 +413,16 @@ class Plan:
             )
             if height <= 0 or width <= 0:
                 continue
+            weights = conv.layer.weights
             self._step(
                 node, "conv", abi.CONV, chosen=conv.kernel, tensors=tensors,
+                work=math.prod(weights.shape[1:]),
                 n=n, height=height, width=width, channels=c,
-                kernel_h=conv.shape[1], kernel_w=conv.shape[2],
+                kernel_h=weights.shape[1], kernel_w=weights.shape[2],
                 stride_h=stride_h, stride_w=stride_w,
                 dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],
                 row0=x.top + row, column0=x.left + column,
-                step_h=steps[0], step_w=steps[1], group=node.attributes["group"],
+                step_h=steps[0], step_w=steps[1], group=conv.layer.group,
                 bits=weights.bits, residual_shift=weights.residual_shift,
                 has_residual=residual, float_output=is_float,
                 **extra, **self._range(node),
@@ -453,7 +469,7 @@ class Plan:
             }  # fmt: skip
         self._step(
             node, "pool_max" if node.op == "MaxPool" else "pool_average", abi.POOL,
-            tensors={"x": x, "y": out}, **self._sizes(out),
+            tensors={"x": x, "y": out}, work=_ELEMENT * size[0] * size[1], **self._sizes(out),
             kernel_h=size[0], kernel_w=size[1], stride_h=strides[0], stride_w=strides[1],
             dilation_h=dilations[0], dilation_w=dilations[1],
             row0=held.top - pads[0], column0=held.left - pads[1],

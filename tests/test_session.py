@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -13,7 +14,7 @@ from graphs import build, random_weights
 from PIL import Image
 
 from logshift import runtime
-from logshift.runtime import InputError, Preprocessing, Session, executor
+from logshift.runtime import InputError, Preprocessing, Session, executor, plan
 from logshift.runtime import format as packed_format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 
@@ -96,6 +97,31 @@ def test_threads_and_kernels_do_not_change_bits(kernels):
         actual = Session(small_network(), threads=threads, kernels=kernels).trace_codes(pictures(3))
         for name in expected:
             assert expected[name].tobytes() == actual[name].tobytes(), (name, threads)
+
+
+@pytest.mark.parametrize("share", [1, 3_000, 20_000, 10**9])
+def test_steps_of_one_thread_and_of_several_mix(share, monkeypatch):
+    expected = Session(small_network(), threads=1).run(pictures(3))
+    monkeypatch.setattr(plan, "_SHARE", share)
+    for threads in (2, 4):
+        session = Session(small_network(), threads=threads)
+        for pause in (0, 0, 0.1, 0, 0.1):  # workers awake and asleep
+            time.sleep(pause)
+            assert np.array_equal(session.run(pictures(3)), expected)
+
+
+def test_a_step_gets_as_many_threads_as_it_is_worth(monkeypatch):
+    session = Session(small_network(), threads=3)
+
+    def threads_of(share):
+        monkeypatch.setattr(plan, "_SHARE", share)
+        return [step.threads for step in session._plan(session._arrays(pictures())).steps]
+
+    a = 12 * 10 * 8 * 27  # multiplications
+    assert threads_of(10**9) == [1] * 5
+    assert threads_of(a)[1] == 1
+    assert threads_of(a // 2)[1] == 2
+    assert threads_of(1) == [3] * 5
 
 
 def test_several_python_threads_share_a_session():
