@@ -1,8 +1,12 @@
 """From a packed graph and input shapes to a program: buffers, argument records, kernels.
 
 Code tensors lie as (N, H, W, C) inside a border of their zero point, as wide as the paddings of the
-convolutions that read them need: padding then costs nothing and no kernel tests for edges. A border
-is written once; a buffer is handed on only to a tensor of the same geometry and zero point.
+convolutions that read them need: padding then costs nothing and no kernel tests for edges.
+
+All tensors share one arena, planned by when they are in use. A border whose bytes other tensors
+use as well is written anew at every run. For small tensors that would take too long; they keep
+their bytes, which go only to tensors of the same geometry and zero point, and their borders are
+written once.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from logshift.kernels.abi import Kernel, kernel
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import InputError
 from logshift.kernels.layer import Layer, Packed
-from logshift.kernels.memory import aligned
+from logshift.kernels.memory import ALIGNMENT, Block, aligned, arrange
 from logshift.runtime.graph import Graph, Node, Shape, slice_range
 
 _RESIZE_ONE = 2048  # weights of linear resizing are integers of this
@@ -29,6 +33,8 @@ _RESIZE_ONE = 2048  # weights of linear resizing are integers of this
 # as so many of them.
 _SHARE = 2**18
 _ELEMENT = 16
+
+_SMALL = 2**16  # bytes of a tensor below which its border is written once
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +135,26 @@ class Step:
     keep: list[np.ndarray] = field(default_factory=list)  # arrays whose addresses it holds
 
 
+@dataclass(frozen=True)
+class _Geometry:
+    """Size of a tensor's buffer, and where in it the picture lies."""
+
+    shape: Shape  # (N, H, W, C), border included
+    dtype: np.dtype
+    size: tuple[int, int]  # of the picture
+    top: int = 0
+    left: int = 0
+    zero_point: int = 0
+
+    @property
+    def bordered(self) -> bool:
+        return self.shape[1:3] != self.size
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass
 class _Tensor:
     """Where a tensor lives: `array` is (N, H, W, C) with border for codes, else ONNX's layout."""
@@ -174,8 +200,9 @@ class Plan:
         self._family, self._threads = family, threads
         self._convolutions = convolutions
         self._tensors: dict[str, _Tensor] = {}
-        self._free: dict[tuple[Any, ...], list[np.ndarray]] = {}
-        self._scratch: list[np.ndarray] = []
+        self._arena = aligned((0,), np.uint8)
+        self._rewritten: set[str] = set()  # tensors whose borders are written at every run
+        self._scratch: list[tuple[np.ndarray, int]] = []  # argument records, bytes per thread
         # Records whose address of a float tensor is set anew at every run.
         self._bindings: dict[str, list[tuple[np.ndarray, str]]] = {}
         self._alias = {
@@ -231,8 +258,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensor buffers."""
-        arrays = {id(t.array): t.array for t in self._tensors.values()}
-        return sum(array.nbytes for array in arrays.values())
+        return self._arena.nbytes
 
     # --- building --------------------------------------------------------------------------------
 
@@ -246,24 +272,24 @@ class Plan:
         outside = {info.name for info in graph.inputs}
         outside |= {self._root(info.name) for info in graph.outputs}
         self._outside = outside
-        borders = self._borders()
         self._lookups = {} if keep_all else self._fused_lookups()
-        fused = {node.outputs[0] for node in self._lookups.values()}
-        last_use = {
-            self._root(name): index
-            for index, node in enumerate(graph.nodes)
-            for name in (*node.inputs, *node.outputs)
-        }
-        for index, node in enumerate(graph.nodes):
-            if node.op == "Flatten" or node.outputs[0] in fused:
-                continue
-            out = self._written(node)
-            if out not in outside:
-                self._tensors[out] = self._allocate(out, borders.get(out, (0, 0, 0, 0)))
+        self._place(keep_all)
+        for index, node in self._executed():
             _BUILDERS[node.op](self, index, node)
-            for name in {self._root(name) for name in (*node.inputs, out)}:
-                if last_use[name] == index and not keep_all and graph.is_code(name):
-                    self._release(name)
+            if (out := self._written(node)) in self._rewritten:
+                self._write_border(node, out)
+        size = max((size for _, size in self._scratch), default=0)
+        scratch = aligned((size * self._threads,), np.uint8)
+        for arguments, size in self._scratch:
+            arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
+        self._scratch_space = scratch
+
+    def _executed(self) -> Iterator[tuple[int, Node]]:
+        """Nodes that become steps of their own, by their positions."""
+        fused = {node.outputs[0] for node in self._lookups.values()}
+        for index, node in enumerate(self.graph.nodes):
+            if node.op != "Flatten" and node.outputs[0] not in fused:
+                yield index, node
 
     def _fused_lookups(self) -> dict[str, Node]:
         """Lookups that the convolutions whose outputs they read do as well, by those outputs."""
@@ -307,34 +333,89 @@ class Plan:
         """First input row, stride over the input, and number of output rows of one axis."""
         a = node.attributes
         size = self.shapes[node.outputs[0]][2 + axis]
-        stride = conv.layer.strides[axis]
         if node.op == "Conv":
-            return -a["pads"][axis], stride, size
+            return -a["pads"][axis], a["strides"][axis], size
         step = a["strides"][axis]
-        return conv.shift[axis], stride, -(-(size - conv.phase[axis]) // step)
+        return conv.shift[axis], 1, -(-(size - conv.phase[axis]) // step)
 
-    def _allocate(self, name: str, border: tuple[int, int, int, int]) -> _Tensor:
+    def _place(self, keep_all: bool) -> None:
+        """Give every tensor that is neither input nor output its part of the arena."""
+        borders, end = self._borders(), len(self.graph.nodes)
+        last_use = {
+            self._root(name): end if keep_all else index
+            for index, node in enumerate(self.graph.nodes)
+            for name in (*node.inputs, *node.outputs)
+        }
+        blocks: list[Block] = []
+        tensors: dict[str, tuple[Block, _Geometry]] = {}
+        # Blocks of small tensors, each with the step until which it is in use.
+        kept: dict[_Geometry, list[list[Any]]] = {}
+        for index, node in self._executed():
+            for name in filter(None, (self._written(node), self._channels_last(node))):
+                if name in self._outside:
+                    continue
+                geometry = self._geometry(name, borders.get(name, (0, 0, 0, 0)))
+                last = last_use.get(name, index)
+                small = geometry.bordered and geometry.nbytes < _SMALL
+                users = kept.setdefault(geometry, []) if small else []
+                user = next((user for user in users if user[1] < index), None)
+                if user is None:
+                    size = -(-geometry.nbytes // ALIGNMENT) * ALIGNMENT
+                    user = [Block(size, 0, end) if small else Block(size, index, last), last]
+                    users.append(user)
+                    blocks.append(user[0])
+                user[1] = last
+                tensors[name] = user[0], geometry
+        self._arena = aligned((arrange(blocks),), np.uint8)
+        for name, (block, geometry) in tensors.items():
+            place = self._arena[block.offset : block.offset + geometry.nbytes]
+            array = place.view(geometry.dtype).reshape(geometry.shape)
+            self._tensors[name] = _Tensor(array, geometry.top, geometry.left)
+            if geometry.bordered:
+                if any(block.overlaps(b) for b in blocks if b is not block):
+                    self._rewritten.add(name)
+                else:
+                    array.fill(geometry.zero_point)
+
+    def _geometry(self, name: str, border: tuple[int, int, int, int]) -> _Geometry:
         n, c, h, w = (*self.shapes[name], 1, 1)[:4]
         if not self.graph.is_code(name):
-            return _Tensor(aligned((n, h, w, c), np.float32))
+            return _Geometry((n, h, w, c), np.dtype(np.float32), (h, w))
         top, left, bottom, right = border
-        shape = (n, h + top + bottom, w + left + right, c)
-        zero_point = self.graph.quantization[name].zero_point
-        free = self._free.get((shape, top, left, h, w, zero_point))
-        if free:
-            return _Tensor(free.pop(), top, left)
-        array = aligned(shape, np.uint8)
-        array.fill(zero_point)
-        return _Tensor(array, top, left)
+        return _Geometry(
+            (n, h + top + bottom, w + left + right, c), np.dtype(np.uint8), (h, w), top, left,
+            self.graph.quantization[name].zero_point,
+        )  # fmt: skip
 
-    def _release(self, name: str) -> None:
-        if name not in self._tensors:
-            return
+    def _channels_last(self, node: Node) -> str | None:
+        """Name of the float tensor that a convolution writes before it gets into ONNX's order."""
+        out = node.outputs[0]
+        _, _, h, w = (*self.shapes[out], 1, 1)[:4]
+        if node.weights is None or self.graph.is_code(out) or h * w == 1:
+            return None
+        name = f"{out} (channels last)"
+        self.shapes[name] = self.shapes[out]
+        return name
+
+    def _write_border(self, node: Node, name: str) -> None:
         held = self._tensors[name]
+        n, rows, columns, c = held.array.shape
         _, _, h, w = self.shapes[name]
-        zero_point = self.graph.quantization[name].zero_point
-        key = (held.array.shape, held.top, held.left, h, w, zero_point)
-        self._free.setdefault(key, []).append(held.array)
+        bottom, right = held.top + h, held.left + w
+        for top, left, height, width in (
+            (0, 0, held.top, columns),
+            (bottom, 0, rows - bottom, columns),
+            (held.top, 0, h, held.left),
+            (held.top, right, h, columns - right),
+        ):
+            if height and width:
+                self._step(
+                    node, "fill", abi.FILL, tensors={"y": name},
+                    n=n, height=height, width=width, channels=c,
+                    value=self.graph.quantization[name].zero_point,
+                )  # fmt: skip
+                place = self.steps[-1].arguments[0]["y"]
+                place["top"], place["left"] = top, left
 
     def _step(
         self,
@@ -366,10 +447,8 @@ class Plan:
                 self._bindings.setdefault(root, []).append((arguments[0], key))
         arrays = [value for value in fields.values() if isinstance(value, np.ndarray)]
         if chosen.scratch is not None:
-            size = -(-int(chosen.scratch(arguments[0])) // 64) * 64
-            scratch = aligned((size * self._threads,), np.uint8)
-            arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
-            arrays.append(scratch)
+            size = -(-int(chosen.scratch(arguments[0])) // ALIGNMENT) * ALIGNMENT
+            self._scratch.append((arguments, size))
         total = work * math.prod(fields[key] for key in ("n", "height", "width", "channels"))
         threads = max(1, min(total // _SHARE, self._threads))
         self.steps.append(Step(node, chosen, arguments, threads, arrays))
@@ -389,12 +468,8 @@ class Plan:
         out = node.outputs[0]
         is_float = not self.graph.is_code(out)
         n, c, h, w = self.shapes[out]
-        target = self._written(node)
-        if is_float and h * w > 1:
-            # Kernels write channels last; one more step brings them into ONNX's order.
-            target = f"{out} (channels last)"
-            self.shapes[target] = self.shapes[out]
-            self._tensors[target] = _Tensor(aligned((n, h, w, c), np.float32))
+        # Kernels write channels last; one more step brings floats into ONNX's order.
+        target = self._channels_last(node) or self._written(node)
         residual = len(node.inputs) > 1
         extra: dict[str, Any] = {}
         tensors = {"x": node.inputs[0], "y": target}
