@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -532,10 +533,7 @@ def bench(
         if against is not None:
             record["ratio"] = _spread(times[1] / times[0])
         if layers:
-            record["layers"] = [
-                {"name": t.name, "op": t.op, "kernel": t.kernel, "seconds": t.seconds}
-                for t in session.profile(x)
-            ]
+            record["layers"] = [asdict(t) for t in session.profile(x)]
         records.append(record)
     _show(records, "\n".join(_bench_text(record) for record in records), as_json)
 
@@ -552,10 +550,10 @@ def _bench_text(record: dict[str, Any]) -> str:
         text += f"; onnxruntime float32 {spread(record['onnxruntime'], 1e3)} ms,"
         text += f" {spread(record['ratio'], 1)} times as long"
     if "layers" in record:
-        rows = [("node", "op", "kernel", "ms")]
-        rows += [
-            (t["name"], t["op"], t["kernel"], f"{1e3 * t['seconds']:.3f}") for t in record["layers"]
-        ]
+        rows = [("node", "op", "kernel", "ms", "GMAC/s")]
+        for t in record["layers"]:
+            rate = f"{t['macs'] / t['seconds'] / 1e9:.1f}" if t["macs"] else ""
+            rows.append((t["name"], t["op"], t["kernel"], f"{1e3 * t['seconds']:.3f}", rate))
         text += "\n" + text_table(rows, left=3) + "\n"
     return text
 

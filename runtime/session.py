@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from logshift.kernels import abi
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
 from logshift.runtime import executor, format
-from logshift.runtime.graph import Graph, Shape, ValueInfo
+from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
 from logshift.runtime.picture import Preprocessing, is_image
 from logshift.runtime.plan import Plan, prepare
 from logshift.runtime.table import text_table
@@ -109,6 +109,7 @@ class LayerTime:
     op: str
     kernel: str
     seconds: float
+    macs: int
 
 
 class Session:
@@ -258,14 +259,16 @@ class Session:
                 seconds[run, index] = time.perf_counter() - start
         medians = np.median(seconds, axis=0)
         del outputs
-        totals: dict[str, LayerTime] = {}
+        times: dict[str, LayerTime] = {}
         for step, spent in zip(plan.steps, medians, strict=True):
-            before = totals.get(step.node.outputs[0])
-            total = float(spent) + (before.seconds if before else 0.0)
-            totals[step.node.outputs[0]] = LayerTime(
-                step.node.name, step.node.op, before.kernel if before else step.kernel.name, total
-            )
-        return list(totals.values())
+            node, name = step.node, step.kernel.name
+            own = times.get(node.outputs[0])
+            if own is None:
+                own = LayerTime(node.name, node.op, name, 0.0, _macs(node, plan.shapes))
+            elif step.kernel.op == "conv" and name not in own.kernel.split(", "):
+                own = replace(own, kernel=f"{own.kernel}, {name}")
+            times[node.outputs[0]] = replace(own, seconds=own.seconds + float(spent))
+        return list(times.values())
 
     def summary(self) -> Summary:
         """Describe every node at the nominal input size."""
@@ -277,15 +280,14 @@ class Session:
             if w is None:
                 layers.append(LayerSummary(node.name, node.op, out, "", 0))
                 continue
-            # A ConvTranspose uses every weight once per input position, a Conv per output position.
-            n, _, height, width = shapes[node.inputs[0]] if node.op == "ConvTranspose" else out
+            kernels = dict.fromkeys(conv.kernel.name for conv in self._convolutions[index])
             layers.append(
                 LayerSummary(
                     node.name,
                     node.op,
                     out,
-                    self._convolutions[index][0].kernel.name,
-                    n * height * width * math.prod(w.shape),
+                    ", ".join(kernels),
+                    _macs(node, shapes),
                     w.shape,
                     w.bits,
                     w.nzr,
@@ -351,6 +353,16 @@ class Session:
                 " with preprocessing, HWC uint8 pictures)"
             )
         return np.ascontiguousarray(array, np.float32)
+
+
+def _macs(node: Node, shapes: Mapping[str, Shape]) -> int:
+    """Multiplications that a convolution stands for; 0 for other nodes."""
+    if node.weights is None:
+        return 0
+    # A ConvTranspose uses every weight once per input position, a Conv per output position.
+    used = node.inputs[0] if node.op == "ConvTranspose" else node.outputs[0]
+    n, _, height, width = shapes[used]
+    return n * height * width * math.prod(node.weights.shape)
 
 
 def _is_picture(x: Any) -> bool:

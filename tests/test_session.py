@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import threading
@@ -14,6 +15,7 @@ from graphs import build, random_weights
 from PIL import Image
 
 from logshift import runtime
+from logshift.kernels import abi
 from logshift.runtime import InputError, Preprocessing, Session, executor, plan
 from logshift.runtime import format as packed_format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
@@ -278,10 +280,31 @@ def test_profile_and_summary_cover_every_node():
     times = session.profile(pictures(), repeat=2)
     assert [t.name for t in times] == ["q", "a", "b", "p", "fc"]
     assert all(t.seconds > 0 for t in times)
+    assert [t.macs > 0 for t in times] == [False, True, True, False, True]
     summary = session.summary()
     assert [layer.op for layer in summary.layers] == [n.op for n in session.graph.nodes]
     assert summary.layers[1].macs == 12 * 10 * 8 * 27
     assert "-conv-" in str(summary)
+
+
+def test_profile_and_summary_name_the_kernels_of_all_phases():
+    rng = np.random.default_rng(0)
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("ConvTranspose", "up", ["x"], ["y"], {"strides": [2, 2]},
+             random_weights(rng, (4, 3, 3, 4), 4, 0.15, 0)),
+        Node("DequantizeLinear", "d", ["y"], ["z"]),
+    ]  # fmt: skip
+    q = dict.fromkeys(("x", "y"), Quantization(0.1, 9, 8))
+    session = Session(build(nodes, q, {"input": (1, 4, 5, 6)}, "z"), threads=1)
+    parts = session._convolutions[1]
+    assert len(parts) == 4
+    parts[3] = dataclasses.replace(parts[3], kernel=abi.kernel("conv", "reference", parts[3].layer))
+    expected = f"{parts[0].kernel.name}, reference-conv"
+    assert session.summary().layers[1].kernel == expected
+    times = session.profile(np.zeros((1, 4, 5, 6), np.float32), repeat=1)
+    assert [t.kernel for t in times][1] == expected
+    assert times[1].macs == session.summary().layers[1].macs == 5 * 6 * 4 * 36
 
 
 def test_float_and_non_contiguous_inputs_are_accepted():
