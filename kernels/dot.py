@@ -172,10 +172,10 @@ def _by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndar
         byte = np.arange(len(index)) % -(-run // size) * size
         places = np.stack([index // kw, index % kw, byte], axis=1)[:, None]
     steps = -(-run // size)
-    padded = np.zeros((o + 1, runs, steps * size), np.int16)
+    padded = np.zeros((o + 1, runs, steps * size), layer.integers.dtype)
     padded[:o, :, :run] = layer.integers.reshape(o, runs, run)
     weights = padded.reshape(o + 1, runs * steps, size)[rows]
-    return np.ascontiguousarray(weights.transpose(0, 2, 1, 3)), places
+    return weights.transpose(0, 2, 1, 3).astype(np.int16, order="C"), places
 
 
 def in_reading_order(
