@@ -40,9 +40,11 @@ OTHERS = {
 _SIZE = 14
 
 
-def graph_of(node: Node, channels: int, output: tuple[int, int, int]) -> Graph:
+def graph_of(
+    node: Node, channels: int, output: tuple[int, int, int], size: int = _SIZE, bits: int = 8
+) -> Graph:
     """Quantize the node's inputs, which are alike, and dequantize its output."""
-    q, shape = Quantization(0.05, 3, 8), (1, channels, _SIZE, _SIZE)
+    q, shape = Quantization(0.05 * 2 ** (8 - bits), 3, bits), (1, channels, size, size)
     infos = [ValueInfo(f"float {name}", shape, shape) for name in node.inputs]
     nodes = [Node("QuantizeLinear", name, [f"float {name}"], [name]) for name in node.inputs]
     nodes += [node, Node("DequantizeLinear", "dequantize", node.outputs, ["output"])]

@@ -27,10 +27,10 @@ import numpy as np
 Run = Callable[[np.ndarray], Any]
 
 
-def _logshift(path: Path, threads: int) -> Run:
+def _logshift(path: Path, threads: int, kernels: str) -> Run:
     from logshift import runtime
 
-    return runtime.load(path, threads=threads).run
+    return runtime.load(path, threads=threads, kernels=kernels).run
 
 
 def _onnxruntime(path: Path, threads: int) -> Run:
@@ -114,7 +114,8 @@ class Kind:
 
 
 ENGINES = {
-    "logshift": Kind(_logshift, "packed", "logshift"),
+    "logshift": Kind(lambda *a: _logshift(*a, "auto"), "packed", "logshift"),
+    "logshift shift": Kind(lambda *a: _logshift(*a, "shift"), "packed", "logshift"),
     "onnxruntime fp32": Kind(_onnxruntime, "float", "onnxruntime"),
     "onnxruntime int8": Kind(_onnxruntime, "qdq", "onnxruntime"),
     "openvino fp32": Kind(_openvino, "float", "openvino"),

@@ -21,7 +21,7 @@ from benchmarks.machine import describe
 from logshift import runtime
 from logshift.runtime import executor
 from logshift.runtime.plan import Plan, prepare
-from logshift.runtime.session import AUTO_FAMILY, LayerSummary
+from logshift.runtime.session import LayerSummary
 from logshift.runtime.table import text_table
 
 
@@ -52,7 +52,7 @@ def measure(path: Path, rounds: int, seconds: float) -> tuple[list[Measured], fl
     layers = {layer.name: layer for layer in session.summary().layers if layer.macs}
     graph = session.graph
     shapes = graph.nominal_shapes()
-    plan = Plan(graph, prepare(graph, AUTO_FAMILY), AUTO_FAMILY, shapes, threads=1)
+    plan = Plan(graph, prepare(graph, "auto"), "auto", shapes, threads=1)
     rng = np.random.default_rng(2)
     inputs = {i.name: rng.standard_normal(i.nominal).astype(np.float32) for i in graph.inputs}
     outputs = plan.bind(inputs)  # held: the program writes into them

@@ -54,6 +54,7 @@ class Kernels(str, Enum):
 
     auto = "auto"
     dot = "dot"
+    shift = "shift"
     portable = "portable"
     reference = "reference"
 
@@ -757,11 +758,11 @@ def warmup() -> None:
 # --- what the commands share --------------------------------------------------------------------
 
 
-def _warmup() -> None:
+def _warmup(kernels: str = "auto") -> None:
     from logshift import runtime
 
     with _progress("compiling kernels") as show:
-        runtime.warmup(show)
+        runtime.warmup(show, kernels=kernels)
 
 
 @contextmanager
@@ -781,8 +782,7 @@ def _load(path: Path, **options: Any) -> Session:
     from logshift import runtime
 
     session = runtime.load(path, **options)
-    if session.kernels == "auto":
-        _warmup()  # what takes long on the first run, visibly
+    _warmup(session.kernels)  # what takes long on the first run, visibly
     return session
 
 

@@ -22,11 +22,13 @@ from numba import carray, cfunc, from_dtype, njit, types
 
 from logshift.kernels.native import as_pointer
 
-# What each family falls back to for an operation, or a layer, that it has no kernel for.
+# What each family falls back to for an operation, or a layer, that it has no kernel for; beside
+# them "auto" may be asked for, see `families`.
 FAMILIES = {
     "reference": ("reference",),
     "portable": ("portable",),
     "dot": ("dot", "portable"),
+    "shift": ("shift", "portable"),
 }
 
 TENSOR = np.dtype(
@@ -70,6 +72,9 @@ CONV = _record(
     tile=_P, pixels=_I, single=_P, segments=_P, x_step=_I, chunks=_P, chunk_count=_I,
     table=_P,  # uint8 (256,) that output codes go through at the end, or 0
     added=_I,  # Winograd: what makes differences of codes unsigned
+    # `shift`: sets of groups, int64 (sets, 2), their first input and output channels; blocks of
+    # rows; where streams begin, int64
+    sets=_P, set_count=_I, blocks=_I, positions=_P,
 )  # fmt: skip
 # Window as for CONV; rows below `low` and from `high` on hold no picture (padding).
 POOL = _record(
@@ -145,6 +150,8 @@ class Kernel:
         Decides between kernels of one family that support a layer: the lowest is taken.
     available : callable() -> bool
         Whether the machine has the instructions.
+    preferred : callable(layer.Layer) -> bool, or None
+        Whether "auto" takes it for a convolution that it supports; None if always.
     scratch : callable(argument record) -> int, or None
         Bytes of scratch memory it needs per thread.
     looks_up : bool
@@ -160,6 +167,7 @@ class Kernel:
     pack: Callable[[Any], Any] | None = None
     cost: Callable[[Any], float] | None = None
     available: Callable[[], bool] = lambda: True
+    preferred: Callable[[Any], bool] | None = None
     scratch: Callable[[Any], int] | None = None
     looks_up: bool = False
 
@@ -200,15 +208,29 @@ def kernels() -> Iterator[Kernel]:
     yield from _REGISTRY.values()
 
 
+def families(name: str) -> tuple[str, ...]:
+    """Return where kernels are taken from if one of `FAMILIES`, or "auto", is asked for.
+
+    Where the machine has products of bytes, these are faster than shifts and additions whatever
+    the bits; elsewhere it is the other way round.
+    """
+    if name == "auto":
+        name = "dot" if any(k.family == "dot" and k.available() for k in kernels()) else "shift"
+    return FAMILIES[name]
+
+
 def kernel(op: str, family: str, layer: Any = None) -> Kernel:
     """Return the kernel for `op`, and `layer` if given, of a family or what it falls back to."""
-    for name in FAMILIES[family]:
+    auto = family == "auto"
+
+    def serves(k: Kernel) -> bool:
+        if layer is None or k.supports is None:
+            return True
+        return k.supports(layer) and not (auto and k.preferred and not k.preferred(layer))
+
+    for name in families(family):
         candidates = [
-            k
-            for k in kernels()
-            if (k.op, k.family) == (op, name)
-            and k.available()
-            and (layer is None or k.supports is None or k.supports(layer))
+            k for k in kernels() if (k.op, k.family) == (op, name) and k.available() and serves(k)
         ]
         if candidates:
             return min(candidates, key=lambda k: k.cost(layer) if k.cost and layer else 0)

@@ -27,6 +27,8 @@ class Layer:
         Zero point of the input.
     m, b : float32 arrays of shape (O,)
         M and B of `docs/quantization.md` section 4.
+    pixels : int
+        Output pixels at the nominal input size: a hint for the choice of a kernel.
     """
 
     weights: LogWeights
@@ -37,6 +39,7 @@ class Layer:
     z_x: int
     m: np.ndarray
     b: np.ndarray
+    pixels: int
 
     @cached_property
     def integers(self) -> np.ndarray:

@@ -34,6 +34,7 @@ from llvmlite.binding import llvm_version_info
 from numba import cfunc, types
 from numba.extending import intrinsic
 
+from logshift.kernels.emit import Emitter, f32, i8, i16, i32, i64
 from logshift.kernels.targets import has_features
 
 _I, _F, _P = np.int64, np.float32, np.uintp
@@ -66,8 +67,6 @@ CONTINUE, FLUSH, END = 0, 1, 2
 
 _OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
 
-_i8, _i16, _i32, _i64, _f32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64),
-                               ir.FloatType())  # fmt: skip
 _ROUND = 12582912.0  # 1.5 * 2^23: the low byte of v + _ROUND is v rounded half to even
 
 
@@ -117,15 +116,15 @@ def _tile(typingctx, arguments, name):
     return types.void(arguments, name), codegen
 
 
-class _Emission:
+class _Emission(Emitter):
     """The body of one microkernel, in LLVM IR."""
 
     def __init__(self, kernel: Microkernel, builder: ir.IRBuilder, arguments: Any) -> None:
-        self.k, self.b = kernel, builder
-        self.base = arguments
+        super().__init__(builder)
+        self.k, self.base = kernel, arguments
         n = kernel.lanes
-        self.int32s, self.int16s = ir.VectorType(_i32, n), ir.VectorType(_i16, 2 * n)
-        self.bytes, self.floats = ir.VectorType(_i8, 4 * n), ir.VectorType(_f32, n)
+        self.int32s, self.int16s = ir.VectorType(i32, n), ir.VectorType(i16, 2 * n)
+        self.bytes, self.floats = ir.VectorType(i8, 4 * n), ir.VectorType(f32, n)
         self.tiles = [(i, j) for i in range(kernel.pixels) for j in range(kernel.vectors)]
         # Accumulators: pixel, vector; depthwise ones hold twice as many channels.
         self.sums = [
@@ -134,43 +133,9 @@ class _Emission:
             for j in range(kernel.vectors // (2 if kernel.kind == "depthwise" else 1))
         ]
 
-    # --- small things ---------------------------------------------------------------------------
-
-    def word(self, value: int) -> ir.Constant:
-        return ir.Constant(_i64, value)
-
-    def load(self, address: Any, kind: ir.Type, align: int) -> Any:
-        return self.b.load(self.b.inttoptr(address, ir.PointerType(kind)), align=align)
-
-    def store(self, value: Any, address: Any, align: int) -> None:
-        self.b.store(value, self.b.inttoptr(address, ir.PointerType(value.type)), align=align)
-
-    def field(self, name: str, kind: ir.Type = _i64) -> Any:
+    def field(self, name: str, kind: ir.Type = i64) -> Any:
         offset = _OFFSETS[name]
         return self.load(self.b.add(self.base, self.word(offset)), kind, _size(kind))
-
-    def at(self, table: Any, index: int) -> Any:
-        return self.load(self.b.add(table, self.word(8 * index)), _i64, 8)
-
-    def splat(self, scalar: Any, kind: ir.VectorType) -> Any:
-        undefined = ir.Constant(kind, ir.Undefined)
-        vector = self.b.insert_element(undefined, scalar, ir.Constant(_i32, 0))
-        return self.shuffle(vector, undefined, [0] * kind.count)
-
-    def shuffle(self, first: Any, second: Any, lanes: list[int]) -> Any:
-        mask = ir.Constant(ir.VectorType(_i32, len(lanes)), lanes)
-        return self.b.shuffle_vector(first, second, mask)
-
-    def constant(self, value: Any, kind: ir.VectorType) -> ir.Constant:
-        return ir.Constant(kind, [value] * kind.count)
-
-    def intrinsic(self, name: str, result: ir.Type, arguments: list[Any]) -> Any:
-        module = self.b.module
-        function = module.globals.get(name)
-        if function is None:
-            kind = ir.FunctionType(result, [a.type for a in arguments])
-            function = ir.Function(module, kind, name)
-        return self.b.call(function, arguments)
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -202,7 +167,7 @@ class _Emission:
         vectors = [self.load(b.add(w, self.word(size * v)), self.bytes, size) for v in range(count)]
         new = {}
         for i, row in enumerate(rows):
-            x = b.bitcast(self.splat(self.load(row, _i32, 1), self.int32s), self.bytes)
+            x = b.bitcast(self.splat(self.load(row, i32, 1), self.int32s), self.bytes)
             if self.k.kind == "wide":
                 codes = b.bitcast(x, self.int16s)
                 even = b.and_(codes, self.constant(255, self.int16s))
@@ -221,8 +186,8 @@ class _Emission:
     def run(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
         """Emit the steps of a segment; returns sums and the end of the weights."""
         b = self.b
-        begin = b.sext(self.load(segment, _i32, 4), _i64)
-        count = b.sext(self.load(b.add(segment, self.word(4)), _i32, 4), _i64)
+        begin = b.sext(self.load(segment, i32, 4), i64)
+        count = b.sext(self.load(b.add(segment, self.word(4)), i32, 4), i64)
         end = b.add(begin, b.mul(count, self.word(4)))
 
         def step(acc: dict, q: Any, w: Any) -> tuple[Any, Any, dict]:
@@ -235,7 +200,7 @@ class _Emission:
         after = b.append_basic_block("stepped")
         b.cbranch(b.icmp_signed("<", first[0], end), loop, after)
         b.position_at_end(loop)
-        q, w_q = b.phi(_i64), b.phi(_i64)
+        q, w_q = b.phi(i64), b.phi(i64)
         held = {t: b.phi(value.type) for t, value in acc.items()}
         following = step(held, q, w_q)
         self.incoming(q, (before, first[0]), (b.block, following[0]))
@@ -248,10 +213,6 @@ class _Emission:
         for t, phi in sums.items():
             self.incoming(phi, (before, first[2][t]), (loop, following[2][t]))
         return sums, b.add(w, b.mul(count, self.word(self.step_bytes)))
-
-    def incoming(self, phi: Any, *sources: tuple[Any, Any]) -> None:
-        for block, value in sources:
-            phi.add_incoming(value, block)
 
     def widen(self, acc: dict, tile: tuple[int, int]) -> Any:
         """Return the int32 sums of a tile's vector."""
@@ -273,11 +234,11 @@ class _Emission:
         with b.goto_entry_block():
             slots = b.alloca(ir.ArrayType(self.int32s, len(self.tiles)))
             slots.align = size
-        slots = b.ptrtoint(slots, _i64)
+        slots = b.ptrtoint(slots, i64)
         b.branch(at["block"])
 
         b.position_at_end(at["block"])
-        index, s_block, w_block = (b.phi(_i64) for _ in range(3))
+        index, s_block, w_block = (b.phi(i64) for _ in range(3))
         channel = b.mul(index, self.word(k.channels))
         bytes_of_words = b.mul(channel, self.word(4))
         start = b.add(self.field("start"), bytes_of_words)
@@ -286,7 +247,7 @@ class _Emission:
         b.branch(at["group"])
 
         b.position_at_end(at["group"])
-        s_group, w_group, held_at, held_step = (b.phi(_i64) for _ in range(4))
+        s_group, w_group, held_at, held_step = (b.phi(i64) for _ in range(4))
         kind, place = (self.int16s, w_group) if k.sums_in_int16 else (self.int32s, start)
         columns = 1 + max(j for _, j in self.sums)
         initial = [self.load(b.add(place, self.word(size * j)), kind, size) for j in range(columns)]
@@ -296,13 +257,13 @@ class _Emission:
         b.branch(at["ran"])
 
         b.position_at_end(at["ran"])
-        s, w = b.phi(_i64), b.phi(_i64)
+        s, w = b.phi(i64), b.phi(i64)
         acc = {t: b.phi(value.type) for t, value in first.items()}
-        then = self.load(b.add(s, self.word(8)), _i32, 4)
+        then = self.load(b.add(s, self.word(8)), i32, 4)
         s_next = b.add(s, self.word(SEGMENT.itemsize))
         choice = b.switch(then, at["end"])
-        choice.add_case(ir.Constant(_i32, CONTINUE), at["more"])
-        choice.add_case(ir.Constant(_i32, FLUSH), at["flush"])
+        choice.add_case(ir.Constant(i32, CONTINUE), at["more"])
+        choice.add_case(ir.Constant(i32, FLUSH), at["flush"])
 
         b.position_at_end(at["more"])
         more, w_more = self.run(acc, bases, s_next, w)
@@ -355,11 +316,11 @@ class _Emission:
     def epilogue(self, total: Callable, channel: Any, bytes_of_words: Any) -> None:
         """Requantize the tile: y = t * M + B (+ residual), clamp, round, look up, store."""
         b = self.b
-        is_float = b.icmp_signed("!=", self.field("float_output", _i32), ir.Constant(_i32, 0))
+        is_float = b.icmp_signed("!=", self.field("float_output", i32), ir.Constant(i32, 0))
         table = self.field("table")
 
         def with_or_without_residual(store: Callable) -> None:
-            residual = b.icmp_signed("!=", self.field("has_residual", _i32), ir.Constant(_i32, 0))
+            residual = b.icmp_signed("!=", self.field("has_residual", i32), ir.Constant(i32, 0))
             with b.if_else(residual) as branches:
                 for branch, has_residual in zip(branches, (True, False), strict=True):
                     with branch:
@@ -384,8 +345,8 @@ class _Emission:
         m, bias = (b.add(self.field(n), bytes_of_words) for n in ("m", "b"))
         if residual:
             r_table = self.field("r")
-            z_r = self.splat(self.field("z_r", _i32), self.int32s)
-            m_r = self.splat(self.field("m_r", _f32), self.floats)
+            z_r = self.splat(self.field("z_r", i32), self.int32s)
+            m_r = self.splat(self.field("m_r", f32), self.floats)
 
         def compute(tile: tuple[int, int]) -> Any:
             i, j = tile
@@ -395,7 +356,7 @@ class _Emission:
             if not residual:
                 return v
             address = b.add(b.add(self.at(r_table, i), channel), self.word(k.lanes * j))
-            codes = self.load(address, ir.VectorType(_i8, k.lanes), 1)
+            codes = self.load(address, ir.VectorType(i8, k.lanes), 1)
             t = b.sitofp(b.sub(b.zext(codes, self.int32s), z_r), self.floats)
             return b.fadd(v, b.fmul(t, m_r))
 
@@ -409,7 +370,7 @@ class _Emission:
 
     def store_floats(self, value: Callable, channel: Any) -> None:
         b, size = self.b, 4 * self.k.lanes
-        lo, hi = (self.splat(self.field(n, _f32), self.floats) for n in ("lo", "hi"))
+        lo, hi = (self.splat(self.field(n, f32), self.floats) for n in ("lo", "hi"))
         y_table, offset = self.field("y"), b.mul(channel, self.word(4))
         for i, j in self.tiles:
             v = self.least(self.greatest(value((i, j)), lo), hi)
@@ -436,11 +397,11 @@ class _Emission:
     def rounded(self, values: list[Any]) -> Any:
         """Clamp, round half to even, and join to one vector of uint8."""
         b, k = self.b, self.k
-        hi = self.splat(self.field("hi", _f32), self.floats)
+        hi = self.splat(self.field("hi", f32), self.floats)
         if k.lanes == 16:
-            lo = self.splat(self.field("lo", _f32), self.floats)
+            lo = self.splat(self.field("lo", f32), self.floats)
             v = b.fadd(self.least(self.greatest(values[0], lo), hi), self.constant(_ROUND, hi.type))
-            return b.trunc(b.bitcast(v, self.int32s), ir.VectorType(_i8, k.lanes))
+            return b.trunc(b.bitcast(v, self.int32s), ir.VectorType(i8, k.lanes))
         # Not above hi, and what is below the range of int32 converts to its least number, so that
         # packing with saturation yields 0 for all that is below; lo acts on codes.
         names = ("llvm.x86.avx.cvt.ps2dq.256", "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb")
@@ -451,7 +412,7 @@ class _Emission:
         # Packing works within halves of the register.
         ordered = self.shuffle(packed, packed, [0, 4, 1, 5, 2, 6, 3, 7])
         codes = b.bitcast(ordered, self.bytes)
-        lo = b.bitcast(self.splat(self.field("lo_code", _i32), self.int32s), self.bytes)
+        lo = b.bitcast(self.splat(self.field("lo_code", i32), self.int32s), self.bytes)
         return b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
 
     def looked_up(self, codes: Any, table: Any) -> Any:
@@ -466,8 +427,8 @@ class _Emission:
         # Sixteen entries at a time: an index that is not among them gets its highest bit set, for
         # which a byte shuffle yields 0.
         kind, count = codes.type, codes.type.count
-        entry, index, found = b.phi(_i64), b.phi(kind), b.phi(kind)
-        sixteen = self.load(entry, ir.VectorType(_i8, 16), 1)
+        entry, index, found = b.phi(i64), b.phi(kind), b.phi(kind)
+        sixteen = self.load(entry, ir.VectorType(i8, 16), 1)
         entries = self.shuffle(sixteen, sixteen, [i % 16 for i in range(count)])
         bias = self.constant(0x70, kind)
         masked = self.intrinsic(f"llvm.uadd.sat.v{count}i8", kind, [index, bias])
@@ -488,9 +449,7 @@ class _Depthwise(_Emission):
 
     def run(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
         b, size = self.b, 4 * self.k.lanes
-        offsets = [
-            b.sext(self.load(b.add(segment, self.word(4 * p)), _i32, 4), _i64) for p in (0, 1)
-        ]
+        offsets = [b.sext(self.load(b.add(segment, self.word(4 * p)), i32, 4), i64) for p in (0, 1)]
         vectors = [self.load(b.add(w, self.word(size * half)), self.bytes, size) for half in (0, 1)]
         new = {}
         half_lane = self.bytes.count // 4
@@ -527,12 +486,12 @@ class _Winograd(_Emission):
         with b.goto_entry_block():
             products = b.alloca(ir.ArrayType(self.int32s, 16 * len(self.tiles)))
             products.align = size
-        self.products = b.ptrtoint(products, _i64)
+        self.products = b.ptrtoint(products, i64)
         super().emit()
         before, loop, done = b.block, b.append_basic_block("tile"), b.append_basic_block("tiled")
         b.branch(loop)
         b.position_at_end(loop)
-        index = b.phi(_i64)
+        index = b.phi(i64)
         tile = b.add(self.products, b.mul(index, self.word(4 * k.channels)))
         outputs = {}
         for j in range(k.vectors):
@@ -567,7 +526,7 @@ class _Winograd(_Emission):
 
 
 def _size(kind: ir.Type) -> int:
-    return 4 if kind in (_i32, _f32) else 8
+    return 4 if kind in (i32, f32) else 8
 
 
 # --- the table ----------------------------------------------------------------------------------

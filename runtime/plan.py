@@ -63,13 +63,16 @@ def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
         for index, node in enumerate(graph.nodes)
         if node.weights is not None
     }
+    shapes = graph.nominal_shapes()
     return {
-        index: list(_prepare_node(graph, graph.nodes[index], family))
+        index: list(_prepare_node(graph, graph.nodes[index], family, shapes))
         for index in sorted(sizes, key=sizes.__getitem__, reverse=True)
     }
 
 
-def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution]:
+def _prepare_node(
+    graph: Graph, node: Node, family: str, shapes: dict[str, Shape]
+) -> Iterator[Convolution]:
     weights, bias, a = node.weights, node.bias, node.attributes
     assert weights is not None and bias is not None
     q_x = graph.quantization[node.inputs[0]]
@@ -79,10 +82,14 @@ def _prepare_node(graph: Graph, node: Node, family: str) -> Iterator[Convolution
     m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
     b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
 
+    pixels = shapes[node.outputs[0]][0] * math.prod(shapes[node.outputs[0]][2:])
+    if node.op == "ConvTranspose":
+        pixels //= math.prod(a["strides"])
+
     def convolution(
         part: LogWeights, strides: tuple[int, int], dilations: tuple[int, int], **phase: Any
     ) -> Convolution:
-        layer = Layer(part, a["group"], strides, dilations, q_x.bits, q_x.zero_point, m, b)
+        layer = Layer(part, a["group"], strides, dilations, q_x.bits, q_x.zero_point, m, b, pixels)
         chosen = kernel("conv", family, layer)
         assert chosen.pack is not None
         packed = chosen.pack(layer)

@@ -22,7 +22,6 @@ from logshift.runtime.picture import Preprocessing, is_image
 from logshift.runtime.plan import Plan, prepare
 from logshift.runtime.table import text_table
 
-AUTO_FAMILY = "dot"
 _SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
 _MAX_THREADS = 256
 
@@ -40,10 +39,10 @@ def load(
         A `.stlq` file.
     threads : int, optional
         Threads per run; by default the cores this process may use.
-    kernels : {"auto", "dot", "portable", "reference"}
-        Kernel family; "auto" takes the fastest for this machine, "dot" the byte dot product where
-        there is one and portable kernels elsewhere. Results are the same, bit for
-        bit.
+    kernels : {"auto", "dot", "shift", "portable", "reference"}
+        Kernel family: the machine's products of bytes, additions and shifts alone, or plain
+        compiled loops; "auto" takes the fastest for this machine. What a family has no kernel for
+        the portable one does. Results are the same, bit for bit.
 
     Returns
     -------
@@ -127,21 +126,17 @@ class Session:
     """
 
     def __init__(self, graph: Graph, *, threads: int | None = None, kernels: str = "auto") -> None:
-        families = ("auto", *FAMILIES)
-        if kernels not in families:
-            raise InputError(f"kernels is {kernels!r}; choose one of {', '.join(families)}")
         if threads is None:
             threads = min(executor.default_threads(), _MAX_THREADS)
         if type(threads) is not int or not 1 <= threads <= _MAX_THREADS:
             raise InputError(f"threads is {threads!r}; it must be from 1 to {_MAX_THREADS}")
-        self.graph, self.threads, self.kernels = graph, threads, kernels
+        self.graph, self.threads, self.kernels = graph, threads, _family(kernels)
         self._preprocessing = (
             None
             if graph.preprocessing is None
             else Preprocessing.from_manifest(graph.preprocessing)
         )
-        self._family = AUTO_FAMILY if kernels == "auto" else kernels
-        self._convolutions = prepare(graph, self._family)
+        self._convolutions = prepare(graph, kernels)
         self._idle: OrderedDict[tuple[Shape, ...], list[Plan]] = OrderedDict()
         self._reset_lock()
 
@@ -299,7 +294,7 @@ class Session:
 
     def _plan(self, arrays: dict[str, np.ndarray], keep_all: bool = False) -> Plan:
         shapes = self.graph.infer_shapes({name: array.shape for name, array in arrays.items()})
-        return Plan(self.graph, self._convolutions, self._family, shapes, self.threads, keep_all)
+        return Plan(self.graph, self._convolutions, self.kernels, shapes, self.threads, keep_all)
 
     def _borrow(self, key: tuple[Shape, ...]) -> Plan | None:
         if os.getpid() != self._pid:  # another thread may have held the lock when we were forked
@@ -365,12 +360,19 @@ def _macs(node: Node, shapes: Mapping[str, Shape]) -> int:
     return n * height * width * math.prod(node.weights.shape)
 
 
+def _family(kernels: str) -> str:
+    families = ("auto", *FAMILIES)
+    if kernels not in families:
+        raise InputError(f"kernels is {kernels!r}; choose one of {', '.join(families)}")
+    return kernels
+
+
 def _is_picture(x: Any) -> bool:
     return is_image(x) or (isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim in (2, 3))
 
 
-def warmup(progress: Progress | None = None) -> None:
-    """Compile all kernels that `kernels="auto"` may use, so that later processes start fast.
+def warmup(progress: Progress | None = None, *, kernels: str = "auto") -> None:
+    """Compile all kernels that a family may use here, so that later processes start fast.
 
     Compiled code is kept in Numba's cache: beside the package, or in the user's cache directory
     if that is not writable.
@@ -378,8 +380,15 @@ def warmup(progress: Progress | None = None) -> None:
     Parameters
     ----------
     progress : callable(done, total, name), optional
+    kernels : str
+        As for `load`.
+
+    Raises
+    ------
+    InputError
+        If there is no such family.
     """
-    families = FAMILIES[AUTO_FAMILY]
+    families = abi.families(_family(kernels))
     chosen = [k for k in abi.kernels() if k.family in families and k.available()]
     for done, kernel in enumerate(chosen):
         if progress:

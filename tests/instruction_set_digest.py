@@ -57,4 +57,4 @@ def digest(kernels):
 
 
 if __name__ == "__main__":
-    print(digest("auto"))
+    print(digest("auto"), digest("shift"))

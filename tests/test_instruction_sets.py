@@ -37,4 +37,4 @@ def test_other_instruction_sets_give_the_same_bits(cpu, features):
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == digest("reference")
+    assert done.stdout.split() == 2 * [digest("reference")]

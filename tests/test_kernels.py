@@ -14,6 +14,8 @@ from logshift.kernels.codec import LogWeights
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization
 
+FAST = ("portable", "dot", "shift")
+
 
 def assert_same(expected, actual, context):
     """Assert that two dicts of tensors hold the same bits."""
@@ -33,7 +35,7 @@ def test_fast_equals_reference_equals_numpy(kind):
         names = [info.name for info in graph.outputs]
         for name in graph.quantization:
             assert np.array_equal(tensors[name], expected[name]), name
-        for kernels in ("portable", "dot"):
+        for kernels in FAST:
             for threads in (1, 2):
                 session = Session(graph, threads=threads, kernels=kernels)
                 assert_same(expected, session.trace_codes(inputs), (kind, kernels, threads))
@@ -66,7 +68,7 @@ def test_largest_weights_and_codes_do_not_overflow(bits, signs):
     graph = build(nodes, {"x": Quantization(1.0, 0, 8)}, {"input": (1, 8, 5, 9)}, "y")
     x = np.full((1, 8, 5, 9), 255, np.float32)
     expected = Session(graph, kernels="reference").run(x)
-    for kernels in ("portable", "dot"):
+    for kernels in FAST:
         assert np.array_equal(Session(graph, kernels=kernels).run(x), expected)
 
 

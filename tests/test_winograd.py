@@ -138,7 +138,7 @@ def layer(out=64, channels=64, kernel=3, bits=3, **changes):
     first = np.random.default_rng(0).integers(0, 2**bits, (out, kernel, kernel, channels), np.uint8)
     weights = LogWeights(first, np.zeros_like(first), np.ones(out, np.float32), bits)
     m = np.ones(out, np.float32)
-    return replace(Layer(weights, 1, (1, 1), (1, 1), 5, 0, m, m), **changes)
+    return replace(Layer(weights, 1, (1, 1), (1, 1), 5, 0, m, m, 49), **changes)
 
 
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
