@@ -272,6 +272,18 @@ def info(
         bool,
         typer.Option("--kernels", help="Load the file and show the kernel chosen for each layer."),
     ] = False,
+    cost: Annotated[
+        bool,
+        typer.Option(
+            "--cost", help="Load the file and count shifts and adds, bits moved and cycles."
+        ),
+    ] = False,
+    tile: Annotated[
+        str,
+        typer.Option(
+            metavar="PxQ", help="Output channels and inputs per cycle of the array of --cost."
+        ),
+    ] = "16x16",
     as_json: Json = False,
 ) -> None:
     """Show what a packed file holds, without loading its weights.
@@ -281,14 +293,34 @@ def info(
     - `logshift info model.stlq`
 
     - `logshift info model.stlq --json | jq .bits_per_weight`
+
+    - `logshift info model.stlq --cost --tile 8x32`
     """
+    if kernels and cost:
+        raise InputError("--kernels and --cost are different tables: give one of them")
     if kernels:
         session = _load(packed)
         summary = session.summary()
         _show(summary.to_dict(), str(summary), as_json)
         return
+    if cost:
+        from logshift.runtime import format
+        from logshift.runtime.cost import cost as count
+
+        sides = _tile(tile)
+        counted = count(format.read(packed), sides)
+        _show(counted.to_dict(), str(counted), as_json)
+        return
     record = _describe(packed)
     _show(record, _description(record), as_json)
+
+
+def _tile(text: str) -> tuple[int, int]:
+    try:
+        outputs, inputs = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise InputError(f"--tile {text!r}: give output channels and inputs like 16x16") from None
+    return outputs, inputs
 
 
 def _describe(path: Path) -> dict[str, Any]:
