@@ -232,7 +232,7 @@ def _preprocessing(
     from logshift.runtime.picture import IMAGENET_MEAN, IMAGENET_STD
 
     return Preprocessing(
-        resize=None if resize is None else int(resize) if resize.isdigit() else _size(resize),
+        resize=None if resize is None else int(resize) if resize.isdecimal() else _size(resize),
         crop=None if crop is None else _size(crop),
         mean=IMAGENET_MEAN if mean is None else _numbers("mean", mean),
         std=IMAGENET_STD if std is None else _numbers("std", std),
@@ -250,7 +250,7 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit()):
+    if not (height.isdecimal() and width.isdecimal()):
         raise InputError(f"size {text!r}: give height and width like 224x224")
     return int(height), int(width)
 

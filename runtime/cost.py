@@ -199,10 +199,7 @@ def _layer_cost(
     graph: Graph, node: Node, weights: LogWeights, shapes: Mapping[str, Shape],
     tile: tuple[int, int],
 ) -> LayerCost:  # fmt: skip
-    # A ConvTranspose uses every weight once per input position, a Conv per output position.
-    used = node.inputs[0] if node.op == "ConvTranspose" else node.outputs[0]
-    n, _, height, width = shapes[used]
-    positions = n * height * width
+    uses = node.weight_uses(shapes)
     count = math.prod(weights.shape)
     nonzero = int(np.count_nonzero(weights.first))
     second = weights.second.reshape(weights.shape[0], -1) != 0
@@ -216,17 +213,17 @@ def _layer_cost(
         name=node.name,
         op=node.op,
         weight_shape=weights.shape,
-        macs=positions * count,
-        first=positions * nonzero,
-        skipped=positions * (count - nonzero),
-        second=positions * selected,
+        macs=uses * count,
+        first=uses * nonzero,
+        skipped=uses * (count - nonzero),
+        second=uses * selected,
         weights=count,
         weight_bits=weights.bits * (count + selected) + places,
         activations=sum(elements),
         activation_bits=sum(map(operator.mul, elements, widths)),
-        cycles_first=positions * tiles,
-        cycles=positions * (tiles + two_word_tiles),
-        cycles_all=positions * 2 * tiles,
+        cycles_first=uses * tiles,
+        cycles=uses * (tiles + two_word_tiles),
+        cycles_all=uses * 2 * tiles,
     )
 
 

@@ -78,6 +78,12 @@ class Node:
     bias: np.ndarray | None = None
     table: np.ndarray | None = None
 
+    def weight_uses(self, shapes: Mapping[str, Shape]) -> int:
+        """How often each weight is used: once per output position, or input one if transposed."""
+        used = self.inputs[0] if self.op == "ConvTranspose" else self.outputs[0]
+        n, _, height, width = shapes[used]
+        return n * height * width
+
 
 @dataclass
 class Graph:

@@ -354,10 +354,7 @@ def _macs(node: Node, shapes: Mapping[str, Shape]) -> int:
     """Multiplications that a convolution stands for; 0 for other nodes."""
     if node.weights is None:
         return 0
-    # A ConvTranspose uses every weight once per input position, a Conv per output position.
-    used = node.inputs[0] if node.op == "ConvTranspose" else node.outputs[0]
-    n, _, height, width = shapes[used]
-    return n * height * width * math.prod(node.weights.shape)
+    return node.weight_uses(shapes) * math.prod(node.weights.shape)
 
 
 def _family(kernels: str) -> str:
