@@ -66,31 +66,32 @@ class _PackedRows(Packed):
 
 
 @njit(cache=True)
-def _streams(first, second, bits, residual_shift, top, row_bytes, group, stream):
-    """Write the streams of a block of rows, channel after channel.
+def _streams(first, second, bits, residual_shift, top, row_bytes, group):
+    """Make the streams of a block of rows, channel after channel.
 
     Parameters
     ----------
     first, second : uint8 (channels, rows), codes of words
     top : the largest digit of an input code
     group : rows of a group
-    stream : uint16 array to write to, or an empty one to count only
 
     Returns
     -------
-    size : elements of the streams
-    ends : int64 (channels,), where each channel's stream ends
+    stream : uint16 array
+    begins : int64 (channels,), where each channel's stream begins
     negative : int64 (channels,), segments that are subtracted
     """
     channels, rows = first.shape
     sign_bit = 1 << (bits - 1)
     levels = sign_bit + residual_shift
-    write = stream.size > 0
-    ends, negative = np.empty(channels, np.int64), np.zeros(channels, np.int64)
+    # Every bucket may need a header of its own, and almost a group more than it has rows.
+    stream = np.empty(channels * (2 * rows + (2 * levels + 1) * (4 + group)), np.uint16)
+    begins, negative = np.empty(channels, np.int64), np.zeros(channels, np.int64)
     counts = np.empty((2, levels), np.int64)
     buckets = np.empty((2, levels, 2 * rows), np.int64)
     at = 0
     for c in range(channels):
+        begins[c] = at
         counts[:] = 0
         for r in range(rows):
             for word in range(2):
@@ -121,26 +122,21 @@ def _streams(first, second, bits, residual_shift, top, row_bytes, group, stream)
                         shift = low - exponent
                         total, low = following, exponent
                         for k in range((count + group - 1) // group * group):
-                            if write:
-                                row = buckets[sign, exponent, k] if k < count else 0
-                                stream[at] = row * row_bytes + (shift if k == 0 else 0)
+                            row = buckets[sign, exponent, k] if k < count else 0
+                            stream[at] = row * row_bytes + (shift if k == 0 else 0)
                             at += 1
                         groups += (count + group - 1) // group
                     exponent -= 1
                 negative[c] += sign
-                if write:
-                    stream[header], stream[header + 1] = groups, low
-                    stream[header + 2], stream[header + 3] = 0, 65535 * sign
+                stream[header], stream[header + 1] = groups, low
+                stream[header + 2], stream[header + 3] = 0, 65535 * sign
         if header < 0:  # nothing but zeros
             header = at
-            if write:
-                stream[at : at + 4 + group] = 0
-                stream[at] = 1
+            stream[at : at + 4 + group] = 0
+            stream[at] = 1
             at += 4 + group
-        if write:
-            stream[header + 2] = 1
-        ends[c] = at
-    return at, ends, negative
+        stream[header + 2] = 1
+    return stream[:at].copy(), begins, negative
 
 
 def _digit(bits: int) -> int:
@@ -149,24 +145,24 @@ def _digit(bits: int) -> int:
 
 
 def _supports(adder: Adder, layer: Layer) -> bool:
-    if layer.integers.size == 0 or layer.accumulator_bound >= 2**31:
+    if 0 in layer.weights.shape or layer.accumulator_bound >= 2**31:
         return False
     digits = 1 if layer.activation_bits <= _ONE_DIGIT else 2
     # Eight rows at a time take as long as about three single ones.
     buckets = 2 * exponent_levels(layer.weights.bits)
-    group = 1 if math.prod(layer.integers.shape[1:]) < 2.5 * buckets else 8
+    group = 1 if math.prod(layer.weights.shape[1:]) < 2.5 * buckets else 8
     return (adder.digits, adder.group) == (digits, group)
 
 
 def _groups_together(layer: Layer) -> int:
     """Return how many groups of channels share a panel: as many as fill a piece."""
-    o, _, _, in_group = layer.integers.shape
+    o, _, _, in_group = layer.weights.shape
     return max(1, min(layer.group, PIECE // max(in_group, o // layer.group)))
 
 
 def _pieces(layer: Layer, together: int) -> tuple[np.ndarray, np.ndarray]:
     """Where pieces of at most 16 rows are read, see `_PackedRows`, and how many rows each has."""
-    _, kh, kw, in_group = layer.integers.shape
+    _, kh, kw, in_group = layer.weights.shape
     taps = layer.run_taps
     run = taps * in_group * together
     places, sizes = [], []
@@ -199,7 +195,7 @@ def _codes_of_set(words: np.ndarray, first: int, together: int, out_group: int) 
 
 
 def _pack(adder: Adder, layer: Layer) -> Packed:
-    o, kh, kw, in_group = layer.integers.shape
+    o, kh, kw, in_group = layer.weights.shape
     weights, out_group, together = layer.weights, o // layer.group, _groups_together(layer)
     places, sizes = _pieces(layer, together)
     edges = _blocks(adder, sizes)
@@ -216,17 +212,14 @@ def _pack(adder: Adder, layer: Layer) -> Packed:
         negative[channels] = 0
         for begin, end in zip(begins[edges[:-1]], begins[edges[1:]], strict=True):
             first, second = (np.ascontiguousarray(c[:, begin:end]) for c in codes)
-            write = partial(
-                _streams, first, second, weights.bits, weights.residual_shift,
+            stream, starts, subtracted = _streams(
+                first, second, weights.bits, weights.residual_shift,
                 _digit(layer.activation_bits), adder.lanes, adder.group,
             )  # fmt: skip
-            length, _, _ = write(np.empty(0, np.uint16))
-            stream = np.empty(length, np.uint16)
-            _, ends, subtracted = write(stream)
             streams.append(stream)
-            positions.append(2 * (size + np.concatenate([[0], ends[:-1]])[::PIECE]))
+            positions.append(2 * (size + starts[::PIECE]))
             negative[channels] += subtracted
-            size += length
+            size += len(stream)
     packed = aligned((size,), np.uint16)
     np.concatenate(streams, out=packed)
     # The complement of a sum is one less than its negative, in each digit.

@@ -116,7 +116,7 @@ def test_report():
     )
     assert titles.split()[0] == "engine"
     assert lines[1].split() == (
-        ["onnxruntime", "fp32", "11.00", "1.10", "1.00-1.30"]
+        ["logshift", "shift", "11.00", "1.10", "1.00-1.30"]
         + ["0.50", "0.25", "0.12", "123", "4.5"]
     )
 
