@@ -19,7 +19,7 @@ from numba import carray, njit
 
 from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, share
-from logshift.kernels.layer import Layer, Packed
+from logshift.kernels.layer import Layer, Packed, reading_offsets
 from logshift.kernels.memory import aligned
 from logshift.kernels.microkernels import (
     CONTINUE,
@@ -55,9 +55,7 @@ class _PackedTiles(Packed):
 
     def place(self, arguments: np.ndarray) -> list[np.ndarray]:
         a = arguments[0]
-        pixel = int(a["x"]["c"])
-        row = int(a["dilation_h"]) * int(a["x"]["w"]) * pixel
-        offsets = self.places @ np.array([row, int(a["dilation_w"]) * pixel, 1])
+        offsets = reading_offsets(a, self.places)
         segments = self.segments.copy()
         segments["offset"] = offsets[:, 0]
         if offsets.shape[1] == 2:

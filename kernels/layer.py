@@ -68,6 +68,16 @@ class Layer:
         return self.integers.shape[3] == 1 and self.group == self.integers.shape[0]
 
 
+def reading_offsets(arguments: np.void, places: np.ndarray) -> np.ndarray:
+    """Bytes from an output pixel's first input to what is read, for the geometry of a CONV record.
+
+    places : int64 (..., 3), kernel row, kernel column and byte.
+    """
+    pixel = int(arguments["x"]["c"])
+    row = int(arguments["dilation_h"]) * int(arguments["x"]["w"]) * pixel
+    return places @ np.array([row, int(arguments["dilation_w"]) * pixel, 1])
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A layer as one kernel wants it: values for its argument record, arrays by their address."""

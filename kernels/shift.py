@@ -31,7 +31,7 @@ from logshift.kernels.abi import register, share
 from logshift.kernels.adders import ADDERS, DIGIT, PIECE, Adder, add_rows, gather, scatter
 from logshift.kernels.codec import exponent_levels
 from logshift.kernels.dot import address_of
-from logshift.kernels.layer import Layer, Packed
+from logshift.kernels.layer import Layer, Packed, reading_offsets
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
 
@@ -55,13 +55,10 @@ class _PackedRows(Packed):
     rows: np.ndarray
 
     def place(self, arguments: np.ndarray) -> list[np.ndarray]:
-        a = arguments[0]
-        pixel = int(a["x"]["c"])
-        row = int(a["dilation_h"]) * int(a["x"]["w"]) * pixel
         chunks = np.zeros(len(self.rows), ROWS)
-        chunks["offset"] = self.places @ np.array([row, int(a["dilation_w"]) * pixel, 1])
+        chunks["offset"] = reading_offsets(arguments[0], self.places)
         chunks["row"] = self.rows
-        a["chunks"] = chunks.ctypes.data
+        arguments[0]["chunks"] = chunks.ctypes.data
         return [chunks, *super().place(arguments)]
 
 
