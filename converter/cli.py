@@ -161,6 +161,9 @@ def convert(
     bias_correction: Annotated[
         bool, typer.Option(help="Let biases make up for the mean error of quantized layers.")
     ] = True,
+    error_feedback: Annotated[
+        bool, typer.Option(help="Let weights make up for the rounding of those before them.")
+    ] = True,
     mean: Annotated[
         str | None,
         typer.Option(help="Per channel, in units of pixel / 255.", show_default="ImageNet's"),
@@ -216,6 +219,7 @@ def convert(
         residual_shift=residual_shift,
         activation_range=activation_range.value,
         bias_correction=bias_correction,
+        error_feedback=error_feedback,
         preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
         if given
         else None,

@@ -48,6 +48,7 @@ def convert(
     residual_shift: int = 0,
     activation_range: str = "mse",
     bias_correction: bool = True,
+    error_feedback: bool = True,
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
@@ -81,6 +82,9 @@ def convert(
         How the range of an activation's codes is chosen.
     bias_correction : bool
         Whether biases make up for the mean error of quantized layers.
+    error_feedback : bool
+        Whether weights that are rounded later make up for those before them, as far as the
+        calibration data show how; see `docs/quantization.md` section 2.
     preprocessing : Preprocessing, optional
         How pictures become inputs; stored in the file. Pictures for calibration without it are
         prepared by the default `Preprocessing()`, and the report says so.
@@ -111,6 +115,7 @@ def convert(
         residual_shift,
         activation_range,
         bias_correction,
+        error_feedback,
     )
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)

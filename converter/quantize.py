@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from logshift.converter import feedback
+from logshift.converter.budget import residual_ratios
 from logshift.converter.calibrate import choose_quantization, dequantize, quantize
 from logshift.converter.evaluate import Evaluator, clamped, evaluate_function, snr_db
 from logshift.converter.float_graph import FloatGraph, FloatNode
@@ -84,12 +86,14 @@ class _Walk:
         self, graph: FloatGraph, samples: Mapping[str, np.ndarray], settings: Settings
     ) -> None:
         self.graph = graph
+        self.samples = samples
         self.settings = settings
         self.count = len(next(iter(samples.values())))
         self.streams = {name: _Streams(x, x) for name, x in samples.items()}
         self.quantization: dict[str, Quantization] = {}
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
+        self.ratios = residual_ratios(self.graph, self.samples, self.settings, progress)
         last_use = _last_uses(self.graph)
         nodes, errors = [], []
         for index, node in enumerate(self.graph.nodes):
@@ -115,7 +119,7 @@ class _Walk:
         weight_snr = None
         if node.is_conv:
             assert node.weight is not None and node.bias is not None
-            packed.weights = self._encode(node.weight)
+            packed.weights = self._encode(node)
             values = packed.weights.values()
             weight_snr = snr_db(node.weight, values)
             quantized = evaluator.sweep(self._quantized(node), self.count, values)
@@ -152,12 +156,18 @@ class _Walk:
 
         return fetch
 
-    def _encode(self, weight: np.ndarray) -> codec.LogWeights:
-        s = self.settings
+    def _encode(self, node: FloatNode) -> codec.LogWeights:
+        s, ratio = self.settings, self.ratios[node.output]
+        assert node.weight is not None
+        if s.error_feedback:
+            moments, cross = feedback.covariance(
+                node, self._quantized(node), self._exact(node), self.count, s.bias_correction
+            )
+            return feedback.encode(node.weight, moments, cross, s, ratio)
         return codec.encode(
-            weight,
+            node.weight,
             s.weight_bits,
-            s.residual_ratio,
+            ratio,
             granularity=s.granularity,
             tile=s.tile,
             residual_shift=s.residual_shift,

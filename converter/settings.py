@@ -22,6 +22,7 @@ class Settings:
     residual_shift: int = 0
     activation_range: str = "mse"
     bias_correction: bool = True
+    error_feedback: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done, naming the setting."""

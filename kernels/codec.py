@@ -24,6 +24,8 @@ GRANULARITIES = ("element", "tile", "filter")
 # range only trades clipping of the largest weights against resolution of the smallest.
 _ALPHA_OCTAVES = np.linspace(0.0, 1.75, 57)
 
+_COLUMNS = 64  # that are rounded before all others are brought up to date
+
 _PIECE = 2**16  # weights decoded at a time: NumPy turns indices into int64
 
 
@@ -130,36 +132,40 @@ def decode_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     return table[codes]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _nearest_code(r, levels):
-    """Code of the level nearest to float32 r in the linear domain, ties toward zero."""
-    magnitude = abs(r)
-    if not magnitude > np.float32(0.5):
-        return np.uint8(0)
-    mantissa, exponent = math.frexp(magnitude)  # magnitude = mantissa * 2^exponent, in [0.5, 1)
-    e = exponent + 1 if mantissa > 0.75 else exponent
-    e = min(max(e, 1), levels)
-    return np.uint8(e + levels + 1) if r < 0 else np.uint8(e)
+    """Code of the level nearest to float32 r in the linear domain, ties toward zero.
+
+    Without branches and in int32, so that loops over it become vector instructions.
+    """
+    magnitude = np.float32(abs(r))
+    # Mantissas above 1.5 carry into the exponent.
+    e = ((magnitude.view(np.int32) + np.int32(0x3FFFFF)) >> np.int32(23)) - np.int32(126)
+    e = min(max(e, np.int32(1)), levels)
+    code = e + (levels + np.int32(1) if r < np.float32(0) else np.int32(0))
+    return code if magnitude > np.float32(0.5) else np.int32(0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def _level(code, levels):
-    if code == 0 or code == levels + 1:
-        return np.float32(0)
-    if code > levels:
-        return -np.float32(1 << (code - levels - 2))
-    return np.float32(1 << (code - 1))
+    negative = code > levels
+    e = code - (levels + np.int32(1) if negative else np.int32(0))
+    shifted = np.int32(1) << max(e - np.int32(1), np.int32(0))
+    magnitude = np.float32(shifted if e > np.int32(0) else np.int32(0))
+    return -magnitude if negative else magnitude
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _two_words(w, alpha, levels, residual_shift, clip, first, second, r1, r2):
     """Section 2 for rows of w [O, K]: both codes, the residual r1 and what is left after q1."""
+    levels = np.int32(levels)
     top = np.float32(1 << (levels - 1))
     fine = np.float32(1 << residual_shift)
     bound = top * np.float32(clip)
     for o in range(w.shape[0]):
-        for i in range(w.shape[1]):
-            r0 = min(max(w[o, i] / alpha[o] * top, -bound), bound)
+        unit = alpha[o]
+        for i in range(np.uintp(w.shape[1])):
+            r0 = min(max(w[o, i] / unit * top, -bound), bound)
             code0 = _nearest_code(r0, levels)
             residual = (r0 - _level(code0, levels)) * fine
             code1 = _nearest_code(residual, levels)
@@ -211,22 +217,62 @@ def select(
     -------
     bool array of shape (O, K).
     """
+    return eligible(gain, ratio, granularity, tile) & (gain > 0)
+
+
+def eligible(
+    gain: np.ndarray, ratio: float, granularity: str = "element", tile: int = MAX_TILE
+) -> np.ndarray:
+    """Choose as `select` does; weights that gain nothing are chosen as well."""
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity {granularity!r} is not one of {', '.join(GRANULARITIES)}")
     if not 0.0 <= ratio <= 1.0:
         raise InputError(f"residual_ratio is {ratio}; it must be from 0 to 1")
     if not 1 <= tile <= MAX_TILE:
         raise InputError(f"tile is {tile}; it must be from 1 to {MAX_TILE}")
-    block = {"element": 1, "tile": tile, "filter": gain.shape[1]}[granularity]
-    count = gain.size
-    blocks = -(-count // block)
-    padded = np.zeros(blocks * block, np.float64)
-    padded[:count] = gain.ravel()
-    score = padded.reshape(blocks, block).sum(axis=1)
-    chosen = int(math.floor(ratio * blocks + 1e-9))
-    picked = np.zeros(blocks, bool)
+    score, block = blocks(gain, granularity, tile)
+    chosen = int(math.floor(ratio * len(score) + 1e-9))
+    picked = np.zeros(len(score), bool)
     picked[np.argsort(-score, kind="stable")[:chosen]] = True
-    return np.repeat(picked, block)[:count].reshape(gain.shape) & (gain > 0)
+    return np.repeat(picked, block)[: gain.size].reshape(gain.shape)
+
+
+def blocks(gain: np.ndarray, granularity: str, tile: int) -> tuple[np.ndarray, int]:
+    """Sum the gains (O, K) of what is chosen together; returns also how many weights that is."""
+    block = {"element": 1, "tile": tile, "filter": gain.shape[1]}[granularity]
+    padded = np.zeros(-(-gain.size // block) * block, np.float64)
+    padded[: gain.size] = gain.ravel()
+    return padded.reshape(-1, block).sum(axis=1), block
+
+
+def gains(
+    w: np.ndarray, alpha: np.ndarray, bits: int, residual_shift: int, clip: int
+) -> np.ndarray:
+    """Return the squared error that each weight's second word removes, float64 (O, K) (section 2).
+
+    Parameters
+    ----------
+    w : float32 array of shape (O, ...)
+    alpha : float32 array of shape (O,)
+    bits, residual_shift, clip : int
+    """
+    return _words(w, alpha, bits, residual_shift, clip)[2]
+
+
+def _words(
+    w: np.ndarray, alpha: np.ndarray, bits: int, residual_shift: int, clip: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both codes of every weight, (O, K), and the gains of the second."""
+    matrix = np.ascontiguousarray(w, np.float32).reshape(w.shape[0], -1)
+    first, second = np.empty(matrix.shape, np.uint8), np.empty(matrix.shape, np.uint8)
+    r1, r2 = np.empty_like(matrix), np.empty_like(matrix)
+    _two_words(matrix, alpha, exponent_levels(bits), residual_shift, clip, first, second, r1, r2)
+    # The squared error that a second word removes, in real units of the layer.
+    gain = (r1.astype(np.float64) ** 2 - r2.astype(np.float64) ** 2) * (
+        alpha.astype(np.float64)[:, None] ** 2
+    )
+    gain[second == 0] = 0
+    return first, second, gain
 
 
 def _channel_error(matrix, alpha, levels, residual_shift, clip, ratio, buffers):
@@ -328,7 +374,6 @@ def encode(
     InputError
         If a setting is out of range or `w` is not a finite four-dimensional array.
     """
-    levels = exponent_levels(bits)
     clip = default_clip(bits) if clip is None else clip
     if clip not in (1, 2):
         raise InputError(f"clip is {clip}; it must be 1 or 2")
@@ -346,16 +391,81 @@ def encode(
             w, bits, residual_ratio=residual_ratio, residual_shift=residual_shift, clip=clip
         )
     alpha = np.ascontiguousarray(alpha, np.float32)
-    matrix = w.reshape(w.shape[0], -1)
-    first, second = np.empty(matrix.shape, np.uint8), np.empty(matrix.shape, np.uint8)
-    r1, r2 = np.empty_like(matrix), np.empty_like(matrix)
-    _two_words(matrix, alpha, levels, residual_shift, clip, first, second, r1, r2)
-    # The squared error that a second word removes, in real units of the layer.
-    gain = (r1.astype(np.float64) ** 2 - r2.astype(np.float64) ** 2) * (
-        alpha.astype(np.float64)[:, None] ** 2
-    )
-    gain[second == 0] = 0
+    first, second, gain = _words(w, alpha, bits, residual_shift, clip)
     second[~select(gain, residual_ratio, granularity, tile)] = 0
     return LogWeights(
         first.reshape(w.shape), second.reshape(w.shape), alpha, bits, residual_shift, clip
     )
+
+
+@njit(cache=True, nogil=True)
+def _round_columns(
+    w, update, alpha, levels, residual_shift, clip, eligible, least, first, second, gain
+):
+    """Round the columns of w one by one; leaves in w their errors, over the update's diagonal."""
+    levels = np.int32(levels)
+    top = np.float32(1 << (levels - 1))
+    bound, fine = top * np.float32(clip), np.float32(1 << residual_shift)
+    for o in range(w.shape[0]):
+        unit = alpha[o] / top
+        for j in range(w.shape[1]):
+            r0 = min(max(np.float32(w[o, j] / unit), -bound), bound)
+            code0 = _nearest_code(r0, levels)
+            one = _level(code0, levels)
+            code1 = _nearest_code((r0 - one) * fine, levels)
+            two = one + _level(code1, levels) / fine
+            one_error = (w[o, j] - one * unit) / update[j, j]
+            two_error = (w[o, j] - two * unit) / update[j, j]
+            gain[o, j] = one_error * one_error - two_error * two_error if code1 else 0.0
+            chosen = eligible[o, j] and gain[o, j] > least
+            first[o, j] = code0
+            second[o, j] = code1 if chosen else 0
+            error = two_error if chosen else one_error
+            w[o, j] = error
+            for k in range(j + 1, w.shape[1]):
+                w[o, k] -= error * update[j, k]
+
+
+def round_in_turn(
+    w: np.ndarray, update: np.ndarray, alpha: np.ndarray, bits: int, residual_shift: int,
+    clip: int, eligible: np.ndarray, least: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Choose codes column by column, each error spread over the columns that follow.
+
+    Parameters
+    ----------
+    w : float64 array of shape (O, K)
+        Columns in the order in which they are rounded.
+    update : float64 array of shape (K, K)
+        Upper triangular; column k gets w[:, k] -= error[:, j] * update[j, k] / update[j, j].
+    alpha : float32 array of shape (O,)
+    bits, residual_shift, clip : int
+    eligible : bool array of shape (O, K)
+        Which weights may have second words.
+    least : float
+        What a second word must gain more than.
+
+    Returns
+    -------
+    first, second : uint8 arrays of shape (O, K)
+    gain : float64 array of shape (O, K)
+        What a second word takes, or would take, from the squared error, over update[j, j]^2.
+
+    Notes
+    -----
+    An error counts over update[j, j]: what later columns cannot make up for.
+    """
+    w, levels = w.copy(), exponent_levels(bits)
+    first, second, gain = (np.empty(w.shape, t) for t in (np.uint8, np.uint8, np.float64))
+    for begin in range(0, w.shape[1], _COLUMNS):
+        end = begin + _COLUMNS
+        results = [np.empty(w[:, begin:end].shape, x.dtype) for x in (first, second, gain)]
+        errors = w[:, begin:end].copy()
+        _round_columns(
+            errors, update[begin:end, begin:end].copy(), alpha, levels, residual_shift, clip,
+            eligible[:, begin:end].copy(), least, *results,
+        )  # fmt: skip
+        for target, part in zip((first, second, gain), results, strict=True):
+            target[:, begin:end] = part
+        w[:, end:] -= errors @ update[begin:end, end:]
+    return first, second, gain

@@ -203,9 +203,10 @@ def test_bias_correction_removes_the_mean_error(bits, path):
 
 
 def test_every_layer_is_corrected_before_its_activation(path):
-    convert(network(), path, calibration=noise(64), residual_ratio=0.0)
+    settings = {"calibration": noise(64), "residual_ratio": 0.0, "error_feedback": False}
+    convert(network(), path, **settings)
     corrected = packed_format.read(path)
-    convert(network(), path, calibration=noise(64), residual_ratio=0.0, bias_correction=False)
+    convert(network(), path, **settings, bias_correction=False)
     plain = packed_format.read(path)
     for one, other in zip(corrected.nodes, plain.nodes, strict=True):
         if one.weights is not None:
@@ -253,9 +254,12 @@ def test_report(path):
 def test_progress_is_called_for_every_node(path):
     calls = []
     report = convert(network(), path, calibration=noise(), progress=lambda *a: calls.append(a))
-    count = len(report.layers)
-    assert [done for done, _, _ in calls] == list(range(count + 1))
-    assert {total for _, total, _ in calls} == {count}
+    count, weighted = len(report.layers), sum(layer.nzr is not None for layer in report.layers)
+    measured, walked = calls[:weighted], calls[weighted:]
+    assert [done for done, _, _ in measured] == list(range(weighted))
+    assert {total for _, total, _ in measured} == {weighted}
+    assert [done for done, _, _ in walked] == list(range(count + 1))
+    assert {total for _, total, _ in walked} == {count}
 
 
 def test_progress_bar_needs_a_terminal(path, capsys):

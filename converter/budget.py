@@ -1,0 +1,114 @@
+"""Where second words buy most: one budget for the model, spent by effect on its outputs.
+
+What a second word takes from the squared error of its weight (`docs/quantization.md` section 2),
+times the variance of the weight's input, is what it takes from the error of its layer's outputs;
+times the layer's sensitivity, from the error of the network's. Sensitivities are measured: each
+layer by itself gets single words, and the rest of the float network runs on what comes out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from logshift.converter.evaluate import Evaluator, clamped
+from logshift.converter.feedback import input_variance
+from logshift.converter.float_graph import FloatGraph
+from logshift.converter.progress import Progress
+from logshift.converter.settings import Settings
+from logshift.kernels import codec
+
+_PICTURES = 8  # that sensitivities are measured on
+
+
+def residual_ratios(
+    graph: FloatGraph, samples: Mapping[str, np.ndarray], settings: Settings, progress: Progress
+) -> dict[str, float]:
+    """Divide the model's second words among its layers.
+
+    Parameters
+    ----------
+    graph : FloatGraph
+    samples : dict of input name to float32 array (pictures, C, H, W)
+    settings : Settings
+        `residual_ratio` is the budget: second words, over the weights of all layers.
+    progress : callable(done, total, what)
+
+    Returns
+    -------
+    dict of the output name of a layer with weights to the ratio of its own
+    """
+    layers = [node for node in graph.nodes if node.is_conv]
+    ratio = settings.residual_ratio
+    if ratio in (0.0, 1.0) or len(layers) < 2:
+        return {node.output: ratio for node in layers}
+    network = _Network(graph, {name: x[:_PICTURES] for name, x in samples.items()})
+    worth, sizes, owners = [], [], []
+    for number, node in enumerate(layers):
+        progress(number, len(layers), f"measuring {node.name}")
+        assert node.weight is not None
+        single = codec.encode(node.weight, settings.weight_bits, 0.0)
+        gain = codec.gains(
+            node.weight, single.alpha, single.bits, settings.residual_shift, single.clip
+        )
+        # What is not finite is for the conversion itself to refuse.
+        with np.errstate(over="ignore", invalid="ignore"):
+            sensitivity = network.sensitivity(node.output, single.values())
+            variance = np.nan_to_num(
+                sensitivity * input_variance(node, network.values[node.inputs[0]])
+            )
+        gain *= np.repeat(variance, len(gain) // len(variance), axis=0)
+        blocks, size = codec.blocks(gain, settings.granularity, settings.tile)
+        worth.append(blocks.astype(np.float32) / size)
+        sizes.append(np.full(len(blocks), size))
+        owners.append(np.full(len(blocks), number))
+    best = np.argsort(-np.concatenate(worth), kind="stable")
+    spent = np.cumsum(np.concatenate(sizes)[best])
+    weights = sum(node.weight.size for node in layers if node.weight is not None)
+    bought = np.concatenate(owners)[best[spent <= ratio * weights]]
+    counts = np.bincount(bought, minlength=len(layers))
+    return {
+        node.output: float(counts[number] / len(worth[number]))
+        for number, node in enumerate(layers)
+    }
+
+
+class _Network:
+    """The float network on a few pictures, every tensor kept."""
+
+    def __init__(self, graph: FloatGraph, inputs: dict[str, np.ndarray]) -> None:
+        self.graph, self.values = graph, dict(inputs)
+        self.evaluators = [Evaluator(node) for node in graph.nodes]
+        for node, evaluator in zip(graph.nodes, self.evaluators, strict=True):
+            y = evaluator([self.values[name] for name in node.inputs])
+            self.values[node.output] = clamped(y, node.clamp)
+
+    def sensitivity(self, name: str, weight: np.ndarray) -> float:
+        """Squared relative error of all outputs, per squared error of a layer with this weight.
+
+        What the layer's bias can make up for, the mean error of a channel, is none.
+        """
+        changed: dict[str, np.ndarray] = {}
+        error = 0.0
+        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
+            if node.output != name and not changed.keys() & set(node.inputs):
+                continue
+            inputs = [changed.get(n, self.values[n]) for n in node.inputs]
+            y = evaluator(inputs, weight if node.output == name else None)
+            if node.output == name:
+                exact = evaluator(inputs)
+                y -= (y - exact).mean(axis=(0, 2, 3), keepdims=True)
+                error = float(np.square(y - exact).sum(axis=(1, 2, 3)).mean(dtype=np.float64))
+                # Of one position of the outputs.
+                error /= exact[0, 0].size
+            changed[node.output] = clamped(y, node.clamp)
+        if error == 0.0:
+            return 0.0
+        total = 0.0
+        for info in self.graph.outputs:
+            if info.name in changed:
+                exact = self.values[info.name]
+                power = float(np.square(exact).mean(dtype=np.float64)) or 1.0
+                total += float(np.square(changed[info.name] - exact).mean(dtype=np.float64)) / power
+        return total / error
