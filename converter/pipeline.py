@@ -69,7 +69,7 @@ def convert(
     weight_bits : int
         Bits of a word, 2 to 5.
     residual_ratio : float
-        Share of weights with a second word, 0 to 1.
+        Share of all weights with a second word, 0 to 1; layers whose errors matter more get more.
     activation_bits : int
         2 to 8.
     granularity : {"element", "tile", "filter"}

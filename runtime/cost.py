@@ -19,7 +19,7 @@ from logshift.runtime.graph import Graph, Node, Shape
 from logshift.runtime.table import text_table
 
 # pJ per operation at 45 nm; docs/cost.md has the sources.
-SHIFT_INT16 = 0.057
+SHIFT_INT32 = 0.13
 ADD_INT32 = 0.1
 MULTIPLY_INT8 = 0.2
 ADD_FLOAT32 = 0.9
@@ -100,7 +100,7 @@ class Cost:
         """Estimated pJ of the arithmetic alone, from figures published for 45 nm circuits."""
         total = self.total
         return {
-            "stlq": (total["first"] + total["second"]) * (SHIFT_INT16 + ADD_INT32),
+            "stlq": (total["first"] + total["second"]) * (SHIFT_INT32 + ADD_INT32),
             "int8": total["macs"] * (MULTIPLY_INT8 + ADD_INT32),
             "float32": total["macs"] * (MULTIPLY_FLOAT32 + ADD_FLOAT32),
         }

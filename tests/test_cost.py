@@ -137,7 +137,7 @@ def test_totals():
     record = cost(dense(), tile=(2, 3)).to_dict()
     assert record["tile"] == (2, 3)
     assert record["energy_pj"] == pytest.approx(
-        {"stlq": 160 * (0.057 + 0.1), "int8": 192 * (0.2 + 0.1), "float32": 192 * (3.7 + 0.9)}
+        {"stlq": 160 * (0.13 + 0.1), "int8": 192 * (0.2 + 0.1), "float32": 192 * (3.7 + 0.9)}
     )
     assert record["weight_bits"] == {"stlq": 68, "int8": 96, "float32": 384}
     assert record["activation_bits"] == {"stlq": 560, "int8": 704, "float32": 2816}
