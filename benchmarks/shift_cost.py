@@ -4,9 +4,8 @@
 
 A 3x3 convolution of 128 channels on 28x28 codes, one thread. Its weights are random; first, more
 and more of them have a second word (NZR from 0 to 1), then more and more are zero. The `shift`
-kernel runs on all of them in turns, and the `dot` kernel besides, whose time does not depend on
-weights. Times are printed as multiples of that of single words without zeros, with the straight
-line through them.
+kernel runs on all of them in turns, and besides the kernel that "auto" takes. Times are printed as
+multiples of that of single words without zeros, with the straight line through them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import numpy as np
 
 from benchmarks.bench_kernels import graph_of
 from benchmarks.machine import describe
-from logshift.kernels import abi
 from logshift.kernels.codec import LogWeights, exponent_levels
 from logshift.runtime import executor
 from logshift.runtime.graph import Graph, Node
@@ -69,15 +67,13 @@ def caller(graph: Graph, family: str) -> Callable[[], None]:
 
 
 def measure(bits: int, activation_bits: int, rounds: int) -> dict[str, np.ndarray]:
-    """Return median times in seconds: by NZR, by share of zeros, and of `dot`."""
+    """Return median times in seconds: by NZR, by share of zeros, and of "auto"."""
     cases = {("nzr", share): weights(bits, share, 0) for share in SHARES}
     cases |= {("zeros", share): weights(bits, 0, share) for share in SHARES}
     runs = {
         key: caller(convolution(words, activation_bits), "shift") for key, words in cases.items()
     }
-    runs["dot", 0] = caller(
-        convolution(weights(bits, 0, 0), activation_bits), abi.families("auto")[0]
-    )
+    runs["auto", 0] = caller(convolution(weights(bits, 0, 0), activation_bits), "auto")
     times: dict[tuple[str, float], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, run in runs.items():
@@ -89,7 +85,7 @@ def measure(bits: int, activation_bits: int, rounds: int) -> dict[str, np.ndarra
     result = {
         kind: np.array([median[kind, share] for share in SHARES]) for kind in ("nzr", "zeros")
     }
-    return result | {"dot": np.array([median["dot", 0]])}
+    return result | {"auto": np.array([median["auto", 0]])}
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
@@ -139,7 +135,7 @@ def main() -> None:
             (f"{share:.1f}", f"{nzr / unit:.3f}", f"{zeros / unit:.3f}")
             for share, nzr, zeros in zip(SHARES, result["nzr"], result["zeros"], strict=True)
         ]
-        print(f"\n{name}: {unit * 1e3:.3f} ms; dot {result['dot'][0] / unit:.3f}")
+        print(f"\n{name}: {unit * 1e3:.3f} ms; auto {result['auto'][0] / unit:.3f}")
         print(text_table(rows, left=0))
         for kind in ("nzr", "zeros"):
             slope, intercept, fit = line(SHARES, result[kind] / unit)

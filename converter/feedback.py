@@ -10,11 +10,11 @@ they take from the error of outputs, not of weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
+from logshift.converter.evaluate import Fetch
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.settings import Settings
 from logshift.kernels import codec
@@ -27,9 +27,6 @@ _PASSES = 3  # the choice of second words and the errors it leaves depend on eac
 _SAMPLES_PER_INPUT = 3
 _FEWEST_SAMPLES = 4096
 _ELEMENTS = 2**23  # of inputs that are multiplied together
-
-
-Fetch = Callable[[slice], list[np.ndarray]]
 
 
 def covariance(
@@ -140,6 +137,14 @@ def _columns(node: FloatNode, x: np.ndarray, count: int, rng: np.random.Generato
     return padded[:, i, j].transpose(1, 2, 0)
 
 
+def encode_alone(weight: np.ndarray, settings: Settings, ratio: float) -> LogWeights:
+    """Quantize the weights of one layer, each by itself."""
+    return codec.encode(
+        weight, settings.weight_bits, ratio, granularity=settings.granularity,
+        tile=settings.tile, residual_shift=settings.residual_shift,
+    )  # fmt: skip
+
+
 def encode(
     weight: np.ndarray, moments: np.ndarray, cross: np.ndarray, settings: Settings, ratio: float
 ) -> LogWeights:
@@ -161,10 +166,7 @@ def encode(
     -------
     LogWeights
     """
-    plain = codec.encode(
-        weight, settings.weight_bits, ratio, granularity=settings.granularity,
-        tile=settings.tile, residual_shift=settings.residual_shift,
-    )  # fmt: skip
+    plain = encode_alone(weight, settings, ratio)
     o, group = len(weight), len(moments)
     matrix = weight.reshape(group, o // group, -1).astype(np.float64)
     for g in range(group):

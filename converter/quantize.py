@@ -164,14 +164,7 @@ class _Walk:
                 node, self._quantized(node), self._exact(node), self.count, s.bias_correction
             )
             return feedback.encode(node.weight, moments, cross, s, ratio)
-        return codec.encode(
-            node.weight,
-            s.weight_bits,
-            ratio,
-            granularity=s.granularity,
-            tile=s.tile,
-            residual_shift=s.residual_shift,
-        )
+        return feedback.encode_alone(node.weight, s, ratio)
 
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
         if node.op in SAME_QUANTIZATION:

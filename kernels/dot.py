@@ -31,6 +31,7 @@ from logshift.kernels.microkernels import (
     Microkernel,
 )
 from logshift.kernels.native import as_pointer, call_tile
+from logshift.kernels.portable import ROUND
 
 # Blocks of channels that one call of a microkernel takes: the first one, how many, and what begins
 # where for them; x0 and o0 are input and output channels.
@@ -42,8 +43,6 @@ _CHUNK_WEIGHTS = 16384
 _TABLE = 8 * 32
 _SCRATCH = 256 + 4 * _TABLE + 4 * 28 * 64
 assert TILE.itemsize <= 256 and all(k.pixels <= 32 for k in MICROKERNELS.values())
-
-_ROUND = np.float32(12582912.0)  # see `portable`
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,7 +281,7 @@ def fill_in(a, t):
     t.x_step, t.table, t.table_end = a.x_step, a.table, a.table + np.uintp(256)
     if a.float_output:
         return 4
-    t.lo_code = np.int32(np.int64((a.lo + _ROUND) - _ROUND) * 0x01010101)
+    t.lo_code = np.int32(np.int64((a.lo + ROUND) - ROUND) * 0x01010101)
     return 1
 
 

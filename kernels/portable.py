@@ -20,13 +20,13 @@ _PIXELS = 4  # output pixels that share one pass over the weights
 
 # Adding and subtracting 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with
 # two additions that every machine has in vector form.
-_ROUND = np.float32(12582912.0)
+ROUND = np.float32(12582912.0)
 
 
 @njit(inline="always")
 def _to_code(v, lo, hi):
     v = min(max(v, lo), hi)
-    return np.uint8(np.int32((v + _ROUND) - _ROUND))
+    return np.uint8(np.int32((v + ROUND) - ROUND))
 
 
 @njit(inline="always")
@@ -548,8 +548,8 @@ def _quantized(v, scale, zero_point, top):
     v = v / scale
     if not v > -zero_point:  # also NaN
         v = -zero_point
-    # Clamping before rounding gives the same code and keeps _ROUND's trick in range.
-    v = (min(v, top - zero_point) + _ROUND) - _ROUND
+    # Clamping before rounding gives the same code and keeps ROUND's trick in range.
+    v = (min(v, top - zero_point) + ROUND) - ROUND
     return np.uint8(np.int32(v + zero_point))
 
 

@@ -34,14 +34,13 @@ from logshift.kernels.dot import address_of
 from logshift.kernels.layer import Layer, Packed, reading_offsets
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
+from logshift.kernels.portable import ROUND
 
 _ONE_DIGIT = 5  # bits of codes that need not be split
 
 # Rows of a panel: `PIECE` bytes from `offset` on, counted from an output pixel's first input,
 # become rows from `row` on.
 ROWS = np.dtype([("offset", np.int64), ("row", np.int64)])
-
-_ROUND = np.float32(12582912.0)  # see `portable`
 
 
 # --- packing ------------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def _write_codes(a, sums, m, b, r, y, words):
             code = residuals >> byte & np.uint32(255)
             t = sums[np.uintp(q) * quarter + i]
             v = _real(t, m, b, has_residual, code, z_r, m_r, lo, hi)
-            codes |= np.uint32(np.int32((v + _ROUND) - _ROUND)) << byte
+            codes |= np.uint32(np.int32((v + ROUND) - ROUND)) << byte
         y[i] = codes
 
 

@@ -130,3 +130,28 @@ def test_largest_sums_and_no_sums(activation_bits, sign):
     inputs = {name: x.astype(np.float32) for name, x in inputs.items()}
     expected = Session(graph, kernels="reference").run(inputs)
     assert np.array_equal(Session(graph, kernels="shift").run(inputs), expected)
+
+
+def test_auto_takes_it_where_there_are_no_products_of_bytes(monkeypatch):
+    """Not for depthwise convolutions, nor for a few pixels; and never where there are."""
+    rng = np.random.default_rng(5)
+    dense = random_weights(rng, (40, 3, 3, 64), 4, 0.15, 0)
+    depthwise = random_weights(rng, (40, 3, 3, 1), 4, 0.15, 0)
+    graphs = [
+        network(40, 3, 64, 1, 8, dense),
+        network(40, 3, 64, 1, 8, dense, size=1),
+        network(40, 3, 40, 40, 8, depthwise),
+    ]
+
+    def families():
+        chosen = [next(iter(prepare(graph, "auto").values()))[0].kernel for graph in graphs]
+        return [kernel.family for kernel in chosen]
+
+    if any(k.family == "dot" and k.available() for k in abi.kernels()):
+        assert families() == ["dot"] * 3
+    without = {
+        key: replace(k, available=lambda: False) if k.family == "dot" else k
+        for key, k in abi._REGISTRY.items()
+    }
+    monkeypatch.setattr(abi, "_REGISTRY", without)
+    assert families() == ["shift", "portable", "portable"]
