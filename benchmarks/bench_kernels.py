@@ -71,7 +71,7 @@ def plan_with(graph: Graph, kernel: abi.Kernel) -> Plan:
         index: [replace(part, kernel=kernel, packed=kernel.pack(part.layer)) for part in parts]
         for index, parts in prepare(graph, "portable").items()
     }
-    return Plan(graph, convolutions, kernel.family, graph.nominal_shapes(), 1)
+    return Plan(graph, convolutions, kernel.family, graph.nominal(), 1)
 
 
 def cases() -> Iterator[tuple[Graph, abi.Kernel]]:

@@ -51,8 +51,7 @@ def measure(path: Path, rounds: int, seconds: float) -> tuple[list[Measured], fl
     session = runtime.load(path, threads=1)
     layers = {layer.name: layer for layer in session.summary().layers if layer.macs}
     graph = session.graph
-    shapes = graph.nominal_shapes()
-    plan = Plan(graph, prepare(graph, "auto"), "auto", shapes, threads=1)
+    plan = Plan(graph, prepare(graph, "auto"), "auto", graph.nominal(), threads=1)
     rng = np.random.default_rng(2)
     inputs = {i.name: rng.standard_normal(i.nominal).astype(np.float32) for i in graph.inputs}
     outputs = plan.bind(inputs)  # held: the program writes into them

@@ -52,7 +52,7 @@ def convolution(words: LogWeights, activation_bits: int) -> Graph:
 
 def caller(graph: Graph, family: str) -> Callable[[], None]:
     """Return what runs the convolution's kernel once, on one thread."""
-    plan = Plan(graph, prepare(graph, family), family, graph.nominal_shapes(), 1)
+    plan = Plan(graph, prepare(graph, family), family, graph.nominal(), 1)
     rng = np.random.default_rng(4)
     held = {i.name: rng.standard_normal(i.nominal).astype(np.float32) for i in graph.inputs}
     outputs = plan.bind(held)

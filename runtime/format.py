@@ -22,9 +22,9 @@ import safetensors.numpy
 from logshift.kernels import bitpack, codec
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import FormatError, InputError
-from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.graph import NEWEST_OPSET, Graph, Node, Quantization, ValueInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_KEY = "logshift"
 CHECKSUM_KEY = "checksum"
 
@@ -92,6 +92,12 @@ def serialize(graph: Graph) -> bytes:
         "nodes": nodes,
         "settings": graph.settings,
     }
+    if any(node.is_onnx for node in graph.nodes):
+        manifest["opset"] = graph.opset
+    if graph.constants:
+        manifest["constants"] = list(graph.constants)
+        for index, array in enumerate(graph.constants.values()):
+            tensors[f"constant.{index}"] = np.array(array, order="C")
     if graph.preprocessing is not None:
         manifest["preprocessing"] = graph.preprocessing
     if graph.labels is not None:
@@ -118,7 +124,8 @@ def _checksum(manifest: str, tensors: dict[str, np.ndarray]) -> str:
 
 
 def _value_info_record(info: ValueInfo) -> dict[str, Any]:
-    return {"name": info.name, "shape": list(info.shape), "nominal": list(info.nominal)}
+    record = {"name": info.name, "shape": list(info.shape), "nominal": list(info.nominal)}
+    return record if info.dtype == "float32" else record | {"dtype": info.dtype}
 
 
 def _pack_node(
@@ -130,10 +137,16 @@ def _pack_node(
         "inputs": node.inputs,
         "outputs": node.outputs,
     }
+    if node.domain:
+        record["domain"] = node.domain
     if node.attributes:
         record["attributes"] = node.attributes
-    if node.weights is not None and node.bias is not None:
+    if node.weights is not None:
         record["weight"] = _pack_weights(index, node.weights, graph.settings, tensors)
+    elif node.float_weights is not None:
+        record["weight"] = {"shape": list(node.float_weights.shape), "dtype": "float32"}
+        tensors[f"{index}.weight"] = np.ascontiguousarray(node.float_weights, np.float32).ravel()
+    if node.bias is not None:
         tensors[f"{index}.bias"] = np.ascontiguousarray(node.bias, np.float32)
     if node.table is not None:
         tensors[f"{index}.table"] = np.ascontiguousarray(node.table, np.uint8)
@@ -334,6 +347,16 @@ def _graph(manifest: dict[str, Any], tensors: dict[str, np.ndarray]) -> Graph:
         _unpack_node(index, record, tensors, used)
         for index, record in enumerate(_field(manifest, "nodes", list, where))
     ]
+    constants: dict[str, np.ndarray] = {}
+    if "constants" in manifest:
+        for index, name in enumerate(_strings(manifest, "constants", where)):
+            key = f"constant.{index}"
+            if key not in tensors:
+                raise FormatError(f"tensor {key!r} is missing")
+            if name in constants:
+                raise FormatError(f"constant {name!r} is given twice")
+            used.add(key)
+            constants[name] = tensors[key]
     if extra := set(tensors) - used:
         raise FormatError(f"tensor {min(extra)!r} belongs to no node")
     preprocessing = manifest.get("preprocessing")
@@ -346,6 +369,8 @@ def _graph(manifest: dict[str, Any], tensors: dict[str, np.ndarray]) -> Graph:
         None if preprocessing is None else _field(manifest, "preprocessing", dict, where),
         None if labels is None else _strings(manifest, "labels", where),
         _field(manifest, "settings", dict, where),
+        constants,
+        _field(manifest, "opset", int, where) if "opset" in manifest else NEWEST_OPSET,
     )
     graph.validate()
     return graph
@@ -357,7 +382,8 @@ def _value_info(record: Any, kind: str) -> ValueInfo:
     nominal = _field(record, "nominal", list, f"{kind} {name!r}")
     if not all(type(d) in (int, str) for d in shape) or not all(type(d) is int for d in nominal):
         raise FormatError(f"{kind} {name!r}: dimensions must be integers or names")
-    return ValueInfo(name, tuple(shape), tuple(nominal))
+    dtype = _field(record, "dtype", str, f"{kind} {name!r}") if "dtype" in record else "float32"
+    return ValueInfo(name, tuple(shape), tuple(nominal), dtype)
 
 
 def _unpack_node(index: int, record: Any, tensors: dict[str, np.ndarray], used: set[str]) -> Node:
@@ -368,7 +394,10 @@ def _unpack_node(index: int, record: Any, tensors: dict[str, np.ndarray], used: 
         _strings(record, "inputs", where),
         _strings(record, "outputs", where),
         dict(_field(record, "attributes", dict, where)) if "attributes" in record else {},
+        domain=_field(record, "domain", str, where) if "domain" in record else "",
     )
+    if node.domain:
+        return node
 
     def take(name: str, dtype: type, shape: tuple[int, ...] | None = None) -> np.ndarray:
         key = f"{index}.{name}"
@@ -390,7 +419,14 @@ def _unpack_node(index: int, record: Any, tensors: dict[str, np.ndarray], used: 
         if len(shape) != 4 or not all(type(d) is int and 1 <= d <= _MAX_WEIGHTS for d in shape):
             raise FormatError(f"{where}: weight shape {shape} must be four positive integers")
         node.bias = take("bias", np.float32, (shape[0],))
-        node.weights = _unpack_weights(weight, shape, where, take)
+        if "dtype" in weight:
+            if weight["dtype"] != "float32":
+                raise FormatError(f"{where}: weights of dtype {weight['dtype']!r} are not known")
+            # Python integers: no product of claimed sizes can overflow before it is judged.
+            count = shape[0] * shape[1] * shape[2] * shape[3]
+            node.float_weights = take("weight", np.float32, (count,)).reshape(shape)
+        else:
+            node.weights = _unpack_weights(weight, shape, where, take)
     elif node.op == "Lookup":
         node.table = take("table", np.uint8, (256,))
     return node

@@ -1,7 +1,9 @@
 """The packed graph: nodes, quantization and shape inference, as stored in a `.stlq` file.
 
 Shapes and axes are ONNX's (N, C, H, W); how tensors lie in memory is the executor's business.
-A tensor named in `Graph.quantization` holds uint8 codes, every other tensor is float32.
+A tensor named in `Graph.quantization` holds uint8 codes. Packed operators work on codes or on
+float32; nodes of the domain "ai.onnx" are ONNX operators in ONNX's own form, on tensors of any type
+and rank but codes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import FormatError, InputError
+from logshift.runtime import numpy_ops
 
 Shape = tuple[int, ...]
 Dim = int | str
@@ -23,6 +26,16 @@ Dim = int | str
 # inside what an allocator can answer for.
 MAX_ELEMENTS = 2**31 - 1
 MAX_ATTRIBUTE = 2**16
+MAX_RANK = 8
+
+ONNX_DOMAIN = "ai.onnx"
+NEWEST_OPSET = 26
+
+# Types of tensors that are no codes.
+DTYPES = (
+    "float32", "float64", "float16", "bool",
+    "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,12 @@ class Quantization:
 
 @dataclass(frozen=True)
 class ValueInfo:
-    """A graph input or output: float32; `shape` may name dimensions, `nominal` gives their size."""
+    """A graph input or output; `shape` may name dimensions, `nominal` gives their size."""
 
     name: str
     shape: tuple[Dim, ...]
     nominal: Shape
+    dtype: str = "float32"
 
 
 @dataclass
@@ -55,18 +69,23 @@ class Node:
     Attributes
     ----------
     op : str
-        A key of `OPERATORS`.
+        A key of `OPERATORS`, or an ONNX operator.
     name : str
         Name of the ONNX node it came from.
     inputs, outputs : tensor names
+        Packed operators have one output; "" stands for what an ONNX operator can do without.
     attributes : dict
         ONNX names and meanings; defaults of `OPERATORS` filled in.
     weights : LogWeights, optional
         Conv and ConvTranspose; shape (O, kh, kw, C / group).
+    float_weights : float32 array (O, kh, kw, C / group), optional
+        Instead of `weights`, of a Conv or ConvTranspose on float32 that is not quantized.
     bias : float32 array of shape (O,), optional
-        With `weights`.
+        With weights of either kind.
     table : uint8 array of shape (256,), optional
         Lookup.
+    domain : str
+        "" for a packed operator, "ai.onnx" for an ONNX operator.
     """
 
     op: str
@@ -77,6 +96,20 @@ class Node:
     weights: LogWeights | None = None
     bias: np.ndarray | None = None
     table: np.ndarray | None = None
+    float_weights: np.ndarray | None = None
+    domain: str = ""
+
+    @property
+    def is_onnx(self) -> bool:
+        """Tell whether it is an ONNX operator in ONNX's own form."""
+        return self.domain == ONNX_DOMAIN
+
+    @property
+    def weight_shape(self) -> Shape | None:
+        """(O, kh, kw, C / group), or None without weights."""
+        if self.weights is not None:
+            return self.weights.shape
+        return None if self.float_weights is None else self.float_weights.shape
 
     def weight_uses(self, shapes: Mapping[str, Shape]) -> int:
         """How often each weight is used: once per output position, or input one if transposed."""
@@ -100,6 +133,10 @@ class Graph:
         Class labels of the first output.
     settings : dict
         How the converter was called; for the reader's eye only.
+    constants : dict of tensor name to array
+        Constant inputs of ONNX operators.
+    opset : int
+        Version of the ONNX operators.
     """
 
     inputs: list[ValueInfo]
@@ -109,20 +146,28 @@ class Graph:
     preprocessing: dict[str, Any] | None = None
     labels: list[str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    opset: int = NEWEST_OPSET
 
     def is_code(self, tensor: str) -> bool:
-        """Tell whether a tensor holds uint8 codes (else float32)."""
+        """Tell whether a tensor holds uint8 codes."""
         return tensor in self.quantization
 
-    def infer_shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Shapes (N, C, H, W) of all tensors for given input shapes.
+    def on_codes(self, node: Node) -> bool:
+        """Tell whether a node reads codes."""
+        return any(self.is_code(name) for name in node.inputs)
+
+    def infer(self, inputs: Mapping[str, Shape]) -> Inference:
+        """Infer what can be known of all tensors from input shapes alone.
 
         Raises
         ------
         InputError
             If the inputs do not fit the graph's declared shapes or a node cannot take them.
         """
-        shapes: dict[str, Shape] = {}
+        found = Inference({}, {}, dict(self.constants))
+        for name, array in self.constants.items():
+            found.shapes[name], found.dtypes[name] = array.shape, array.dtype
         bound: dict[str, int] = {}
         for info in self.inputs:
             shape = tuple(int(d) for d in inputs[info.name])
@@ -131,25 +176,26 @@ class Graph:
                 raise InputError(f"input {info.name!r} has shape {shape}, expected {declared}")
             for size, dim in zip(shape, info.shape, strict=True):
                 expected = bound.setdefault(dim, size) if isinstance(dim, str) else dim
-                if size != expected or size < 1:
+                if size != expected or size < (dim != 0):
                     raise InputError(f"input {info.name!r} has shape {shape}, expected {declared}")
-            shapes[info.name] = shape
+            found.shapes[info.name], found.dtypes[info.name] = shape, np.dtype(info.dtype)
         for node in self.nodes:
             try:
-                shape = OPERATORS[node.op].shape(node, [shapes[name] for name in node.inputs])
-            except _ShapeError as error:
+                if node.is_onnx:
+                    _infer_onnx(self, node, found)
+                else:
+                    _infer_packed(self, node, found)
+            except (_ShapeError, InputError) as error:
                 raise InputError(f"node {node.name!r} ({node.op}): {error}") from None
-            if min(shape) < 1 or math.prod(shape) > MAX_ELEMENTS:
-                raise InputError(
-                    f"node {node.name!r} ({node.op}) would produce shape {shape};"
-                    " the input is too small or too large for this network"
-                )
-            shapes[node.outputs[0]] = shape
-        return shapes
+        return found
+
+    def nominal(self) -> Inference:
+        """Infer at the nominal input size."""
+        return self.infer({info.name: info.nominal for info in self.inputs})
 
     def nominal_shapes(self) -> dict[str, Shape]:
         """Shapes of all tensors at the nominal input size."""
-        return self.infer_shapes({info.name: info.nominal for info in self.inputs})
+        return self.nominal().shapes
 
     def validate(self) -> None:
         """Check everything that a kernel will trust, except the input of a particular run.
@@ -169,46 +215,78 @@ class Graph:
                 raise FormatError(f"tensor {tensor!r}: {q.bits} bits; codes have 2 to 8")
             if not 0 <= q.zero_point <= q.top:
                 raise FormatError(f"tensor {tensor!r}: zero point {q.zero_point} is not a code")
+        if not 1 <= self.opset <= NEWEST_OPSET:
+            raise FormatError(f"opset {self.opset} is not known; known are 1 to {NEWEST_OPSET}")
         known: set[str] = set()
         for info in self.inputs:
             if info.name in known or self.is_code(info.name):
-                raise FormatError(f"input {info.name!r} is given twice or is not float32")
+                raise FormatError(f"input {info.name!r} is given twice or holds codes")
             _check_value_info("input", info)
             known.add(info.name)
+        for name, array in self.constants.items():
+            if name in known or self.is_code(name) or not name:
+                raise FormatError(f"constant {name!r} has the name of another tensor")
+            if array.dtype.name not in DTYPES or array.ndim > MAX_RANK:
+                raise FormatError(f"constant {name!r} is {array.dtype} of rank {array.ndim}")
+            known.add(name)
         for node in self.nodes:
             label = f"node {node.name!r} ({node.op})"
-            if node.op not in OPERATORS:
-                raise FormatError(f"{label}: unknown operator")
-            if len(node.outputs) != 1:
-                raise FormatError(f"{label}: every node has one output")
             for name in node.inputs:
-                if name not in known:
+                if name not in known and not (node.is_onnx and name == ""):
                     raise FormatError(f"{label}: input {name!r} is produced by no earlier node")
-            if node.outputs[0] in known:
-                raise FormatError(f"{label}: output {node.outputs[0]!r} is produced twice")
-            known.add(node.outputs[0])
+            for name in node.outputs:
+                if name in known:
+                    raise FormatError(f"{label}: output {name!r} is produced twice")
+                if name:
+                    known.add(name)
             try:
-                _check_node(self, node)
+                if node.is_onnx:
+                    _check_onnx_node(self, node)
+                else:
+                    _check_node(self, node)
             except _ShapeError as error:
                 raise FormatError(f"{label}: {error}") from None
         if unused := set(self.quantization) - known:
             raise FormatError(f"quantization given for unknown tensor {min(unused)!r}")
         for info in self.outputs:
             if info.name not in known or self.is_code(info.name):
-                raise FormatError(f"output {info.name!r} is produced by no node or is not float32")
+                raise FormatError(f"output {info.name!r} is produced by no node or holds codes")
+            _check_value_info("output", info)
         if len({info.name for info in self.outputs}) != len(self.outputs):
             raise FormatError("an output is given twice")
         try:
-            shapes = self.nominal_shapes()
+            found = self.nominal()
         except InputError as error:
             raise FormatError(str(error)) from None
         for info in self.outputs:
-            _check_value_info("output", info)
-            if shapes[info.name] != info.nominal:
+            # What only a run can tell is checked by nobody.
+            shape = found.shapes.get(info.name, info.nominal)
+            dtype = found.dtypes.get(info.name, np.dtype(info.dtype))
+            if shape != info.nominal or dtype != info.dtype:
                 raise FormatError(
-                    f"output {info.name!r} is declared {info.nominal} but the graph produces"
-                    f" {shapes[info.name]}"
+                    f"output {info.name!r} is declared {info.dtype} {info.nominal} but the graph"
+                    f" produces {dtype} {shape}"
                 )
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What is known before a run.
+
+    Attributes
+    ----------
+    shapes : dict of tensor name to Shape
+        (N, C, H, W) of packed operators' tensors. Tensors are missing if their shapes depend on
+        values that only a run can tell.
+    dtypes : dict of tensor name to dtype
+        Of the same tensors; uint8 for codes.
+    values : dict of tensor name to array
+        Constants, and what follows from them and from shapes.
+    """
+
+    shapes: dict[str, Shape]
+    dtypes: dict[str, np.dtype]
+    values: dict[str, np.ndarray]
 
 
 class _ShapeError(Exception):
@@ -216,13 +294,93 @@ class _ShapeError(Exception):
 
 
 def _check_value_info(kind: str, info: ValueInfo) -> None:
-    if len(info.shape) != len(info.nominal) or not 1 <= len(info.shape) <= 4:
-        raise FormatError(f"{kind} {info.name!r}: shape and nominal shape must have equal rank 1-4")
+    if not info.name:
+        raise FormatError(f"an {kind} has no name")
+    if info.dtype not in DTYPES:
+        raise FormatError(f"{kind} {info.name!r}: dtype {info.dtype!r} is not known")
+    if len(info.shape) != len(info.nominal) or len(info.shape) > MAX_RANK:
+        raise FormatError(
+            f"{kind} {info.name!r}: shape and nominal shape must have equal rank, at most {MAX_RANK}"
+        )
     for dim, size in zip(info.shape, info.nominal, strict=True):
-        if not 1 <= size <= MAX_ELEMENTS or (isinstance(dim, int) and dim != size):
+        if not 0 <= size <= MAX_ELEMENTS or (isinstance(dim, int) and dim != size):
             raise FormatError(
                 f"{kind} {info.name!r}: nominal shape {info.nominal} does not fit {info.shape}"
             )
+
+
+# --- inference ----------------------------------------------------------------------------------
+
+
+def _infer_packed(graph: Graph, node: Node, found: Inference) -> None:
+    out = node.outputs[0]
+    for name in node.inputs:
+        if name not in found.shapes:
+            raise _ShapeError(f"the shape of its input {name!r} depends on values")
+        expected = np.dtype(np.uint8 if graph.is_code(name) else np.float32)
+        if found.dtypes[name] != expected:
+            raise _ShapeError(f"its input {name!r} is {found.dtypes[name]}, not {expected}")
+    shape = OPERATORS[node.op].shape(node, [found.shapes[name] for name in node.inputs])
+    if min(shape, default=0) < 1 or math.prod(shape) > MAX_ELEMENTS:
+        raise _ShapeError(
+            f"would produce shape {shape}; the input is too small or too large for this network"
+        )
+    found.shapes[out] = shape
+    found.dtypes[out] = np.dtype(np.uint8 if graph.is_code(out) else np.float32)
+
+
+# Inputs of ONNX operators whose values decide about the output's shape.
+_SHAPE_INPUTS: dict[str, tuple[int, ...]] = {
+    "CenterCropPad": (1,), "Col2Im": (1, 2), "ConstantOfShape": (0,), "DFT": (1,), "Expand": (1,),
+    "MaxUnpool": (2,), "OneHot": (1,), "Pad": (1, 3), "Range": (0, 1, 2), "Reshape": (1,),
+    "Resize": (1, 2, 3), "STFT": (1, 3), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,),
+    "Tile": (1,), "TopK": (1,), "Unsqueeze": (1,), "Upsample": (1,),
+    **dict.fromkeys(
+        (f"Reduce{kind}" for kind in (
+            "L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"
+        )), (1,),
+    ),
+}  # fmt: skip
+# Values up to this size are computed from shapes before a run, and kept.
+_KEPT_ELEMENTS = 2**20
+
+
+def _infer_onnx(graph: Graph, node: Node, found: Inference) -> None:
+    """Run an ONNX operator: on what is known, else on zeros, whose result has the right shape."""
+    names = [name for name in node.inputs if name]
+    if any(name not in found.shapes for name in names):
+        return
+    if node.op in ("Shape", "Size"):
+        known = True
+        arguments = [_zeros(found, name) for name in node.inputs]
+    else:
+        known = all(name in found.values for name in names)
+        if not known and node.op in numpy_ops.DATA_DEPENDENT:
+            return
+        for index in _SHAPE_INPUTS.get(node.op, ()):
+            name = node.inputs[index] if index < len(node.inputs) else ""
+            if name and name not in found.values:
+                return
+        arguments = [
+            found.values[name] if name in found.values else _zeros(found, name)
+            for name in node.inputs
+        ]
+    results = numpy_ops.compute(node.op, node.attributes, graph.opset, arguments, len(node.outputs))
+    for name, y in zip(node.outputs, results, strict=True):
+        if not name:
+            continue
+        if y.size > MAX_ELEMENTS or y.ndim > MAX_RANK:
+            raise _ShapeError(f"would produce shape {y.shape}; the input is too large")
+        found.shapes[name], found.dtypes[name] = y.shape, y.dtype
+        if known and y.size <= _KEPT_ELEMENTS:
+            found.values[name] = y
+
+
+def _zeros(found: Inference, name: str) -> np.ndarray | None:
+    """Return zeros that take no memory; None for an input that is not given."""
+    if not name:
+        return None
+    return np.broadcast_to(np.zeros((), found.dtypes[name]), found.shapes[name])
 
 
 # --- shape functions: node, input shapes -> output shape --------------------------------------
@@ -242,6 +400,10 @@ def _shape_same(node: Node, inputs: list[Shape]) -> Shape:
     return inputs[0]
 
 
+def _shape_unary(node: Node, inputs: list[Shape]) -> Shape:
+    return _rank4(inputs[0])
+
+
 def _shape_residual(node: Node, inputs: list[Shape], out: Shape) -> Shape:
     if len(inputs) == 2 and inputs[1] != out:
         raise _ShapeError(f"adds a tensor of shape {inputs[1]} to its result of shape {out}")
@@ -249,9 +411,9 @@ def _shape_residual(node: Node, inputs: list[Shape], out: Shape) -> Shape:
 
 
 def _shape_conv(node: Node, inputs: list[Shape]) -> Shape:
-    assert node.weights is not None
+    assert node.weight_shape is not None
     n, c, h, w = _rank4(inputs[0])
-    o, kh, kw, cg = node.weights.shape
+    o, kh, kw, cg = node.weight_shape
     a = node.attributes
     if c != cg * a["group"]:
         raise _ShapeError(f"takes {cg * a['group']} channels, its input has {c}")
@@ -262,9 +424,9 @@ def _shape_conv(node: Node, inputs: list[Shape]) -> Shape:
 
 
 def _shape_conv_transpose(node: Node, inputs: list[Shape]) -> Shape:
-    assert node.weights is not None
+    assert node.weight_shape is not None
     n, c, h, w = _rank4(inputs[0])
-    o, kh, kw, cg = node.weights.shape
+    o, kh, kw, cg = node.weight_shape
     a = node.attributes
     if c != cg * a["group"]:
         raise _ShapeError(f"takes {cg * a['group']} channels, its input has {c}")
@@ -406,6 +568,10 @@ def _clamp(v: Any) -> bool:
     )
 
 
+def _number(v: Any) -> bool:
+    return type(v) in (int, float) and abs(v) < 1e30
+
+
 def _optional(check: Check) -> Check:
     return lambda v: v is None or check(v)
 
@@ -435,7 +601,7 @@ class Operator:
     """What a packed node of this kind may look like.
 
     `arity` bounds the number of inputs; `codes` says which of (inputs, output) hold codes:
-    "c" codes, "f" float32, "?" either for the output.
+    "c" codes, "f" float32, "?" either for the output; several pairs are alternatives.
     """
 
     shape: Callable[[Node, list[Shape]], Shape]
@@ -447,23 +613,23 @@ class Operator:
 OPERATORS: dict[str, Operator] = {
     "QuantizeLinear": Operator(_shape_same, (1, 1), "fc"),
     "DequantizeLinear": Operator(_shape_same, (1, 1), "cf"),
-    "Conv": Operator(_shape_conv, (1, 2), "c?", _CONV_ATTRIBUTES),
+    "Conv": Operator(_shape_conv, (1, 2), "c? ff", _CONV_ATTRIBUTES),
     "ConvTranspose": Operator(
-        _shape_conv_transpose, (1, 2), "c?",
+        _shape_conv_transpose, (1, 2), "c? ff",
         # It runs as one convolution per phase of the output: strides[0] * strides[1] of them.
         {**_CONV_ATTRIBUTES, "strides": ([1, 1], _integers(2, 1, 32)),
          "output_padding": ([0, 0], _integers(2, 0))},
     ),
-    "MaxPool": Operator(_shape_pool, (1, 1), "cc", _POOL_ATTRIBUTES),
+    "MaxPool": Operator(_shape_pool, (1, 1), "cc ff", _POOL_ATTRIBUTES),
     "AveragePool": Operator(
-        _shape_pool, (1, 1), "cc", {**_POOL_ATTRIBUTES, "count_include_pad": (0, _one_of(0, 1))}
+        _shape_pool, (1, 1), "cc ff", {**_POOL_ATTRIBUTES, "count_include_pad": (0, _one_of(0, 1))}
     ),
-    "GlobalAveragePool": Operator(_shape_global_pool, (1, 1), "cc"),
-    "Add": Operator(_shape_add, (2, 2), "cc", {"clamp": ([None, None], _clamp)}),
-    "Concat": Operator(_shape_concat, (1, 4096), "cc", {"axis": (1, _one_of(1, 2, 3))}),
+    "GlobalAveragePool": Operator(_shape_global_pool, (1, 1), "cc ff"),
+    "Add": Operator(_shape_add, (2, 2), "cc ff", {"clamp": ([None, None], _clamp)}),
+    "Concat": Operator(_shape_concat, (1, 4096), "cc ff", {"axis": (1, _one_of(1, 2, 3))}),
     "Lookup": Operator(_shape_same, (1, 1), "cc"),
     "Resize": Operator(
-        _shape_resize, (1, 1), "cc",
+        _shape_resize, (1, 1), "cc ff",
         {
             "mode": (_REQUIRED, _one_of("nearest", "linear")),
             "coordinate_transformation_mode": (
@@ -479,21 +645,31 @@ OPERATORS: dict[str, Operator] = {
         },
     ),
     "DepthToSpace": Operator(
-        _shape_depth_to_space, (1, 1), "cc",
+        _shape_depth_to_space, (1, 1), "cc ff",
         {"blocksize": (_REQUIRED, lambda v: type(v) is int and 1 <= v <= 64),
          "mode": ("DCR", _one_of("DCR", "CRD"))},
     ),
     "Slice": Operator(
-        _shape_slice, (1, 1), "cc",
+        _shape_slice, (1, 1), "cc ff",
         {"axes": (_REQUIRED, lambda v: _slices(v) and set(v) <= {1, 2, 3}),
          "starts": (_REQUIRED, _slices), "ends": (_REQUIRED, _slices),
          "steps": (_REQUIRED, lambda v: _slices(v) and all(1 <= i <= MAX_ATTRIBUTE for i in v))},
     ),
     "Pad": Operator(
-        _shape_pad, (1, 1), "cc",
+        _shape_pad, (1, 1), "cc ff",
         {"pads": (_REQUIRED, lambda v: _integers(8, 0)(v) and v[0] == v[4] == 0)},
     ),
     "Flatten": Operator(_shape_flatten, (1, 1), "ff"),
+    "Clip": Operator(_shape_unary, (1, 1), "ff", {"clamp": ([None, None], _clamp)}),
+    "LeakyRelu": Operator(_shape_unary, (1, 1), "ff", {"alpha": (0.01, _number)}),
+    "Elu": Operator(_shape_unary, (1, 1), "ff", {"alpha": (1.0, _number)}),
+    "Sigmoid": Operator(_shape_unary, (1, 1), "ff"),
+    "Tanh": Operator(_shape_unary, (1, 1), "ff"),
+    "HardSigmoid": Operator(
+        _shape_unary, (1, 1), "ff", {"alpha": (0.2, _number), "beta": (0.5, _number)}
+    ),
+    "HardSwish": Operator(_shape_unary, (1, 1), "ff"),
+    "Swish": Operator(_shape_unary, (1, 1), "ff"),
 }  # fmt: skip
 
 # Operators whose output codes mean what their input codes mean, so both share one quantization.
@@ -501,11 +677,17 @@ SAME_QUANTIZATION = {"MaxPool", "Resize", "DepthToSpace", "Slice", "Pad"}
 
 
 def _check_node(graph: Graph, node: Node) -> None:
+    if node.domain or node.op not in OPERATORS:
+        raise _ShapeError(f"unknown operator{f' of domain {node.domain!r}' * bool(node.domain)}")
     operator = OPERATORS[node.op]
     low, high = operator.arity
     if not low <= len(node.inputs) <= high:
         raise _ShapeError(f"has {len(node.inputs)} inputs, takes {low} to {high}")
-    kind_in, kind_out = tuple(operator.codes)
+    if len(node.outputs) != 1 or not node.outputs[0]:
+        raise _ShapeError("has one output")
+    first = "c" if graph.is_code(node.inputs[0]) else "f"
+    choices = operator.codes.split()
+    kind_in, kind_out = next((c for c in choices if c[0] == first), choices[0])
     for name in node.inputs:
         if graph.is_code(name) != (kind_in == "c"):
             expected = "codes" if kind_in == "c" else "float32"
@@ -524,10 +706,27 @@ def _check_node(graph: Graph, node: Node) -> None:
             raise _ShapeError(f"attribute {key} = {node.attributes[key]!r} is not allowed")
     if (
         node.op in SAME_QUANTIZATION
+        and kind_out == "c"
         and graph.quantization[out] != graph.quantization[node.inputs[0]]
     ):
         raise _ShapeError(f"output {out!r} must have the quantization of its input")
     _OWN_CHECKS.get(node.op, lambda graph, node: None)(graph, node)
+
+
+def _check_onnx_node(graph: Graph, node: Node) -> None:
+    if node.op not in numpy_ops.OPERATORS:
+        raise _ShapeError("unknown ONNX operator")
+    if node.weight_shape is not None or node.table is not None or node.bias is not None:
+        raise _ShapeError("ONNX operators have no weights of their own")
+    if not any(node.outputs):
+        raise _ShapeError("has no output")
+    for name in (*node.inputs, *node.outputs):
+        if graph.is_code(name):
+            raise _ShapeError(f"{name!r} holds codes, which ONNX operators do not know")
+    for key, value in node.attributes.items():
+        items = value if isinstance(value, list) else [value]
+        if not all(type(item) in (int, float, str) for item in items):
+            raise _ShapeError(f"attribute {key} must be a number, a string or a list of those")
 
 
 def _check_clamp(graph: Graph, node: Node) -> None:
@@ -540,26 +739,34 @@ def _check_clamp(graph: Graph, node: Node) -> None:
 
 def _check_conv(graph: Graph, node: Node) -> None:
     _check_clamp(graph, node)
-    weights, bias, a = node.weights, node.bias, node.attributes
-    if weights is None or bias is None:
+    shape, bias, a = node.weight_shape, node.bias, node.attributes
+    if shape is None or bias is None:
         raise _ShapeError("weights are missing")
-    o, kh, kw, _ = weights.shape
-    if min(weights.shape) < 1 or max(kh, kw) > 4096:
-        raise _ShapeError(f"weight shape {weights.shape} is not allowed")
+    o, kh, kw, _ = shape
+    if min(shape) < 1 or max(kh, kw) > 4096:
+        raise _ShapeError(f"weight shape {shape} is not allowed")
     if o % a["group"]:
         raise _ShapeError(f"{o} output channels do not divide into {a['group']} groups")
     extent = [d * (k - 1) + 1 for d, k in zip(a["dilations"], (kh, kw), strict=True)]
     for side, pad in enumerate(a["pads"]):
         if pad >= max(extent[side % 2], 2):
             raise _ShapeError(f"pads {a['pads']} reach beyond the kernel's extent {extent}")
-    if not (np.isfinite(weights.alpha).all() and (weights.alpha > 0).all()):
-        raise _ShapeError("alpha must be finite and positive")
     if not np.isfinite(bias).all():
         raise _ShapeError("bias must be finite")
+    if node.weights is None:
+        if graph.is_code(node.inputs[0]):
+            raise _ShapeError("weights of a convolution of codes must be words")
+        if not np.isfinite(node.float_weights).all():
+            raise _ShapeError("weights must be finite")
+        return
+    weights = node.weights
+    if not (np.isfinite(weights.alpha).all() and (weights.alpha > 0).all()):
+        raise _ShapeError("alpha must be finite and positive")
     largest = weights.largest
     if largest > weights.limit:
         raise _ShapeError(f"|W| reaches {largest}, beyond clip * 2^(L-1+s) = {weights.limit}")
-    scale_x = graph.quantization[node.inputs[0]].scale
+    q_x = graph.quantization.get(node.inputs[0])
+    scale_x = q_x.scale if q_x else 1.0
     q = graph.quantization.get(node.outputs[0])
     scale_y = q.scale if q else 1.0
     # Keeps |t * M + B| far from float32 infinity for any codes.

@@ -1,9 +1,11 @@
-"""From a packed graph and input shapes to a program: buffers, argument records, kernels.
+"""From a packed graph and input shapes to programs: buffers, argument records, kernels.
 
-Code tensors lie as (N, H, W, C) inside a border of their zero point, as wide as the paddings of the
-convolutions that read them need: padding then costs nothing and no kernel tests for edges.
+Tensors of packed operators lie as (N, H, W, C) inside a border of their zero point, as wide as the
+paddings of the convolutions that read them need: padding then costs nothing and no kernel tests for
+edges. ONNX operators, which run in NumPy between two programs, and the caller see ONNX's layout;
+where a float32 tensor is needed in both, one more step converts it.
 
-All tensors share one arena, planned by when they are in use. A border whose bytes other tensors
+All tensors of packed operators share one arena, planned by when they are in use. A border whose bytes other tensors
 use as well is written anew at every run. For small tensors that would take too long; they keep
 their bytes, which go only to tensors of the same geometry and zero point, and their borders are
 written once.
@@ -24,7 +26,9 @@ from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import InputError
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.memory import ALIGNMENT, Block, aligned, arrange
-from logshift.runtime.graph import Graph, Node, Shape, slice_range
+from logshift.runtime import numpy_ops
+from logshift.runtime.executor import Team
+from logshift.runtime.graph import Graph, Inference, Node, Shape, slice_range
 
 _RESIZE_ONE = 2048  # weights of linear resizing are integers of this
 
@@ -142,6 +146,30 @@ class Step:
     keep: list[np.ndarray] = field(default_factory=list)  # arrays whose addresses it holds
 
 
+@dataclass
+class NumpyStep:
+    """An ONNX operator between two programs."""
+
+    node: Node
+    last_of: list[str]  # tensors that no later step reads
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """A node, or a change of a float32 tensor's layout for it; `writes` are stored tensors."""
+
+    index: int
+    node: Node
+    kind: str  # "packed", "onnx", "to_channels_first", "to_channels_last"
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+def _channels_last(name: str) -> str:
+    """Name under which a float32 tensor is stored as (N, H, W, C)."""
+    return f"{name} (channels last)"
+
+
 @dataclass(frozen=True)
 class _Geometry:
     """Size of a tensor's buffer, and where in it the picture lies."""
@@ -180,14 +208,15 @@ class _Tensor:
 
 
 class Plan:
-    """A program with its buffers, for one set of input shapes; serves one run at a time.
+    """Programs with their buffers, for one set of input shapes; serves one run at a time.
 
     Parameters
     ----------
     graph : Graph, validated
     convolutions : see `prepare`
     family : str
-    shapes : tensor name to (N, C, H, W), from `Graph.infer_shapes`
+    found : Inference
+        Of the input shapes.
     threads : int
         Largest number of threads that will run it.
     keep_all : bool
@@ -199,11 +228,14 @@ class Plan:
         graph: Graph,
         convolutions: dict[int, list[Convolution]],
         family: str,
-        shapes: dict[str, Shape],
+        found: Inference,
         threads: int,
         keep_all: bool = False,
     ) -> None:
-        self.graph, self.shapes, self.steps = graph, dict(shapes), list[Step]()
+        self.graph, self.shapes, self.steps = graph, dict(found.shapes), list[Step]()
+        # Parts of the program, and what runs between them.
+        self.parts: list[slice | NumpyStep] = []
+        self._found = found
         self._family, self._threads = family, threads
         self._convolutions = convolutions
         self._tensors: dict[str, _Tensor] = {}
@@ -213,7 +245,9 @@ class Plan:
         # Records whose address of a float tensor is set anew at every run.
         self._bindings: dict[str, list[tuple[np.ndarray, str]]] = {}
         self._alias = {
-            node.outputs[0]: node.inputs[0] for node in graph.nodes if node.op == "Flatten"
+            node.outputs[0]: node.inputs[0]
+            for node in graph.nodes
+            if node.op == "Flatten" and not node.is_onnx
         }
         try:
             self._build(keep_all)
@@ -227,40 +261,117 @@ class Plan:
 
     # --- running ---------------------------------------------------------------------------------
 
-    def bind(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Point the program at input arrays and at new output arrays, which are returned.
+    def run(self, team: Team, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the network.
 
-        Inputs are contiguous float32 arrays of the plan's shapes; they must stay alive during
-        the run.
+        Parameters
+        ----------
+        team : Team
+        inputs : dict of name to array
+            Contiguous, of the graph's types and the plan's shapes.
+
+        Returns
+        -------
+        dict of tensor name to array
+            In ONNX's layout: the graph's outputs, and what else exists outside of the arena.
+
+        Raises
+        ------
+        InputError
+            If an ONNX operator cannot take the values that it gets.
         """
-        arrays = dict(inputs)
-        outputs = {}
+        arrays = self.bind(inputs)
+        for part in self.parts:
+            if isinstance(part, NumpyStep):
+                self.run_in_numpy(part, arrays)
+            else:
+                team.run(self.program[part])
         for info in self.graph.outputs:
-            root = self._root(info.name)
-            if root not in arrays:
-                arrays[root] = np.empty(self.shapes[root], np.float32)
-            array = arrays[root].reshape(self.shapes[info.name])
-            outputs[info.name] = array.copy() if root in inputs else array
-        for name, places in self._bindings.items():
-            address = arrays[name].ctypes.data
-            for record, key in places:
-                record[key]["data"] = address
-        return outputs
+            arrays[info.name] = self._output(info.name, arrays, inputs)
+        return arrays
 
-    def tensor(self, name: str) -> np.ndarray | None:
-        """Copy of a tensor after a run, codes as they are, in ONNX's layout (N, C, H, W).
+    def bind(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Point the program at input arrays and at new arrays for what it writes, all returned."""
+        arrays = dict(inputs)
+        for name in self._outside:
+            arrays[name] = np.empty(self.shapes[name], np.float32)
+        for name in self._bindings:
+            if name in arrays:
+                self._point(name, arrays[name])
+        return arrays
 
-        None for graph inputs and outputs, which the caller has.
+    def _point(self, name: str, array: np.ndarray) -> None:
+        address = array.ctypes.data
+        for record, key in self._bindings[name]:
+            record[key]["data"] = address
+
+    def run_in_numpy(self, step: NumpyStep, arrays: dict[str, np.ndarray]) -> None:
+        """Run an ONNX operator; its results go into `arrays`."""
+        node = step.node
+        values = [self._value(name, arrays) if name else None for name in node.inputs]
+        try:
+            results = numpy_ops.compute(
+                node.op, node.attributes, self.graph.opset, values, len(node.outputs)
+            )
+        except InputError as error:
+            raise InputError(f"node {node.name!r} ({node.op}): {error}") from None
+        for name, y in zip(node.outputs, results, strict=True):
+            if name in self._bindings:
+                # Programs trust the plan: types and shapes were inferred from zeros.
+                if y.shape != self.shapes[name] or y.dtype != self._found.dtypes[name]:
+                    raise InputError(
+                        f"node {node.name!r} ({node.op}): its output {name!r} is {y.dtype}"
+                        f" {y.shape} for these inputs, {self._found.dtypes[name]}"
+                        f" {self.shapes[name]} was expected"
+                    )
+                y = np.ascontiguousarray(y)
+                self._point(name, y)
+            arrays[name] = y
+        for name in step.last_of:
+            arrays.pop(name, None)
+
+    def _value(self, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """Array of a tensor outside of the arena, in ONNX's layout."""
+        root = self._root(name)
+        if root in self._found.values:
+            return self._found.values[root]
+        array = arrays[root]
+        # Shapes of ONNX operators' results need not be known, but then there is no alias either.
+        return array if root == name else array.reshape(self.shapes[name])
+
+    def _output(
+        self, name: str, arrays: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        """Return an array of the caller's own."""
+        y = self._value(name, arrays)
+        others = (*inputs.values(), *self._found.values.values())
+        if not y.flags.owndata and y.base is not None and not y.base.flags.owndata:
+            return y.copy()
+        if any(np.may_share_memory(y, x) for x in others):
+            return y.copy()
+        return np.ascontiguousarray(y)
+
+    def tensor(self, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
+        """Return a tensor after a run of a plan that keeps all, codes as they are, in ONNX's layout.
+
+        Parameters
+        ----------
+        name : str
+        arrays : what `run` returned
+
+        Returns
+        -------
+        array, or None if it was not computed
         """
         root = self._root(name)
-        if root not in self._tensors:
+        if root in arrays or root in self._found.values:
+            return self._value(name, arrays)
+        stored = root if root in self._tensors else _channels_last(root)
+        if stored not in self._tensors:
             return None
-        held, shape = self._tensors[root], self.shapes[root]
-        if not self.graph.is_code(root):
-            return held.array.reshape(self.shapes[name]).copy()
-        _, _, h, w = shape
+        held, (_, _, h, w) = self._tensors[stored], (*self.shapes[root], 1, 1)[:4]
         picture = held.array[:, held.top : held.top + h, held.left : held.left + w]
-        return np.ascontiguousarray(picture.transpose(0, 3, 1, 2))
+        return np.array(picture.transpose(0, 3, 1, 2), order="C").reshape(self.shapes[name])
 
     @property
     def nbytes(self) -> int:
@@ -276,27 +387,128 @@ class Plan:
 
     def _build(self, keep_all: bool) -> None:
         graph = self.graph
-        outside = {info.name for info in graph.inputs}
-        outside |= {self._root(info.name) for info in graph.outputs}
-        self._outside = outside
-        self._lookups = {} if keep_all else self._fused_lookups()
-        self._place(keep_all)
-        for index, node in self._executed():
-            _BUILDERS[node.op](self, index, node)
-            if (out := self._written(node)) in self._rewritten:
-                self._write_border(node, out)
+        self._lookups: dict[str, Node] = {}
+        if not keep_all:
+            self._lookups = self._fused_lookups()
+        operations = self._operations(keep_all)
+        self._place(operations, keep_all)
+        reads = {name: i for i, operation in enumerate(operations) for name in operation.reads}
+        kept = {self._root(info.name) for info in graph.outputs}
+        begin = 0
+        for i, operation in enumerate(operations):
+            node = operation.node
+            if operation.kind == "onnx":
+                if begin < len(self.steps):
+                    self.parts.append(slice(begin, begin := len(self.steps)))
+                names = {*operation.reads, *operation.writes} - kept
+                last = [n for n in names if reads.get(n, i) <= i and not keep_all]
+                self.parts.append(NumpyStep(node, last))
+                continue
+            if operation.kind == "packed":
+                on_codes = graph.on_codes(node) or graph.is_code(node.outputs[0])
+                builders = _BUILDERS if on_codes else _FLOAT_BUILDERS
+                builders[node.op](self, operation.index, node)
+            else:
+                (x,), (y,) = operation.reads, operation.writes
+                record = getattr(abi, operation.kind.upper())
+                self._step(node, operation.kind, record, tensors={"x": x, "y": y}, **self._sizes(y))
+            for name in operation.writes:
+                if name in self._rewritten:
+                    self._write_border(node, name)
+        if begin < len(self.steps):
+            self.parts.append(slice(begin, len(self.steps)))
         size = max((size for _, size in self._scratch), default=0)
         scratch = aligned((size * self._threads,), np.uint8)
         for arguments, size in self._scratch:
             arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
         self._scratch_space = scratch
+        self._bound_constants = {
+            name: np.ascontiguousarray(self._found.values[name])
+            for name in self._bindings
+            if name in self._found.values
+        }
+        for name, array in self._bound_constants.items():
+            self._point(name, array)
 
-    def _executed(self) -> Iterator[tuple[int, Node]]:
-        """Nodes that become steps of their own, by their positions."""
+    def _operations(self, keep_all: bool) -> list[_Operation]:
+        """What is to be done, with changes of layout; sets `_native` and `_outside`."""
+        graph, values = self.graph, self._found.values
         fused = {node.outputs[0] for node in self._lookups.values()}
-        for index, node in enumerate(self.graph.nodes):
-            if node.op != "Flatten" and node.outputs[0] not in fused:
-                yield index, node
+        needed = {self._root(info.name) for info in graph.outputs}
+        nodes: list[tuple[int, Node]] = []
+        for index, node in reversed(list(enumerate(graph.nodes))):
+            written = {name for name in node.outputs if name not in values}
+            flat = node.op == "Flatten" and not node.is_onnx
+            wanted = keep_all or not needed.isdisjoint(written)
+            if written and wanted and not flat and node.outputs[0] not in fused:
+                shape_only = node.is_onnx and node.op in ("Shape", "Size")
+                needed.update(self._root(n) for n in node.inputs if n and not shape_only)
+                nodes.append((index, node))
+            elif flat and wanted:
+                needed.add(self._root(node.inputs[0]))
+            elif node.outputs[0] in fused and node.outputs[0] in needed:
+                needed.add(node.inputs[0])
+        nodes.reverse()
+        # Float32 tensors that somebody reads channels last, or as ONNX has them.
+        self._native, plain = set[str](), {self._root(info.name) for info in graph.outputs}
+        outside = set(plain)
+        for _, node in nodes:
+            names = {self._root(name) for name in node.inputs if name}
+            if node.is_onnx:
+                outside |= names
+                plain |= names
+            elif node.op == "QuantizeLinear":
+                plain |= names
+            else:
+                self._native |= {name for name in names if not graph.is_code(name)}
+        given = {info.name for info in graph.inputs}
+        self._outside = set[str]()
+        operations: list[_Operation] = []
+
+        def convert(index: int, node: Node, name: str, kind: str) -> None:
+            x, y = name, _channels_last(name)
+            if kind == "to_channels_first":
+                x, y = y, x
+            operations.append(_Operation(index, node, kind, (x,), (y,)))
+
+        for name in sorted((given | set(values)) & self._native):
+            index, node = next((i, n) for i, n in nodes if name in map(self._root, n.inputs))
+            convert(index, node, name, "to_channels_last")
+        for index, node in nodes:
+            names = [self._root(name) for name in node.inputs if name]
+            if node.is_onnx:
+                reads = tuple(name for name in names if name not in values)
+                writes = tuple(name for name in node.outputs if name)
+                operations.append(_Operation(index, node, "onnx", reads, writes))
+                for name in writes:
+                    if name in self._native:
+                        convert(index, node, name, "to_channels_last")
+                continue
+            if node.op == "QuantizeLinear":
+                reads = tuple(names)
+            else:
+                reads = tuple(n if graph.is_code(n) else _channels_last(n) for n in names)
+            out = self._written(node)
+            if graph.is_code(out):
+                operations.append(_Operation(index, node, "packed", reads, (out,)))
+                continue
+            if out in plain and out in outside and out not in given:
+                self._outside.add(out)
+            _, _, h, w = self.shapes[out]
+            as_plain = out not in self._native and h * w == 1
+            if node.op == "DequantizeLinear" or as_plain:
+                operations.append(_Operation(index, node, "packed", reads, (out,)))
+                if out in self._native:
+                    convert(index, node, out, "to_channels_last")
+                continue
+            operations.append(_Operation(index, node, "packed", reads, (_channels_last(out),)))
+            self._native.add(out)
+            if out in plain:
+                convert(index, node, out, "to_channels_first")
+        for name in {name for o in operations for name in (*o.reads, *o.writes)}:
+            if name.endswith(_channels_last("")) and name not in self.shapes:
+                self.shapes[name] = self.shapes[name.removesuffix(_channels_last(""))]
+        return operations
 
     def _fused_lookups(self) -> dict[str, Node]:
         """Lookups that the convolutions whose outputs they read do as well, by those outputs."""
@@ -307,7 +519,7 @@ class Plan:
         return {
             out: readers[out][0]
             for index, convolutions in self._convolutions.items()
-            if (out := self.graph.nodes[index].outputs[0]) not in self._outside
+            if (out := self.graph.nodes[index].outputs[0]) in self.graph.quantization
             and [reader.op for reader in readers.get(out, [])] == ["Lookup"]
             and all(conv.kernel.looks_up for conv in convolutions)
         }
@@ -318,11 +530,11 @@ class Plan:
         return self._lookups[out].outputs[0] if out in self._lookups else out
 
     def _borders(self) -> dict[str, tuple[int, int, int, int]]:
-        """Border (top, left, bottom, right) that the readers of each tensor need."""
+        """Border (top, left, bottom, right) that the readers of each stored tensor need."""
         borders: dict[str, tuple[int, int, int, int]] = {}
         for index, node in enumerate(self.graph.nodes):
             for conv in self._convolutions.get(index, ()):
-                x = node.inputs[0]
+                x = self._stored(node.inputs[0])
                 needed = [0, 0, 0, 0]
                 for axis in (0, 1):
                     first, stride, count = self._window(node, conv, axis)
@@ -345,20 +557,25 @@ class Plan:
         step = a["strides"][axis]
         return conv.shift[axis], 1, -(-(size - conv.phase[axis]) // step)
 
-    def _place(self, keep_all: bool) -> None:
-        """Give every tensor that is neither input nor output its part of the arena."""
-        borders, end = self._borders(), len(self.graph.nodes)
+    def _stored(self, name: str) -> str:
+        """Name under which packed operators other than QuantizeLinear find a tensor."""
+        name = self._root(name)
+        return name if self.graph.is_code(name) else _channels_last(name)
+
+    def _place(self, operations: list[_Operation], keep_all: bool) -> None:
+        """Give every tensor that only programs read its part of the arena."""
+        borders, end = self._borders(), len(operations)
         last_use = {
-            self._root(name): end if keep_all else index
-            for index, node in enumerate(self.graph.nodes)
-            for name in (*node.inputs, *node.outputs)
+            name: end if keep_all else index
+            for index, operation in enumerate(operations)
+            for name in (*operation.reads, *operation.writes)
         }
         blocks: list[Block] = []
         tensors: dict[str, tuple[Block, _Geometry]] = {}
         # Blocks of small tensors, each with the step until which it is in use.
         kept: dict[_Geometry, list[list[Any]]] = {}
-        for index, node in self._executed():
-            for name in filter(None, (self._written(node), self._channels_last(node))):
+        for index, operation in enumerate(operations):
+            for name in operation.writes if operation.kind != "onnx" else ():
                 if name in self._outside:
                     continue
                 geometry = self._geometry(name, borders.get(name, (0, 0, 0, 0)))
@@ -386,23 +603,12 @@ class Plan:
 
     def _geometry(self, name: str, border: tuple[int, int, int, int]) -> _Geometry:
         n, c, h, w = (*self.shapes[name], 1, 1)[:4]
-        if not self.graph.is_code(name):
-            return _Geometry((n, h, w, c), np.dtype(np.float32), (h, w))
         top, left, bottom, right = border
+        q = self.graph.quantization.get(name)
         return _Geometry(
-            (n, h + top + bottom, w + left + right, c), np.dtype(np.uint8), (h, w), top, left,
-            self.graph.quantization[name].zero_point,
+            (n, h + top + bottom, w + left + right, c), np.dtype(np.uint8 if q else np.float32),
+            (h, w), top, left, q.zero_point if q else 0,
         )  # fmt: skip
-
-    def _channels_last(self, node: Node) -> str | None:
-        """Name of the float tensor that a convolution writes before it gets into ONNX's order."""
-        out = node.outputs[0]
-        _, _, h, w = (*self.shapes[out], 1, 1)[:4]
-        if node.weights is None or self.graph.is_code(out) or h * w == 1:
-            return None
-        name = f"{out} (channels last)"
-        self.shapes[name] = self.shapes[out]
-        return name
 
     def _write_border(self, node: Node, name: str) -> None:
         held = self._tensors[name]
@@ -416,10 +622,11 @@ class Plan:
             (held.top, right, h, columns - right),
         ):
             if height and width:
+                q = self.graph.quantization.get(name)
                 self._step(
-                    node, "fill", abi.FILL, tensors={"y": name},
+                    node, "fill" if q else "float_fill", abi.FILL, tensors={"y": name},
                     n=n, height=height, width=width, channels=c,
-                    value=self.graph.quantization[name].zero_point,
+                    value=q.zero_point if q else 0,
                 )  # fmt: skip
                 place = self.steps[-1].arguments[0]["y"]
                 place["top"], place["left"] = top, left
@@ -475,8 +682,7 @@ class Plan:
         out = node.outputs[0]
         is_float = not self.graph.is_code(out)
         n, c, h, w = self.shapes[out]
-        # Kernels write channels last; one more step brings floats into ONNX's order.
-        target = self._channels_last(node) or self._written(node)
+        target = self._target(node)
         residual = len(node.inputs) > 1
         extra: dict[str, Any] = {}
         tensors = {"x": node.inputs[0], "y": target}
@@ -516,12 +722,11 @@ class Plan:
                 record = step.arguments[0][key]
                 record["top"] += conv.phase[0]
                 record["left"] += conv.phase[1]
-        if is_float and target != out:
-            sizes = self._sizes(out)
-            self._step(
-                node, "to_channels_first", abi.TO_CHANNELS_FIRST,
-                tensors={"x": target, "y": out}, **sizes,
-            )  # fmt: skip
+
+    def _target(self, node: Node) -> str:
+        """Name of the tensor that a packed node's kernels write."""
+        out = self._written(node)
+        return _channels_last(out) if out in self._native else out
 
     def _pool(self, index: int, node: Node) -> None:
         a, x, out = node.attributes, node.inputs[0], node.outputs[0]
@@ -708,6 +913,8 @@ _NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "floor": np.floor,
     "ceil": np.ceil,
 }
+
+_FLOAT_BUILDERS: dict[str, Callable[[Plan, int, Node], None]] = {}
 
 _BUILDERS: dict[str, Callable[[Plan, int, Node], None]] = {
     "QuantizeLinear": Plan._quantize,

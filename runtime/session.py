@@ -16,10 +16,10 @@ import numpy as np
 from logshift.kernels import abi
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
-from logshift.runtime import executor, format
+from logshift.runtime import executor, format, numpy_ops
 from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
 from logshift.runtime.picture import Preprocessing, is_image
-from logshift.runtime.plan import Plan, prepare
+from logshift.runtime.plan import NumpyStep, Plan, prepare
 from logshift.runtime.table import text_table
 
 _SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
@@ -146,12 +146,12 @@ class Session:
 
     @property
     def inputs(self) -> list[ValueInfo]:
-        """Name and shape of each input; all are float32."""
+        """Name, shape and dtype of each input."""
         return self.graph.inputs
 
     @property
     def outputs(self) -> list[ValueInfo]:
-        """Name and shape of each output; all are float32."""
+        """Name, shape and dtype of each output."""
         return self.graph.outputs
 
     @property
@@ -173,7 +173,7 @@ class Session:
 
         Returns
         -------
-        float32 array, or dict of output name to float32 array if there are several outputs
+        array, or dict of output name to array if there are several outputs
             Batch first, also for a single picture.
 
         Raises
@@ -188,11 +188,10 @@ class Session:
         key = tuple(array.shape for array in arrays.values())
         plan = self._borrow(key) or self._plan(arrays)
         try:
-            outputs = plan.bind(arrays)
-            executor.team(self.threads).run(plan.program)
+            found = plan.run(executor.team(self.threads), arrays)
         finally:
             self._return(key, plan)
-        return outputs
+        return {info.name: found[info.name] for info in self.outputs}
 
     def trace(self, x: Any) -> dict[str, np.ndarray]:
         """Run once and return every tensor, codes dequantized.
@@ -216,14 +215,12 @@ class Session:
         """Run once and return every tensor as it is: uint8 codes, or float32; see `trace`."""
         arrays = self._arrays(x)
         plan = self._plan(arrays, keep_all=True)
-        outputs = plan.bind(arrays)
-        executor.team(self.threads).run(plan.program)
+        found = plan.run(executor.team(self.threads), arrays)
         result = dict(arrays)
         for node in self.graph.nodes:
-            name = node.outputs[0]
-            held = outputs[name] if name in outputs else plan.tensor(name)
-            if held is not None:
-                result[name] = held
+            for name in filter(None, node.outputs):
+                if (held := plan.tensor(name, found)) is not None:
+                    result[name] = held
         return result
 
     def profile(self, x: Any, repeat: int = 10) -> list[LayerTime]:
@@ -243,26 +240,35 @@ class Session:
             raise InputError(f"repeat is {repeat}; it must be at least 1")
         arrays = self._arrays(x)
         plan = self._plan(arrays)
-        outputs = plan.bind(arrays)  # held: the program writes into them
         team = executor.team(self.threads)
-        team.run(plan.program)
-        seconds = np.empty((repeat, len(plan.steps)))
+        plan.run(team, arrays)
+        pieces: list[tuple[Node, str, slice | NumpyStep]] = []
+        for part in plan.parts:
+            if isinstance(part, NumpyStep):
+                pieces.append((part.node, _numpy_name(part.node), part))
+                continue
+            for index in range(part.start, part.stop):
+                step = plan.steps[index]
+                pieces.append((step.node, step.kernel.name, slice(index, index + 1)))
+        seconds = np.empty((repeat, len(pieces)))
         for run in range(repeat):
-            for index in range(len(plan.steps)):
+            held = plan.bind(arrays)
+            for index, (_, _, piece) in enumerate(pieces):
                 start = time.perf_counter()
-                team.run(plan.program[index : index + 1])
+                if isinstance(piece, NumpyStep):
+                    plan.run_in_numpy(piece, held)
+                else:
+                    team.run(plan.program[piece])
                 seconds[run, index] = time.perf_counter() - start
-        medians = np.median(seconds, axis=0)
-        del outputs
         times: dict[str, LayerTime] = {}
-        for step, spent in zip(plan.steps, medians, strict=True):
-            node, name = step.node, step.kernel.name
-            own = times.get(node.outputs[0])
-            if own is None:
-                own = LayerTime(node.name, node.op, name, 0.0, _macs(node, plan.shapes))
-            elif step.kernel.op == "conv" and name not in own.kernel.split(", "):
+        for (node, name, _), spent in zip(pieces, np.median(seconds, axis=0), strict=True):
+            key = next(filter(None, node.outputs))
+            own = times.get(key) or LayerTime(
+                node.name, node.op, name, 0.0, _macs(node, plan.shapes)
+            )
+            if node.weight_shape and "conv" in name and name not in own.kernel.split(", "):
                 own = replace(own, kernel=f"{own.kernel}, {name}")
-            times[node.outputs[0]] = replace(own, seconds=own.seconds + float(spent))
+            times[key] = replace(own, seconds=own.seconds + float(spent))
         return list(times.values())
 
     def summary(self) -> Summary:
@@ -270,31 +276,23 @@ class Session:
         shapes = self.graph.nominal_shapes()
         layers = []
         for index, node in enumerate(self.graph.nodes):
-            out = shapes[node.outputs[0]]
-            w = node.weights
-            if w is None:
-                layers.append(LayerSummary(node.name, node.op, out, "", 0))
-                continue
-            kernels = dict.fromkeys(conv.kernel.name for conv in self._convolutions[index])
-            layers.append(
-                LayerSummary(
-                    node.name,
-                    node.op,
-                    out,
-                    ", ".join(kernels),
-                    _macs(node, shapes),
-                    w.shape,
-                    w.bits,
-                    w.nzr,
-                )  # fmt: skip
+            # The shape of some ONNX operators' results only a run can tell.
+            out = shapes.get(next(filter(None, node.outputs)), ())
+            kernels = dict.fromkeys(c.kernel.name for c in self._convolutions.get(index, ()))
+            name = _numpy_name(node) if node.is_onnx else ", ".join(kernels)
+            summary = LayerSummary(
+                node.name, node.op, out, name, _macs(node, shapes), node.weight_shape
             )
+            if node.weights is not None:
+                summary = replace(summary, bits=node.weights.bits, nzr=node.weights.nzr)
+            layers.append(summary)
         return Summary(layers, self.threads)
 
     # --- plans -----------------------------------------------------------------------------------
 
     def _plan(self, arrays: dict[str, np.ndarray], keep_all: bool = False) -> Plan:
-        shapes = self.graph.infer_shapes({name: array.shape for name, array in arrays.items()})
-        return Plan(self.graph, self._convolutions, self.kernels, shapes, self.threads, keep_all)
+        found = self.graph.infer({name: array.shape for name, array in arrays.items()})
+        return Plan(self.graph, self._convolutions, self.kernels, found, self.threads, keep_all)
 
     def _borrow(self, key: tuple[Shape, ...]) -> Plan | None:
         if os.getpid() != self._pid:  # another thread may have held the lock when we were forked
@@ -342,19 +340,27 @@ class Session:
 
     def _array(self, name: str, x: Any) -> np.ndarray:
         array = np.asarray(x)
-        if array.dtype.kind != "f":
+        dtype = next(info.dtype for info in self.inputs if info.name == name)
+        if dtype == "float32" and array.dtype.kind != "f":
             raise InputError(
                 f"input {name!r} has dtype {array.dtype}; it takes float32 (or, for a network"
                 " with preprocessing, HWC uint8 pictures)"
             )
-        return np.ascontiguousarray(array, np.float32)
+        if dtype != "float32" and not np.can_cast(array.dtype, dtype):
+            raise InputError(f"input {name!r} has dtype {array.dtype}; it takes {dtype}")
+        return np.asarray(array, dtype, order="C")
 
 
 def _macs(node: Node, shapes: Mapping[str, Shape]) -> int:
     """Multiplications that a convolution stands for; 0 for other nodes."""
-    if node.weights is None:
+    if node.weight_shape is None:
         return 0
-    return node.weight_uses(shapes) * math.prod(node.weights.shape)
+    return node.weight_uses(shapes) * math.prod(node.weight_shape)
+
+
+def _numpy_name(node: Node) -> str:
+    """Say how an ONNX operator runs."""
+    return "onnx.reference (slow)" if node.op in numpy_ops.SLOW else "numpy"
 
 
 def _family(kernels: str) -> str:

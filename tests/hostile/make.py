@@ -311,7 +311,7 @@ def unknown_output(manifest, tensors):
     manifest["outputs"][0]["name"] = "ghost"
 
 
-@fault("a graph output of codes", "is not float32")
+@fault("a graph output of codes", "holds codes")
 def code_output(manifest, tensors):
     manifest["outputs"][0]["name"] = "d"
 
@@ -331,7 +331,7 @@ def enormous_input(manifest, tensors):
     manifest["inputs"][0]["nominal"] = [1, 2, 2**30, 2**30]
 
 
-@fault("a float32 tensor where codes belong", "must hold codes")
+@fault("a float32 tensor where codes belong", "must hold float32")
 def float_into_conv(manifest, tensors):
     manifest["nodes"][SPARSE]["inputs"] = ["x"]
 
