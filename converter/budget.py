@@ -8,11 +8,12 @@ layer by itself gets single words, and the rest of the float network runs on wha
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 
 import numpy as np
 
-from logshift.converter.evaluate import Evaluator, clamped
+from logshift.converter.evaluate import Network, Value, clamped, rows
 from logshift.converter.feedback import input_variance
 from logshift.converter.float_graph import FloatGraph
 from logshift.converter.progress import Progress
@@ -23,14 +24,20 @@ _PICTURES = 8  # that sensitivities are measured on
 
 
 def residual_ratios(
-    graph: FloatGraph, samples: Mapping[str, np.ndarray], settings: Settings, progress: Progress
+    graph: FloatGraph,
+    samples: Mapping[str, np.ndarray],
+    batches: int,
+    settings: Settings,
+    progress: Progress,
 ) -> dict[str, float]:
     """Divide the model's second words among its layers.
 
     Parameters
     ----------
     graph : FloatGraph
-    samples : dict of input name to float32 array (pictures, C, H, W)
+    samples : dict of input name to array (pictures, ...)
+    batches : int
+        Batches of the model that these are.
     settings : Settings
         `residual_ratio` is the budget: second words, over the weights of all layers.
     progress : callable(done, total, what)
@@ -39,11 +46,14 @@ def residual_ratios(
     -------
     dict of the output name of a layer with weights to the ratio of its own
     """
-    layers = [node for node in graph.nodes if node.is_conv]
+    layers = [node for node in graph.nodes if node.is_quantized]
     ratio = settings.residual_ratio
     if ratio in (0.0, 1.0) or len(layers) < 2:
         return {node.output: ratio for node in layers}
-    network = _Network(graph, {name: x[:_PICTURES] for name, x in samples.items()})
+    size = max(len(x) // batches for x in samples.values())
+    few = min(batches, max(1, _PICTURES // size))
+    part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
+    network = _Network(graph, part, few)
     worth, sizes, owners = [], [], []
     for number, node in enumerate(layers):
         progress(number, len(layers), f"measuring {node.name}")
@@ -56,7 +66,7 @@ def residual_ratios(
         with np.errstate(over="ignore", invalid="ignore"):
             sensitivity = network.sensitivity(node.output, single.values())
             variance = np.nan_to_num(
-                sensitivity * input_variance(node, network.values[node.inputs[0]])
+                sensitivity * input_variance(node, rows(network.values[node.inputs[0]]))
             )
         gain *= np.repeat(variance, len(gain) // len(variance), axis=0)
         blocks, size = codec.blocks(gain, settings.granularity, settings.tile)
@@ -74,41 +84,36 @@ def residual_ratios(
     }
 
 
-class _Network:
-    """The float network on a few pictures, every tensor kept."""
-
-    def __init__(self, graph: FloatGraph, inputs: dict[str, np.ndarray]) -> None:
-        self.graph, self.values = graph, dict(inputs)
-        self.evaluators = [Evaluator(node) for node in graph.nodes]
-        for node, evaluator in zip(graph.nodes, self.evaluators, strict=True):
-            y = evaluator([self.values[name] for name in node.inputs])
-            self.values[node.output] = clamped(y, node.clamp)
+class _Network(Network):
+    """The float network on a few pictures."""
 
     def sensitivity(self, name: str, weight: np.ndarray) -> float:
         """Squared relative error of all outputs, per squared error of a layer with this weight.
 
         What the layer's bias can make up for, the mean error of a channel, is none.
         """
-        changed: dict[str, np.ndarray] = {}
+        changed: dict[str, Value] = {}
+        values = ChainMap(changed, self.values)
         error = 0.0
         for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
-            if node.output != name and not changed.keys() & set(node.inputs):
-                continue
-            inputs = [changed.get(n, self.values[n]) for n in node.inputs]
-            y = evaluator(inputs, weight if node.output == name else None)
             if node.output == name:
-                exact = evaluator(inputs)
+                inputs = [rows(self.values[n]) for n in node.inputs]
+                y, exact = evaluator(inputs, weight), evaluator(inputs)
                 y -= (y - exact).mean(axis=(0, 2, 3), keepdims=True)
                 error = float(np.square(y - exact).sum(axis=(1, 2, 3)).mean(dtype=np.float64))
                 # Of one position of the outputs.
                 error /= exact[0, 0].size
-            changed[node.output] = clamped(y, node.clamp)
+                changed[name] = clamped(y, node.clamp)
+            elif changed.keys() & set(node.inputs):
+                changed.update(self.results(node, evaluator, values))
         if error == 0.0:
             return 0.0
         total = 0.0
         for info in self.graph.outputs:
-            if info.name in changed:
-                exact = self.values[info.name]
+            if info.name not in changed or not info.dtype.startswith("float"):
+                continue
+            exact, found = rows(self.values[info.name]), rows(changed[info.name])
+            if exact.shape == found.shape:
                 power = float(np.square(exact).mean(dtype=np.float64)) or 1.0
-                total += float(np.square(changed[info.name] - exact).mean(dtype=np.float64)) / power
+                total += float(np.square(found - exact).mean(dtype=np.float64)) / power
         return total / error

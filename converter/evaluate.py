@@ -1,12 +1,13 @@
 """Float evaluation of lowered nodes: each becomes a tiny ONNX model that onnxruntime runs.
 
-Weights are inputs of that model, so that one session serves float and quantized weights.
+Weights are inputs of that model, so that one session serves float and quantized weights. ONNX
+operators run as the runtime runs them, one batch of the model at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -15,7 +16,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function
-from logshift.kernels.errors import ConversionError
+from logshift.kernels.errors import ConversionError, InputError
+from logshift.runtime import numpy_ops
 
 _OPSET = 19
 _IR_VERSION = 8
@@ -24,6 +26,55 @@ _BATCH_ELEMENTS = 2**22
 # Takes rows (pictures) and returns the node's inputs for them.
 Fetch = Callable[[slice], list[np.ndarray]]
 
+# A tensor for many pictures: rows, or what an ONNX operator made of one batch after the other.
+Value = np.ndarray | list[np.ndarray]
+
+
+def rows(value: Value) -> np.ndarray:
+    """Return a tensor of all pictures in one array."""
+    return value if isinstance(value, np.ndarray) else np.concatenate(value)
+
+
+def run_onnx(
+    node: FloatNode, inputs: Sequence[Value | None], constant: Sequence[bool], batches: int
+) -> list[list[np.ndarray]]:
+    """Run an ONNX operator on one batch of the model after the other.
+
+    Parameters
+    ----------
+    node : FloatNode
+    inputs : list of Value, None for inputs that are not given
+    constant : list of bool
+        Whether an input is the same for all batches.
+    batches : int
+
+    Returns
+    -------
+    list of list of array
+        Its outputs, for every batch.
+    """
+
+    def part(value: Value | None, fixed: bool, batch: int) -> np.ndarray | None:
+        if value is None or fixed:
+            return value  # type: ignore[return-value]
+        if isinstance(value, list):
+            return value[batch]
+        size = len(value) // batches
+        return value[batch * size : (batch + 1) * size]
+
+    results: list[list[np.ndarray]] = [[] for _ in node.outputs]
+    for batch in range(batches):
+        arguments = [part(v, fixed, batch) for v, fixed in zip(inputs, constant, strict=True)]
+        try:
+            outputs = numpy_ops.compute(
+                node.op, node.attributes, node.opset, arguments, len(node.outputs)
+            )
+        except InputError as error:
+            raise ConversionError(f"{node.op} {node.name!r}: {error}") from None
+        for result, y in zip(results, outputs, strict=True):
+            result.append(y)
+    return results
+
 
 class Evaluator:
     """Evaluates one lowered node, without its clamp."""
@@ -31,7 +82,7 @@ class Evaluator:
     def __init__(self, node: FloatNode) -> None:
         self.node = node
         self.session: onnxruntime.InferenceSession | None = None
-        if node.op in ("QuantizeLinear", "DequantizeLinear", "Flatten"):
+        if node.is_onnx or node.op in ("QuantizeLinear", "DequantizeLinear", "Flatten", "Clip"):
             return
         if node.op == "Lookup":
             assert node.function is not None
@@ -81,15 +132,42 @@ def clamped(y: np.ndarray, clamp: Clamp) -> np.ndarray:
 
 def evaluate_graph(graph: FloatGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Evaluate the lowered network in float32 and return its outputs."""
-    values = dict(inputs)
-    for node in graph.nodes:
-        y = Evaluator(node)([values[name] for name in node.inputs])
-        values[node.output] = clamped(y, node.clamp)
-    return {info.name: values[info.name] for info in graph.outputs}
+    network = Network(graph, inputs, 1)
+    return {info.name: rows(network.values[info.name]) for info in graph.outputs}
+
+
+class Network:
+    """The float network on some pictures, every tensor kept.
+
+    Attributes
+    ----------
+    values : dict of tensor name to Value
+    """
+
+    def __init__(self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int) -> None:
+        self.graph, self.batches = graph, batches
+        self.values: dict[str, Value] = {**inputs, **graph.constants}
+        self.evaluators = [Evaluator(node) for node in graph.nodes]
+        for node, evaluator in zip(graph.nodes, self.evaluators, strict=True):
+            self.values.update(self.results(node, evaluator, self.values))
+
+    def results(
+        self, node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
+    ) -> dict[str, Value]:
+        """Evaluate a node on `values`; returns its outputs by name."""
+        if not node.is_onnx:
+            y = evaluator([rows(values[name]) for name in node.inputs])
+            return {node.output: clamped(y, node.clamp)}
+        inputs = [values[name] if name else None for name in node.inputs]
+        constant = [name in self.graph.constants for name in node.inputs]
+        found = run_onnx(node, inputs, constant, self.batches)
+        return {name: y for name, y in zip(node.outputs, found, strict=True) if name}
 
 
 def evaluate_function(function: Function, x: np.ndarray) -> np.ndarray:
-    """Evaluate an element-wise function in float64.
+    """Evaluate an element-wise function of x, one-dimensional, in float64.
+
+    Returns an array of the shape of x, or (C, x.size) if channels differ.
 
     Raises
     ------
@@ -97,15 +175,18 @@ def evaluate_function(function: Function, x: np.ndarray) -> np.ndarray:
         If it is not finite everywhere on `x`.
     """
     model = _function_model(function, TensorProto.DOUBLE)
+    channels = max((c.size for c in function.constants.values()), default=1)
+    x = np.broadcast_to(x.astype(np.float64), (1, channels, 1, x.size))
     with np.errstate(all="ignore"):
-        (y,) = ReferenceEvaluator(model).run(None, {function.input: x.astype(np.float64)})
+        (y,) = ReferenceEvaluator(model).run(None, {function.input: x})
+    y = np.broadcast_to(y, x.shape)
     if not np.isfinite(y).all():
         worst = float(x[~np.isfinite(y)][0])
         raise ConversionError(
             f"the element-wise function of {function.output!r} is not finite at x = {worst:g},"
             " which its input can reach"
         )
-    return np.asarray(y, np.float64)
+    return np.asarray(y[0, :, 0] if channels > 1 else y.ravel(), np.float64)
 
 
 def _function_model(function: Function, dtype: int) -> onnx.ModelProto:
@@ -146,6 +227,13 @@ def _node_model(node: FloatNode) -> onnx.ModelProto:
             parameters = _resize_parameters(attributes)
         names = [name if parameters[name].size else "" for name in parameters]
         nodes = [helper.make_node(node.op, inputs + names, ["y"], **attributes)]
+    if node.op == "Gather":
+        parameters = {"indices": np.array(node.attributes["indices"], np.int64)}
+        nodes = [helper.make_node("Gather", ["x0", "indices"], ["y"], axis=1)]
+    elif node.op == "Swish":
+        nodes = [
+            helper.make_node("Sigmoid", ["x0"], ["s"]), helper.make_node("Mul", ["x0", "s"], ["y"])
+        ]  # fmt: skip
     graph = helper.make_graph(
         nodes,
         "node",

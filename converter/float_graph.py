@@ -49,11 +49,12 @@ class FloatNode:
     ----------
     op : str
         A key of `runtime.graph.OPERATORS`; before fusion also "Affine" (weight * x + bias per
-        channel) and "Elementwise" (`function`, of one or more tensors).
+        channel) and "Elementwise" (`function`, of one or more tensors). Or an ONNX operator.
     name : str
         Name of the ONNX node it came from.
     inputs : tensor names; a second one of a Conv is added to its result
     output : tensor name
+        The first one of an ONNX operator.
     attributes : dict
         As in the packed node, without `clamp`.
     weight : float32 array (O, kh, kw, C / group), or (C,) of an Affine
@@ -61,6 +62,14 @@ class FloatNode:
     clamp : (low, high) in real units, None for no bound
     function : Function
         Of a Lookup.
+    opset : int
+        Version of an ONNX operator in ONNX's own form; 0 for packed operators.
+    more_outputs : tensor names
+        Of an ONNX operator.
+    is_float : bool
+        Whether it works on float32; known after `place`.
+    keeps_weight : bool
+        Whether its weight stays float32.
     """
 
     op: str
@@ -72,11 +81,30 @@ class FloatNode:
     bias: np.ndarray | None = None
     clamp: Clamp = NO_CLAMP
     function: Function | None = None
+    opset: int = 0
+    more_outputs: list[str] = field(default_factory=list)
+    is_float: bool = False
+    keeps_weight: bool = False
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of all outputs; "" for one that nobody reads."""
+        return [self.output, *self.more_outputs]
+
+    @property
+    def is_onnx(self) -> bool:
+        """Tell whether it is an ONNX operator in ONNX's own form."""
+        return self.opset > 0
+
+    @property
+    def is_quantized(self) -> bool:
+        """Tell whether it has weights that become words."""
+        return self.is_conv and not self.keeps_weight
 
     @property
     def is_conv(self) -> bool:
-        """Tell whether the node has weights to quantize."""
-        return self.op in ("Conv", "ConvTranspose")
+        """Tell whether it is a packed operator with weights."""
+        return self.op in ("Conv", "ConvTranspose") and not self.is_onnx
 
 
 @dataclass
@@ -88,10 +116,13 @@ class FloatGraph:
     nodes : list of FloatNode, in execution order
     inputs, outputs : list of ValueInfo
     results : dict of output name to the tensor that holds it
-        Before `edges`; afterwards both are the same.
-    shapes : dict of tensor name to nominal (N, C, H, W)
-    float_tensors : set of tensors that stay float32
-        Known after `edges`.
+        Before `place`; afterwards both are the same.
+    shapes : dict of tensor name to nominal shape
+        (N, C, H, W) of tensors of packed operators.
+    constants : dict of name to array
+        Inputs of ONNX operators.
+    code_tensors : set of tensors that become codes
+        Known after `place`.
     """
 
     nodes: list[FloatNode]
@@ -99,7 +130,8 @@ class FloatGraph:
     outputs: list[ValueInfo]
     results: dict[str, str]
     shapes: dict[str, Shape]
-    float_tensors: set[str] = field(default_factory=set)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    code_tensors: set[str] = field(default_factory=set)
 
     def uses(self) -> Counter[str]:
         """How often each tensor is read, by nodes and as a result."""

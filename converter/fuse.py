@@ -14,12 +14,11 @@ from logshift.converter.float_graph import (
     FloatGraph,
     FloatNode,
     Function,
-    Problems,
 )
 from logshift.runtime.graph import OPERATORS
 
 
-def fuse(graph: FloatGraph, problems: Problems) -> None:
+def fuse(graph: FloatGraph) -> None:
     """Fuse `graph` in place, leaving only packed operators.
 
     - Affine (batch normalization, arithmetic with constants) goes into the weights of the
@@ -29,16 +28,15 @@ def fuse(graph: FloatGraph, problems: Problems) -> None:
     - all other element-wise nodes that depend on one tensor become one table of that tensor;
     - a Pad of height and width goes into the convolution after it.
 
-    Nodes that remain impossible are added to `problems`.
+    What else combines two tensors becomes an ONNX operator again.
     """
-    _Fusion(graph, problems).run()
+    _Fusion(graph).run()
     _drop_unused(graph)
 
 
 class _Fusion:
-    def __init__(self, graph: FloatGraph, problems: Problems) -> None:
+    def __init__(self, graph: FloatGraph) -> None:
         self.graph = graph
-        self.problems = problems
         self.uses = graph.uses()
         self.nodes: list[FloatNode] = []
         self.producer: dict[str, FloatNode] = {}
@@ -49,6 +47,8 @@ class _Fusion:
                 self._affine(node)
             elif node.op == "Elementwise":
                 self._elementwise(node)
+            elif node.op == "Add" and not node.is_onnx:
+                self._add(node)
             elif node.op == "Conv":
                 self._absorb_pad(node)
                 self._emit(node)
@@ -58,12 +58,14 @@ class _Fusion:
 
     def _emit(self, node: FloatNode) -> None:
         self.nodes.append(node)
-        self.producer[node.output] = node
+        for name in node.outputs:
+            self.producer[name] = node
 
     def _sole_producer(self, tensor: str, *ops: str) -> FloatNode | None:
         """Return the producer of `tensor` if it is one of `ops` and nothing else reads it."""
         node = self.producer.get(tensor)
-        return node if node and node.op in ops and self.uses[tensor] == 1 else None
+        usable = node and not node.is_onnx and node.op in ops
+        return node if usable and self.uses[tensor] == 1 else None
 
     def _rename_output(self, node: FloatNode, tensor: str) -> None:
         del self.producer[node.output]
@@ -109,8 +111,16 @@ class _Fusion:
             self._emit(FloatNode("Lookup", node.name, [source], node.output, function=function))
         elif kind == "Add":
             self._add(node)
+        elif kind in OPERATORS:
+            self._emit(FloatNode(kind, node.name, node.inputs, node.output))
         else:
-            self.problems.add(kind, node.name, "combines two different computed tensors")
+            self._emit_as_onnx(node)
+
+    def _emit_as_onnx(self, node: FloatNode) -> None:
+        """Let an element-wise node of several tensors be the ONNX operator that it was."""
+        assert node.function is not None
+        for onnx_node in onnx_nodes(node.function, node.name, self.graph):
+            self._emit(onnx_node)
 
     def _source(self, tensor: str) -> str:
         """Return the tensor of which `tensor` is an element-wise function, or itself."""
@@ -137,12 +147,14 @@ class _Fusion:
         )
 
     def _add(self, node: FloatNode) -> None:
+        shapes = self.graph.shapes
         convs = [
             conv
             for name in node.inputs
             if (conv := self._sole_producer(name, "Conv"))
             and conv.clamp == NO_CLAMP
             and len(conv.inputs) == 1
+            and len({shapes[n] for n in node.inputs}) == 1
         ]
         if not convs:
             self._emit(FloatNode("Add", node.name, node.inputs, node.output))
@@ -166,6 +178,31 @@ class _Fusion:
             conv.attributes["pads"] = pads
             conv.inputs[0] = pad.inputs[0]
             self.nodes.remove(pad)
+
+
+def onnx_nodes(function: Function, name: str, graph: FloatGraph) -> list[FloatNode]:
+    """Return an element-wise function as ONNX operators on float32; they get names of their own.
+
+    Tensors inside of it are named after its output, for other functions may have the same nodes.
+    """
+    nodes = []
+    names = {function.output: function.output}
+    for node in function.nodes:
+        inputs = []
+        for source in node.input:
+            if source in function.constants:
+                constant = f"{function.output}/{source}"
+                graph.constants[constant] = function.constants[source]
+                source = constant
+            inputs.append(names.get(source, source))
+        output = names.setdefault(node.output[0], f"{function.output}/{node.output[0]}")
+        graph.shapes.setdefault(output, graph.shapes[function.output])
+        values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+        nodes.append(
+            FloatNode(node.op_type, name, inputs, output, attributes, opset=function.opset)
+        )
+    return nodes
 
 
 def pads_fit(conv: FloatNode, pads: list[int]) -> bool:
@@ -194,8 +231,9 @@ def _drop_unused(graph: FloatGraph) -> None:
     needed = set(graph.results.values())
     kept = []
     for node in reversed(graph.nodes):
-        if node.output in needed:
+        if needed.intersection(node.outputs):
             needed.update(node.inputs)
             kept.append(node)
     graph.nodes = kept[::-1]
-    assert {node.op for node in kept} <= set(OPERATORS)
+    graph.constants = {name: array for name, array in graph.constants.items() if name in needed}
+    assert {node.op for node in kept if not node.is_onnx} <= set(OPERATORS)

@@ -1,8 +1,10 @@
 """From ONNX to packed operations, node by node; weights stay float and nothing is fused yet.
 
-The packed network knows (N, C, H, W) only. An ONNX tensor (N, F) is either stored as (N, F, 1, 1),
-or it is a flattened (N, C, H, W), which only a Gemm (as a convolution with a kernel of H x W) and
-element-wise functions can read.
+Packed operators know (N, C, H, W) only. An ONNX tensor (N, F) of theirs is either stored as
+(N, F, 1, 1), or it is a flattened (N, C, H, W), which only a Gemm (as a convolution with a kernel
+of H x W) and element-wise functions can read.
+
+Whatever has no packed counterpart stays an ONNX operator, on tensors as ONNX has them.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from logshift.converter.float_graph import (
 )
 from logshift.converter.fuse import pads_fit
 from logshift.converter.onnx_model import Model, Trace
-from logshift.runtime.graph import Dim, Shape, ValueInfo
+from logshift.runtime import numpy_ops
+from logshift.runtime.graph import DTYPES, Dim, Shape, ValueInfo
 
 # Clip bounds beyond this are float32's way to say "none".
 _NO_BOUND = 1e30
 
+_BROADCASTING = {"Add", "Sub", "Mul"}
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 _ELEMENTWISE = _ARITHMETIC | {
     "Abs", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
@@ -36,13 +40,6 @@ _ELEMENTWISE = _ARITHMETIC | {
     "ThresholdedRelu",
 }  # fmt: skip
 _VARIADIC = _ELEMENTWISE | {"Concat", "MatMul", "Sum"}
-
-_HINTS = {
-    "Softmax": "; end the model before it (the largest logit stays the largest)",
-    "LogSoftmax": "; end the model before it (the largest logit stays the largest)",
-    "ArgMax": "; end the model before it and take the maximum of its output",
-    "Transpose": "; export the model with channels first (N, C, H, W)",
-}
 
 
 def _name(node: onnx.NodeProto) -> str:
@@ -81,14 +78,22 @@ class _Lowering:
         self.problems = problems
         self.nodes: list[FloatNode] = []
         self.alias: dict[str, str] = {}
+        # Of tensors that packed operators can read, (N, C, H, W).
         self.shapes: dict[str, Shape] = {}
+        # Tensors as ONNX has them: names that ONNX operators find them under.
+        self.plain_names: dict[str, str] = {}
+        self.used_constants: dict[str, np.ndarray] = {}
+        self.done: set[str] = set()  # nodes that became ONNX operators, by their first outputs
         # Set once a node's translation holds for the nominal height and width only.
         self.fixed_size = False
 
     def run(self) -> FloatGraph:
         graph = self.model.proto.graph
+        self.producers = {name: node for node in graph.node for name in node.output if name}
         for info in self.model.inputs:
-            self.shapes[info.name] = self.trace.shapes[info.name]
+            self.plain_names[info.name] = info.name
+            if len(info.shape) == 4 and info.dtype == "float32":
+                self.shapes[info.name] = self.trace.shapes[info.name]
         for node in self._needed(graph):
             try:
                 self._lower(node)
@@ -97,11 +102,17 @@ class _Lowering:
         results = {}
         for value in graph.output:
             try:
-                results[value.name] = self.tensor(value.name)
+                results[value.name] = self._result(value.name)
             except _Unsupported as reason:
                 self.problems.add("output", value.name, str(reason))
+        shapes = dict(self.trace.shapes) | self.shapes
         return FloatGraph(
-            self.nodes, self._inputs(), self._outputs(graph, results), results, self.shapes
+            self.nodes,
+            self._inputs(),
+            self._outputs(graph, results),
+            results,
+            shapes,
+            self.used_constants,
         )
 
     def _needed(self, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -110,23 +121,124 @@ class _Lowering:
         kept = []
         for node in reversed(graph.node):
             if node.op_type != "Constant" and needed.intersection(node.output):
+                # Handlers look up sizes themselves; ONNX operators ask for their inputs.
                 needed.update(node.input if node.op_type in _VARIADIC else node.input[:1])
                 kept.append(node)
         return kept[::-1]
 
     def _lower(self, node: onnx.NodeProto) -> None:
+        if node.output[0] in self.done:
+            return
         for name in node.output:
             if len(shape := self.trace.shapes.get(name, ())) in (2, 4):
-                # Also of a node that fails: its consumers shall be judged on their own.
                 self.shapes[name] = shape if len(shape) == 4 else (*shape, 1, 1)
+        handler = _HANDLERS.get(node.op_type)
+        if handler is not None and node.domain in ("", "ai.onnx"):
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            texts = {k: v.decode() for k, v in attributes.items() if isinstance(v, bytes)}
+            try:
+                handler(self, node, attributes | texts)
+                return
+            except _Unsupported:
+                outputs = set(node.output)
+                self.nodes = [n for n in self.nodes if n.output not in outputs]
+        for name in node.output:
+            self.shapes.pop(name, None)
+        self._keep(node)
+
+    def _keep(self, node: onnx.NodeProto) -> None:
+        """Let a node be the ONNX operator that it is."""
+        if node.output[0] in self.done:
+            return
+        self.done.add(node.output[0])
+        for name in filter(None, node.output):
+            # Also of a node that fails: its consumers shall be judged on their own.
+            self.plain_names[name] = name
         if node.domain not in ("", "ai.onnx"):
             raise _Unsupported(f"operator of the domain {node.domain!r}")
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in attributes.items()}
-        handler = _HANDLERS.get(node.op_type)
-        if handler is None:
-            raise _Unsupported(f"not supported{_HINTS.get(node.op_type, '')}")
-        handler(self, node, attributes)
+        if node.op_type not in numpy_ops.OPERATORS:
+            raise _Unsupported("not supported")
+        for name in filter(None, node.output):
+            if (dtype := self.trace.dtypes.get(name)) is None or dtype.name not in DTYPES:
+                raise _Unsupported(f"its output {name!r} is no tensor of numbers")
+        op, attributes, inputs = node.op_type, {}, [self.plain(n) if n else "" for n in node.input]
+        for attribute in node.attribute:
+            value = onnx.helper.get_attribute_value(attribute)
+            if op == "ConstantOfShape":
+                op = "Expand"  # which takes its value as an input
+                inputs.insert(0, self._constant(f"{node.output[0]}/value", _array(value)[:1]))
+            elif isinstance(value, (int, float, bytes)):
+                attributes[attribute.name] = value.decode() if isinstance(value, bytes) else value
+            elif isinstance(value, list) and all(isinstance(v, (int, float, bytes)) for v in value):
+                attributes[attribute.name] = [
+                    v.decode() if isinstance(v, bytes) else v for v in value
+                ]
+            else:
+                raise _Unsupported(f"its attribute {attribute.name!r} is no number and no text")
+        while inputs and not inputs[-1]:
+            inputs.pop()
+        if op == "Expand":
+            inputs = inputs[:2]
+        self._emit_onnx(op, _name(node), inputs, list(node.output), attributes)
+
+    def _emit_onnx(
+        self,
+        op: str,
+        name: str,
+        inputs: list[str],
+        outputs: list[str],
+        attributes: dict[str, Any] | None = None,
+    ) -> None:
+        self.nodes.append(
+            FloatNode(
+                op,
+                name,
+                inputs,
+                outputs[0],
+                attributes or {},
+                opset=self.model.opset,
+                more_outputs=outputs[1:],
+            )
+        )
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        """Make a constant input of ONNX operators; returns its name."""
+        self.used_constants[name] = value
+        return name
+
+    def plain(self, name: str) -> str:
+        """Return the tensor that ONNX operators can read for `name`."""
+        if name in self.constants:
+            array = self.constants[name]
+            if array.dtype.name not in DTYPES:
+                raise _Unsupported(f"its input {name!r} is {array.dtype}")
+            return self._constant(name, array)
+        if name in self.plain_names:
+            return self.plain_names[name]
+        stored = self.alias.get(name, name)
+        if stored in self.shapes:
+            shape = self.trace.shapes[name]
+            if shape == self.shapes[stored]:
+                return stored
+            # Only (N, F), however it is stored, has another shape.
+            flat = f"{name}/NC"
+            self._emit_onnx("Flatten", flat, [stored], [flat])
+            self.trace.shapes[flat] = shape
+            self.plain_names[name] = flat
+            return flat
+        if name not in self.producers:
+            raise _Unsupported(f"its input {name!r} is produced by no node")
+        self._keep(self.producers[name])  # which only computes sizes
+        return name
+
+    def _result(self, name: str) -> str:
+        """Return the tensor that holds an output of the network."""
+        if name in self.plain_names:
+            return self.plain_names[name]
+        try:
+            return self.tensor(name)
+        except _Unsupported:
+            return self.plain(name)
 
     # --- what handlers ask for -----------------------------------------------------------------
 
@@ -135,15 +247,39 @@ class _Lowering:
         if name in self.constants:
             raise _Unsupported(f"its input {name!r} is a constant")
         name = self.alias.get(name, name)
+        if name not in self.shapes and name in self.plain_names:
+            return self._stored(name)
         if name not in self.shapes:
             shape = self.trace.shapes.get(name, ())
             raise _Unsupported(f"its input has shape {shape}; only (N, C, H, W) is supported")
         return name
 
+    def _stored(self, name: str) -> str:
+        """Return a tensor as packed operators have it, of one as ONNX has it."""
+        shape = self.trace.shapes[name]
+        if self.trace.dtypes[name] != np.float32 or len(shape) not in (2, 4):
+            raise _Unsupported(f"its input is {self.trace.dtypes[name]} of shape {shape}")
+        if len(shape) == 4:
+            self.shapes[name] = shape
+            return name
+        stored = f"{name}/NC11"
+        if stored not in self.shapes:
+            self.unsqueeze(self.plain_names[name], stored, [2, 3])
+            self.shapes[stored] = (*shape, 1, 1)
+        return stored
+
+    def unsqueeze(self, name: str, result: str, axes: list[int], op: str = "Unsqueeze") -> None:
+        """Insert (or with op "Squeeze" remove) axes of size 1."""
+        if self.model.opset < 13:
+            self._emit_onnx(op, result, [name], [result], {"axes": axes})
+        else:
+            where = self._constant(f"{result}/axes", np.array(axes, np.int64))
+            self._emit_onnx(op, result, [name, where], [result])
+
     def tensor(self, name: str) -> str:
         """Return the stored tensor that `name` is; not one of which it is a flattened view."""
         source = self.source(name)
-        if self.shapes[source][:2] != self.trace.shapes[name][:2]:
+        if name in self.trace.shapes and self.shapes[source][:2] != self.trace.shapes[name][:2]:
             raise _Unsupported(f"reads a flattened tensor of shape {self.shapes[source]}")
         return source
 
@@ -179,13 +315,16 @@ class _Lowering:
     def _inputs(self) -> list[ValueInfo]:
         infos = []
         for info in self.model.inputs:
-            nominal = self.shapes[info.name]
-            shape = (*info.shape[:2], *(nominal[2:] if self.fixed_size else info.shape[2:]))
-            infos.append(ValueInfo(info.name, shape, nominal))
+            nominal = self.trace.shapes[info.name]
+            shape: tuple[Dim, ...] = info.shape
+            if self.fixed_size and len(shape) == 4:
+                shape = (*shape[:2], *nominal[2:])
+            infos.append(ValueInfo(info.name, shape, nominal, info.dtype))
         return infos
 
     def _outputs(self, graph: onnx.GraphProto, results: dict[str, str]) -> list[ValueInfo]:
-        sizes = [dim for info in self._inputs() for dim in info.shape[2:]]
+        batch = self.model.inputs[0].shape[0]
+        sizes = [dim for info in self._inputs() for dim in info.shape[1:]]
         dynamic = any(isinstance(dim, str) for dim in sizes)
         infos = []
         for value in graph.output:
@@ -193,15 +332,22 @@ class _Lowering:
                 continue
             nominal = self.trace.shapes[value.name]
             declared = list(value.type.tensor_type.shape.dim)
-            shape: list[Dim] = [self.model.inputs[0].shape[0], nominal[1]]
-            for axis in range(2, len(nominal)):
+            packed = results[value.name] not in self.plain_names
+            shape: list[Dim] = [batch, nominal[1]] if packed else []
+            for axis in range(len(shape), len(nominal)):
                 dim = declared[axis] if axis < len(declared) else None
-                if not dynamic or (dim and dim.dim_value == nominal[axis]):
+                fixed = not dynamic and (packed or isinstance(batch, int))
+                if fixed or (dim and dim.dim_value == nominal[axis] > 0):
                     shape.append(nominal[axis])
                 else:
                     shape.append((dim and dim.dim_param) or f"{value.name}_dim_{axis}")
-            infos.append(ValueInfo(value.name, tuple(shape), nominal))
+            dtype = self.trace.dtypes[value.name].name
+            infos.append(ValueInfo(value.name, tuple(shape), nominal, dtype))
         return infos
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.ravel(onnx.numpy_helper.to_array(value))
 
 
 _Handler = Callable[[_Lowering, onnx.NodeProto, dict[str, Any]], None]
@@ -429,13 +575,18 @@ def _elementwise(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> Non
     if not tensors:
         raise _Unsupported("all its inputs are constants")
     shapes = {ctx.trace.shapes[name] for name in node.input if name and name not in ctx.constants}
-    if len(shapes) > 1 or len({ctx.shapes[t] for t in tensors}) > 1:
+    stored = {ctx.shapes[t] for t in tensors}
+    if len(stored) > 1 and node.op_type in _BROADCASTING and all(len(s) == 4 for s in shapes):
+        ctx.emit(node.op_type, node, [ctx.tensor(name) for name in node.input])
+        return
+    if len(shapes) > 1 or len(stored) > 1:
         raise _Unsupported(f"combines tensors of different shapes {sorted(shapes)}")
     constants = {n: ctx.constants[n] for n in node.input if n in ctx.constants}
     # Onto itself: a view of a tensor becomes an element-wise function of that tensor.
     ctx.shapes[node.output[0]] = ctx.shapes[tensors[0]]
     function = None
-    if all(_is_scalar(array) for array in constants.values()):
+    rank = len(ctx.trace.shapes[node.output[0]])
+    if all(_is_scalar(a) or _is_per_channel(a, ctx, tensors[0], rank) for a in constants.values()):
         function = _function(ctx, node, constants)
     if node.op_type in _ARITHMETIC and len(tensors) == len(constants) == 1:
         if affine := _affine(ctx, node, tensors[0], next(iter(constants.values()))):
@@ -458,7 +609,7 @@ _HANDLERS.update(dict.fromkeys(_ELEMENTWISE, _elementwise))
 @_lowers("Sum")
 def _sum(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     if len(node.input) != 2:
-        raise _Unsupported(f"has {len(node.input)} inputs; only 2 are supported")
+        raise _Unsupported(f"has {len(node.input)} inputs, not 2")
     add = onnx.helper.make_node("Add", node.input, node.output, name=node.name)
     _elementwise(ctx, add, a)
 
@@ -479,17 +630,26 @@ def _batch_normalization(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]
     )
 
 
+def _is_per_channel(array: np.ndarray, ctx: _Lowering, tensor: str, rank: int) -> bool:
+    """Tell whether a constant holds a value for every channel of a stored tensor."""
+    shape = (1,) * (rank - array.ndim) + array.shape
+    return len(shape) == rank and array.size == shape[1] == ctx.shapes[tensor][1]
+
+
 def _is_scalar(array: np.ndarray) -> bool:
     return array.size > 0 and bool((array == array.flat[0]).all())
 
 
 def _function(ctx: _Lowering, node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> Function:
-    """Return the node as a function of its stored inputs, its constants reduced to scalars."""
+    """Return the node as a function of its stored inputs; constants are scalars or (C, 1, 1)."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     del copy.input[:]
     copy.input.extend(n if n in constants or not n else ctx.source(n) for n in node.input)
-    scalars = {name: array.flat[0].reshape(()) for name, array in constants.items()}
+    scalars = {
+        name: array.flat[0].reshape(()) if _is_scalar(array) else array.reshape(-1, 1, 1)
+        for name, array in constants.items()
+    }
     source = next(n for n in copy.input if n and n not in constants)
     return Function(source, node.output[0], [copy], scalars, ctx.model.opset)
 
@@ -525,6 +685,8 @@ def _affine(
 
 def _clamp(node: onnx.NodeProto, a: dict[str, Any], constants: dict[str, np.ndarray]) -> Clamp:
     """Return the bounds if the node is nothing but a clamp."""
+    if any(array.size != 1 for array in constants.values()):
+        return NO_CLAMP
 
     def bound(index: int, attribute: str = "") -> float | None:
         name = node.input[index] if index < len(node.input) else ""

@@ -13,7 +13,7 @@ import onnxruntime
 import onnxslim
 
 from logshift.kernels.errors import ConversionError
-from logshift.runtime.graph import Dim, Shape
+from logshift.runtime.graph import DTYPES, Dim, Shape
 
 # Checking and simplifying serialize the model, which protobuf refuses from 2 GiB.
 _MAX_BYTES = 2**31 - 2**20
@@ -23,10 +23,16 @@ _MIN_OPSET = 7
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A float32 input of the ONNX model; unknown dimensions have names."""
+    """An input of the ONNX model; unknown dimensions have names."""
 
     name: str
     shape: tuple[Dim, ...]
+    dtype: str = "float32"
+
+    @property
+    def batch(self) -> int:
+        """Samples that the model takes at once, 1 if it does not matter."""
+        return self.shape[0] if isinstance(self.shape[0], int) else 1
 
 
 @dataclass
@@ -61,7 +67,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     Raises
     ------
     ConversionError
-        If it is no valid ONNX model, or its inputs are not float32 pictures (N, C, H, W).
+        If it is no valid ONNX model, or has inputs that are no tensors of numbers.
     OSError
         If the file cannot be read.
     """
@@ -111,19 +117,18 @@ def _inputs(graph: onnx.GraphProto) -> list[ModelInput]:
         if value.name in initializers:  # IR version 3 lists them as inputs too
             continue
         tensor = value.type.tensor_type
-        dtype = onnx.TensorProto.DataType.Name(tensor.elem_type)
-        if dtype != "FLOAT":
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        dtype = _DTYPES.get(tensor.elem_type)
+        if dtype is None:
             raise ConversionError(
-                f"input {value.name!r} is {dtype}; export the model with float32 inputs and weights"
+                f"input {value.name!r} is {kind}; export the model with float32 inputs"
             )
         shape = tuple(_dim(value.name, i, dim) for i, dim in enumerate(tensor.shape.dim))
-        if len(shape) != 4:
+        if not shape:
             raise ConversionError(
-                f"input {value.name!r} has shape {shape}; only pictures (N, C, H, W) are supported"
+                f"input {value.name!r} has no dimensions; make it a constant of the model"
             )
-        if not isinstance(shape[1], int):
-            raise ConversionError(f"input {value.name!r} must have a fixed number of channels")
-        inputs.append(ModelInput(value.name, shape))
+        inputs.append(ModelInput(value.name, shape, dtype))
     if not inputs:
         raise ConversionError("the model has no inputs")
     return inputs
@@ -133,6 +138,9 @@ def _dim(name: str, axis: int, dim: onnx.TensorShapeProto.Dimension) -> Dim:
     if dim.HasField("dim_value") and dim.dim_value > 0:
         return int(dim.dim_value)
     return dim.dim_param or f"{name}_dim_{axis}"
+
+
+_DTYPES = {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name)): name for name in DTYPES}
 
 
 @dataclass
@@ -147,11 +155,13 @@ class Trace:
         Initializers and outputs of Constant nodes.
     integers : dict of name to array
         Computed integer tensors: sizes that depend on the input's size.
+    dtypes : dict of tensor name to dtype
     """
 
     shapes: dict[str, Shape]
     constants: dict[str, np.ndarray]
     integers: dict[str, np.ndarray]
+    dtypes: dict[str, np.dtype]
 
 
 def trace(model: Model, sample: Mapping[str, np.ndarray]) -> Trace:
@@ -177,6 +187,7 @@ def trace(model: Model, sample: Mapping[str, np.ndarray]) -> Trace:
         {name: tuple(array.shape) for name, array in known.items()},
         constants,
         {n: a for n, a in values.items() if a.dtype.kind == "i" and n not in constants},
+        {name: array.dtype for name, array in known.items()},
     )
 
 
@@ -198,6 +209,8 @@ def run(
         session = onnxruntime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        return list(session.run(None, dict(inputs)))
+        # Simplifying removes inputs on which nothing depends.
+        known = {value.name for value in session.get_inputs()}
+        return list(session.run(None, {n: x for n, x in inputs.items() if n in known}))
     except Exception as error:  # onnxruntime's exceptions share no useful base
         raise ConversionError(f"onnxruntime cannot run the model: {error}") from error

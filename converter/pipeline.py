@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +43,14 @@ def convert(
     calibration: Calibration,
     weight_bits: int = 4,
     residual_ratio: float = 0.15,
-    activation_bits: int = 8,
+    activation_bits: int | Mapping[str, int] = 8,
     granularity: str = "element",
     tile: int = 256,
     residual_shift: int = 0,
     activation_range: str = "mse",
     bias_correction: bool = True,
     error_feedback: bool = True,
+    keep_float: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
@@ -70,8 +72,10 @@ def convert(
         Bits of a word, 2 to 5.
     residual_ratio : float
         Share of all weights with a second word, 0 to 1; layers whose errors matter more get more.
-    activation_bits : int
-        2 to 8.
+    activation_bits : int, or dict of pattern to int
+        2 to 8, or 32: activations stay float32, and only weights are quantized. A dictionary gives
+        the bits of nodes whose ONNX names fit patterns (`*`, `?`); the first that fits counts, and
+        nodes that fit none have 8.
     granularity : {"element", "tile", "filter"}
         What gets second words: single weights, tiles, or output channels.
     tile : int
@@ -85,6 +89,8 @@ def convert(
     error_feedback : bool
         Whether weights that are rounded later make up for those before them, as far as the
         calibration data show how; see `docs/quantization.md` section 2.
+    keep_float : list of str
+        Names of ONNX nodes, or patterns (`*`, `?`), that are not quantized at all.
     preprocessing : Preprocessing, optional
         How pictures become inputs; stored in the file. Pictures for calibration without it are
         prepared by the default `Preprocessing()`, and the report says so.
@@ -116,6 +122,7 @@ def convert(
         activation_range,
         bias_correction,
         error_feedback,
+        _patterns(keep_float),
     )
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
@@ -126,10 +133,11 @@ def convert(
 
     loaded = load(model)
     samples = open_samples(calibration, loaded.inputs, preprocessing)
-    graph = _lowered(loaded, samples)
+    graph = _lowered(loaded, samples, settings)
     data = samples.read(calibration_limit or _limit(graph))
+    data, batches = _whole_batches(data, loaded)
     with reporting(progress) as show:
-        packed, errors = quantize_graph(graph, data, settings, show)
+        packed, errors = quantize_graph(graph, data, batches, settings, show)
     if samples.preprocessing is not None:
         packed.preprocessing = samples.preprocessing.to_manifest()
     packed.labels = list(labels) if labels is not None else None
@@ -138,6 +146,12 @@ def convert(
     count = len(next(iter(data.values())))
     notes = _notes(samples, preprocessing, loaded, packed)
     return _report(target, packed, errors, file_bytes, loaded.size, count, notes)
+
+
+def _patterns(keep_float: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(keep_float, str) or not all(isinstance(name, str) for name in keep_float):
+        raise InputError("keep_float must be a list of node names or patterns")
+    return tuple(keep_float)
 
 
 def _check_arguments(
@@ -165,35 +179,60 @@ def _check_packages() -> None:
         )
 
 
-def _lowered(model: Model, samples: Samples) -> FloatGraph:
+def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     """Lower and fuse, and prove on a sample that the function is still the same."""
-    from logshift.converter.edges import add_edges
     from logshift.converter.evaluate import evaluate_graph
     from logshift.converter.float_graph import Problems
     from logshift.converter.fuse import fuse
     from logshift.converter.lower import lower
     from logshift.converter.onnx_model import run, trace
+    from logshift.converter.place import place
 
     problems = Problems()
     graph = lower(model, trace(model, samples.first), problems)
-    fuse(graph, problems)
     problems.raise_if_any()
-    add_edges(graph)
+    fuse(graph)
+    names = [node.name or node.output[0] for node in model.proto.graph.node]
+    settings.check_names(dict.fromkeys([node.name for node in graph.nodes] + names))
+    for node in graph.nodes:
+        node.keeps_weight = settings.keeps_float(node.name)
+    place(graph, lambda node: node.keeps_weight or settings.activation_bits_of(node.name) == 32)
     expected = run(model.original, samples.first)
     found = evaluate_graph(graph, samples.first)
     for value, y in zip(model.original.graph.output, expected, strict=True):
-        if not np.isfinite(y).all():
+        if y.dtype.kind == "f" and not np.isfinite(y).all():
             raise ConversionError(
                 f"output {value.name!r}: the ONNX model itself produces NaN or infinity on the"
                 " calibration data"
             )
-        error = np.linalg.norm(found[value.name] - y) / max(float(np.linalg.norm(y)), 1e-30)
+        error = _difference(y, found[value.name])
         if not error <= _TOLERANCE:
             raise ConversionError(
                 f"output {value.name!r}: the translated network differs from the ONNX model by"
                 f" {error:.2g} (relative) before any quantization; please report this model"
             )
     return graph
+
+
+def _difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """Relative size of the difference; for anything but floats, the share of values that differ."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return math.inf
+    if expected.dtype.kind != "f":
+        return float((expected != found).mean()) if expected.size else 0.0
+    norm = max(float(np.linalg.norm(expected.astype(np.float64))), 1e-30)
+    return float(np.linalg.norm(found.astype(np.float64) - expected)) / norm
+
+
+def _whole_batches(data: dict[str, np.ndarray], model: Model) -> tuple[dict[str, np.ndarray], int]:
+    """Cut calibration data to whole batches of the model; returns their number as well."""
+    batches = min(max(len(data[info.name]) // info.batch, 1) for info in model.inputs)
+    return {
+        info.name: np.resize(x, (batches * info.batch, *x.shape[1:]))
+        if len(x := data[info.name]) < info.batch
+        else x[: batches * info.batch]
+        for info in model.inputs
+    }, batches
 
 
 def _limit(graph: FloatGraph) -> int:
@@ -212,7 +251,7 @@ def _notes(
             " otherwise"
         )
     for before, after in zip(model.inputs, packed.inputs, strict=True):
-        if before.shape != after.shape:
+        if before.shape != after.shape and len(before.shape) == 4:
             notes.append(
                 f"input {after.name!r} is fixed to height and width {after.nominal[2:]}: the model"
                 " computes sizes from it"

@@ -16,15 +16,32 @@ import numpy as np
 from logshift.converter import feedback
 from logshift.converter.budget import residual_ratios
 from logshift.converter.calibrate import choose_quantization, dequantize, quantize
-from logshift.converter.evaluate import Evaluator, clamped, evaluate_function, snr_db
+from logshift.converter.evaluate import (
+    Evaluator,
+    Value,
+    clamped,
+    evaluate_function,
+    rows,
+    run_onnx,
+    snr_db,
+)
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.settings import Settings
 from logshift.kernels import codec
 from logshift.kernels.errors import ConversionError
-from logshift.runtime.graph import SAME_QUANTIZATION, Graph, Node, Quantization
+from logshift.runtime.graph import (
+    NEWEST_OPSET,
+    ONNX_DOMAIN,
+    SAME_QUANTIZATION,
+    Graph,
+    Node,
+    Quantization,
+)
 
 # Before the walk, float stream and codes of the quantized one: bytes per value of a tensor.
 _BYTES_PER_VALUE = 5
+
+_MOST_BITS = 8
 
 Progress = Callable[[int, int, str], None]
 
@@ -34,40 +51,48 @@ class LayerError:
     """What quantization did to one node: signal-to-noise ratios, float against quantized stream."""
 
     weight_snr_db: float | None
-    output_snr_db: float
+    output_snr_db: float | None
 
 
 @dataclass
 class _Streams:
     """Values of a tensor for all calibration pictures: float, and codes unless it stays float32."""
 
-    exact: np.ndarray
-    quantized: np.ndarray
+    exact: Value
+    quantized: Value
 
 
 def bytes_per_picture(graph: FloatGraph) -> int:
     """Return the most memory that `quantize_graph` holds at once, per calibration picture."""
-    sizes = {name: int(np.prod(shape[1:])) for name, shape in graph.shapes.items()}
+    batch = next(iter(graph.inputs)).nominal[0]
+    sizes = {name: int(np.prod(shape)) // batch for name, shape in graph.shapes.items()}
     last_use = _last_uses(graph)
     alive = {info.name for info in graph.inputs}
     most = 0
     for index, node in enumerate(graph.nodes):
-        alive.add(node.output)
+        alive.update(filter(None, node.outputs))
         most = max(most, sum(sizes[name] for name in alive) + 2 * sizes[node.output])
         alive -= {name for name in alive if last_use.get(name, index) <= index}
     return most * _BYTES_PER_VALUE
 
 
 def quantize_graph(
-    graph: FloatGraph, samples: Mapping[str, np.ndarray], settings: Settings, progress: Progress
+    graph: FloatGraph,
+    samples: Mapping[str, np.ndarray],
+    batches: int,
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[Graph, list[LayerError]]:
     """Quantize every node in execution order.
 
     Parameters
     ----------
     graph : FloatGraph
-        After `fuse` and `add_edges`.
-    samples : dict of input name to float32 array (pictures, C, H, W)
+        After `fuse` and `place`.
+    samples : dict of input name to array (pictures, ...)
+        Whole batches of the model.
+    batches : int
+        How many batches these are.
     settings : Settings
     progress : callable(done, total, what)
 
@@ -78,22 +103,28 @@ def quantize_graph(
     list of LayerError
         One per node.
     """
-    return _Walk(graph, samples, settings).run(progress)
+    return _Walk(graph, samples, batches, settings).run(progress)
 
 
 class _Walk:
     def __init__(
-        self, graph: FloatGraph, samples: Mapping[str, np.ndarray], settings: Settings
+        self,
+        graph: FloatGraph,
+        samples: Mapping[str, np.ndarray],
+        batches: int,
+        settings: Settings,
     ) -> None:
         self.graph = graph
         self.samples = samples
+        self.batches = batches
         self.settings = settings
-        self.count = len(next(iter(samples.values())))
-        self.streams = {name: _Streams(x, x) for name, x in samples.items()}
+        self.streams = {name: _Streams(x, x) for name, x in (samples | graph.constants).items()}
         self.quantization: dict[str, Quantization] = {}
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
-        self.ratios = residual_ratios(self.graph, self.samples, self.settings, progress)
+        self.ratios = residual_ratios(
+            self.graph, self.samples, self.batches, self.settings, progress
+        )
         last_use = _last_uses(self.graph)
         nodes, errors = [], []
         for index, node in enumerate(self.graph.nodes):
@@ -104,12 +135,54 @@ class _Walk:
             for name in [n for n in self.streams if last_use.get(n, index) <= index]:
                 del self.streams[name]
         progress(len(self.graph.nodes), len(self.graph.nodes), "")
-        graph = Graph(self.graph.inputs, self.graph.outputs, self.quantization, nodes)
+        opset = max((node.opset for node in self.graph.nodes), default=0) or NEWEST_OPSET
+        graph = Graph(
+            self.graph.inputs,
+            self.graph.outputs,
+            self.quantization,
+            nodes,
+            constants=self.graph.constants,
+            opset=opset,
+        )
         return graph, errors
 
+    def _onnx(self, node: FloatNode) -> tuple[Node, LayerError]:
+        streams = [self.streams[name] if name else None for name in node.inputs]
+        constant = [name in self.graph.constants for name in node.inputs]
+        exact = run_onnx(node, [s and s.exact for s in streams], constant, self.batches)
+        quantized = exact
+        if any(s is not None and s.exact is not s.quantized for s in streams):
+            inputs = [s and s.quantized for s in streams]
+            quantized = run_onnx(node, inputs, constant, self.batches)
+        for name, y, z in zip(node.outputs, exact, quantized, strict=True):
+            if name:
+                self.streams[name] = _Streams(y, z)
+        packed = Node(
+            node.op, node.name, list(node.inputs), node.outputs, dict(node.attributes),
+            domain=ONNX_DOMAIN,
+        )  # fmt: skip
+        error = None
+        if exact[0][0].dtype.kind == "f" and all(
+            y.shape == z.shape for y, z in zip(exact[0], quantized[0], strict=True)
+        ):
+            y, z = (
+                np.concatenate([part.ravel() for part in parts[0]]) for parts in (exact, quantized)
+            )
+            error = snr_db(y, z)
+        return packed, LayerError(None, error)
+
     def _node(self, node: FloatNode) -> tuple[Node, LayerError]:
+        if node.is_onnx:
+            return self._onnx(node)
+        for name in node.inputs:
+            stream = self.streams[name]
+            if not isinstance(stream.exact, np.ndarray):
+                same = stream.quantized is stream.exact
+                stream.exact = rows(stream.exact)
+                stream.quantized = stream.exact if same else rows(stream.quantized)
+        count = len(self.streams[node.inputs[0]].exact)
         evaluator = Evaluator(node)
-        exact = evaluator.sweep(self._exact(node), self.count)
+        exact = evaluator.sweep(self._exact(node), count)
         if not np.isfinite(exact).all():
             raise ConversionError(
                 f"{node.op} {node.name!r}: the float model produces NaN or infinity here on the"
@@ -117,21 +190,24 @@ class _Walk:
             )
         packed = Node(node.op, node.name, list(node.inputs), [node.output], dict(node.attributes))
         weight_snr = None
-        if node.is_conv:
+        if node.is_conv and node.keeps_weight:
+            packed.float_weights, packed.bias = node.weight, node.bias
+            quantized = evaluator.sweep(self._quantized(node), count)
+        elif node.is_conv:
             assert node.weight is not None and node.bias is not None
-            packed.weights = self._encode(node)
+            packed.weights = self._encode(node, count)
             values = packed.weights.values()
             weight_snr = snr_db(node.weight, values)
-            quantized = evaluator.sweep(self._quantized(node), self.count, values)
+            quantized = evaluator.sweep(self._quantized(node), count, values)
             packed.bias = node.bias
             if self.settings.bias_correction:
                 shift = _channel_means(exact) - _channel_means(quantized)
                 packed.bias = (node.bias + shift).astype(np.float32)
                 quantized += shift.astype(np.float32).reshape(-1, 1, 1)
         else:
-            quantized = evaluator.sweep(self._quantized(node), self.count)
+            quantized = evaluator.sweep(self._quantized(node), count)
         exact, quantized = clamped(exact, node.clamp), clamped(quantized, node.clamp)
-        if node.output in self.graph.float_tensors:
+        if node.output not in self.graph.code_tensors:
             self.streams[node.output] = _Streams(exact, quantized)
             error = snr_db(exact, quantized)
         else:
@@ -144,24 +220,26 @@ class _Walk:
         return packed, LayerError(weight_snr, error)
 
     def _exact(self, node: FloatNode) -> Callable[[slice], list[np.ndarray]]:
-        return lambda rows: [self.streams[name].exact[rows] for name in node.inputs]
+        return lambda part: [self.streams[name].exact[part] for name in node.inputs]  # type: ignore[misc]
 
     def _quantized(self, node: FloatNode) -> Callable[[slice], list[np.ndarray]]:
-        def fetch(rows: slice) -> list[np.ndarray]:
-            parts = [(self.streams[n].quantized[rows], n) for n in node.inputs]
+        def fetch(part: slice) -> list[np.ndarray]:
+            parts: list[tuple[Any, str]] = [
+                (self.streams[n].quantized[part], n) for n in node.inputs
+            ]
             return [
-                dequantize(part, self.quantization[name]) if name in self.quantization else part
-                for part, name in parts
+                dequantize(x, self.quantization[name]) if name in self.quantization else x
+                for x, name in parts
             ]
 
         return fetch
 
-    def _encode(self, node: FloatNode) -> codec.LogWeights:
+    def _encode(self, node: FloatNode, count: int) -> codec.LogWeights:
         s, ratio = self.settings, self.ratios[node.output]
         assert node.weight is not None
         if s.error_feedback:
             moments, cross = feedback.covariance(
-                node, self._quantized(node), self._exact(node), self.count, s.bias_correction
+                node, self._quantized(node), self._exact(node), count, s.bias_correction
             )
             return feedback.encode(node.weight, moments, cross, s, ratio)
         return feedback.encode_alone(node.weight, s, ratio)
@@ -169,9 +247,11 @@ class _Walk:
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
         if node.op in SAME_QUANTIZATION:
             return self.quantization[node.inputs[0]]
-        return choose_quantization(
-            exact, self.settings.activation_bits, self.settings.activation_range
-        )
+        return choose_quantization(exact, self._bits(node), self.settings.activation_range)
+
+    def _bits(self, node: FloatNode) -> int:
+        bits = self.settings.activation_bits_of(node.name)
+        return _MOST_BITS if bits == 32 else bits  # codes for a neighbour that wants them
 
     def _fill_in(self, packed: Node, node: FloatNode) -> None:
         """Add what depends on the quantization of inputs and output: clamp and table."""

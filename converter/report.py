@@ -24,7 +24,7 @@ class LayerReport:
     nzr : float, optional
         Non-zero ratio of second words.
     weight_snr_db : float, optional
-    output_snr_db : float
+    output_snr_db : float, optional
         Of the quantized network's values here against the float network's.
     bytes : int
         Size of the layer's tensors in the file.
@@ -32,7 +32,7 @@ class LayerReport:
 
     name: str
     op: str
-    output_snr_db: float
+    output_snr_db: float | None
     bytes: int
     weight_shape: tuple[int, ...] | None = None
     bits: int | None = None
@@ -133,7 +133,8 @@ def layer_bytes(path: Path) -> Counter[int]:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     sizes: Counter[int] = Counter()
     for name, tensor in header.items():
-        if name != "__metadata__":
+        owner = name.split(".")[0]
+        if owner.isdecimal():
             begin, end = tensor["data_offsets"]
-            sizes[int(name.split(".")[0])] += end - begin
+            sizes[int(owner)] += end - begin
     return sizes

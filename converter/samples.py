@@ -24,7 +24,7 @@ class Samples:
 
     Attributes
     ----------
-    first : dict of input name to float32 array (n, C, H, W), n the model's batch or 1
+    first : dict of input name to array (n, ...), n the model's batch or 1
     read : callable(limit)
         Returns at most `limit` samples per input, spread evenly over a folder or array, else
         the first ones.
@@ -58,12 +58,12 @@ def open_samples(
     if isinstance(calibration, (str, os.PathLike)):
         return _from_pictures(picture_files(Path(calibration)), inputs, preprocessing)
     if isinstance(calibration, np.ndarray):
-        if calibration.ndim != 4 or len(calibration) == 0:
+        if calibration.ndim == 0 or len(calibration) == 0:
             raise InputError(
                 f"calibration array has shape {calibration.shape}; expected samples (N, C, H, W)"
                 " as float32, or pictures (N, H, W, C) as uint8"
             )
-        if calibration.dtype == np.uint8:
+        if calibration.dtype == np.uint8 and _single(inputs).dtype == "float32":
             return _from_pictures(calibration, inputs, preprocessing)
         return _from_array(calibration, _single(inputs), preprocessing)
     if isinstance(calibration, Iterable):
@@ -91,8 +91,7 @@ def _spread(available: int, limit: int) -> list[int]:
 
 def _nominal_batch(x: np.ndarray, info: ModelInput) -> np.ndarray:
     """Return the samples that make up one batch of the model, repeated where they are too few."""
-    size = info.shape[0] if isinstance(info.shape[0], int) else 1
-    return np.resize(x, (size, *x.shape[1:]))
+    return np.resize(x[: info.batch], (info.batch, *x.shape[1:]))
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -125,6 +124,11 @@ def _from_pictures(
 
 
 def _picture_size(info: ModelInput, preprocessing: Preprocessing) -> tuple[int, int]:
+    if len(info.shape) != 4 or info.dtype != "float32":
+        raise InputError(
+            f"input {info.name!r} is {info.dtype} of shape {info.shape}, no picture (N, C, H, W);"
+            " give calibration as arrays"
+        )
     channels, *size = info.shape[1:]
     if len(preprocessing.mean) != channels:
         raise InputError(
@@ -159,9 +163,9 @@ def _from_array(
     _check(array, info)
 
     def read(limit: int) -> dict[str, np.ndarray]:
-        return {info.name: _as_float32(array[_spread(len(array), limit)], info)}
+        return {info.name: _as_given(array[_spread(len(array), limit)], info)}
 
-    first = {info.name: _nominal_batch(_as_float32(array[:1], info), info)}
+    first = {info.name: _nominal_batch(_as_given(array[: info.batch], info), info)}
     return Samples(first, read, preprocessing)
 
 
@@ -189,11 +193,11 @@ def _from_dictionaries(
             arrays = [part[info.name] for part in parts]
             if len({array.shape[1:] for array in arrays}) > 1:
                 raise InputError(f"calibration: samples of input {info.name!r} differ in shape")
-            joined[info.name] = np.concatenate(arrays)[:limit]
+            joined[info.name] = np.concatenate(arrays)[: max(limit // info.batch, 1) * info.batch]
         return joined
 
     return Samples(
-        {info.name: _nominal_batch(start[info.name][:1], info) for info in inputs},
+        {info.name: _nominal_batch(start[info.name], info) for info in inputs},
         read,
         preprocessing,
     )
@@ -208,28 +212,29 @@ def _checked(item: Any, inputs: Sequence[ModelInput]) -> dict[str, np.ndarray]:
     for info in inputs:
         array = np.asarray(item[info.name])
         _check(array, info)
-        arrays[info.name] = _as_float32(array, info)
-    if len({len(array) for array in arrays.values()}) > 1:
+        arrays[info.name] = _as_given(array, info)
+    if len({len(arrays[info.name]) // info.batch for info in inputs}) > 1:
         raise InputError("calibration: the inputs of one dictionary have different batch sizes")
     return arrays
 
 
 def _check(array: np.ndarray, info: ModelInput) -> None:
     expected: tuple[Any, ...] = ("N", *info.shape[1:])
+    is_float = info.dtype == "float32"
     if (
-        array.ndim != 4
-        or array.dtype.kind != "f"
+        array.ndim != len(expected)
+        or not (array.dtype.kind == "f" if is_float else np.can_cast(array.dtype, info.dtype))
         or len(array) == 0
         or any(isinstance(d, int) and d != s for d, s in zip(expected, array.shape, strict=True))
     ):
         raise InputError(
             f"calibration for input {info.name!r} is {array.dtype} of shape {array.shape};"
-            f" expected float32 of shape ({', '.join(map(str, expected))})"
+            f" expected {info.dtype} of shape ({', '.join(map(str, expected))})"
         )
 
 
-def _as_float32(array: np.ndarray, info: ModelInput) -> np.ndarray:
-    array = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(array).all():
+def _as_given(array: np.ndarray, info: ModelInput) -> np.ndarray:
+    array = np.ascontiguousarray(array, info.dtype)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError(f"calibration for input {info.name!r} holds NaN or infinity")
     return array

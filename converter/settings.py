@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from logshift.kernels import codec
 from logshift.kernels.errors import InputError
@@ -16,22 +18,23 @@ class Settings:
 
     weight_bits: int = 4
     residual_ratio: float = 0.15
-    activation_bits: int = 8
+    activation_bits: int | Mapping[str, int] = 8
     granularity: str = "element"
     tile: int = codec.MAX_TILE
     residual_shift: int = 0
     activation_range: str = "mse"
     bias_correction: bool = True
     error_feedback: bool = True
+    keep_float: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done, naming the setting."""
         _check_integer("weight_bits", self.weight_bits, codec.MIN_BITS, codec.MAX_BITS)
-        if self.activation_bits == 32:
-            raise InputError(
-                "activation_bits is 32: float activations are not supported yet; use 2 to 8"
-            )
-        _check_integer("activation_bits", self.activation_bits, 2, 8)
+        if isinstance(self.activation_bits, Mapping):
+            for pattern, bits in self.activation_bits.items():
+                _check_activation_bits(f"activation_bits[{pattern!r}]", bits)
+        else:
+            _check_activation_bits("activation_bits", self.activation_bits)
         _check_integer("tile", self.tile, 1, codec.MAX_TILE)
         _check_integer("residual_shift", self.residual_shift, 0, codec.MAX_RESIDUAL_SHIFT)
         if not 0.0 <= self.residual_ratio <= 1.0:
@@ -39,10 +42,43 @@ class Settings:
         _check_choice("granularity", self.granularity, codec.GRANULARITIES)
         _check_choice("activation_range", self.activation_range, ACTIVATION_RANGES)
 
+    def activation_bits_of(self, name: str) -> int:
+        """Bits of the activations of the node `name`: those of the first pattern that it fits."""
+        if not isinstance(self.activation_bits, Mapping):
+            return self.activation_bits
+        fits = (bits for p, bits in self.activation_bits.items() if fnmatchcase(name, p))
+        return next(fits, _ACTIVATION_BITS)
 
-def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    def keeps_float(self, name: str) -> bool:
+        """Tell whether the node `name` is to stay as it is."""
+        return any(fnmatchcase(name, pattern) for pattern in self.keep_float)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse patterns that fit none of the model's nodes."""
+        known = list(names)
+        given = {"keep_float": self.keep_float}
+        if isinstance(self.activation_bits, Mapping):
+            given["activation_bits"] = tuple(self.activation_bits)
+        for setting, patterns in given.items():
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in known):
+                    raise InputError(
+                        f"{setting}: no node of the model is called {pattern!r}; there are"
+                        f" {', '.join(map(repr, known[:5]))}{' ...' * (len(known) > 5)}"
+                    )
+
+
+_ACTIVATION_BITS = 8  # of nodes that no pattern fits
+
+
+def _check_activation_bits(name: str, value: int) -> None:
+    if value != 32:
+        _check_integer(name, value, 2, 8, " or 32 (float32)")
+
+
+def _check_integer(name: str, value: int, low: int, high: int, more: str = "") -> None:
     if type(value) is not int or not low <= value <= high:
-        raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+        raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}{more}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -300,7 +300,7 @@ def _check_value_info(kind: str, info: ValueInfo) -> None:
         raise FormatError(f"{kind} {info.name!r}: dtype {info.dtype!r} is not known")
     if len(info.shape) != len(info.nominal) or len(info.shape) > MAX_RANK:
         raise FormatError(
-            f"{kind} {info.name!r}: shape and nominal shape must have equal rank, at most {MAX_RANK}"
+            f"{kind} {info.name!r}: shape and nominal shape must have one rank, at most {MAX_RANK}"
         )
     for dim, size in zip(info.shape, info.nominal, strict=True):
         if not 0 <= size <= MAX_ELEMENTS or (isinstance(dim, int) and dim != size):
@@ -687,7 +687,7 @@ def _check_node(graph: Graph, node: Node) -> None:
         raise _ShapeError("has one output")
     first = "c" if graph.is_code(node.inputs[0]) else "f"
     choices = operator.codes.split()
-    kind_in, kind_out = next((c for c in choices if c[0] == first), choices[0])
+    kind_in, kind_out = tuple(next((c for c in choices if c[0] == first), choices[0]))
     for name in node.inputs:
         if graph.is_code(name) != (kind_in == "c"):
             expected = "codes" if kind_in == "c" else "float32"
@@ -753,13 +753,14 @@ def _check_conv(graph: Graph, node: Node) -> None:
             raise _ShapeError(f"pads {a['pads']} reach beyond the kernel's extent {extent}")
     if not np.isfinite(bias).all():
         raise _ShapeError("bias must be finite")
-    if node.weights is None:
+    if node.float_weights is not None:
         if graph.is_code(node.inputs[0]):
             raise _ShapeError("weights of a convolution of codes must be words")
         if not np.isfinite(node.float_weights).all():
             raise _ShapeError("weights must be finite")
         return
     weights = node.weights
+    assert weights is not None
     if not (np.isfinite(weights.alpha).all() and (weights.alpha > 0).all()):
         raise _ShapeError("alpha must be finite and positive")
     largest = weights.largest

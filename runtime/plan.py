@@ -5,10 +5,10 @@ paddings of the convolutions that read them need: padding then costs nothing and
 edges. ONNX operators, which run in NumPy between two programs, and the caller see ONNX's layout;
 where a float32 tensor is needed in both, one more step converts it.
 
-All tensors of packed operators share one arena, planned by when they are in use. A border whose bytes other tensors
-use as well is written anew at every run. For small tensors that would take too long; they keep
-their bytes, which go only to tensors of the same geometry and zero point, and their borders are
-written once.
+All tensors of packed operators share one arena, planned by when they are in use. A border whose
+bytes other tensors use as well is written anew at every run. For small tensors that would take too
+long; they keep their bytes, which go only to tensors of the same geometry and zero point, and their
+borders are written once.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ class Plan:
         return np.ascontiguousarray(y)
 
     def tensor(self, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
-        """Return a tensor after a run of a plan that keeps all, codes as they are, in ONNX's layout.
+        """Return a tensor in ONNX's layout after a run of a plan that keeps all; codes stay codes.
 
         Parameters
         ----------
@@ -431,7 +431,7 @@ class Plan:
             self._point(name, array)
 
     def _operations(self, keep_all: bool) -> list[_Operation]:
-        """What is to be done, with changes of layout; sets `_native` and `_outside`."""
+        """List what is to be done, with changes of layout; sets `_native` and `_outside`."""
         graph, values = self.graph, self._found.values
         fused = {node.outputs[0] for node in self._lookups.values()}
         needed = {self._root(info.name) for info in graph.outputs}
@@ -475,9 +475,9 @@ class Plan:
             index, node = next((i, n) for i, n in nodes if name in map(self._root, n.inputs))
             convert(index, node, name, "to_channels_last")
         for index, node in nodes:
-            names = [self._root(name) for name in node.inputs if name]
+            roots = [self._root(name) for name in node.inputs if name]
             if node.is_onnx:
-                reads = tuple(name for name in names if name not in values)
+                reads = tuple(name for name in roots if name not in values)
                 writes = tuple(name for name in node.outputs if name)
                 operations.append(_Operation(index, node, "onnx", reads, writes))
                 for name in writes:
@@ -485,9 +485,9 @@ class Plan:
                         convert(index, node, name, "to_channels_last")
                 continue
             if node.op == "QuantizeLinear":
-                reads = tuple(names)
+                reads = tuple(roots)
             else:
-                reads = tuple(n if graph.is_code(n) else _channels_last(n) for n in names)
+                reads = tuple(n if graph.is_code(n) else _channels_last(n) for n in roots)
             out = self._written(node)
             if graph.is_code(out):
                 operations.append(_Operation(index, node, "packed", reads, (out,)))

@@ -15,13 +15,40 @@ f32 = np.float32
 
 def evaluate(graph, inputs):
     """Return all tensors of `graph` by name: uint8 codes (N, C, H, W) or float32."""
-    values = {name: np.asarray(x, f32) for name, x in inputs.items()}
+    dtypes = {info.name: info.dtype for info in graph.inputs}
+    values = {name: np.asarray(x, dtypes[name]) for name, x in inputs.items()}
+    values |= graph.constants
     for node in graph.nodes:
+        if node.is_onnx:
+            values |= _onnx(graph, node, values)
+            continue
         arguments = [values[name] for name in node.inputs]
         quantizations = [graph.quantization.get(name) for name in node.inputs]
         q_y = graph.quantization.get(node.outputs[0])
         values[node.outputs[0]] = _OPERATIONS[node.op](node, arguments, quantizations, q_y)
     return values
+
+
+def _onnx(graph, node, values):
+    """Outputs of an ONNX operator, by name."""
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
+
+    onnx_node = helper.make_node(node.op, node.inputs, node.outputs, **node.attributes)
+    given = {name: values[name] for name in node.inputs if name}
+    infos = [
+        [helper.make_tensor_value_info(name, kind(name), None) for name in names]
+        for names, kind in (
+            (given, lambda name: helper.np_dtype_to_tensor_dtype(given[name].dtype)),
+            (filter(None, node.outputs), lambda name: 0),
+        )
+    ]
+    model = helper.make_model(
+        helper.make_graph([onnx_node], "node", *infos),
+        opset_imports=[helper.make_opsetid("", graph.opset)], ir_version=10,
+    )  # fmt: skip
+    names = [name for name in node.outputs if name]
+    return dict(zip(names, ReferenceEvaluator(model).run(names, given), strict=True))
 
 
 def _centred(codes, q):

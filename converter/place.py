@@ -1,0 +1,199 @@
+"""Where codes end and float32 begins: inside, and at the inputs and outputs of the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import onnx
+
+from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function
+from logshift.converter.fuse import onnx_nodes
+from logshift.runtime.graph import OPERATORS
+
+# Functions of one tensor that packed operators compute on float32, under their ONNX names.
+_ELEMENTWISE = {"Add", "Lookup", "Mul", "Sub"}
+_UNARY = {"Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Sigmoid", "Tanh"}
+
+
+def place(graph: FloatGraph, wants_float: Callable[[FloatNode], bool]) -> None:
+    """Decide which nodes work on codes, and convert tensors where both are needed; in place.
+
+    ONNX operators work on float32, and so does what `wants_float`. Of the other packed operators,
+    those with weights work on codes, the rest on whatever their inputs are, and element-wise ones
+    also on float32 if nobody wants codes of them. A convolution of codes whose result is only
+    wanted as float32 makes it so itself.
+
+    Tensors keep their ONNX names in the form in which they are produced; in the other one they are
+    called `<name>/float` or `<name>/codes`. Inputs and outputs have their names as float32 in any
+    case. A float32 output of rank 2 is called `<name>/NC11` until Flatten takes its height and
+    width of 1 away.
+    """
+    _Placement(graph, wants_float).run()
+
+
+class _Placement:
+    def __init__(self, graph: FloatGraph, wants_float: Callable[[FloatNode], bool]) -> None:
+        self.graph = graph
+        self.nodes: list[FloatNode] = []
+        self._decide(wants_float)
+        # Names of tensors that exist as float32, and of those that exist as codes.
+        given = (*(info.name for info in graph.inputs), *graph.constants)
+        self.floats = {name: name for name in given}
+        self.codes: dict[str, str] = {}
+        # Names that results are to have as float32.
+        self.wanted: dict[str, str] = {}
+        for info in graph.outputs:
+            tensor = graph.results[info.name]
+            if tensor not in self.floats:
+                self.wanted.setdefault(tensor, self._result_name(info.name))
+
+    def _decide(self, wants_float: Callable[[FloatNode], bool]) -> None:
+        from_float = set(self.graph.constants)
+        for node in self.graph.nodes:
+            inherits = not node.is_conv and set(node.inputs) <= from_float
+            node.is_float = node.is_onnx or inherits or wants_float(node)
+            if node.is_float:
+                from_float.update(node.outputs)
+        # What only float32 nodes read is not worth rounding.
+        results = set(self.graph.results.values())
+        exact = {x for node in self.graph.nodes for x in node.inputs if node.is_float}
+        coded = {x for node in self.graph.nodes for x in node.inputs if not node.is_float} | results
+        for node in reversed(self.graph.nodes):
+            if node.op in _ELEMENTWISE and node.output in exact - coded:
+                node.is_float = True
+                exact.update(node.inputs)
+                coded = {x for n in self.graph.nodes for x in n.inputs if not n.is_float} | results
+
+    def run(self) -> None:
+        graph = self.graph
+        names = {info.name for info in graph.outputs} | set(self.floats)
+        read_as_codes = {x for node in graph.nodes if not node.is_float for x in node.inputs}
+        for node in graph.nodes:
+            find = self._as_float if node.is_float else self._as_codes
+            node.inputs = [find(name) if name else "" for name in node.inputs]
+            result = node.output
+            if node.is_float or (node.is_conv and result not in read_as_codes):
+                node.output = self.wanted.get(result, result)
+                node.more_outputs = [self.wanted.get(name, name) for name in node.more_outputs]
+                for name in filter(None, (result, *node.more_outputs)):
+                    self._name(self.floats, name, self.wanted.get(name, name))
+            else:
+                node.output = f"{result}/codes" if result in names else result
+                self._name(self.codes, result, node.output)
+            self.nodes += self._float_forms(node) if node.is_float else [node]
+        for info in graph.outputs:
+            self._finish(info.name)
+        graph.nodes = self.nodes
+        graph.code_tensors = set(self.codes.values())
+
+    def _name(self, names: dict[str, str], tensor: str, name: str) -> None:
+        names[tensor] = name
+        self.graph.shapes[name] = self.graph.shapes[tensor]
+
+    def _as_float(self, tensor: str) -> str:
+        if tensor not in self.floats:
+            self._dequantize(tensor, self.wanted.get(tensor, f"{tensor}/float"))
+        return self.floats[tensor]
+
+    def _dequantize(self, tensor: str, name: str) -> None:
+        x = self.codes[tensor]
+        self.nodes.append(FloatNode("DequantizeLinear", f"{name}/DequantizeLinear", [x], name))
+        self._name(self.floats, tensor, name)
+
+    def _as_codes(self, tensor: str) -> str:
+        if tensor not in self.codes:
+            name, x = f"{tensor}/codes", self.floats[tensor]
+            self.nodes.append(FloatNode("QuantizeLinear", f"{tensor}/QuantizeLinear", [x], name))
+            self._name(self.codes, tensor, name)
+        return self.codes[tensor]
+
+    # --- results --------------------------------------------------------------------------------
+
+    def _is_flat(self, output: str) -> bool:
+        """Tell whether an output of rank 2 is held by a tensor of rank 4."""
+        rank = next(len(info.nominal) for info in self.graph.outputs if info.name == output)
+        return rank == 2 and len(self.graph.shapes[self.graph.results[output]]) == 4
+
+    def _result_name(self, output: str) -> str:
+        return f"{output}/NC11" if self._is_flat(output) else output
+
+    def _finish(self, output: str) -> None:
+        """Make an output from the tensor that holds it."""
+        graph, tensor, name = self.graph, self.graph.results[output], self._result_name(output)
+        if tensor in self.codes and tensor not in self.floats:
+            self._dequantize(tensor, name)
+        elif self.floats[tensor] != name:  # an input, a constant, or another output as well
+            opset = max(node.opset for node in self.nodes) or _IDENTITY_OPSET
+            x = self.floats[tensor]
+            self.nodes.append(FloatNode("Identity", f"{name}/Identity", [x], name, opset=opset))
+            graph.shapes[name] = graph.shapes[tensor]
+        if self._is_flat(output):
+            self.nodes.append(FloatNode("Flatten", f"{output}/Flatten", [name], output))
+            graph.shapes[output] = graph.shapes[tensor]
+        graph.results[output] = output
+
+    # --- float32 --------------------------------------------------------------------------------
+
+    def _float_forms(self, node: FloatNode) -> list[FloatNode]:
+        """Return what computes a packed operator on float32."""
+        if node.is_onnx:
+            return [node]
+        if node.function is not None:
+            source = node.inputs[0]
+            function = _renamed(node.function, source, node.output)
+            if packed := _packed_function(node, function):
+                return [packed]
+            return onnx_nodes(function, node.name, self.graph)
+        assert "ff" in OPERATORS[node.op].codes
+        return [node]
+
+
+# Of networks that have no ONNX operators but this one, which does not change.
+_IDENTITY_OPSET = 13
+
+
+def _renamed(function: Function, source: str, result: str) -> Function:
+    """Return a function with other names of its input and output."""
+    names = {function.input: source, function.output: result}
+    nodes = []
+    for node in function.nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [names.get(name, name) for name in node.input]
+        copy.output[:] = [names.get(name, name) for name in node.output]
+        nodes.append(copy)
+    return Function(source, result, nodes, function.constants, function.opset)
+
+
+def _packed_function(node: FloatNode, function: Function) -> FloatNode | None:
+    """Return an element-wise function as one packed operator on float32, if it is one."""
+    first, last = function.nodes[0], function.nodes[-1]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in first.attribute}
+
+    def packed(op: str, clamp: Clamp = (None, None)) -> FloatNode:
+        own = {k: v for k, v in attributes.items() if k in OPERATORS[op].attributes}
+        return FloatNode(
+            op, node.name, [function.input], function.output, own, clamp=clamp, is_float=True
+        )
+
+    if len(function.nodes) == 1:
+        if first.op_type in _UNARY:
+            return packed(first.op_type)
+        if first.op_type == "Relu":
+            return packed("Clip", (0.0, None))
+        if first.op_type == "Clip" and all(a.size == 1 for a in function.constants.values()):
+            bounds = [attributes.get("min"), attributes.get("max")]
+            for index, name in enumerate(first.input[1:3]):
+                if name:
+                    bounds[index] = float(function.constants[name].item())
+            low, high = (None if b is None or abs(b) > 1e30 else b for b in bounds)
+            return packed("Clip", (low, high))
+    if len(function.nodes) == 2 and last.op_type == "Mul":
+        if sorted(last.input) == sorted([function.input, first.output[0]]):
+            if first.op_type == "Sigmoid":
+                return packed("Swish")
+            sixth = math.isclose(attributes.get("alpha", 0.2), 1 / 6, rel_tol=1e-6)
+            if first.op_type == "HardSigmoid" and sixth and attributes.get("beta", 0.5) == 0.5:
+                return packed("HardSwish")
+    return None
