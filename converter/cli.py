@@ -147,7 +147,18 @@ def convert(
     residual_ratio: Annotated[
         float, typer.Option(help="Share of weights that get a second word, 0 to 1.")
     ] = 0.15,
-    activation_bits: Annotated[int, typer.Option(help="Bits of activations, 2 to 8.")] = 8,
+    activation_bits: Annotated[
+        int, typer.Option(help="Bits of activations, 2 to 8; 32 quantizes weights alone.")
+    ] = 8,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="An ONNX node, or a pattern of names like 'head/*', that is not quantized at all;"
+            " may be given several times.",
+            show_default="none",
+        ),
+    ] = None,
     granularity: Annotated[
         Granularity, typer.Option(help="What gets second words: weights, tiles or whole filters.")
     ] = Granularity.element,
@@ -214,6 +225,7 @@ def convert(
         weight_bits=bits,
         residual_ratio=residual_ratio,
         activation_bits=activation_bits,
+        keep_float=keep_float or (),
         granularity=granularity.value,
         tile=tile,
         residual_shift=residual_shift,

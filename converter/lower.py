@@ -161,7 +161,8 @@ class _Lowering:
         for name in filter(None, node.output):
             if (dtype := self.trace.dtypes.get(name)) is None or dtype.name not in DTYPES:
                 raise _Unsupported(f"its output {name!r} is no tensor of numbers")
-        op, attributes, inputs = node.op_type, {}, [self.plain(n) if n else "" for n in node.input]
+        op, inputs = node.op_type, [self.plain(n) if n else "" for n in node.input]
+        attributes: dict[str, Any] = {}
         for attribute in node.attribute:
             value = onnx.helper.get_attribute_value(attribute)
             if op == "ConstantOfShape":
@@ -179,9 +180,9 @@ class _Lowering:
             inputs.pop()
         if op == "Expand":
             inputs = inputs[:2]
-        self._emit_onnx(op, _name(node), inputs, list(node.output), attributes)
+        self.emit_onnx(op, _name(node), inputs, list(node.output), attributes)
 
-    def _emit_onnx(
+    def emit_onnx(
         self,
         op: str,
         name: str,
@@ -222,7 +223,7 @@ class _Lowering:
                 return stored
             # Only (N, F), however it is stored, has another shape.
             flat = f"{name}/NC"
-            self._emit_onnx("Flatten", flat, [stored], [flat])
+            self.emit_onnx("Flatten", flat, [stored], [flat])
             self.trace.shapes[flat] = shape
             self.plain_names[name] = flat
             return flat
@@ -271,10 +272,10 @@ class _Lowering:
     def unsqueeze(self, name: str, result: str, axes: list[int], op: str = "Unsqueeze") -> None:
         """Insert (or with op "Squeeze" remove) axes of size 1."""
         if self.model.opset < 13:
-            self._emit_onnx(op, result, [name], [result], {"axes": axes})
+            self.emit_onnx(op, result, [name], [result], {"axes": axes})
         else:
             where = self._constant(f"{result}/axes", np.array(axes, np.int64))
-            self._emit_onnx(op, result, [name, where], [result])
+            self.emit_onnx(op, result, [name, where], [result])
 
     def tensor(self, name: str) -> str:
         """Return the stored tensor that `name` is; not one of which it is a flattened view."""
@@ -397,6 +398,10 @@ def _conv_transpose(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> 
     _emit_conv(ctx, node, x, weight, attributes)
 
 
+# Of a convolution that only multiplies.
+_POINTWISE = {"strides": [1, 1], "pads": [0, 0, 0, 0], "dilations": [1, 1], "group": 1}
+
+
 @_lowers("Gemm")
 def _gemm(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     if a.get("transA", 0):
@@ -415,9 +420,32 @@ def _gemm(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
 @_lowers("MatMul")
 def _matmul(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     weight = ctx.constant(node.input[1])
-    if weight.ndim != 2 or len(ctx.trace.shapes[node.input[0]]) != 2:
-        raise _Unsupported("only (N, F) times a constant (F, O) is supported")
-    _emit_matrix(ctx, node, weight.T, None)
+    rank = len(ctx.trace.shapes.get(node.input[0], ()))
+    if weight.ndim != 2 or rank not in (2, 3):
+        raise _Unsupported("only (N, F) or (N, T, F) times a constant (F, O) is supported")
+    if rank == 2:
+        _emit_matrix(ctx, node, weight.T, None)
+        return
+    # (N, T, F) is stored as (N, F, T, 1) for the time of the product.
+    name, x = node.output[0], ctx.plain(node.input[0])
+    n, t, f = ctx.trace.shapes[node.input[0]]
+    swap = {"perm": [0, 2, 1]}
+    ctx.emit_onnx("Transpose", f"{name}/NFT", [x], [f"{name}/NFT"], swap)
+    ctx.unsqueeze(f"{name}/NFT", f"{name}/NFT1", [3])
+    ctx.shapes[f"{name}/NFT1"], ctx.shapes[f"{name}/NOT1"] = (
+        (n, f, t, 1),
+        (n, weight.shape[1], t, 1),
+    )
+    ctx.trace.shapes |= {f"{name}/NFT": (n, f, t), f"{name}/NOT": (n, weight.shape[1], t)}
+    ctx.nodes.append(
+        FloatNode(
+            "Conv", _name(node), [f"{name}/NFT1"], f"{name}/NOT1", dict(_POINTWISE),
+            np.ascontiguousarray(weight.T[:, None, None, :]), np.zeros(weight.shape[1], np.float32),
+        )
+    )  # fmt: skip
+    ctx.unsqueeze(f"{name}/NOT1", f"{name}/NOT", [3], "Squeeze")
+    ctx.emit_onnx("Transpose", _name(node), [f"{name}/NOT"], [name], swap)
+    ctx.plain_names[name] = name
 
 
 def _emit_matrix(
@@ -431,13 +459,12 @@ def _emit_matrix(
     if h * w > 1:
         ctx.fixed_size = True
     weight = weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1)
-    attributes = {"strides": [1, 1], "pads": [0, 0, 0, 0], "dilations": [1, 1], "group": 1}
     ctx.emit(
         "Conv",
         node,
         [x],
         weight=np.ascontiguousarray(weight),
-        attributes=attributes,
+        attributes=dict(_POINTWISE),
         bias=np.zeros(len(weight), np.float32) if bias is None else bias,
     )
 
@@ -829,6 +856,10 @@ def _depth_to_space(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> 
 @_lowers("Identity", "Dropout", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
 def _view(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     """Give a tensor a second name, as long as its pictures stay apart and in order."""
+    if node.op_type == "Reshape" and (shuffled := _shuffled(ctx, node)):
+        x, indices = shuffled
+        ctx.emit("Gather", node, [x], attributes={"axis": 1, "indices": indices})
+        return
     x = ctx.source(node.input[0])
     if node.op_type == "Cast" and a["to"] != onnx.TensorProto.FLOAT:
         raise _Unsupported("casts to a type other than float32")
@@ -838,3 +869,25 @@ def _view(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
         raise _Unsupported(f"makes shape {shape} of {(n, c, h, w)}; only flattening is supported")
     ctx.alias[node.output[0]] = x
     ctx.shapes.pop(node.output[0], None)
+
+
+def _shuffled(ctx: _Lowering, node: onnx.NodeProto) -> tuple[str, list[int]] | None:
+    """Recognise Reshape, Transpose, Reshape that only permute channels.
+
+    Returns the stored tensor and, for every channel of the result, that which it was.
+    """
+    transpose = ctx.producers.get(node.input[0])
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    reshape = ctx.producers.get(transpose.input[0])
+    if reshape is None or reshape.op_type != "Reshape":
+        return None
+    x = ctx.alias.get(reshape.input[0], reshape.input[0])
+    shape, split = ctx.trace.shapes.get(x, ()), ctx.trace.shapes[reshape.output[0]]
+    if x not in ctx.shapes or ctx.shapes[x] != shape or len(split) != 5:
+        return None
+    permutation = list(onnx.helper.get_attribute_value(transpose.attribute[0]))
+    whole = (split[0], split[1] * split[2], *split[3:])
+    if permutation != [0, 2, 1, 3, 4] or not whole == shape == ctx.trace.shapes[node.output[0]]:
+        return None
+    return x, np.arange(shape[1]).reshape(split[1], split[2]).T.ravel().tolist()

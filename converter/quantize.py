@@ -118,7 +118,7 @@ class _Walk:
         self.samples = samples
         self.batches = batches
         self.settings = settings
-        self.streams = {name: _Streams(x, x) for name, x in (samples | graph.constants).items()}
+        self.streams = {name: _Streams(x, x) for name, x in {**samples, **graph.constants}.items()}
         self.quantization: dict[str, Quantization] = {}
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
@@ -149,10 +149,12 @@ class _Walk:
     def _onnx(self, node: FloatNode) -> tuple[Node, LayerError]:
         streams = [self.streams[name] if name else None for name in node.inputs]
         constant = [name in self.graph.constants for name in node.inputs]
-        exact = run_onnx(node, [s and s.exact for s in streams], constant, self.batches)
+        exact = run_onnx(
+            node, [None if s is None else s.exact for s in streams], constant, self.batches
+        )
         quantized = exact
         if any(s is not None and s.exact is not s.quantized for s in streams):
-            inputs = [s and s.quantized for s in streams]
+            inputs = [None if s is None else s.quantized for s in streams]
             quantized = run_onnx(node, inputs, constant, self.batches)
         for name, y, z in zip(node.outputs, exact, quantized, strict=True):
             if name:
@@ -161,15 +163,13 @@ class _Walk:
             node.op, node.name, list(node.inputs), node.outputs, dict(node.attributes),
             domain=ONNX_DOMAIN,
         )  # fmt: skip
-        error = None
-        if exact[0][0].dtype.kind == "f" and all(
-            y.shape == z.shape for y, z in zip(exact[0], quantized[0], strict=True)
-        ):
-            y, z = (
-                np.concatenate([part.ravel() for part in parts[0]]) for parts in (exact, quantized)
-            )
-            error = snr_db(y, z)
-        return packed, LayerError(None, error)
+        pairs = list(zip(exact[0], quantized[0], strict=True))
+        if any(y.dtype.kind != "f" or y.shape != z.shape for y, z in pairs):
+            return packed, LayerError(None, None)
+        signal, noisy = (
+            np.concatenate([y.ravel() for y in part]) for part in zip(*pairs, strict=True)
+        )
+        return packed, LayerError(None, snr_db(signal, noisy))
 
     def _node(self, node: FloatNode) -> tuple[Node, LayerError]:
         if node.is_onnx:

@@ -105,14 +105,15 @@ def _from_pictures(
     info = _single(inputs)
     chosen = preprocessing or Preprocessing()
     size = _picture_size(info, chosen)
+    last = chosen.channels_last(info.shape)
 
     def prepare(index: int) -> np.ndarray:
         picture = pictures[index]
         if not isinstance(picture, Path):
-            return chosen.apply(picture, size)
+            return chosen.prepare(picture, size, last)
         try:
             with Image.open(picture) as image:
-                return chosen.apply(image, size)
+                return chosen.prepare(image, size, last)
         except (OSError, UnidentifiedImageError) as error:
             raise InputError(f"cannot read picture {os.fspath(picture)!r}: {error}") from error
 
@@ -130,6 +131,8 @@ def _picture_size(info: ModelInput, preprocessing: Preprocessing) -> tuple[int, 
             " give calibration as arrays"
         )
     channels, *size = info.shape[1:]
+    if preprocessing.channels_last(info.shape):
+        *size, channels = info.shape[1:]
     if len(preprocessing.mean) != channels:
         raise InputError(
             f"preprocessing makes {len(preprocessing.mean)} channels, input {info.name!r} has"

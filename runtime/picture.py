@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,15 @@ class Preprocessing:
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         x = (scaled - mean) / std
         return np.ascontiguousarray(x.transpose(2, 0, 1), np.float32)
+
+    def channels_last(self, shape: Sequence[int | str]) -> bool:
+        """Tell whether an input of this shape, dimensions possibly named, is (N, H, W, C)."""
+        return shape[1] != len(self.mean) == shape[3]
+
+    def prepare(self, picture: Any, size: tuple[int, int], channels_last: bool) -> np.ndarray:
+        """Prepare one picture as `apply` does; (height, width, C) if channels come last."""
+        x = self.apply(picture, size)
+        return np.ascontiguousarray(x.transpose(1, 2, 0)) if channels_last else x
 
     def _resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
         if isinstance(self.resize, tuple):

@@ -336,7 +336,9 @@ class Session:
         nominal = self.inputs[0].nominal
         if len(nominal) != 4:
             raise InputError(f"the network takes no pictures but arrays of shape {nominal}")
-        return np.stack([self._preprocessing.apply(p, nominal[2:]) for p in pictures])
+        last = self._preprocessing.channels_last(nominal)
+        size = nominal[1:3] if last else nominal[2:]
+        return np.stack([self._preprocessing.prepare(p, size, last) for p in pictures])
 
     def _array(self, name: str, x: Any) -> np.ndarray:
         array = np.asarray(x)

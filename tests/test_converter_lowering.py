@@ -481,7 +481,8 @@ KEPT = {
         ["Conv", "Reshape", "Conv"]),
     "pool indices": (
         lambda n: n.node("MaxUnpool", *n.node("MaxPool", "x", kernel_shape=[2, 2], strides=[2, 2],
-                         outputs=2), kernel_shape=[2, 2], strides=[2, 2]), ["MaxPool", "MaxUnpool"]),
+                         outputs=2), kernel_shape=[2, 2], strides=[2, 2]),
+        ["MaxPool", "MaxUnpool"]),
     "picture constant": (lambda n: n.node("Add", "x", n.random(1, 4, 8, 8)), ["Add"]),
     "flattened output": (lambda n: n.node("Flatten", n.conv("x")), ["Conv"]),
     "division": (
@@ -495,6 +496,14 @@ KEPT = {
         lambda n: n.node("Gemm", n.node("Softmax", n.node("Gemm", n.node("Flatten", "x"),
                          n.random(256, 6))), n.random(6, 5)),
         ["Conv", "Softmax", "Unsqueeze", "Conv"]),
+    "sequence of features": (
+        lambda n: n.node("Softmax", n.node("Add", n.node("MatMul", n.node("Transpose",
+                         _reshape_sizes(n, n.conv("x"), 2, 32, 8), perm=[0, 2, 1]),
+                         n.random(32, 5)), n.random(5)), axis=-1),
+        ["Conv", "Reshape", "Transpose", "Reshape", "Unsqueeze", "Conv", "Reshape", "Softmax"]),
+    "matrix of rank 3": (
+        lambda n: n.node("MatMul", _reshape_sizes(n, n.conv("x"), 2, 8, 32), n.random(32, 5)),
+        ["Conv", "Reshape", "Transpose", "Unsqueeze", "Conv", "Squeeze", "Transpose"]),
     "constant": (lambda n: n.node("Shape", n.conv("x")), ["Conv", "Shape"]),
     "several outputs": (
         lambda n: n.node("TopK", n.conv("x"), n.constant([2], np.int64), outputs=2, axis=1)[0],
