@@ -86,7 +86,14 @@ POOL = _record(
     z_x=_I, m=_P, b=_F, lo=_F, hi=_F,  # m: float32, indexed by the count
     scratch=_P, scratch_size=_I,
 )  # fmt: skip
-ADD = _record(**_OUTPUT, r=TENSOR, z_x=_I, m=_F, b=_F, z_r=_I, m_r=_F, lo=_F, hi=_F)
+# Operations on two tensors of codes. The pictures of x and r have these sizes; an axis of which a
+# tensor has one position, where y has more, is repeated.
+BINARY = _record(
+    **_OUTPUT, r=TENSOR, x_height=_I, x_width=_I, r_height=_I, r_width=_I,
+    z_x=_I, m=_F, b=_F, z_r=_I, m_r=_F, lo=_F, hi=_F,
+    pixels=_I,  # that are computed together where a tensor is repeated along a row
+    scratch=_P, scratch_size=_I,
+)  # fmt: skip
 # y[i, j, channel0_y + k] = table[x[row0 + i * stride_h, ..., channel0_x + k * stride_c]]
 COPY = _record(
     **_OUTPUT,
@@ -94,6 +101,10 @@ COPY = _record(
     row0_y=_I, column0_y=_I, channel0_y=_I,
     table=_P, has_table=_I,
 )  # fmt: skip
+# y[..., k] = x[..., indices[k]], int32; interleaved: indices[k + 2] is indices[k] + 1
+GATHER = _record(**_OUTPUT, indices=_P, interleaved=_I)
+# y[..., k] = tables[k][x[..., k]], uint8 (C, 256)
+CHANNEL_LOOKUP = _record(**_OUTPUT, tables=_P)
 FILL = _record(y=TENSOR, n=_I, height=_I, width=_I, channels=_I, value=_I)
 # index0/index1 (int64) and weight1 (int64, of 2048) per output row, then per output column
 RESIZE = _record(

@@ -18,15 +18,16 @@ from logshift.kernels.native import as_pointer
 
 _PIXELS = 4  # output pixels that share one pass over the weights
 
-# Adding and subtracting 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with
-# two additions that every machine has in vector form.
+# Adding 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with an addition that
+# every machine has in vector form. The integer is then in the sum's lowest bits; subtracting
+# 1.5 * 2^23 again gives it as a float32.
 ROUND = np.float32(12582912.0)
 
 
 @njit(inline="always")
 def _to_code(v, lo, hi):
     v = min(max(v, lo), hi)
-    return np.uint8(np.int32((v + ROUND) - ROUND))
+    return np.uint8(np.float32(v + ROUND).view(np.uint32))
 
 
 @njit(inline="always")
@@ -142,13 +143,13 @@ def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
     """Requantize `count` channels of one pixel, from `o0` on, and store them at y0."""
     acc0, o0, y0, r0 = np.uintp(acc0), np.uintp(o0), np.uintp(y0), np.uintp(r0)
     # Read once: for all the compiler knows, a store to y may change the record.
-    lo, hi, z_r, m_r = a.lo, a.hi, np.int32(a.z_r), a.m_r
+    lo, hi, z_r, m_r = a.lo, a.hi, np.float32(a.z_r), a.m_r
     has_residual, float_output = a.has_residual != 0, a.float_output != 0
     for j in range(np.uintp(count)):
         v = np.float32(acc[acc0 + j]) * m[o0 + j]
         v = v + b[o0 + j]
         if has_residual:
-            v = v + np.float32(np.int32(r[r0 + j]) - z_r) * m_r
+            v = v + (np.float32(r[r0 + j]) - z_r) * m_r
         if float_output:
             y_float[y0 + j] = min(max(v, lo), hi)
         else:
@@ -426,24 +427,107 @@ def _pool_average(arguments, thread, threads):
                 y[q + c] = _to_code(v, lo, hi)
 
 
-@register("add", "portable", abi.ADD)
-def _add(arguments, thread, threads):
-    a = carray(arguments, 1)[0]
-    x, y, r = codes(a.x).ravel(), codes(a.y).ravel(), codes(a.r).ravel()
-    z_x, z_r, m, m_r = np.int32(a.z_x), np.int32(a.z_r), a.m, a.m_r
+@njit(inline="always")
+def _start(tensor, height, n, i):
+    """Flat index where row i of picture n begins, or the one row, or picture, that is repeated."""
+    return _pixel(
+        tensor, n if tensor.n > 1 else 0, tensor.top + (i if height > 1 else 0), tensor.left
+    )
+
+
+@njit(error_model="numpy")
+def _repeat(source, p, step, own, pixels, channels, row):
+    """Write out `pixels` pixels that lie `step` apart, from p on; of one channel if `own` is 1."""
+    p, q, step, channels = np.uintp(p), np.uintp(0), np.uintp(step), np.uintp(channels)
+    for _ in range(pixels):
+        if own == 1:
+            value = source[p]
+            for c in range(channels):
+                row[q + c] = value
+        else:
+            for c in range(channels):
+                row[q + c] = source[p + c]
+        p += step
+        q += channels
+
+
+@njit(error_model="numpy")
+def _add_run(a, x, p, r, s, y, q, count):
+    p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
+    z_x, z_r, m, m_r = np.float32(a.z_x), np.float32(a.z_r), a.m, a.m_r
     b, lo, hi = a.b, a.lo, a.hi
-    count = np.uintp(a.width * a.channels)
+    for k in range(count):
+        v = (np.float32(x[p + k]) - z_x) * m
+        v = v + b
+        v = v + (np.float32(r[s + k]) - z_r) * m_r
+        y[q + k] = _to_code(v, lo, hi)
+
+
+@njit(error_model="numpy")
+def _multiply_run(a, x, p, r, s, y, q, count):
+    p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
+    z_x, z_r, m = np.float32(a.z_x), np.float32(a.z_r), a.m
+    b, lo, hi = a.b, a.lo, a.hi
+    for k in range(count):
+        v = (np.float32(x[p + k]) - z_x) * (np.float32(r[s + k]) - z_r)
+        v = v * m
+        v = v + b
+        y[q + k] = _to_code(v, lo, hi)
+
+
+@njit(error_model="numpy")
+def _binary(a, multiply, thread, threads):
+    """Add or multiply all rows, or parts of rows where what is repeated must be written out."""
+    x, y, r = codes(a.x).ravel(), codes(a.y).ravel(), codes(a.r).ravel()
+    channels = a.channels
+    x_step = a.x.c if a.x_width > 1 else 0
+    r_step = a.r.c if a.r_width > 1 else 0
+    x_whole = a.x.c == channels and a.x_width == a.width
+    r_whole = a.r.c == channels and a.r_width == a.width
+    pixels = a.width if x_whole and r_whole else a.pixels
+    part = a.scratch + np.uintp(thread * a.scratch_size)
+    x_row = carray(as_pointer(part), pixels * channels, np.uint8)
+    r_row = carray(as_pointer(part + np.uintp(pixels * channels)), pixels * channels, np.uint8)
     begin, end = share(a.n * a.height, thread, threads)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n, a.x.top + i, a.x.left)
-        s = _pixel(a.r, n, a.r.top + i, a.r.left)
+        p, s = _start(a.x, a.x_height, n, i), _start(a.r, a.r_height, n, i)
         q = _pixel(a.y, n, a.y.top + i, a.y.left)
-        for j in range(count):
-            v = np.float32(np.int32(x[p + j]) - z_x) * m
-            v = v + b
-            v = v + np.float32(np.int32(r[s + j]) - z_r) * m_r
-            y[q + j] = _to_code(v, lo, hi)
+        # What all rows and parts of a picture have in common is written once.
+        fresh = item == begin or i == 0
+        for j in range(0, a.width, pixels):
+            count = min(pixels, a.width - j)
+            x_here, p_here = x, np.int64(p) + j * x_step
+            if not x_whole:
+                if x_step > 0 or (j == 0 and (fresh or a.x_height > 1)):
+                    _repeat(x, p_here, x_step, a.x.c, count, channels, x_row)
+                x_here, p_here = x_row, 0
+            r_here, s_here = r, np.int64(s) + j * r_step
+            if not r_whole:
+                if r_step > 0 or (j == 0 and (fresh or a.r_height > 1)):
+                    _repeat(r, s_here, r_step, a.r.c, count, channels, r_row)
+                r_here, s_here = r_row, 0
+            q_here = np.int64(q) + j * channels
+            if multiply:
+                _multiply_run(a, x_here, p_here, r_here, s_here, y, q_here, count * channels)
+            else:
+                _add_run(a, x_here, p_here, r_here, s_here, y, q_here, count * channels)
+
+
+def _binary_scratch(record):
+    return 2 * record["pixels"] * record["channels"]
+
+
+@register("add", "portable", abi.BINARY, scratch=_binary_scratch)
+def _add(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    _binary(a, False, thread, threads)
+
+
+@register("multiply", "portable", abi.BINARY, scratch=_binary_scratch)
+def _multiply(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    _binary(a, True, thread, threads)
 
 
 @register("copy", "portable", abi.COPY)
@@ -451,11 +535,14 @@ def _copy(arguments, thread, threads):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     table = carray(as_pointer(a.table), 256, np.uint8)
-    channels, step = np.uintp(a.channels), np.uintp(a.stride_c)
+    # A row whose pixels follow each other in both tensors is copied like one pixel.
+    joined = a.stride_w == 1 and a.channels == a.x.c and a.channels == a.y.c
+    pixels = 1 if joined else a.width
+    channels, step = np.uintp(a.width * a.channels // pixels), np.uintp(a.stride_c)
     begin, end = share(a.n * a.height, thread, threads)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        for j in range(a.width):
+        for j in range(pixels):
             p = _pixel(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
             p += np.uintp(a.channel0_x)
             q = _pixel(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
@@ -468,6 +555,56 @@ def _copy(arguments, thread, threads):
             else:
                 for c in range(channels):
                     y[q + c] = x[p + c * step]
+
+
+@register("gather", "portable", abi.GATHER)
+def _gather(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    indices = carray(as_pointer(a.indices), a.channels, np.int32)
+    channels, step = np.uintp(a.channels), np.uintp(a.x.c)
+    one, two = np.uintp(1), np.uintp(2)
+    pairs = channels // two if a.interleaved else np.uintp(0)
+    first, second = np.uintp(indices[0]), np.uintp(indices[min(1, a.channels - 1)])
+    begin, end = share(a.n * a.height, thread, threads)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = _pixel(a.x, n, a.x.top + i, a.x.left)
+        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        for _ in range(a.width):
+            for c in range(pairs):
+                y[q + two * c] = x[p + first + c]
+                y[q + two * c + one] = x[p + second + c]
+            for c in range(two * pairs, channels):
+                y[q + c] = x[p + np.uintp(indices[c])]
+            p += step
+            q += channels
+
+
+_TABLES = 64  # that stay in the first-level cache together: 16 KB
+
+
+@register("lookup_channels", "portable", abi.CHANNEL_LOOKUP)
+def _lookup_channels(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    tables = carray(as_pointer(a.tables), a.channels * 256, np.uint8)
+    channels, tables_held = np.uintp(a.channels), np.uintp(_TABLES)
+    rows = a.n * a.height
+    blocks = (a.channels + _TABLES - 1) // _TABLES
+    begin, end = share(rows * blocks, thread, threads)
+    for item in range(begin, end):
+        n, i = item % rows // a.height, item % rows % a.height
+        first = np.uintp(item // rows * _TABLES)
+        count = min(tables_held, channels - first)
+        t = first * np.uintp(256)
+        p = _pixel(a.x, n, a.x.top + i, a.x.left) + first
+        q = _pixel(a.y, n, a.y.top + i, a.y.left) + first
+        for _ in range(a.width):
+            for c in range(count):
+                y[q + c] = tables[t + c * np.uintp(256) + np.uintp(x[p + c])]
+            p += channels
+            q += channels
 
 
 @register("fill", "portable", abi.FILL)

@@ -129,7 +129,17 @@ def _pool_average(arguments, thread, threads):
                     y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
 
 
-@register("add", "reference", abi.ADD)
+@njit
+def _repeated(tensor, picture, height, width, n, i, j, c):
+    """Code at (n, i, j, c) of a broadcast picture, whose axes of size 1 have one position."""
+    n = n if tensor.n > 1 else 0
+    i = i if height > 1 else 0
+    j = j if width > 1 else 0
+    c = c if tensor.c > 1 else 0
+    return np.int64(picture[n, tensor.top + i, tensor.left + j, c])
+
+
+@register("add", "reference", abi.BINARY)
 def _add(arguments, thread, threads):
     a = carray(arguments, 1)[0]
     if thread != 0:
@@ -139,11 +149,28 @@ def _add(arguments, thread, threads):
         for i in range(a.height):
             for j in range(a.width):
                 for c in range(a.channels):
-                    left = np.int64(x[n, a.x.top + i, a.x.left + j, c]) - a.z_x
-                    right = np.int64(r[n, a.r.top + i, a.r.left + j, c]) - a.z_r
+                    left = _repeated(a.x, x, a.x_height, a.x_width, n, i, j, c) - a.z_x
+                    right = _repeated(a.r, r, a.r_height, a.r_width, n, i, j, c) - a.z_r
                     v = np.float32(left) * a.m
                     v = v + a.b
                     v = v + np.float32(right) * a.m_r
+                    y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
+
+
+@register("multiply", "reference", abi.BINARY)
+def _multiply(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    if thread != 0:
+        return
+    x, y, r = codes(a.x), codes(a.y), codes(a.r)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    left = _repeated(a.x, x, a.x_height, a.x_width, n, i, j, c) - a.z_x
+                    right = _repeated(a.r, r, a.r_height, a.r_width, n, i, j, c) - a.z_r
+                    v = np.float32(left * right) * a.m
+                    v = v + a.b
                     y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
 
 
@@ -167,6 +194,36 @@ def _copy(arguments, thread, threads):
                     if a.has_table:
                         code = table[code]
                     y[n, a.row0_y + i, a.column0_y + j, a.channel0_y + c] = code
+
+
+@register("gather", "reference", abi.GATHER)
+def _gather(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    if thread != 0:
+        return
+    x, y = codes(a.x), codes(a.y)
+    indices = carray(as_pointer(a.indices), a.channels, np.int32)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    code = x[n, a.x.top + i, a.x.left + j, indices[c]]
+                    y[n, a.y.top + i, a.y.left + j, c] = code
+
+
+@register("lookup_channels", "reference", abi.CHANNEL_LOOKUP)
+def _lookup_channels(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    if thread != 0:
+        return
+    x, y = codes(a.x), codes(a.y)
+    tables = carray(as_pointer(a.tables), (a.channels, 256), np.uint8)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    code = tables[c, x[n, a.x.top + i, a.x.left + j, c]]
+                    y[n, a.y.top + i, a.y.left + j, c] = code
 
 
 @register("fill", "reference", abi.FILL)

@@ -149,7 +149,7 @@ def _pack_node(
     if node.bias is not None:
         tensors[f"{index}.bias"] = np.ascontiguousarray(node.bias, np.float32)
     if node.table is not None:
-        tensors[f"{index}.table"] = np.ascontiguousarray(node.table, np.uint8)
+        tensors[f"{index}.table"] = np.ascontiguousarray(node.table, np.uint8).ravel()
     return record
 
 
@@ -428,7 +428,10 @@ def _unpack_node(index: int, record: Any, tensors: dict[str, np.ndarray], used: 
         else:
             node.weights = _unpack_weights(weight, shape, where, take)
     elif node.op == "Lookup":
-        node.table = take("table", np.uint8, (256,))
+        table = take("table", np.uint8)
+        if table.size == 0 or table.size % 256:
+            raise FormatError(f"{where}: the table has {table.size} bytes, expected 256 for each")
+        node.table = table if table.size == 256 else table.reshape(-1, 256)
     return node
 
 

@@ -82,8 +82,8 @@ class Node:
         Instead of `weights`, of a Conv or ConvTranspose on float32 that is not quantized.
     bias : float32 array of shape (O,), optional
         With weights of either kind.
-    table : uint8 array of shape (256,), optional
-        Lookup.
+    table : uint8 array of shape (256,) or (C, 256), optional
+        Lookup: one table, or one for each channel.
     domain : str
         "" for a packed operator, "ai.onnx" for an ONNX operator.
     """
@@ -474,10 +474,28 @@ def _shape_global_pool(node: Node, inputs: list[Shape]) -> Shape:
     return (n, c, 1, 1)
 
 
-def _shape_add(node: Node, inputs: list[Shape]) -> Shape:
-    if inputs[0] != inputs[1]:
-        raise _ShapeError(f"adds tensors of shapes {inputs[0]} and {inputs[1]}")
-    return _rank4(inputs[0])
+def _shape_broadcast(node: Node, inputs: list[Shape]) -> Shape:
+    first, second = (_rank4(shape) for shape in inputs)
+    if any(1 not in pair and len(set(pair)) > 1 for pair in zip(first, second, strict=True)):
+        raise _ShapeError(f"cannot broadcast shapes {first} and {second} to each other")
+    return tuple(map(max, first, second))
+
+
+def _shape_lookup(node: Node, inputs: list[Shape]) -> Shape:
+    assert node.table is not None
+    if node.table.ndim == 2 and node.table.shape[:1] != inputs[0][1:2]:
+        raise _ShapeError(
+            f"has tables for {len(node.table)} channels, its input has shape {inputs[0]}"
+        )
+    return inputs[0]
+
+
+def _shape_gather(node: Node, inputs: list[Shape]) -> Shape:
+    n, c, h, w = _rank4(inputs[0])
+    indices = node.attributes["indices"]
+    if max(indices) >= c:
+        raise _ShapeError(f"takes channel {max(indices)}, its input has {c}")
+    return (n, len(indices), h, w)
 
 
 def _shape_concat(node: Node, inputs: list[Shape]) -> Shape:
@@ -580,6 +598,14 @@ def _slices(v: Any) -> bool:
     return isinstance(v, list) and len(v) <= 4 and all(type(i) is int and abs(i) < 2**63 for i in v)
 
 
+def _channels(v: Any) -> bool:
+    return (
+        isinstance(v, list)
+        and 1 <= len(v) <= MAX_ATTRIBUTE
+        and all(type(i) is int and 0 <= i < MAX_ATTRIBUTE for i in v)
+    )
+
+
 _CONV_ATTRIBUTES: dict[str, tuple[Any, Check]] = {
     "strides": ([1, 1], _integers(2, 1)),
     "pads": ([0, 0, 0, 0], _integers(4, 0)),
@@ -625,9 +651,15 @@ OPERATORS: dict[str, Operator] = {
         _shape_pool, (1, 1), "cc ff", {**_POOL_ATTRIBUTES, "count_include_pad": (0, _one_of(0, 1))}
     ),
     "GlobalAveragePool": Operator(_shape_global_pool, (1, 1), "cc ff"),
-    "Add": Operator(_shape_add, (2, 2), "cc ff", {"clamp": ([None, None], _clamp)}),
+    "GlobalMaxPool": Operator(_shape_global_pool, (1, 1), "cc ff"),
+    "Add": Operator(_shape_broadcast, (2, 2), "cc ff", {"clamp": ([None, None], _clamp)}),
+    "Sub": Operator(_shape_broadcast, (2, 2), "cc ff", {"clamp": ([None, None], _clamp)}),
+    "Mul": Operator(_shape_broadcast, (2, 2), "cc ff", {"clamp": ([None, None], _clamp)}),
     "Concat": Operator(_shape_concat, (1, 4096), "cc ff", {"axis": (1, _one_of(1, 2, 3))}),
-    "Lookup": Operator(_shape_same, (1, 1), "cc"),
+    "Gather": Operator(
+        _shape_gather, (1, 1), "cc", {"axis": (1, _one_of(1)), "indices": (_REQUIRED, _channels)}
+    ),
+    "Lookup": Operator(_shape_lookup, (1, 1), "cc"),
     "Resize": Operator(
         _shape_resize, (1, 1), "cc ff",
         {
@@ -673,7 +705,9 @@ OPERATORS: dict[str, Operator] = {
 }  # fmt: skip
 
 # Operators whose output codes mean what their input codes mean, so both share one quantization.
-SAME_QUANTIZATION = {"MaxPool", "Resize", "DepthToSpace", "Slice", "Pad"}
+SAME_QUANTIZATION = {
+    "MaxPool", "GlobalMaxPool", "Resize", "DepthToSpace", "Slice", "Pad", "Gather"
+}  # fmt: skip
 
 
 def _check_node(graph: Graph, node: Node) -> None:
@@ -795,9 +829,22 @@ def _check_pool(graph: Graph, node: Node) -> None:
             raise _ShapeError(f"pads {a['pads']} must be below kernel_shape {a['kernel_shape']}")
 
 
+def _check_mul(graph: Graph, node: Node) -> None:
+    _check_clamp(graph, node)
+    first, second, q = (graph.quantization[name] for name in (*node.inputs, *node.outputs))
+    # Keeps t * M + B far from float32 infinity for any codes.
+    if first.scale * second.scale / q.scale > 1e15:
+        raise _ShapeError("the input scales are absurdly large against the output scale")
+
+
 def _check_lookup(graph: Graph, node: Node) -> None:
     if node.table is None:
         raise _ShapeError("table is missing")
+    shape, dtype = node.table.shape, node.table.dtype
+    if dtype != np.uint8 or not 1 <= len(shape) <= 2 or shape[-1] != 256 or shape[0] < 1:
+        raise _ShapeError(
+            f"the table is {dtype} of shape {shape}, expected uint8 of shape (256,) or (C, 256)"
+        )
     if int(node.table.max()) > graph.quantization[node.outputs[0]].top:
         raise _ShapeError("the table holds values that are no output codes")
 
@@ -821,6 +868,8 @@ _OWN_CHECKS: dict[str, Callable[[Graph, Node], None]] = {
     "MaxPool": _check_pool,
     "AveragePool": _check_pool,
     "Add": _check_clamp,
+    "Sub": _check_clamp,
+    "Mul": _check_mul,
     "Lookup": _check_lookup,
     "Resize": _check_resize,
     "Slice": _check_slice,

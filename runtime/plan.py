@@ -38,6 +38,10 @@ _RESIZE_ONE = 2048  # weights of linear resizing are integers of this
 _SHARE = 2**18
 _ELEMENT = 16
 
+# Bytes of a part of a row that is computed at once where a tensor is repeated along it: long enough
+# for the loops, short enough for the first-level cache.
+_REPEATED = 2**12
+
 _SMALL = 2**16  # bytes of a tensor below which its border is written once
 
 
@@ -520,7 +524,7 @@ class Plan:
             out: readers[out][0]
             for index, convolutions in self._convolutions.items()
             if (out := self.graph.nodes[index].outputs[0]) in self.graph.quantization
-            and [reader.op for reader in readers.get(out, [])] == ["Lookup"]
+            and [_has_one_table(reader) for reader in readers.get(out, [])] == [True]
             and all(conv.kernel.looks_up for conv in convolutions)
         }
 
@@ -731,7 +735,7 @@ class Plan:
     def _pool(self, index: int, node: Node) -> None:
         a, x, out = node.attributes, node.inputs[0], node.outputs[0]
         _, _, h, w = self.shapes[x]
-        everything = node.op == "GlobalAveragePool"
+        everything = node.op in ("GlobalAveragePool", "GlobalMaxPool")
         size = [h, w] if everything else a["kernel_shape"]
         strides, dilations, pads = (
             ([1, 1], [1, 1], [0, 0, 0, 0])
@@ -742,7 +746,8 @@ class Plan:
             raise InputError(f"node {node.name!r}: a window of {size} is too large")
         held = self._tensors[x]
         average: dict[str, Any] = {}
-        if node.op != "MaxPool":
+        largest = node.op in ("MaxPool", "GlobalMaxPool")
+        if not largest:
             q_x, q_y = self.graph.quantization[x], self.graph.quantization[out]
             counts = np.arange(size[0] * size[1] + 1, dtype=np.float64)
             counts[0] = 1  # a window with nothing in it has a sum of 0 to divide
@@ -755,7 +760,7 @@ class Plan:
                 **self._range(node),
             }  # fmt: skip
         self._step(
-            node, "pool_max" if node.op == "MaxPool" else "pool_average", abi.POOL,
+            node, "pool_max" if largest else "pool_average", abi.POOL,
             tensors={"x": x, "y": out}, work=_ELEMENT * size[0] * size[1], **self._sizes(out),
             kernel_h=size[0], kernel_w=size[1], stride_h=strides[0], stride_w=strides[1],
             dilation_h=dilations[0], dilation_w=dilations[1],
@@ -764,16 +769,25 @@ class Plan:
             **average,
         )  # fmt: skip
 
-    def _add(self, index: int, node: Node) -> None:
-        first, second = (self.graph.quantization[name] for name in node.inputs)
-        q_y = self.graph.quantization[node.outputs[0]]
+    def _binary(self, index: int, node: Node) -> None:
+        x, r = node.inputs
+        out = node.outputs[0]
+        q_x, q_r, q_y = (self.graph.quantization[name] for name in (x, r, out))
+        if node.op == "Mul":
+            factors = {"m": np.float32(q_x.scale * q_r.scale / q_y.scale)}
+        else:
+            m_r = np.float32(q_r.scale / q_y.scale)
+            m_r = -m_r if node.op == "Sub" else m_r
+            factors = {"m": np.float32(q_x.scale / q_y.scale), "m_r": m_r}
+        _, c, _, w = self.shapes[out]
+        parts = -(-w * c // _REPEATED)
         self._step(
-            node, "add", abi.ADD,
-            tensors={"x": node.inputs[0], "r": node.inputs[1], "y": node.outputs[0]},
-            **self._sizes(node.outputs[0]),
-            z_x=first.zero_point, m=np.float32(first.scale / q_y.scale), b=q_y.zero_point,
-            z_r=second.zero_point, m_r=np.float32(second.scale / q_y.scale),
-            **self._range(node),
+            node, "multiply" if node.op == "Mul" else "add", abi.BINARY,
+            tensors={"x": x, "r": r, "y": out}, **self._sizes(out),
+            x_height=self.shapes[x][2], x_width=self.shapes[x][3],
+            r_height=self.shapes[r][2], r_width=self.shapes[r][3],
+            z_x=q_x.zero_point, z_r=q_r.zero_point, b=q_y.zero_point, **factors,
+            **self._range(node), pixels=-(-w // parts),
         )  # fmt: skip
 
     def _copy(
@@ -799,7 +813,23 @@ class Plan:
         )  # fmt: skip
 
     def _lookup(self, index: int, node: Node) -> None:
-        self._copy(node, node.inputs[0], table=node.table)
+        assert node.table is not None
+        if node.table.ndim == 1:
+            self._copy(node, node.inputs[0], table=node.table)
+            return
+        self._step(
+            node, "lookup_channels", abi.CHANNEL_LOOKUP,
+            tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
+            tables=np.ascontiguousarray(node.table),
+        )  # fmt: skip
+
+    def _gather(self, index: int, node: Node) -> None:
+        indices = np.array(node.attributes["indices"], np.int32)
+        self._step(
+            node, "gather", abi.GATHER,
+            tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
+            indices=indices, interleaved=bool((indices[2:] == indices[:-2] + 1).all()),
+        )  # fmt: skip
 
     def _concat(self, index: int, node: Node) -> None:
         q_y = self.graph.quantization[node.outputs[0]]
@@ -875,6 +905,10 @@ class Plan:
         )  # fmt: skip
 
 
+def _has_one_table(node: Node) -> bool:
+    return node.op == "Lookup" and node.table is not None and node.table.ndim == 1
+
+
 def resize_table(
     attributes: dict[str, Any], axis: int, size: int, out: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -924,8 +958,12 @@ _BUILDERS: dict[str, Callable[[Plan, int, Node], None]] = {
     "MaxPool": Plan._pool,
     "AveragePool": Plan._pool,
     "GlobalAveragePool": Plan._pool,
-    "Add": Plan._add,
+    "GlobalMaxPool": Plan._pool,
+    "Add": Plan._binary,
+    "Sub": Plan._binary,
+    "Mul": Plan._binary,
     "Concat": Plan._concat,
+    "Gather": Plan._gather,
     "Lookup": Plan._lookup,
     "Resize": Plan._resize,
     "DepthToSpace": Plan._depth_to_space,

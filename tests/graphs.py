@@ -38,6 +38,14 @@ def quantizations(draw):
     return Quantization(draw(st.sampled_from([0.01, 0.0235, 0.5, 1.75])), zero_point, width)
 
 
+@st.composite
+def tables(draw, top, channels):
+    """Codes up to `top` for Lookup: one table, or one for each channel."""
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    shape = (channels, 256) if channels > 1 and draw(st.booleans()) else (256,)
+    return rng.integers(0, top + 1, shape).astype(np.uint8)
+
+
 def random_weights(rng, shape, bits, ratio, residual_shift, clip=None):
     """Codes of normally distributed weights, a few of them zero."""
     w = rng.standard_normal(shape).astype(np.float32) * (rng.random(shape) > 0.05)
@@ -109,7 +117,7 @@ def convolutions(draw, op="Conv"):
     if draw(st.booleans()):  # which kernels of convolutions may do themselves
         q["t"], last = draw(quantizations()), "t"
         nodes.append(Node("Lookup", "lookup", ["y"], ["t"]))
-        nodes[-1].table = rng.integers(0, q["t"].top + 1, 256).astype(np.uint8)
+        nodes[-1].table = draw(tables(q["t"].top, group * out_group))
     nodes.append(Node("DequantizeLinear", "d", [last], ["z"]))
     return build(nodes, q, inputs, "z")
 
@@ -131,10 +139,10 @@ def _unary(draw, op, attributes, q_y, channels=None, size=None):
 
 @st.composite
 def pools(draw):
-    """MaxPool, AveragePool or GlobalAveragePool."""
-    op = draw(st.sampled_from(["MaxPool", "AveragePool", "GlobalAveragePool"]))
-    q_y = None if op == "MaxPool" else draw(quantizations())
-    if op == "GlobalAveragePool":
+    """MaxPool, AveragePool or their global twins."""
+    op = draw(st.sampled_from(["MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"]))
+    q_y = None if "Max" in op else draw(quantizations())
+    if "Global" in op:
         return build(*_unary(draw, op, {}, q_y), "z")
     kernel = [draw(st.integers(1, 4)) for _ in range(2)]
     attributes = {
@@ -174,8 +182,8 @@ def resizes(draw):
 
 @st.composite
 def rearrangements(draw):
-    """DepthToSpace, Slice, Pad or Lookup."""
-    op = draw(st.sampled_from(["DepthToSpace", "Slice", "Pad", "Lookup"]))
+    """DepthToSpace, Slice, Pad, Gather or Lookup."""
+    op = draw(st.sampled_from(["DepthToSpace", "Slice", "Pad", "Gather", "Lookup"]))
     if op == "DepthToSpace":
         blocksize = draw(st.integers(1, 3))
         attributes = {"blocksize": blocksize, "mode": draw(st.sampled_from(["DCR", "CRD"]))}
@@ -196,31 +204,44 @@ def rearrangements(draw):
         pads = [0, *(draw(st.integers(0, 3)) for _ in range(3))]
         pads += [0, *(draw(st.integers(0, 3)) for _ in range(3))]
         return build(*_unary(draw, op, {"pads": pads}, None), "z")
+    if op == "Gather":
+        channels = draw(st.integers(1, 90))
+        any_order = st.lists(st.integers(0, channels - 1), min_size=1, max_size=90)
+        groups = draw(st.integers(1, 4))  # of a channel shuffle
+        shuffled = [c for g in range(groups) for c in range(g, channels, groups)]
+        inverse = [int(i) for i in np.argsort(shuffled)]
+        indices = draw(st.one_of(any_order, st.sampled_from([shuffled, inverse])))
+        nodes, q, inputs = _unary(draw, op, {"indices": indices}, None, channels=channels)
+        return build(nodes, q, inputs, "z")
     q_y = draw(quantizations())
-    nodes, q, inputs = _unary(draw, op, {}, q_y)
-    rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    nodes[1].table = rng.integers(0, q_y.top + 1, 256).astype(np.uint8)
+    nodes, q, inputs = _unary(draw, op, {}, q_y, channels=draw(st.integers(1, 150)))
+    nodes[1].table = draw(tables(q_y.top, inputs["input"][1]))
     return build(nodes, q, inputs, "z")
 
 
 @st.composite
 def joins(draw):
-    """Add of two tensors or Concat of one to four."""
-    op = draw(st.sampled_from(["Add", "Concat"]))
+    """Add, Sub or Mul of two tensors, broadcast or not, or Concat of one to four."""
+    op = draw(st.sampled_from(["Add", "Sub", "Mul", "Concat"]))
     q = {"y": draw(quantizations())}
     shape = [draw(st.integers(1, 2)), *(draw(st.integers(1, 9)) for _ in range(3))]
-    count = 2 if op == "Add" else draw(st.integers(1, 4))
+    count = draw(st.integers(1, 4)) if op == "Concat" else 2
     axis = draw(st.integers(1, 3))
     inputs, nodes = {}, []
     for i in range(count):
         own = list(shape)
         if op == "Concat":
             own[axis] = draw(st.integers(1, 9))
+        elif draw(st.booleans()):
+            own = [size if draw(st.booleans()) else 1 for size in shape]
         inputs[f"input{i}"] = tuple(own)
         # Inputs that share the output's quantization are copied without a table.
         q[f"x{i}"] = draw(st.one_of(st.just(q["y"]), quantizations()))
         nodes.append(Node("QuantizeLinear", f"q{i}", [f"input{i}"], [f"x{i}"]))
-    attributes = {"axis": axis} if op == "Concat" else {}
+    top = q["y"].top
+    lo, hi = sorted((draw(st.integers(0, top)), draw(st.integers(0, top))))
+    clamp = {"clamp": draw(st.sampled_from([[None, None], [lo, None], [lo, hi]]))}
+    attributes = {"axis": axis} if op == "Concat" else clamp
     nodes.append(Node(op, "node", [f"x{i}" for i in range(count)], ["y"], attributes))
     nodes.append(Node("DequantizeLinear", "d", ["y"], ["z"]))
     return build(nodes, q, inputs, "z")

@@ -17,7 +17,9 @@ def network():
         "b": Quantization(0.5, 7, 7), "c": Quantization(0.5, 7, 7), "e": Quantization(0.02, 5, 8),
         "f": Quantization(0.3, 0, 5), "g": Quantization(0.4, 9, 8), "h": Quantization(0.4, 9, 8),
         "i": Quantization(0.4, 9, 8), "j": Quantization(3.0, 128, 8),
-        "k": Quantization(3.0, 128, 8),
+        "k": Quantization(3.0, 128, 8), "l": Quantization(0.4, 9, 8),
+        "m": Quantization(11.0, 20, 8), "n": Quantization(5.0, 90, 8),
+        "o": Quantization(5.0, 90, 8), "p": Quantization(0.4, 9, 8),
     }  # fmt: skip
     pads = {"pads": [1, 1, 1, 1]}
     weights = {
@@ -35,11 +37,17 @@ def network():
         Node("Concat", "concat", ["e", "f"], ["g"], {"axis": 3}),
         Node("Resize", "resize", ["g"], ["h"], {"mode": "linear", "sizes": [9, 11]}),
         Node("Add", "add", ["h", "h"], ["i"]),
-        Node("ConvTranspose", "up", ["i"], ["j"], {"strides": [2, 2]}, codes["j"]),
+        Node("GlobalMaxPool", "largest", ["i"], ["l"]),
+        Node("Mul", "multiply", ["l", "i"], ["m"]),
+        Node("Sub", "subtract", ["m", "l"], ["n"]),
+        Node("Gather", "shuffle", ["n"], ["o"], {"indices": [i * 19 % 37 for i in range(37)]}),
+        Node("Lookup", "tables", ["o"], ["p"]),
+        Node("ConvTranspose", "up", ["p"], ["j"], {"strides": [2, 2]}, codes["j"]),
         Node("DepthToSpace", "d2s", ["j"], ["k"], {"blocksize": 2}),
         Node("Conv", "last", ["k"], ["y"], pads, codes["y"]),
     ]
     nodes[5].table = rng.integers(0, 32, 256).astype(np.uint8)
+    nodes[13].table = rng.integers(0, 256, (37, 256)).astype(np.uint8)
     for node in nodes:
         if node.weights is not None:
             node.bias = rng.standard_normal(node.weights.shape[0]).astype(np.float32)

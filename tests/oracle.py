@@ -223,6 +223,10 @@ def _average_pool(node, arguments, quantizations, q_y):
     return _finish(y, q_y)
 
 
+def _global_max_pool(node, arguments, quantizations, q_y):
+    return arguments[0].max(axis=(2, 3), keepdims=True)
+
+
 def _global_average_pool(node, arguments, quantizations, q_y):
     x = _centred(arguments[0], quantizations[0])
     total = x.sum(axis=(2, 3), keepdims=True)
@@ -237,7 +241,15 @@ def _add(node, arguments, quantizations, q_y):
         _centred(c, q).astype(f32) * f32(q.scale / q_y.scale)
         for c, q in zip(arguments, quantizations, strict=True)
     )
+    second = -second if node.op == "Sub" else second
     return _finish((first + f32(q_y.zero_point)) + second, q_y, node.attributes["clamp"])
+
+
+def _mul(node, arguments, quantizations, q_y):
+    first, second = map(_centred, arguments, quantizations)
+    m = f32(quantizations[0].scale * quantizations[1].scale / q_y.scale)
+    y = (first * second).astype(f32) * m + f32(q_y.zero_point)
+    return _finish(y, q_y, node.attributes["clamp"])
 
 
 def _concat(node, arguments, quantizations, q_y):
@@ -251,7 +263,11 @@ def _concat(node, arguments, quantizations, q_y):
 
 
 def _lookup(node, arguments, quantizations, q_y):
-    return node.table[arguments[0]]
+    if node.table.ndim == 1:
+        return node.table[arguments[0]]
+    channels = np.moveaxis(arguments[0], 1, 0)
+    looked_up = [table[codes] for table, codes in zip(node.table, channels, strict=True)]
+    return np.stack(looked_up, axis=1)
 
 
 # --- moving values ------------------------------------------------------------------------------
@@ -327,6 +343,10 @@ def _slice(node, arguments, quantizations, q_y):
     return arguments[0][tuple(index)]
 
 
+def _gather(node, arguments, quantizations, q_y):
+    return np.take(arguments[0], node.attributes["indices"], axis=node.attributes["axis"])
+
+
 def _pad(node, arguments, quantizations, q_y):
     pads = node.attributes["pads"]
     widths = list(zip(pads[:4], pads[4:], strict=True))
@@ -342,8 +362,12 @@ _OPERATIONS = {
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
     "GlobalAveragePool": _global_average_pool,
+    "GlobalMaxPool": _global_max_pool,
     "Add": _add,
+    "Sub": _add,
+    "Mul": _mul,
     "Concat": _concat,
+    "Gather": _gather,
     "Lookup": _lookup,
     "Resize": _resize,
     "DepthToSpace": _depth_to_space,

@@ -90,11 +90,17 @@ def upscaler() -> Graph:
         Node("Slice", "slice", ["g"], ["h"], {"axes": [2, 3], "starts": [0, 1], "ends": [9, 9],
                                               "steps": [2, 1]}),
         Node("Pad", "pad", ["h"], ["i"], {"pads": [0, 0, 1, 1, 0, 0, 0, 2]}),
-        Node("DequantizeLinear", "dequantize", ["i"], ["y"]),
+        Node("GlobalMaxPool", "largest", ["i"], ["j"]),
+        Node("Mul", "scale", ["i", "j"], ["k"]),
+        Node("Sub", "subtract", ["j", "k"], ["l"], {"clamp": [3, None]}),
+        Node("Gather", "swap", ["l"], ["m"], {"indices": [1, 0]}),
+        Node("Lookup", "tables", ["m"], ["n"],
+             table=np.arange(512, dtype=np.uint8).reshape(2, 256)),
+        Node("DequantizeLinear", "dequantize", ["n"], ["y"]),
     ]  # fmt: skip
     return _finish(
         nodes, {"x_q": Quantization(0.02, 114, 8)} | dict.fromkeys("ab", q)
-        | dict.fromkeys("cdefghi", wide), 4,
+        | dict.fromkeys("cdefghijklm", wide) | {"n": Quantization(0.1, 7, 8)}, 4,
     )  # fmt: skip
 
 
@@ -130,7 +136,7 @@ def inflated(manifest: Manifest, tensors: Tensors) -> None:
 # --- the faults ---------------------------------------------------------------------------------
 
 FILES: dict[str, tuple[str, str, Callable[[], bytes]]] = {}
-SPARSE, DENSE, LOOKUP, PLAIN = 1, 2, 3, 5  # nodes of `classifier`
+SPARSE, DENSE, LOOKUP, POOL, PLAIN = 1, 2, 3, 4, 5  # nodes of `classifier`
 
 
 def fault(reason: str, message: str) -> Callable[[Callable[[Manifest, Tensors], Any]], None]:
@@ -561,9 +567,56 @@ def table_out_of_range(manifest, tensors):
     manifest["tensors"]["c"]["bits"] = 7
 
 
-@fault("a table of 255 entries", "expected uint8 of shape (256,)")
+@fault("a table of 255 entries", "expected 256 for each")
 def table_too_short(manifest, tensors):
     tensors[f"{LOOKUP}.table"] = tensors[f"{LOOKUP}.table"][:255].copy()
+
+
+@fault("a table of no entries", "expected 256 for each")
+def table_empty(manifest, tensors):
+    tensors[f"{LOOKUP}.table"] = tensors[f"{LOOKUP}.table"][:0].copy()
+
+
+@fault("tables for 5 of 12 channels", "has tables for 5 channels")
+def tables_too_few(manifest, tensors):
+    tensors[f"{LOOKUP}.table"] = np.tile(tensors[f"{LOOKUP}.table"], 5)
+
+
+@fault("a channel that does not exist", "takes channel 12")
+def gather_beyond_end(manifest, tensors):
+    manifest["nodes"][POOL] |= {"op": "Gather", "attributes": {"indices": [0, 12]}}
+
+
+@fault("a channel before the first", "indices")
+def gather_negative(manifest, tensors):
+    manifest["nodes"][POOL] |= {"op": "Gather", "attributes": {"indices": [0, -1]}}
+
+
+@fault("no channel at all", "indices")
+def gather_nothing(manifest, tensors):
+    manifest["nodes"][POOL] |= {"op": "Gather", "attributes": {"indices": []}}
+
+
+@fault("a gather of rows", "axis")
+def gather_rows(manifest, tensors):
+    manifest["nodes"][POOL] |= {"op": "Gather", "attributes": {"indices": [0], "axis": 2}}
+
+
+@fault("a gather that changes what codes mean", "quantization of its input")
+def gather_requantizes(manifest, tensors):
+    manifest["nodes"][POOL] |= {"op": "Gather", "attributes": {"indices": [0]}}
+    manifest["tensors"]["d"]["scale"] = 0.1
+
+
+@fault("a product of shapes that do not broadcast", "cannot broadcast")
+def mul_shapes(manifest, tensors):
+    manifest["nodes"][POOL] |= {"op": "Mul", "inputs": ["c", "x_q"]}
+
+
+@fault("scales so large that a product overflows", "absurdly large")
+def mul_overflow(manifest, tensors):
+    manifest["nodes"][POOL] |= {"op": "Mul", "inputs": ["c", "c"]}
+    manifest["tensors"]["c"]["scale"], manifest["tensors"]["d"]["scale"] = 1e14, 1e-14
 
 
 def _deflated(manifest: Manifest, tensors: Tensors, raw: bytes) -> None:
