@@ -27,9 +27,11 @@ from logshift.kernels.native import as_pointer
 FAMILIES = {
     "reference": ("reference",),
     "portable": ("portable",),
-    "dot": ("dot", "portable"),
-    "shift": ("shift", "portable"),
+    "dot": ("dot", "fma", "portable"),
+    "shift": ("shift", "fma", "portable"),
 }
+# Where kernels are that are in no module named after a family of these.
+_MODULES = ("winograd", "fma", "float_portable", "float_reference")
 
 TENSOR = np.dtype(
     [
@@ -115,8 +117,49 @@ DEPTH_TO_SPACE = _record(**_OUTPUT, blocksize=_I, block_first=_I)  # block_first
 # float32 (N, C, H, W) to codes and back
 QUANTIZE = _record(**_OUTPUT, scale=_F, zero_point=_I, top=_I, scratch=_P, scratch_size=_I)
 DEQUANTIZE = _record(**_OUTPUT, scale=_F, zero_point=_I)
-# float32 (N, H, W, C) to (N, C, H, W)
+# float32 (N, H, W, C) to (N, C, H, W) without a border, and back
 TO_CHANNELS_FIRST = _record(**_OUTPUT)
+TO_CHANNELS_LAST = _record(**_OUTPUT)
+
+# Kernels of float32, whose tensors lie as codes do, inside a border of 0.0. What they share with
+# those of codes is said there.
+FLOAT_CONV = _record(
+    **_OUTPUT,
+    r=TENSOR,
+    kernel_h=_I, kernel_w=_I, stride_h=_I, stride_w=_I, dilation_h=_I, dilation_w=_I,
+    row0=_I, column0=_I, step_h=_I, step_w=_I,
+    group=_I,
+    lo=_F, hi=_F, has_residual=_I,
+    scratch=_P, scratch_size=_I,
+    weights=_P, b=_P, block=_I, existing=_I,
+    # Microkernels: as above; FLOAT_SEGMENTs, and the parts and chunks of `fma`; strips of `pixels`
+    # output pixels that one chunk of weights serves in a row.
+    # Fewer pixels than `few`, or as many, are left to `single`.
+    tile=_P, pixels=_I, single=_P, few=_I, segments=_P, x_step=_I, w_step=_I,
+    parts=_P, part_count=_I, chunks=_P, chunk_count=_I, panel=_I,
+)  # fmt: skip
+# AveragePool: positions in [count_low, count_high) count, those not in the picture are worth 0.
+FLOAT_POOL = _record(
+    **_OUTPUT,
+    kernel_h=_I, kernel_w=_I, stride_h=_I, stride_w=_I, dilation_h=_I, dilation_w=_I,
+    row0=_I, column0=_I, low_h=_I, high_h=_I, low_w=_I, high_w=_I,
+    count_low_h=_I, count_high_h=_I, count_low_w=_I, count_high_w=_I,
+    lo=_F, hi=_F,
+)  # fmt: skip
+# y[n, i, j, c] of x[n * x_step_n, i * x_step_h, ...] and r alike: a step is 1, or 0 along an axis
+# that is broadcast.
+FLOAT_BINARY = _record(
+    **_OUTPUT, r=TENSOR,
+    x_step_n=_I, x_step_h=_I, x_step_w=_I, x_step_c=_I,
+    r_step_n=_I, r_step_h=_I, r_step_w=_I, r_step_c=_I,
+    lo=_F, hi=_F,
+)  # fmt: skip
+FLOAT_FILL = _record(y=TENSOR, n=_I, height=_I, width=_I, channels=_I, value=_F)
+# weight1 is float32 here
+FLOAT_RESIZE = RESIZE
+# What `function` is to be: its place in UNARY; its parameters, 0 where it has fewer.
+FLOAT_UNARY = _record(**_OUTPUT, function=_I, alpha=_F, beta=_F)
+UNARY = ("clip", "leaky_relu", "sigmoid", "hard_sigmoid", "hard_swish", "silu", "tanh", "elu")
 
 
 @njit(inline="always")
@@ -148,7 +191,7 @@ class Kernel:
     op : str
         Key of the argument record: "conv", "pool_max", ...
     family : str
-        One of `FAMILIES`.
+        Of those that `FAMILIES` falls back to.
     variant : str
         What sets it apart from others of the same op and family; "" if nothing does.
     record : numpy dtype of its arguments
@@ -214,7 +257,7 @@ def register(op: str, family: str, record: np.dtype, variant: str = "", **hooks:
 
 def kernels() -> Iterator[Kernel]:
     """Yield all kernels, for tests, benchmarks and warm-up to walk."""
-    for module in (*FAMILIES, "winograd"):
+    for module in (*FAMILIES, *_MODULES):
         importlib.import_module(f"logshift.kernels.{module}")
     yield from _REGISTRY.values()
 

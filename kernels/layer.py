@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from logshift.kernels.codec import LogWeights
 
 
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class _Geometry:
+    """What follows from the shape of the weights, (O, kh, kw, C / group), and the grouping."""
+
+    weights: _Shaped
+    group: int
+    dilations: tuple[int, int]
+
+    @property
+    def run_taps(self) -> int:
+        """Taps of a kernel row whose inputs lie side by side in memory: all of them, or one."""
+        return self.weights.shape[2] if self.dilations[1] == 1 and self.group == 1 else 1
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Every output channel reads exactly the input channel of its own number."""
+        return self.weights.shape[3] == 1 and self.group == self.weights.shape[0]
+
+
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """One convolution.
+class Layer(_Geometry):
+    """One convolution on codes.
 
     Attributes
     ----------
@@ -57,21 +80,34 @@ class Layer:
         """z_x times the sum of W, int64 (O,)."""
         return self.z_x * self.integers.sum(axis=(1, 2, 3), dtype=np.int64)
 
-    @property
-    def run_taps(self) -> int:
-        """Taps of a kernel row whose inputs lie side by side in memory: all of them, or one."""
-        return self.integers.shape[2] if self.dilations[1] == 1 and self.group == 1 else 1
 
-    @property
-    def is_depthwise(self) -> bool:
-        """Every output channel reads exactly the input channel of its own number."""
-        return self.integers.shape[3] == 1 and self.group == self.integers.shape[0]
+@dataclass(frozen=True, eq=False)
+class FloatLayer(_Geometry):
+    """One convolution on float32.
+
+    Attributes
+    ----------
+    weights : float32 array of shape (O, kh, kw, C / group)
+    group : int
+    strides, dilations : (int, int)
+        Of rows and columns of the input.
+    bias : float32 array of shape (O,)
+    pixels : int
+        Output pixels at the nominal input size: a hint for the choice of a kernel.
+    """
+
+    weights: np.ndarray
+    group: int
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+    bias: np.ndarray
+    pixels: int
 
 
 def reading_offsets(arguments: np.void, places: np.ndarray) -> np.ndarray:
-    """Bytes from an output pixel's first input to what is read, for the geometry of a CONV record.
+    """Channels from an output pixel's first input to what is read, for a convolution's record.
 
-    places : int64 (..., 3), kernel row, kernel column and byte.
+    places : int64 (..., 3), kernel row, kernel column and channel, which may be of later columns.
     """
     pixel = int(arguments["x"]["c"])
     row = int(arguments["dilation_h"]) * int(arguments["x"]["w"]) * pixel
