@@ -132,11 +132,11 @@ FLOAT_CONV = _record(
     lo=_F, hi=_F, has_residual=_I,
     scratch=_P, scratch_size=_I,
     weights=_P, b=_P, block=_I, existing=_I,
-    # Microkernels: as above; FLOAT_SEGMENTs, and the parts and chunks of `fma`; strips of `pixels`
+    # Microkernels: as above; FLOAT_SEGMENTs, and the chunks of `fma`; strips of `pixels`
     # output pixels that one chunk of weights serves in a row.
     # Fewer pixels than `few`, or as many, are left to `single`.
-    tile=_P, pixels=_I, single=_P, few=_I, segments=_P, x_step=_I, w_step=_I,
-    parts=_P, part_count=_I, chunks=_P, chunk_count=_I, panel=_I,
+    tile=_P, pixels=_I, single=_P, few=_I, segments=_P, segment_count=_I,
+    x_step=_I, w_step=_I, chunks=_P, chunk_count=_I, panel=_I,
 )  # fmt: skip
 # AveragePool: positions in [count_low, count_high) count, those not in the picture are worth 0.
 FLOAT_POOL = _record(

@@ -12,8 +12,8 @@ instruction set. Inputs are read where they lie. The kinds differ in what a step
     dense       one input of a pixel times a weight of each channel
     depthwise   one tap of each channel times its weight
 
-Where the weights of a block are many, its steps are done in *parts*, each for some tiles in a row;
-sums rest in memory in between, exactly.
+Depthwise tiles of a fixed window and stride are rectangles of pixels. They load every input once for
+all outputs that it is part of.
 
 All are listed in `FLOAT_TILES`; tests and benchmarks walk that table.
 """
@@ -49,8 +49,11 @@ FLOAT_TILE = np.dtype(
         ("segments", _P), ("segments_end", _P),  # FLOAT_SEGMENT records, the same for all blocks
         ("weights", _P),  # float32, in the order in which they are read
         ("b", _P),  # float32 (blocks * channels,)
-        ("sums", _P),  # float32 (blocks, pixels, channels): of the parts before
-        ("first", _I), ("last", _I),  # whether this is the first part, and the last
+        # Of a rectangle, x, y and r are addresses of the first pixel, channels of the first block
+        # included, and these bytes from pixel to pixel; it has no offsets, segments and steps.
+        ("x_row", _I), ("x_column", _I),
+        ("y_row", _I), ("y_column", _I),
+        ("r_row", _I), ("r_column", _I),
         ("has_residual", _I),
         ("lo", _F), ("hi", _F),
     ],
@@ -74,6 +77,17 @@ class FloatTile:
     vectors: int  # of output channels
     lanes: int  # float32 per vector
     features: tuple[str, ...]
+    window: tuple[int, int] | None = None  # height and width of the kernel; stride
+
+    @property
+    def rows(self) -> int:
+        """Rows of a rectangle of pixels."""
+        return 2
+
+    @property
+    def columns(self) -> int:
+        """Columns of a rectangle of pixels."""
+        return self.pixels // self.rows
 
     @property
     def channels(self) -> int:
@@ -83,6 +97,9 @@ class FloatTile:
     @property
     def name(self) -> str:
         """Instruction set, kind unless dense, and tile."""
+        if self.window is not None:
+            kernel, stride = self.window
+            return f"{self.isa}-depthwise{kernel}s{stride}-{self.rows}x{self.columns}x{self.channels}"
         kind = "" if self.kind == "dense" else f"{self.kind}-"
         return f"{self.isa}-{kind}{self.pixels}x{self.channels}"
 
@@ -100,8 +117,8 @@ def _tile(typingctx, arguments, name):
 
     def codegen(context, builder, signature, args):
         tile = FLOAT_TILES[name.literal_value]
-        kind = _Depthwise if tile.kind == "depthwise" else _Emission
-        kind(tile, builder, args[0]).emit()
+        kinds = {"dense": _Emission, "depthwise": _Depthwise, "window": _Window}
+        kinds[tile.kind](tile, builder, args[0]).emit()
         return context.get_dummy_value()
 
     return types.void(arguments, name), codegen
@@ -182,63 +199,45 @@ class _Emission(Emitter):
 
     def emit(self) -> None:
         b, k = self.b, self.k
-        blocks, segments_end = self.field("blocks"), self.field("segments_end")
-        x_table, x_offset = self.field("x"), self.field("x_offset")
+        blocks, segments, segments_end = map(self.field, ("blocks", "segments", "segments_end"))
+        x_table, x_offset, x_step = map(self.field, ("x", "x_offset", "x_step"))
+        first_weights = self.field("weights")
         entry = b.block
-        names = ("block", "fresh", "held", "segment", "write", "keep", "next", "done")
-        at = {name: b.append_basic_block(name) for name in names}
-        b.branch(at["block"])
+        block, segment, after = (b.append_basic_block(n) for n in ("block", "segment", "after"))
+        done = b.append_basic_block("done")
+        b.branch(block)
 
-        b.position_at_end(at["block"])
+        b.position_at_end(block)
         index = b.phi(i64)
-        offset = b.add(x_offset, b.mul(index, self.field("x_step")))
+        offset = b.add(x_offset, b.mul(index, x_step))
         bases = [b.add(self.at(x_table, i), offset) for i in range(k.pixels)]
-        weights = b.add(self.field("weights"), b.mul(index, self.field("w_step")))
-        sums = b.add(self.field("sums"), b.mul(index, self.word(self.size * len(self.tiles))))
-        places = {t: b.add(sums, self.word(self.size * n)) for n, t in enumerate(self.tiles)}
-        b.cbranch(b.icmp_signed("!=", self.field("first"), self.word(0)), at["fresh"], at["held"])
-        b.position_at_end(at["fresh"])
-        zeros = {t: self.constant(0.0, self.floats) for t in self.tiles}
-        b.branch(at["segment"])
-        b.position_at_end(at["held"])
-        held = {t: self.load(place, self.floats, self.size) for t, place in places.items()}
-        b.branch(at["segment"])
+        weights = b.add(first_weights, b.mul(index, self.field("w_step")))
+        channel = b.mul(index, self.word(4 * k.channels))
+        b.branch(segment)
 
-        b.position_at_end(at["segment"])
-        segment, w, acc = b.phi(i64), b.phi(i64), self.phis(zeros)
-        new, w_next = self.run(acc, bases, segment, w)
-        segment_next = b.add(segment, self.word(FLOAT_SEGMENT.itemsize))
-        after = b.append_basic_block("after")
-        b.cbranch(b.icmp_signed("<", segment_next, segments_end), at["segment"], after)
-        last = b.block
-        segments = self.field_in(entry, "segments")
-        self.incoming(
-            segment, (at["fresh"], segments), (at["held"], segments), (last, segment_next)
-        )
-        self.incoming(w, (at["fresh"], weights), (at["held"], weights), (last, w_next))
+        b.position_at_end(segment)
+        s, w = b.phi(i64), b.phi(i64)
+        zeros = {t: self.constant(0.0, self.floats) for t in self.tiles}
+        acc = self.phis(zeros)
+        new, w_next = self.run(acc, bases, s, w)
+        s_next = b.add(s, self.word(FLOAT_SEGMENT.itemsize))
+        self.incoming(s, (block, segments), (b.block, s_next))
+        self.incoming(w, (block, weights), (b.block, w_next))
         for t, phi in acc.items():
-            self.incoming(phi, (at["fresh"], zeros[t]), (at["held"], held[t]), (last, new[t]))
+            self.incoming(phi, (block, zeros[t]), (b.block, new[t]))
+        b.cbranch(b.icmp_signed("<", s_next, segments_end), segment, after)
 
         b.position_at_end(after)
-        b.cbranch(b.icmp_signed("!=", self.field("last"), self.word(0)), at["write"], at["keep"])
-        b.position_at_end(at["keep"])
-        for t, place in places.items():
-            self.store(new[t], place, self.size)
-        b.branch(at["next"])
-        b.position_at_end(at["write"])
-        self.epilogue(new, b.mul(index, self.word(4 * k.channels)))
-        b.branch(at["next"])
-
-        b.position_at_end(at["next"])
+        self.epilogue(new, channel)
         index_next = b.add(index, self.word(1))
-        b.cbranch(b.icmp_signed("<", index_next, blocks), at["block"], at["done"])
-        self.incoming(index, (entry, self.word(0)), (at["next"], index_next))
-        b.position_at_end(at["done"])
+        self.incoming(index, (entry, self.word(0)), (b.block, index_next))
+        b.cbranch(b.icmp_signed("<", index_next, blocks), block, done)
+        b.position_at_end(done)
 
-    def field_in(self, block: Any, name: str) -> Any:
-        """Load a field at the end of a block that comes before."""
-        with self.b.goto_block(block):
-            return self.field(name)
+    def places(self, name: str, channel: Any) -> Callable[[int], Any]:
+        """Return what gives the address of a pixel's output, or residual, in the present block."""
+        table, offset = self.field(name), self.b.add(channel, self.field("y_offset"))
+        return lambda i: self.b.add(self.at(table, i), offset)
 
     def epilogue(self, acc: dict, channel: Any) -> None:
         """Add the bias, and the residual if there is one, clamp and store."""
@@ -253,18 +252,17 @@ class _Emission(Emitter):
         b, k = self.b, self.k
         bias = b.add(self.field("b"), channel)
         lo, hi = (self.splat(self.field(n, f32), self.floats) for n in ("lo", "hi"))
-        y_table, r_table = self.field("y"), self.field("r")
-        place = b.add(channel, self.field("y_offset"))
+        y, r = self.places("y", channel), self.places("r", channel)
         for j in range(k.vectors):
-            at = b.add(place, self.word(self.size * j))
-            shift = self.load(b.add(bias, self.word(self.size * j)), self.floats, self.size)
+            at = self.word(self.size * j)
+            shift = self.load(b.add(bias, at), self.floats, self.size)
             for i in range(k.pixels):
                 v = b.fadd(acc[i, j], shift)
                 if has_residual:
-                    v = b.fadd(v, self.load(b.add(self.at(r_table, i), at), self.floats, 4))
+                    v = b.fadd(v, self.load(b.add(r(i), at), self.floats, 4))
                 v = b.select(b.fcmp_ordered(">", v, lo), v, lo)
                 v = b.select(b.fcmp_ordered("<", v, hi), v, hi)
-                self.store(v, b.add(self.at(y_table, i), at), 4)
+                self.store(v, b.add(y(i), at), 4)
 
 
 class _Depthwise(_Emission):
@@ -283,29 +281,104 @@ class _Depthwise(_Emission):
         return new, b.add(w, self.word(self.step_bytes))
 
 
+class _Window(_Emission):
+    """A rectangle of pixels of a depthwise convolution; a block is one vector of channels."""
+
+    def emit(self) -> None:
+        b, k = self.b, self.k
+        assert k.window is not None
+        kernel, stride = k.window
+        x_first, x_row, x_column = map(self.field, ("x", "x_row", "x_column"))
+        blocks, first_weights = self.field("blocks"), self.field("weights")
+        entry = b.block
+        block, done = (b.append_basic_block(n) for n in ("block", "done"))
+        b.branch(block)
+
+        b.position_at_end(block)
+        index = b.phi(i64)
+        channel = b.mul(index, self.word(self.size))
+        x = b.add(x_first, channel)
+        w = b.add(first_weights, b.mul(channel, self.word(kernel**2)))
+        acc = {t: self.constant(0.0, self.floats) for t in self.tiles}
+        weights = {}
+        reads = [(n - 1) * stride + kernel for n in (k.rows, k.columns)]
+        for row in range(reads[0]):
+            line = b.add(x, b.mul(x_row, self.word(row)))
+            for column in range(reads[1]):
+                place = b.add(line, b.mul(x_column, self.word(column)))
+                value = self.load(place, self.floats, 4)
+                for i in range(k.pixels):
+                    ky = row - i // k.columns * stride
+                    kx = column - i % k.columns * stride
+                    if not (0 <= ky < kernel and 0 <= kx < kernel):
+                        continue
+                    if (ky, kx) not in weights:
+                        at = self.word(self.size * (ky * kernel + kx))
+                        weights[ky, kx] = self.load(b.add(w, at), self.floats, self.size)
+                    acc[i, 0] = self.fma(value, weights[ky, kx], acc[i, 0])
+        self.epilogue(acc, channel)
+        index_next = b.add(index, self.word(1))
+        self.incoming(index, (entry, self.word(0)), (b.block, index_next))
+        b.cbranch(b.icmp_signed("<", index_next, blocks), block, done)
+        b.position_at_end(done)
+
+    def places(self, name: str, channel: Any) -> Callable[[int], Any]:
+        b, columns = self.b, self.k.columns
+        first = b.add(self.field(name), channel)
+        row, column = self.field(f"{name}_row"), self.field(f"{name}_column")
+
+        def place(i: int) -> Any:
+            line = b.add(first, b.mul(row, self.word(i // columns)))
+            return b.add(line, b.mul(column, self.word(i % columns)))
+
+        return place
+
+
 # --- the table ----------------------------------------------------------------------------------
 
 _FMA, _AVX512 = ("avx2", "fma"), ("avx512f", "avx512vl")
+
+
+def _windows(isa: str, lanes: int, features: tuple[str, ...]) -> list[FloatTile]:
+    """Rectangles of 2x4 or 2x2 pixels for the windows and strides of the usual networks."""
+    windows = [(3, 1), (3, 2), (5, 1), (5, 2)]
+    return [FloatTile(isa, "window", 8 // w[1], 1, lanes, features, w) for w in windows]
+
+
 FLOAT_TILES = {
     tile.name: tile
     for tile in (
-        FloatTile("avx512", "dense", 12, 2, 16, _AVX512),
+        FloatTile("avx512", "dense", 6, 4, 16, _AVX512),
+        FloatTile("avx512", "dense", 1, 4, 16, _AVX512),
+        FloatTile("avx512", "dense", 8, 3, 16, _AVX512),
+        FloatTile("avx512", "dense", 1, 3, 16, _AVX512),
+        FloatTile("avx512", "dense", 8, 2, 16, _AVX512),
         FloatTile("avx512", "dense", 1, 2, 16, _AVX512),
-        FloatTile("avx512", "dense", 24, 1, 16, _AVX512),
+        FloatTile("avx512", "dense", 8, 1, 16, _AVX512),
         FloatTile("avx512", "dense", 1, 1, 16, _AVX512),
         FloatTile("avx512", "dense", 1, 8, 16, _AVX512),
-        FloatTile("avx512", "depthwise", 6, 2, 16, _AVX512),
+        FloatTile("avx512", "depthwise", 4, 1, 16, _AVX512),
+        FloatTile("avx512", "depthwise", 1, 1, 16, _AVX512),
+        *_windows("avx512", 16, _AVX512),
         FloatTile("fma", "dense", 6, 2, 8, _FMA),
         FloatTile("fma", "dense", 1, 2, 8, _FMA),
-        FloatTile("fma", "dense", 12, 1, 8, _FMA),
+        FloatTile("fma", "dense", 4, 3, 8, _FMA),
+        FloatTile("fma", "dense", 1, 3, 8, _FMA),
+        FloatTile("fma", "dense", 8, 1, 8, _FMA),
         FloatTile("fma", "dense", 1, 1, 8, _FMA),
         FloatTile("fma", "dense", 1, 8, 8, _FMA),
         FloatTile("fma", "depthwise", 4, 2, 8, _FMA),
+        FloatTile("fma", "depthwise", 4, 1, 8, _FMA),
+        FloatTile("fma", "depthwise", 1, 1, 8, _FMA),
+        *_windows("fma", 8, _FMA),
         FloatTile("neon", "dense", 6, 4, 4, ()),
         FloatTile("neon", "dense", 1, 4, 4, ()),
-        FloatTile("neon", "dense", 12, 2, 4, ()),
+        FloatTile("neon", "dense", 8, 2, 4, ()),
         FloatTile("neon", "dense", 1, 2, 4, ()),
         FloatTile("neon", "depthwise", 4, 4, 4, ()),
+        FloatTile("neon", "depthwise", 4, 1, 4, ()),
+        FloatTile("neon", "depthwise", 1, 1, 4, ()),
+        *_windows("neon", 4, ()),
     )
 }
 

@@ -2,8 +2,7 @@
 
 There is no im2col: a microkernel (`float_tiles`) reads what a row of taps covers where it lies, and
 writes outputs where they belong. What decides how fast that is, is which weights lie in which cache:
-pixels are taken in *panels*, of which every *chunk* of weights serves one after another; a chunk
-whose weights are too many for the first-level cache does so in *parts*.
+pixels are taken in *panels*, which one *chunk* of weights after another serves.
 """
 
 from __future__ import annotations
@@ -25,12 +24,9 @@ from logshift.kernels.native import as_pointer, call_tile
 # Blocks of channels that one call of a microkernel takes: the first one, how many, and the first
 # input and output channel.
 CHUNK = np.dtype([(n, np.int64) for n in ("block", "blocks", "x0", "o0")])
-# Segments of a part, their first and end, and bytes of a block's weights that come before it.
-PART = np.dtype([(n, np.int64) for n in ("segment", "segments_end", "weights")])
 
-# Bytes of weights in a chunk, or in a part of one: they stay in the first-level cache while the
-# pixels of a panel go by.
-_CHUNK_WEIGHTS = 16384
+# Bytes of weights in a chunk: they stay in the cache while the pixels of a panel go by.
+_CHUNK_WEIGHTS = 32768
 # Bytes of inputs of a panel: they stay in the second-level cache while chunks go by.
 _PANEL_INPUTS = 2**17
 _PANEL = 64  # most strips of a panel
@@ -51,8 +47,14 @@ class _PackedTiles(Packed):
 
 
 def _supports(tile: FloatTile, layer: FloatLayer) -> bool:
-    if layer.weights.size == 0 or layer.is_depthwise != (tile.kind == "depthwise"):
+    if layer.weights.size == 0 or layer.is_depthwise != (tile.kind != "dense"):
         return False
+    if tile.window is not None:
+        kernel, stride = tile.window
+        if layer.weights.shape[1:3] != (kernel, kernel) or layer.strides != (stride, stride):
+            return False
+        if layer.dilations != (1, 1) or layer.weights.shape[0] < tile.channels:
+            return False
     # Of a block that is not full, inputs and residuals are read to its end: at most 64 bytes.
     groups = 1 if layer.is_depthwise else layer.group
     return tile.channels <= max(16, layer.weights.shape[0] // groups)
@@ -62,13 +64,12 @@ def _cost(tile: FloatTile, layer: FloatLayer) -> float:
     """Channels computed per pixel, those beyond the last included, and how well the tile does."""
     channels = layer.weights.shape[0] // layer.group
     padded = -(-channels // tile.channels) * tile.channels
-    if tile.kind == "depthwise":
-        return -tile.channels
-    # One load for each product, but no weights that many pixels have to share.
-    if tile.pixels == 1:
+    if tile.kind != "dense":
+        return -tile.channels if tile.window is None else -100
+    if tile.pixels == 1:  # loads a vector of weights for each product
         return padded * (1.0 if layer.pixels <= 2 else 4.0)
-    waste = -(-layer.pixels // tile.pixels) * tile.pixels / layer.pixels
-    return padded * waste * (1.05 if tile.vectors == 1 else 1.0)
+    # Of one vector, loads are more than products; three share fewer weights among pixels.
+    return padded * {1: 1.3, 3: 1.02}.get(tile.vectors, 1.0)
 
 
 def _first_channels(tile: FloatTile, layer: FloatLayer) -> np.ndarray:
@@ -79,26 +80,13 @@ def _first_channels(tile: FloatTile, layer: FloatLayer) -> np.ndarray:
     return firsts + size * np.arange(groups)[:, None]
 
 
-def _segments(tile: FloatTile, layer: FloatLayer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Segments, the places that they read from, and the parts, for the steps of every block."""
+def _segments(tile: FloatTile, layer: FloatLayer) -> tuple[np.ndarray, np.ndarray]:
+    """Segments, and the places that they read from, for the steps of every block."""
     _, kh, kw, in_group = layer.weights.shape
-    run = layer.run_taps * in_group
-    steps = kh * kw * in_group
-    parts = 1
-    if tile.kind == "dense" and tile.pixels > 1:
-        parts = -(-steps * tile.channels * 4 // (2 * _CHUNK_WEIGHTS))
-    cuts = np.union1d(np.arange(0, steps, run), np.arange(parts) * steps // parts)
-    sizes = np.diff(np.append(cuts, steps))
-    row, within = np.divmod(cuts, run)
-    ky, kx = np.divmod(row * layer.run_taps, kw)
-    places = np.stack([ky, kx, within], axis=1)
-    segments = np.zeros(len(cuts), FLOAT_SEGMENT)
-    segments["size"] = 4 * sizes
-    table = np.zeros(parts, PART)
-    firsts = np.searchsorted(cuts, np.arange(parts + 1) * steps // parts)
-    table["segment"], table["segments_end"] = firsts[:-1], firsts[1:]
-    table["weights"] = 4 * tile.channels * cuts[firsts[:-1]]
-    return segments, places, table
+    tap = np.arange(0, kh * kw, layer.run_taps)
+    segments = np.zeros(len(tap), FLOAT_SEGMENT)
+    segments["size"] = 4 * layer.run_taps * in_group
+    return segments, np.stack([tap // kw, tap % kw, 0 * tap], axis=1)
 
 
 def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
@@ -115,10 +103,10 @@ def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
         weights[block, :, :existing] = layer.weights[rows].reshape(existing, steps).T
         bias[block, :existing] = layer.bias[rows]
 
-    segments, places, parts = _segments(tile, layer)
-    depthwise = tile.kind == "depthwise"
+    segments, places = _segments(tile, layer)
+    depthwise = layer.is_depthwise
     w_step = 4 * steps * tile.channels
-    together = 1 if len(parts) > 1 else max(1, _CHUNK_WEIGHTS // w_step)
+    together = max(1, _CHUNK_WEIGHTS // w_step)
     chunks: list[list[int]] = []
     for block in range(firsts.size):
         g, i = divmod(block, blocks_of_group)
@@ -130,7 +118,8 @@ def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
             chunks.append([block, 1, o0 if depthwise else g * in_group, o0])
     pixel_bytes = 4 * layer.group * in_group * layer.strides[0] * layer.strides[1]
     panel = _PANEL_INPUTS // (pixel_bytes * tile.pixels)
-    single = FLOAT_TILES.get(replace(tile, pixels=1).name) if tile.pixels > 1 else None
+    kind = "depthwise" if depthwise else "dense"
+    single = FLOAT_TILES.get(replace(tile, kind=kind, window=None, pixels=1).name)
     return _PackedTiles(
         {
             "weights": weights,
@@ -140,12 +129,11 @@ def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
             "tile": float_tiles.address(tile),
             "single": float_tiles.address(single) if single else 0,
             # A product takes four cycles, of which two begin in each.
-            "few": (tile.pixels * tile.vectors - 1) // 8 if single else 0,
+            "few": (tile.pixels * tile.vectors - 1) // 8 if single and tile.window is None else 0,
             "pixels": tile.pixels,
             "x_step": 4 * tile.channels if depthwise else 0,
             "w_step": w_step,
-            "parts": parts,
-            "part_count": len(parts),
+            "segment_count": len(segments),
             "chunks": np.array([tuple(chunk) for chunk in chunks], CHUNK),
             "chunk_count": len(chunks),
             "panel": max(8, min(panel, _PANEL)),
@@ -165,17 +153,10 @@ def _outputs(pixels, block):
     return 64 * ((4 * pixels * block + 8 * pixels + 63) // 64)
 
 
-@njit(inline="always")
-def _sums(part_count, panel, pixels, block):
-    """Bytes of the sums of a panel that rest between parts."""
-    return 4 * panel * pixels * block if part_count > 1 else 0
-
-
 def _scratch(tile: FloatTile, record: np.ndarray) -> int:
     """Bytes for the largest panel."""
-    sums = _sums.py_func(2, _PANEL, tile.pixels, tile.channels)
     outputs = _outputs.py_func(tile.pixels, tile.channels)
-    return _RECORD + outputs + sums + 3 * 8 * _PANEL * tile.pixels
+    return _RECORD + outputs + 3 * 8 * _PANEL * tile.pixels
 
 
 @njit(error_model="numpy")
@@ -214,7 +195,7 @@ def _addresses(a, first, count, x, y, r):
 
 @njit(error_model="numpy")
 def _partial_block(a, t, spare, valid, scratch):
-    """Run the last part of a tile into spare memory and copy out the channels that exist.
+    """Run a tile into spare memory and copy out the channels that exist.
 
     The residual's channels beyond the last are whatever lies there; they affect no others.
     """
@@ -238,12 +219,11 @@ def _partial_block(a, t, spare, valid, scratch):
 @njit(error_model="numpy")
 def _single_pixels(a, t, valid, scratch):
     """Run the tile of one pixel for each of the few that are left."""
-    x, y, r, sums = t.x, t.y, t.r, t.sums
+    x, y, r = t.x, t.y, t.r
     for _ in range(valid):
         call_tile(a.single, scratch)
         t.x, t.y, t.r = t.x + np.uintp(8), t.y + np.uintp(8), t.r + np.uintp(8)
-        t.sums += np.uintp(4 * a.block)  # there are sums only where a chunk is one block
-    t.x, t.y, t.r, t.sums = x, y, r, sums
+    t.x, t.y, t.r = x, y, r
 
 
 def _conv(arguments, thread, threads):
@@ -252,14 +232,14 @@ def _conv(arguments, thread, threads):
     scratch = a.scratch + np.uintp(thread * a.scratch_size)
     t = carray(as_pointer(scratch), 1, FLOAT_TILE)[0]
     spare = scratch + np.uintp(_RECORD)
-    sums = spare + np.uintp(_outputs(a.pixels, a.block))
-    table = sums + np.uintp(_sums(a.part_count, a.panel, a.pixels, a.block))
+    table = spare + np.uintp(_outputs(a.pixels, a.block))
     size = 8 * a.panel * pixels
     x = carray(as_pointer(table), a.panel * pixels, np.int64)
     y = carray(as_pointer(table + np.uintp(size)), a.panel * pixels, np.int64)
     r = carray(as_pointer(table + np.uintp(2 * size)), a.panel * pixels, np.int64)
+    t.segments = a.segments
+    t.segments_end = a.segments + np.uintp(16 * a.segment_count)
     t.x_step, t.w_step, t.has_residual, t.lo, t.hi = a.x_step, a.w_step, a.has_residual, a.lo, a.hi
-    parts = carray(as_pointer(a.parts), a.part_count, PART)
     chunks = carray(as_pointer(a.chunks), a.chunk_count, CHUNK)
     total = a.n * a.height * a.width
     strips = (total + pixels - 1) // pixels
@@ -279,26 +259,83 @@ def _conv(arguments, thread, threads):
         t.x_offset, t.y_offset = 4 * chunk.x0, 4 * chunk.o0
         t.blocks = chunk.blocks
         t.b = a.b + np.uintp(4 * chunk.block * a.block)
-        for part in range(a.part_count):
-            p = parts[part]
-            t.segments = a.segments + np.uintp(16 * p.segment)
-            t.segments_end = a.segments + np.uintp(16 * p.segments_end)
-            t.weights = a.weights + np.uintp(chunk.block * a.w_step + p.weights)
-            t.first, t.last = part == 0, part == a.part_count - 1
-            for strip in range(first, last):
-                place = np.uintp(8 * strip * pixels)
-                t.x = table + place
-                t.y, t.r = t.x + np.uintp(size), t.x + np.uintp(2 * size)
-                if a.part_count > 1:
-                    t.sums = sums + np.uintp(4 * strip * pixels * a.block)
-                valid = min(pixels, total - (first_strip + strip) * pixels)
-                if t.last and a.existing < a.block:
-                    _partial_block(a, t, spare, valid, scratch)
-                elif valid <= a.few and a.existing == a.block:
-                    _single_pixels(a, t, valid, scratch)
-                else:
-                    call_tile(a.tile, scratch)
+        t.weights = a.weights + np.uintp(chunk.block * a.w_step)
+        for strip in range(first, last):
+            t.x = table + np.uintp(8 * strip * pixels)
+            t.y, t.r = t.x + np.uintp(size), t.x + np.uintp(2 * size)
+            valid = min(pixels, total - (first_strip + strip) * pixels)
+            if a.existing < a.block:
+                _partial_block(a, t, spare, valid, scratch)
+            elif valid <= a.few:
+                _single_pixels(a, t, valid, scratch)
+            else:
+                call_tile(a.tile, scratch)
         item += last - first
+
+
+@njit(inline="always", error_model="numpy")
+def _start(a, n, i, j, o0):
+    """Addresses of the first input of an output pixel, of its output and its residual."""
+    row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
+    x = address_of(a.x, n, row, column, o0, 4)
+    row, column = i * a.step_h, j * a.step_w
+    y = address_of(a.y, n, a.y.top + row, a.y.left + column, o0, 4)
+    r = address_of(a.r, n, a.r.top + row, a.r.left + column, o0, 4)
+    return np.uintp(x), np.uintp(y), np.uintp(r)
+
+
+@njit(error_model="numpy")
+def _small_picture(a, t, chunk, n, table, scratch):
+    """Compute a picture that no rectangle fits into pixel by pixel."""
+    addresses = carray(as_pointer(table), 3, np.int64)
+    t.x, t.y, t.r = table, table + np.uintp(8), table + np.uintp(16)
+    t.x_offset = t.y_offset = 0
+    for i in range(a.height):
+        for j in range(a.width):
+            x, y, r = _start(a, n, i, j, chunk.o0)
+            addresses[0], addresses[1], addresses[2] = x, y, r
+            call_tile(a.single, scratch)
+
+
+def _conv_window(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    scratch = a.scratch + np.uintp(thread * a.scratch_size)
+    t = carray(as_pointer(scratch), 1, FLOAT_TILE)[0]
+    table = scratch + np.uintp(_RECORD)
+    t.segments = a.segments
+    t.segments_end = a.segments + np.uintp(16 * a.segment_count)
+    t.x_step, t.w_step, t.has_residual, t.lo, t.hi = a.x_step, a.w_step, a.has_residual, a.lo, a.hi
+    pixel = 4 * a.x.c
+    t.x_row, t.x_column = pixel * a.x.w, pixel
+    pixel = 4 * a.y.c
+    t.y_row, t.y_column = pixel * a.y.w * a.step_h, pixel * a.step_w
+    pixel = 4 * a.r.c
+    t.r_row, t.r_column = pixel * a.r.w * a.step_h, pixel * a.step_w
+    chunks = carray(as_pointer(a.chunks), a.chunk_count, CHUNK)
+    rows, columns = 2, a.pixels // 2
+    if a.height < rows or a.width < columns:
+        begin, end = share(a.n * a.chunk_count, thread, threads)
+        for item in range(begin, end):
+            chunk = chunks[item % a.chunk_count]
+            t.blocks = chunk.blocks
+            t.b = a.b + np.uintp(4 * chunk.block * a.block)
+            t.weights = a.weights + np.uintp(chunk.block * a.w_step)
+            _small_picture(a, t, chunk, item // a.chunk_count, table, scratch)
+        return
+    down, across = (a.height + rows - 1) // rows, (a.width + columns - 1) // columns
+    begin, end = share(a.n * down * across, thread, threads)
+    for item in range(begin, end):
+        n, tile = item // (down * across), item % (down * across)
+        # The last ones overlap those before.
+        i = min(tile // across * rows, a.height - rows)
+        j = min(tile % across * columns, a.width - columns)
+        for index in range(a.chunk_count):
+            chunk = chunks[index]
+            t.blocks = chunk.blocks
+            t.b = a.b + np.uintp(4 * chunk.block * a.block)
+            t.weights = a.weights + np.uintp(chunk.block * a.w_step)
+            t.x, t.y, t.r = _start(a, n, i, j, chunk.o0)
+            call_tile(a.tile, scratch)
 
 
 for _tile in FLOAT_TILES.values():
@@ -308,4 +345,4 @@ for _tile in FLOAT_TILES.values():
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),
             cost=partial(_cost, _tile), available=partial(getattr, _tile, "available"),
             scratch=partial(_scratch, _tile),
-        )(_conv)  # fmt: skip
+        )(_conv if _tile.window is None else _conv_window)  # fmt: skip
