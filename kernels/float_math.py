@@ -155,6 +155,24 @@ def tanh(x):
     return near if size < np.float32(0.625) else far
 
 
+@njit(inline="always")
+def add(x, r):
+    """Return x + r."""
+    return x + r
+
+
+@njit(inline="always")
+def sub(x, r):
+    """Return x - r."""
+    return x - r
+
+
+@njit(inline="always")
+def mul(x, r):
+    """Return x * r."""
+    return x * r
+
+
 # --- what `abi.UNARY` names, of x and two parameters ---------------------------------------------
 
 
@@ -198,3 +216,23 @@ def tanh_of(x, alpha, beta):
 def elu(x, alpha, beta):
     """Return x, or alpha * (e^x - 1) where it is negative."""
     return x if x >= 0 else alpha * expm1(x)
+
+
+@njit
+def unary(function, x, alpha, beta):
+    """Return what the function of a number, its place in `abi.UNARY`, makes of x."""
+    if function == 0:
+        return clamp(x, alpha, beta)
+    if function == 1:
+        return leaky_relu(x, alpha, beta)
+    if function == 2:
+        return sigmoid(x)
+    if function == 3:
+        return hard_sigmoid(x, alpha, beta)
+    if function == 4:
+        return hard_swish(x, alpha, beta)
+    if function == 5:
+        return silu(x, alpha, beta)
+    if function == 6:
+        return tanh(x)
+    return elu(x, alpha, beta)

@@ -83,9 +83,10 @@ def _first_channels(tile: FloatTile, layer: FloatLayer) -> np.ndarray:
 def _segments(tile: FloatTile, layer: FloatLayer) -> tuple[np.ndarray, np.ndarray]:
     """Segments, and the places that they read from, for the steps of every block."""
     _, kh, kw, in_group = layer.weights.shape
-    tap = np.arange(0, kh * kw, layer.run_taps)
+    taps = layer.run_taps if tile.kind == "dense" else 1
+    tap = np.arange(0, kh * kw, taps)
     segments = np.zeros(len(tap), FLOAT_SEGMENT)
-    segments["size"] = 4 * layer.run_taps * in_group
+    segments["size"] = 4 * taps * in_group
     return segments, np.stack([tap // kw, tap % kw, 0 * tap], axis=1)
 
 

@@ -655,10 +655,9 @@ def _resize(arguments, thread, threads):
                 y[q + c] = np.uint8((acc + np.int32(2**21)) >> np.int32(22))
 
 
-@register("depth_to_space", "portable", abi.DEPTH_TO_SPACE)
-def _depth_to_space(arguments, thread, threads):
-    a = carray(arguments, 1)[0]
-    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+@njit(error_model="numpy")
+def rearrange(a, x, y, thread, threads):
+    """Do what DepthToSpace does with tensors of any type."""
     size, block_first = a.blocksize, a.block_first != 0
     channels, blocks = np.uintp(a.channels), np.uintp(size * size)
     run = np.uintp(size) * channels
@@ -678,6 +677,12 @@ def _depth_to_space(arguments, thread, threads):
                         y[q + j * channels + c] = x[p + first + j + c * blocks]
             p += np.uintp(a.x.c)
             q += run
+
+
+@register("depth_to_space", "portable", abi.DEPTH_TO_SPACE)
+def _depth_to_space(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    rearrange(a, codes(a.x).ravel(), codes(a.y).ravel(), thread, threads)
 
 
 @njit(inline="always", error_model="numpy")
@@ -754,7 +759,7 @@ def _to_channels_first(arguments, thread, threads):
     begin, end = share(a.n * a.height, thread, threads)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = np.uintp(item * a.width) * channels
+        p = _pixel(a.x, n, a.x.top + i, a.x.left)
         q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
         for c in range(channels):
             for j in range(np.uintp(a.width)):

@@ -264,12 +264,9 @@ def _resize(arguments, thread, threads):
                     y[n, a.y.top + i, a.y.left + j, c] = np.uint8((acc + 2**21) >> 22)
 
 
-@register("depth_to_space", "reference", abi.DEPTH_TO_SPACE)
-def _depth_to_space(arguments, thread, threads):
-    a = carray(arguments, 1)[0]
-    if thread != 0:
-        return
-    x, y = codes(a.x), codes(a.y)
+@njit
+def rearrange(a, x, y):
+    """Do what DepthToSpace does with tensors of any type."""
     size = a.blocksize
     for n in range(a.n):
         for i in range(a.height):
@@ -277,8 +274,15 @@ def _depth_to_space(arguments, thread, threads):
                 for c in range(a.channels):
                     block = i % size * size + j % size
                     depth = block * a.channels + c if a.block_first else c * size * size + block
-                    code = x[n, a.x.top + i // size, a.x.left + j // size, depth]
-                    y[n, a.y.top + i, a.y.left + j, c] = code
+                    value = x[n, a.x.top + i // size, a.x.left + j // size, depth]
+                    y[n, a.y.top + i, a.y.left + j, c] = value
+
+
+@register("depth_to_space", "reference", abi.DEPTH_TO_SPACE)
+def _depth_to_space(arguments, thread, threads):
+    a = carray(arguments, 1)[0]
+    if thread == 0:
+        rearrange(a, codes(a.x), codes(a.y))
 
 
 @register("quantize", "reference", abi.QUANTIZE)
@@ -326,4 +330,4 @@ def _to_channels_first(arguments, thread, threads):
         for c in range(a.channels):
             for i in range(a.height):
                 for j in range(a.width):
-                    y[n, c, i, j] = x[n, i, j, c]
+                    y[n, c, i, j] = x[n, a.x.top + i, a.x.left + j, c]
