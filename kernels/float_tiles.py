@@ -11,9 +11,8 @@ instruction set. Inputs are read where they lie. The kinds differ in what a step
 
     dense       one input of a pixel times a weight of each channel
     depthwise   one tap of each channel times its weight
-
-Depthwise tiles of a fixed window and stride are rectangles of pixels. They load every input once for
-all outputs that it is part of.
+    window      the same for a fixed kernel and stride: tiles are rectangles of pixels, which load
+                every input once for all outputs that it is part of
 
 All are listed in `FLOAT_TILES`; tests and benchmarks walk that table.
 """
@@ -99,7 +98,8 @@ class FloatTile:
         """Instruction set, kind unless dense, and tile."""
         if self.window is not None:
             kernel, stride = self.window
-            return f"{self.isa}-depthwise{kernel}s{stride}-{self.rows}x{self.columns}x{self.channels}"
+            rectangle = f"{self.rows}x{self.columns}x{self.channels}"
+            return f"{self.isa}-depthwise{kernel}s{stride}-{rectangle}"
         kind = "" if self.kind == "dense" else f"{self.kind}-"
         return f"{self.isa}-{kind}{self.pixels}x{self.channels}"
 

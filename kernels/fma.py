@@ -1,8 +1,8 @@
 """The fma family: convolutions on float32, on the machine's fused multiply-add.
 
 There is no im2col: a microkernel (`float_tiles`) reads what a row of taps covers where it lies, and
-writes outputs where they belong. What decides how fast that is, is which weights lie in which cache:
-pixels are taken in *panels*, which one *chunk* of weights after another serves.
+writes outputs where they belong. Pixels are taken in *panels*, whose inputs stay in the cache while
+one *chunk* of weights after another serves them.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def _cost(tile: FloatTile, layer: FloatLayer) -> float:
         return -tile.channels if tile.window is None else -100
     if tile.pixels == 1:  # loads a vector of weights for each product
         return padded * (1.0 if layer.pixels <= 2 else 4.0)
-    # Of one vector, loads are more than products; three share fewer weights among pixels.
-    return padded * {1: 1.3, 3: 1.02}.get(tile.vectors, 1.0)
+    # Of one vector, loads are more than products; three share weights among fewer pixels.
+    unused = max(1.0, tile.pixels / layer.pixels)
+    return padded * unused * {1: 1.3, 3: 1.02}.get(tile.vectors, 1.0)
 
 
 def _first_channels(tile: FloatTile, layer: FloatLayer) -> np.ndarray:

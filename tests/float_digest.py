@@ -57,7 +57,9 @@ def results(family):
     for op in ("float_pool_max", "float_pool_average"):
         call(abi.kernel(op, family), 1, {"x": x, "y": y}, **sizes(y), **window)
         yield y.buffer
-    tables = {f"{axis}_index{n}": np.arange(11) // 2 + n for axis in ("row", "column") for n in (0, 1)}
+    tables = {
+        f"{axis}_index{n}": np.arange(11) // 2 + n for axis in ("row", "column") for n in (0, 1)
+    }
     tables |= {f"{axis}_weight": rng.random(11, np.float32) for axis in ("row", "column")}
     call(abi.kernel("float_resize", family), 1, {"x": x, "y": y}, **sizes(y), linear=1, **tables)
     yield y.buffer

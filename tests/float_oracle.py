@@ -18,11 +18,14 @@ def windows(x, kernel, strides, dilations):
     for ky in range(kernel[0]):
         for kx in range(kernel[1]):
             row, column = ky * dilations[0], kx * dilations[1]
-            yield (ky, kx), x[
-                :,
-                row : row + (height - 1) * strides[0] + 1 : strides[0],
-                column : column + (width - 1) * strides[1] + 1 : strides[1],
-            ]
+            yield (
+                (ky, kx),
+                x[
+                    :,
+                    row : row + (height - 1) * strides[0] + 1 : strides[0],
+                    column : column + (width - 1) * strides[1] + 1 : strides[1],
+                ],
+            )
 
 
 def conv(x, weights, bias, strides, dilations, group, pads, residual=None):
@@ -50,7 +53,9 @@ def pool_max(x, kernel, strides, dilations, pads):
 
 def pool_average(x, kernel, strides, dilations, pads, count_pads):
     """Mean of every window in float64."""
-    total = sum(p for _, p in windows(padded(x.astype(np.float64), pads), kernel, strides, dilations))
+    total = sum(
+        p for _, p in windows(padded(x.astype(np.float64), pads), kernel, strides, dilations)
+    )
     ones = padded(np.ones_like(x, np.float64), pads, float(count_pads))
     count = sum(p for _, p in windows(ones, kernel, strides, dilations))
     return total / np.maximum(count, 1)

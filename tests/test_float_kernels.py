@@ -146,9 +146,7 @@ def test_fully_connected(pixels, channels):
         return convolve(layer, x, (0, 0), y, None, kernel, threads)
 
     result = all_agree("float_conv", make, layer)
-    exact, magnitude = oracle.conv(
-        x.inside, weights, layer.bias, (1, 1), (1, 1), 1, (0, 0, 0, 0)
-    )
+    exact, magnitude = oracle.conv(x.inside, weights, layer.bias, (1, 1), (1, 1), 1, (0, 0, 0, 0))
     assert np.all(abs(result - exact) <= EPSILON * 300 * magnitude)
 
 
@@ -217,6 +215,13 @@ def test_families_that_are_asked_for():
         assert abi.kernel("float_conv", family, layer).family == fast
     for family in ("portable", "reference"):
         assert abi.kernel("float_conv", family, layer).family == family
+    if fast == "fma":  # channels that fill tiles, and many of them for a single pixel
+        for out, pixels, channels in ((64, 50, 16), (24, 50, 24), (8, 50, 8), (100, 1, 64)):
+            other = FloatLayer(
+                random(rng, (out, 1, 1, 9)), 1, (1, 1), (1, 1), random(rng, out), pixels
+            )
+            name = abi.kernel("float_conv", "auto", other).variant
+            assert name.endswith(f"x{channels}") or name.startswith("avx512"), (out, name)
     nothing = replace(layer, weights=layer.weights[:, :0])  # a phase without taps
     assert abi.kernel("float_conv", "auto", nothing).family == "portable"
 
