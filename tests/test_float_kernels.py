@@ -187,6 +187,22 @@ def test_phases_of_a_transposed_convolution_write_between_each_other():
     assert np.all(result == 7)
 
 
+@pytest.mark.parametrize("group", [1, 20])
+def test_no_taps_leave_the_bias(group):
+    """As in some phases of a transposed convolution."""
+    rng = np.random.default_rng(2)
+    weights = np.zeros((20, 0, 2, 20 // group), np.float32)
+    layer = FloatLayer(weights, group, (1, 1), (1, 1), random(rng, 20), 50)
+    x = Picture(random(rng, (1, 6, 6, 20)))
+    y = Picture(np.zeros((1, 5, 5, 20), np.float32))
+
+    def make(kernel, threads):
+        return convolve(layer, x, (0, 0), y, None, kernel, threads)
+
+    result = all_agree("float_conv", make, layer)
+    assert np.array_equal(result, np.broadcast_to(layer.bias, result.shape))
+
+
 @pytest.mark.parametrize("name", [n for n, t in float_tiles.FLOAT_TILES.items() if t.isa == "neon"])
 def test_tiles_of_plain_vectors_work_on_any_machine(name):
     """Those of a machine that is not here, from the same instructions to the compiler."""
