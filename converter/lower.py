@@ -573,16 +573,9 @@ def _pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     ctx.emit(node.op_type, node, [x], attributes=attributes)
 
 
-@_lowers("GlobalAveragePool")
-def _global_average_pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
-    ctx.emit("GlobalAveragePool", node, [ctx.tensor(node.input[0])])
-
-
-@_lowers("GlobalMaxPool")
-def _global_max_pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
-    x = ctx.tensor(node.input[0])
-    ctx.fixed_size = True
-    ctx.emit("MaxPool", node, [x], attributes={"kernel_shape": list(ctx.shapes[x][2:])})
+@_lowers("GlobalAveragePool", "GlobalMaxPool")
+def _global_pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    ctx.emit(node.op_type, node, [ctx.tensor(node.input[0])])
 
 
 @_lowers("ReduceMean")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 
 from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function
 from logshift.converter.fuse import onnx_nodes
-from logshift.runtime.graph import OPERATORS
+from logshift.runtime.graph import NEWEST_OPSET, OPERATORS
 
 # Functions of one tensor that packed operators compute on float32, under their ONNX names.
 _ELEMENTWISE = {"Add", "Lookup", "Mul", "Sub"}
@@ -67,6 +68,8 @@ class _Placement:
 
     def run(self) -> None:
         graph = self.graph
+        # Of networks that have no ONNX operators yet: those that it may get do not change.
+        self.opset = max((node.opset for node in graph.nodes), default=0) or NEWEST_OPSET
         names = {info.name for info in graph.outputs} | set(self.floats)
         read_as_codes = {x for node in graph.nodes if not node.is_float for x in node.inputs}
         for node in graph.nodes:
@@ -124,9 +127,10 @@ class _Placement:
         if tensor in self.codes and tensor not in self.floats:
             self._dequantize(tensor, name)
         elif self.floats[tensor] != name:  # an input, a constant, or another output as well
-            opset = max(node.opset for node in self.nodes) or _IDENTITY_OPSET
             x = self.floats[tensor]
-            self.nodes.append(FloatNode("Identity", f"{name}/Identity", [x], name, opset=opset))
+            self.nodes.append(
+                FloatNode("Identity", f"{name}/Identity", [x], name, opset=self.opset)
+            )
             graph.shapes[name] = graph.shapes[tensor]
         if self._is_flat(output):
             self.nodes.append(FloatNode("Flatten", f"{output}/Flatten", [name], output))
@@ -145,12 +149,15 @@ class _Placement:
             if packed := _packed_function(node, function):
                 return [packed]
             return onnx_nodes(function, node.name, self.graph)
+        if node.op == "Gather":
+            indices = f"{node.output}/indices"
+            self.graph.constants[indices] = np.array(node.attributes["indices"], np.int64)
+            node.inputs.append(indices)
+            node.attributes = {"axis": 1}
+            node.opset = self.opset
+            return [node]
         assert "ff" in OPERATORS[node.op].codes
         return [node]
-
-
-# Of networks that have no ONNX operators but this one, which does not change.
-_IDENTITY_OPSET = 13
 
 
 def _renamed(function: Function, source: str, result: str) -> Function:

@@ -830,6 +830,8 @@ def _check_pool(graph: Graph, node: Node) -> None:
 
 
 def _check_mul(graph: Graph, node: Node) -> None:
+    if not graph.on_codes(node):
+        return
     _check_clamp(graph, node)
     first, second, q = (graph.quantization[name] for name in (*node.inputs, *node.outputs))
     # Keeps t * M + B far from float32 infinity for any codes.

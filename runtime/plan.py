@@ -24,13 +24,13 @@ from logshift.kernels import abi
 from logshift.kernels.abi import Kernel, kernel
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import InputError
-from logshift.kernels.layer import Layer, Packed
+from logshift.kernels.layer import FloatLayer, Layer, Packed
 from logshift.kernels.memory import ALIGNMENT, Block, aligned, arrange
 from logshift.runtime import numpy_ops
 from logshift.runtime.executor import Team
 from logshift.runtime.graph import Graph, Inference, Node, Shape, slice_range
 
-_RESIZE_ONE = 2048  # weights of linear resizing are integers of this
+_RESIZE_ONE = 2048  # weights of linear resizing of codes are integers of this
 
 # A thread more is worth it for this much work: some microseconds, several times what a meeting at
 # the barrier takes. In multiplications of a convolution; an element of other kernels takes as long
@@ -54,7 +54,7 @@ class Convolution:
     """
 
     kernel: Kernel
-    layer: Layer
+    layer: Layer | FloatLayer
     packed: Packed
     dilations: tuple[int, int]
     phase: tuple[int, int] = (0, 0)
@@ -67,9 +67,9 @@ def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
     The largest go first, so that what they need on the way never adds to what others have left.
     """
     sizes = {
-        index: math.prod(node.weights.shape)
+        index: math.prod(node.weight_shape)
         for index, node in enumerate(graph.nodes)
-        if node.weights is not None
+        if node.weight_shape is not None
     }
     shapes = graph.nominal_shapes()
     return {
@@ -81,7 +81,43 @@ def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
 def _prepare_node(
     graph: Graph, node: Node, family: str, shapes: dict[str, Shape]
 ) -> Iterator[Convolution]:
-    weights, bias, a = node.weights, node.bias, node.attributes
+    a, shape = node.attributes, node.weight_shape
+    assert shape is not None
+    layer_of = _coded_layer(graph, node) if graph.on_codes(node) else _float_layer(node)
+    pixels = shapes[node.outputs[0]][0] * math.prod(shapes[node.outputs[0]][2:])
+    if node.op == "ConvTranspose":
+        pixels //= math.prod(a["strides"])
+
+    def convolution(
+        taps: Any, strides: tuple[int, int], dilations: tuple[int, int], **phase: Any
+    ) -> Convolution:
+        layer = layer_of(
+            taps, group=a["group"], strides=strides, dilations=dilations, pixels=pixels
+        )
+        chosen = kernel("conv" if graph.on_codes(node) else "float_conv", family, layer)
+        assert chosen.pack is not None
+        packed = chosen.pack(layer)
+        # A layer keeps what it has computed; a new one holds nothing that only packing needs.
+        return Convolution(chosen, replace(layer), packed, dilations, **phase)
+
+    if node.op == "Conv":
+        yield convolution(..., tuple(a["strides"]), tuple(a["dilations"]))
+        return
+    rows, columns = (
+        list(_phases(shape[1 + i], a["strides"][i], a["dilations"][i], a["pads"][i]))
+        for i in (0, 1)
+    )
+    for p, (taps_h, shift_h, dilation_h) in enumerate(rows):
+        for q, (taps_w, shift_w, dilation_w) in enumerate(columns):
+            grid = np.ix_(range(shape[0]), taps_h, taps_w, range(shape[3]))
+            yield convolution(
+                grid, (1, 1), (dilation_h, dilation_w), phase=(p, q), shift=(shift_h, shift_w)
+            )
+
+
+def _coded_layer(graph: Graph, node: Node) -> Callable[..., Layer]:
+    """Return what makes a layer of some of the weights of a convolution of codes."""
+    weights, bias = node.weights, node.bias
     assert weights is not None and bias is not None
     q_x = graph.quantization[node.inputs[0]]
     q_y = graph.quantization.get(node.outputs[0])
@@ -90,38 +126,27 @@ def _prepare_node(
     m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
     b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
 
-    pixels = shapes[node.outputs[0]][0] * math.prod(shapes[node.outputs[0]][2:])
-    if node.op == "ConvTranspose":
-        pixels //= math.prod(a["strides"])
-
-    def convolution(
-        part: LogWeights, strides: tuple[int, int], dilations: tuple[int, int], **phase: Any
-    ) -> Convolution:
-        layer = Layer(part, a["group"], strides, dilations, q_x.bits, q_x.zero_point, m, b, pixels)
-        chosen = kernel("conv", family, layer)
-        assert chosen.pack is not None
-        packed = chosen.pack(layer)
-        # A layer keeps what it has computed; a new one holds nothing that only packing needs.
-        return Convolution(chosen, replace(layer), packed, dilations, **phase)
-
-    if node.op == "Conv":
-        yield convolution(weights, tuple(a["strides"]), tuple(a["dilations"]))
-        return
-    rows, columns = (
-        list(_phases(weights.shape[1 + i], a["strides"][i], a["dilations"][i], a["pads"][i]))
-        for i in (0, 1)
-    )
-    first, second = weights.first, weights.second
-    for p, (taps_h, shift_h, dilation_h) in enumerate(rows):
-        for q, (taps_w, shift_w, dilation_w) in enumerate(columns):
-            grid = np.ix_(range(len(m)), taps_h, taps_w, range(weights.shape[3]))
+    def layer(taps: Any, **geometry: Any) -> Layer:
+        part = weights
+        if taps is not ...:
             part = LogWeights(
-                first[grid], second[grid], weights.alpha, weights.bits,
+                weights.first[taps], weights.second[taps], weights.alpha, weights.bits,
                 weights.residual_shift, weights.clip,
             )  # fmt: skip
-            yield convolution(
-                part, (1, 1), (dilation_h, dilation_w), phase=(p, q), shift=(shift_h, shift_w)
-            )
+        return Layer(part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m, b=b, **geometry)
+
+    return layer
+
+
+def _float_layer(node: Node) -> Callable[..., FloatLayer]:
+    """Return what makes a layer of some of the weights of a convolution of float32."""
+    bias, weights = node.bias, node.float_weights
+    if node.weights is not None:
+        weights = node.weights.values()
+    assert bias is not None and weights is not None
+    return lambda taps, **geometry: FloatLayer(
+        np.ascontiguousarray(weights[taps], np.float32), bias=bias, **geometry
+    )
 
 
 def _phases(
@@ -409,9 +434,7 @@ class Plan:
                 self.parts.append(NumpyStep(node, last))
                 continue
             if operation.kind == "packed":
-                on_codes = graph.on_codes(node) or graph.is_code(node.outputs[0])
-                builders = _BUILDERS if on_codes else _FLOAT_BUILDERS
-                builders[node.op](self, operation.index, node)
+                _BUILDERS[node.op](self, operation.index, node)
             else:
                 (x,), (y,) = operation.reads, operation.writes
                 record = getattr(abi, operation.kind.upper())
@@ -499,7 +522,7 @@ class Plan:
             if out in plain and out in outside and out not in given:
                 self._outside.add(out)
             _, _, h, w = self.shapes[out]
-            as_plain = out not in self._native and h * w == 1
+            as_plain = node.weight_shape is not None and out not in self._native and h * w == 1
             if node.op == "DequantizeLinear" or as_plain:
                 operations.append(_Operation(index, node, "packed", reads, (out,)))
                 if out in self._native:
@@ -628,7 +651,8 @@ class Plan:
             if height and width:
                 q = self.graph.quantization.get(name)
                 self._step(
-                    node, "fill" if q else "float_fill", abi.FILL, tensors={"y": name},
+                    node, "fill" if q else "float_fill", abi.FILL if q else abi.FLOAT_FILL,
+                    tensors={"y": name},
                     n=n, height=height, width=width, channels=c,
                     value=q.zero_point if q else 0,
                 )  # fmt: skip
@@ -684,40 +708,45 @@ class Plan:
 
     def _conv(self, index: int, node: Node) -> None:
         out = node.outputs[0]
-        is_float = not self.graph.is_code(out)
-        n, c, h, w = self.shapes[out]
+        on_codes = self.graph.on_codes(node)
+        # Kernels write channels last; one more step brings floats into ONNX's order.
         target = self._target(node)
         residual = len(node.inputs) > 1
-        extra: dict[str, Any] = {}
-        tensors = {"x": node.inputs[0], "y": target}
+        fields: dict[str, Any] = {"has_residual": residual}
+        tensors = {"x": self._stored(node.inputs[0]), "y": target}
         if residual:
-            q_y, q_r = self.graph.quantization.get(out), self.graph.quantization[node.inputs[1]]
-            tensors["r"] = node.inputs[1]
-            scale_y = q_y.scale if q_y else 1.0
-            extra = {"z_r": q_r.zero_point, "m_r": np.float32(q_r.scale / scale_y)}
-        if out in self._lookups:
-            extra["table"] = self._lookups[out].table
+            tensors["r"] = self._stored(node.inputs[1])
+        if on_codes:
+            assert node.weights is not None
+            fields |= {
+                "bits": node.weights.bits, "residual_shift": node.weights.residual_shift,
+                "float_output": not self.graph.is_code(out),
+            }  # fmt: skip
+            if residual:
+                q_y, q_r = self.graph.quantization.get(out), self.graph.quantization[node.inputs[1]]
+                scale_y = q_y.scale if q_y else 1.0
+                fields |= {"z_r": q_r.zero_point, "m_r": np.float32(q_r.scale / scale_y)}
+            if out in self._lookups:
+                fields["table"] = self._lookups[out].table
         steps = node.attributes["strides"] if node.op == "ConvTranspose" else (1, 1)
-        x = self._tensors[node.inputs[0]]
+        n, c, _, _ = self.shapes[out]
+        x = self._tensors[tensors["x"]]
         for conv in self._convolutions[index]:
             (row, stride_h, height), (column, stride_w, width) = (
                 self._window(node, conv, axis) for axis in (0, 1)
             )
             if height <= 0 or width <= 0:
                 continue
-            weights = conv.layer.weights
+            shape = conv.layer.weights.shape
             self._step(
-                node, "conv", abi.CONV, chosen=conv.kernel, tensors=tensors,
-                work=math.prod(weights.shape[1:]),
+                node, conv.kernel.op, abi.CONV if on_codes else abi.FLOAT_CONV,
+                chosen=conv.kernel, tensors=tensors, work=math.prod(shape[1:]),
                 n=n, height=height, width=width, channels=c,
-                kernel_h=weights.shape[1], kernel_w=weights.shape[2],
-                stride_h=stride_h, stride_w=stride_w,
+                kernel_h=shape[1], kernel_w=shape[2], stride_h=stride_h, stride_w=stride_w,
                 dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],
                 row0=x.top + row, column0=x.left + column,
                 step_h=steps[0], step_w=steps[1], group=conv.layer.group,
-                bits=weights.bits, residual_shift=weights.residual_shift,
-                has_residual=residual, float_output=is_float,
-                **extra, **self._range(node),
+                **fields, **self._range(node),
             )  # fmt: skip
             step = self.steps[-1]
             step.keep += conv.packed.place(step.arguments)
@@ -733,7 +762,7 @@ class Plan:
         return _channels_last(out) if out in self._native else out
 
     def _pool(self, index: int, node: Node) -> None:
-        a, x, out = node.attributes, node.inputs[0], node.outputs[0]
+        a, x, out = node.attributes, self._stored(node.inputs[0]), self._target(node)
         _, _, h, w = self.shapes[x]
         everything = node.op in ("GlobalAveragePool", "GlobalMaxPool")
         size = [h, w] if everything else a["kernel_shape"]
@@ -747,20 +776,27 @@ class Plan:
         held = self._tensors[x]
         average: dict[str, Any] = {}
         largest = node.op in ("MaxPool", "GlobalMaxPool")
+        on_codes = self.graph.is_code(x)
         if not largest:
-            q_x, q_y = self.graph.quantization[x], self.graph.quantization[out]
-            counts = np.arange(size[0] * size[1] + 1, dtype=np.float64)
-            counts[0] = 1  # a window with nothing in it has a sum of 0 to divide
             padded = pads if not everything and a["count_include_pad"] else [0, 0, 0, 0]
             average = {
                 "count_low_h": held.top - padded[0], "count_high_h": held.top + h + padded[2],
                 "count_low_w": held.left - padded[1], "count_high_w": held.left + w + padded[3],
+            }  # fmt: skip
+        if not on_codes:
+            average |= self._range(node)
+        elif not largest:
+            q_x, q_y = self.graph.quantization[x], self.graph.quantization[out]
+            counts = np.arange(size[0] * size[1] + 1, dtype=np.float64)
+            counts[0] = 1  # a window with nothing in it has a sum of 0 to divide
+            average |= {
                 "z_x": q_x.zero_point, "b": q_y.zero_point,
                 "m": (q_x.scale / (counts * q_y.scale)).astype(np.float32),
                 **self._range(node),
             }  # fmt: skip
         self._step(
-            node, "pool_max" if largest else "pool_average", abi.POOL,
+            node, self._op(node, "pool_max" if largest else "pool_average"),
+            abi.POOL if on_codes else abi.FLOAT_POOL,
             tensors={"x": x, "y": out}, work=_ELEMENT * size[0] * size[1], **self._sizes(out),
             kernel_h=size[0], kernel_w=size[1], stride_h=strides[0], stride_w=strides[1],
             dilation_h=dilations[0], dilation_w=dilations[1],
@@ -769,7 +805,14 @@ class Plan:
             **average,
         )  # fmt: skip
 
+    def _op(self, node: Node, name: str) -> str:
+        """Return the kernel operation `name` on what a node works on."""
+        return name if self.graph.on_codes(node) else f"float_{name}"
+
     def _binary(self, index: int, node: Node) -> None:
+        if not self.graph.on_codes(node):
+            self._float_binary(node)
+            return
         x, r = node.inputs
         out = node.outputs[0]
         q_x, q_r, q_y = (self.graph.quantization[name] for name in (x, r, out))
@@ -790,6 +833,32 @@ class Plan:
             **self._range(node), pixels=-(-w // parts),
         )  # fmt: skip
 
+    def _float_binary(self, node: Node) -> None:
+        y = self._target(node)
+        tensors: dict[str, str] = {"y": y}
+        steps: dict[str, Any] = {}
+        for key, name in zip("xr", node.inputs, strict=True):
+            tensors[key] = self._stored(name)
+            for axis, size, whole in zip("nchw", self.shapes[name], self.shapes[y], strict=True):
+                steps[f"{key}_step_{axis}"] = size == whole
+        self._step(
+            node, f"float_{node.op.lower()}", abi.FLOAT_BINARY, tensors=tensors,
+            **self._sizes(y), **steps, **self._range(node),
+        )  # fmt: skip
+
+    def _unary(self, index: int, node: Node) -> None:
+        a, y = node.attributes, self._target(node)
+        alpha, beta = a.get("alpha", 0.0), a.get("beta", 0.0)
+        if node.op == "Clip":
+            alpha, beta = self._range(node).values()
+        elif node.op == "HardSwish":
+            alpha, beta = np.float32(1 / 6), 0.5
+        self._step(
+            node, "float_unary", abi.FLOAT_UNARY,
+            tensors={"x": self._stored(node.inputs[0]), "y": y}, **self._sizes(y),
+            function=abi.UNARY.index(_UNARY[node.op]), alpha=alpha, beta=beta,
+        )  # fmt: skip
+
     def _copy(
         self,
         node: Node,
@@ -802,9 +871,10 @@ class Plan:
         table: np.ndarray | None = None,
     ) -> None:
         """Copy from x to the output; `at`, `start` and `step` are (channel, row, column)."""
-        source, target = self._tensors[x], self._tensors[node.outputs[0]]
+        x, y = self._stored(x), self._target(node)
+        source, target = self._tensors[x], self._tensors[y]
         self._step(
-            node, "copy", abi.COPY, tensors={"x": x, "y": node.outputs[0]},
+            node, self._op(node, "copy"), abi.COPY, tensors={"x": x, "y": y},
             **(sizes or self._sizes(x)),
             channel0_x=start[0], row0=source.top + start[1], column0=source.left + start[2],
             stride_c=step[0], stride_h=step[1], stride_w=step[2],
@@ -832,12 +902,16 @@ class Plan:
         )  # fmt: skip
 
     def _concat(self, index: int, node: Node) -> None:
-        q_y = self.graph.quantization[node.outputs[0]]
+        q_y = self.graph.quantization.get(node.outputs[0])
         axis, position = node.attributes["axis"], 0
         for name in node.inputs:
-            q_x = self.graph.quantization[name]
+            q_x = self.graph.quantization.get(name)
             table = None
-            if (q_x.scale, q_x.zero_point, q_x.bits) != (q_y.scale, q_y.zero_point, q_y.bits):
+            if (
+                q_x
+                and q_y
+                and (q_x.scale, q_x.zero_point, q_x.bits) != (q_y.scale, q_y.zero_point, q_y.bits)
+            ):
                 t = (np.arange(256) - q_x.zero_point).astype(np.float32)
                 v = t * np.float32(q_x.scale / q_y.scale) + np.float32(q_y.zero_point)
                 table = np.clip(np.rint(v), 0, q_y.top).astype(np.uint8)
@@ -859,32 +933,39 @@ class Plan:
         )  # fmt: skip
 
     def _pad(self, index: int, node: Node) -> None:
-        out, pads = node.outputs[0], node.attributes["pads"]
+        out, pads = self._target(node), node.attributes["pads"]
+        q = self.graph.quantization.get(out)
         self._step(
-            node, "fill", abi.FILL, tensors={"y": out}, **self._sizes(out),
-            value=self.graph.quantization[out].zero_point,
+            node, self._op(node, "fill"), abi.FILL if q else abi.FLOAT_FILL,
+            tensors={"y": out}, **self._sizes(out), value=q.zero_point if q else 0,
         )  # fmt: skip
         self._copy(node, node.inputs[0], at=(pads[1], pads[2], pads[3]))
 
     def _resize(self, index: int, node: Node) -> None:
-        x, out = node.inputs[0], node.outputs[0]
+        x, out = self._stored(node.inputs[0]), self._target(node)
         tables: dict[str, Any] = {}
         for axis, label in ((0, "row"), (1, "column")):
             first, second, weight = resize_table(
                 node.attributes, axis, self.shapes[x][2 + axis], self.shapes[out][2 + axis]
             )
+            if self.graph.is_code(x):
+                weight = np.rint(weight * _RESIZE_ONE).astype(np.int64)
+            else:
+                weight = weight.astype(np.float32)
             tables |= {
                 f"{label}_index0": first, f"{label}_index1": second, f"{label}_weight": weight
             }  # fmt: skip
         self._step(
-            node, "resize", abi.RESIZE, tensors={"x": x, "y": out}, **self._sizes(out),
+            node, self._op(node, "resize"), abi.RESIZE,
+            tensors={"x": x, "y": out}, **self._sizes(out),
             linear=node.attributes["mode"] == "linear", **tables,
         )  # fmt: skip
 
     def _depth_to_space(self, index: int, node: Node) -> None:
         self._step(
-            node, "depth_to_space", abi.DEPTH_TO_SPACE,
-            tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
+            node, self._op(node, "depth_to_space"), abi.DEPTH_TO_SPACE,
+            tensors={"x": self._stored(node.inputs[0]), "y": self._target(node)},
+            **self._sizes(node.outputs[0]),
             blocksize=node.attributes["blocksize"], block_first=node.attributes["mode"] == "DCR",
         )  # fmt: skip
 
@@ -918,8 +999,8 @@ def resize_table(
     -------
     index0, index1 : int64 arrays of shape (out,)
         The two neighbours; equal for mode "nearest".
-    weight : int64 array of shape (out,)
-        Weight of index1, in 1/2048; index0 has the rest.
+    weight : float64 array of shape (out,)
+        Weight of index1; index0 has the rest.
     """
     scale = out / size if attributes["scales"] is None else attributes["scales"][axis]
     i = np.arange(out, dtype=np.float64)
@@ -934,11 +1015,10 @@ def resize_table(
         source = (i + 0.5) / scale - 0.5
     if attributes["mode"] == "nearest":
         index = np.clip(_NEAREST[attributes["nearest_mode"]](source), 0, size - 1).astype(np.int64)
-        return index, index, np.zeros(out, np.int64)
+        return index, index, np.zeros(out)
     source = np.clip(source, 0, size - 1)
     index0 = np.floor(source).astype(np.int64)
-    weight = np.rint((source - index0) * _RESIZE_ONE).astype(np.int64)
-    return index0, np.minimum(index0 + 1, size - 1), weight
+    return index0, np.minimum(index0 + 1, size - 1), source - index0
 
 
 _NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -948,7 +1028,11 @@ _NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ceil": np.ceil,
 }
 
-_FLOAT_BUILDERS: dict[str, Callable[[Plan, int, Node], None]] = {}
+# Packed functions of float32 by their names among `abi.UNARY`.
+_UNARY = {
+    "Clip": "clip", "Elu": "elu", "HardSigmoid": "hard_sigmoid", "HardSwish": "hard_swish",
+    "LeakyRelu": "leaky_relu", "Sigmoid": "sigmoid", "Swish": "silu", "Tanh": "tanh",
+}  # fmt: skip
 
 _BUILDERS: dict[str, Callable[[Plan, int, Node], None]] = {
     "QuantizeLinear": Plan._quantize,
@@ -969,4 +1053,5 @@ _BUILDERS: dict[str, Callable[[Plan, int, Node], None]] = {
     "DepthToSpace": Plan._depth_to_space,
     "Slice": Plan._slice,
     "Pad": Plan._pad,
+    **dict.fromkeys(_UNARY, Plan._unary),
 }

@@ -185,8 +185,20 @@ OPERATORS = {
     "batch norm after transposed conv": (
         lambda n: _batch_norm(n, _transpose(n, "x"), 6), ["ConvTranspose"]),
     "batch norm alone": (lambda n: n.node("Relu", _batch_norm(n, "x")), ["Conv"]),
-    "scale per channel": (lambda n: n.node("Mul", "x", n.random(4, 1, 1)), ["Conv"]),
-    "subtraction from channels": (lambda n: n.node("Sub", n.random(1, 4, 1, 1), "x"), ["Conv"]),
+    "scale per channel": (lambda n: n.node("Mul", "x", n.random(4, 1, 1)), ["Lookup"]),
+    "subtraction from channels": (
+        lambda n: n.node("Sub", n.random(1, 4, 1, 1), "x"), ["Lookup"]),
+    "slope per channel": (lambda n: n.node("PRelu", "x", n.random(4, 1, 1)), ["Lookup"]),
+    "product": (lambda n: n.node("Mul", n.conv("x"), n.conv("x")), ["Conv", "Conv", "Mul"]),
+    "difference": (lambda n: n.node("Sub", n.conv("x"), n.conv("x")), ["Conv", "Conv", "Sub"]),
+    "squeeze and excitation": (
+        lambda n: n.node("Mul", "x", n.node("Sigmoid", n.conv(n.node("GlobalAveragePool", "x"),
+                                                              kernel=1))),
+        ["GlobalAveragePool", "Conv", "Lookup", "Mul"]),
+    "sum with one value per picture": (
+        lambda n: n.node("Add", "x", n.conv("x", out=1)), ["Conv", "Add"]),
+    "swish": (
+        lambda n: n.node("Mul", n.conv("x"), n.node("Sigmoid", "Conv0")), ["Conv", "Lookup"]),
     "division after conv": (
         lambda n: n.node("Div", n.conv("x"), n.constant(3.0)), ["Conv"]),
     "relu after conv": (lambda n: n.node("Relu", n.conv("x")), ["Conv"]),
@@ -220,7 +232,7 @@ OPERATORS = {
                          auto_pad="SAME_UPPER"), ["AveragePool"]),
     "global average pool and flatten": (
         lambda n: n.node("Flatten", n.node("GlobalAveragePool", "x")), ["GlobalAveragePool"]),
-    "global max pool": (lambda n: n.node("GlobalMaxPool", "x"), ["MaxPool"]),
+    "global max pool": (lambda n: n.node("GlobalMaxPool", "x"), ["GlobalMaxPool"]),
     "reduce mean": (
         lambda n: n.node("ReduceMean", "x", n.constant([-1, -2], np.int64), keepdims=0),
         ["GlobalAveragePool"]),
@@ -296,6 +308,31 @@ def test_operator(name, tmp_path):
     outputs = build(net)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     check(net.model(*outputs), tmp_path / "net.stlq", expected)
+
+
+@pytest.mark.parametrize("how", ["weights alone", "nothing"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_on_float32(name, how, tmp_path):
+    build, expected = OPERATORS[name]
+    net = Net(shape=SHAPE) if "Resize" in expected else Net()
+    outputs = build(net)
+    model = net.model(*(outputs if isinstance(outputs, tuple) else (outputs,)))
+    quantized = {"weights alone": {"activation_bits": 32}, "nothing": {"keep_float": ["*"]}}
+    graph = convert(model, tmp_path / "net.stlq", **quantized[how])
+    assert not graph.quantization
+    inputs = {name: x[:2] for name, x in samples(model).items()}
+    first, second, plain = (
+        runtime.Session(graph, kernels=kernels, threads=threads).trace(inputs)
+        for kernels, threads in (("auto", 1), ("auto", 2), ("reference", 1))
+    )
+    for output, y in reference(model, inputs).items():
+        assert np.array_equal(first[output], second[output])
+        assert np.array_equal(first[output], plain[output])
+        assert first[output].shape == y.shape
+        if how == "nothing":
+            np.testing.assert_allclose(first[output], y, rtol=1e-4, atol=1e-5)
+        else:
+            assert np.square(first[output] - y).sum() < 10**-2.6 * np.square(y).sum()
 
 
 @pytest.mark.parametrize(
