@@ -82,16 +82,28 @@ _ONE, _HALF, _TWO = np.float32(1), np.float32(0.5), np.float32(2)
 _LEAST, _LARGEST = np.float32(-104.0), np.float32(89.0)  # beyond: 0 and infinity
 
 
-@njit(inline="always")
-def least(v, bound):
+def _chosen(order: str) -> Any:
+    """Return what emits `v if v <order> bound else bound`, without a branch.
+
+    From a branch the compiler may make a store under a condition, which is slow.
+    """
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(order, *args), *args)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def least(typingctx, v, bound):
     """Return the smaller one; the bound if v is not a number."""
-    return v if v < bound else bound
+    return _chosen("<")
 
 
-@njit(inline="always")
-def greatest(v, bound):
+@intrinsic
+def greatest(typingctx, v, bound):
     """Return the larger one; the bound if v is not a number."""
-    return v if v > bound else bound
+    return _chosen(">")
 
 
 @njit(inline="always")
