@@ -13,7 +13,7 @@ from numba import carray, njit
 
 from logshift.kernels import abi, float_math
 from logshift.kernels.abi import floats, register, share
-from logshift.kernels.float_math import clamp, fma, greatest
+from logshift.kernels.float_math import clamp, fma, greatest, least
 from logshift.kernels.layer import FloatLayer, Packed
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
@@ -159,6 +159,25 @@ def _conv_depthwise(arguments, thread, threads):
 # --- everything else ----------------------------------------------------------------------------
 
 
+@njit(error_model="numpy")
+def _raise_to_taps(y, q, x, p, step, taps, channels, hi):
+    """Raise all channels of a pixel to those of `taps` pixels that lie `step` apart, from p on.
+
+    No further than to `hi`, without which the compiler would store under a condition: that is slow.
+    """
+    p, step, q = np.uintp(p), np.uintp(step), np.uintp(q)
+    if taps == 3:
+        p1, p2 = p + step, p + step + step
+        for c in range(channels):
+            best = greatest(x[p1 + c], greatest(x[p + c], y[q + c]))
+            y[q + c] = least(greatest(x[p2 + c], best), hi)
+        return
+    for _ in range(taps):
+        for c in range(channels):
+            y[q + c] = least(greatest(x[p + c], y[q + c]), hi)
+        p += step
+
+
 @register("float_pool_max", "portable", abi.FLOAT_POOL)
 def _pool_max(arguments, thread, threads):
     a = carray(arguments, 1)[0]
@@ -175,11 +194,10 @@ def _pool_max(arguments, thread, threads):
             q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
             for c in range(channels):
                 y[q + c] = -np.inf
+            column = column0 + kx0 * a.dilation_w
             for ky in range(ky0, ky1):
-                for kx in range(kx0, kx1):
-                    p = _pixel(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
-                    for c in range(channels):
-                        y[q + c] = greatest(x[p + c], y[q + c])
+                p = _pixel(a.x, n, row0 + ky * a.dilation_h, column)
+                _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels, hi)
             for c in range(channels):
                 y[q + c] = clamp(y[q + c], lo, hi)
 
