@@ -351,10 +351,10 @@ def _describe(path: Path) -> dict[str, Any]:
         sizes = layer_bytes(path)
         with safetensors.safe_open(path, framework="np") as tensors:
             nodes = [
-                _describe_node(index, node, sizes[index], tensors)
+                _describe_node(index, node, manifest["tensors"], sizes[index], tensors)
                 for index, node in enumerate(manifest["nodes"])
             ]
-        layers = [node for node in nodes if "weights" in node]
+        layers = [node for node in nodes if "bits" in node]
         weights = sum(node["weights"] for node in layers)
         return {
             "file": str(path),
@@ -377,20 +377,26 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _value(record: dict[str, Any]) -> dict[str, Any]:
-    return {"name": record["name"], "shape": list(record["shape"])}
+    dtype = record.get("dtype", "float32")
+    return {"name": record["name"], "shape": list(record["shape"]), "dtype": dtype}
 
 
-def _describe_node(index: int, node: dict[str, Any], size: int, tensors: Any) -> dict[str, Any]:
-    result = {"name": node["name"], "op": node["op"], "bytes": size}
+def _describe_node(
+    index: int, node: dict[str, Any], codes: dict[str, Any], size: int, tensors: Any
+) -> dict[str, Any]:
+    from logshift.runtime.session import numpy_name
+
+    runs = "float32" if codes.keys().isdisjoint(node["inputs"] + node["outputs"]) else "codes"
+    if node.get("domain"):
+        runs = numpy_name(node["op"])
+    result = {"name": node["name"], "op": node["op"], "runs": runs, "bytes": size}
     if "weight" in node:
         weight = node["weight"]
         count = math.prod(weight["shape"])
-        result |= {
-            "weight_shape": weight["shape"],
-            "weights": count,
-            "bits": weight["bits"],
-            "nzr": _second_words(index, weight, count, tensors) / count,
-        }
+        result |= {"weight_shape": weight["shape"], "weights": count}
+        if "bits" in weight:
+            result["bits"] = weight["bits"]
+            result["nzr"] = _second_words(index, weight, count, tensors) / count
     return result
 
 
@@ -410,8 +416,12 @@ def _second_words(index: int, weight: dict[str, Any], count: int, tensors: Any) 
 def _description(record: dict[str, Any]) -> str:
     from logshift.runtime.table import text_table
 
+    def value(record: dict[str, Any]) -> str:
+        dtype = "" if record["dtype"] == "float32" else f"{record['dtype']} "
+        return f"{record['name']} {dtype}({', '.join(map(str, record['shape']))})"
+
     def values(key: str) -> str:
-        return ", ".join(f"{v['name']} ({', '.join(map(str, v['shape']))})" for v in record[key])
+        return ", ".join(map(value, record[key]))
 
     def pairs(record: dict[str, Any]) -> str:
         return ", ".join(f"{k} {v}" for k, v in record.items() if v is not None)
@@ -428,19 +438,20 @@ def _description(record: dict[str, Any]) -> str:
         lines.append(f"labels: {len(labels)}: {shown}")
     if record["settings"]:
         lines.append(f"settings: {pairs(record['settings'])}")
-    rows = [("node", "op", "weights", "bits", "NZR %", "bytes")]
+    rows = [("node", "op", "runs", "weights", "bits", "NZR %", "bytes")]
     for node in record["nodes"]:
         rows.append(
             (
                 node["name"],
                 node["op"],
+                node["runs"],
                 "x".join(map(str, node.get("weight_shape", ()))),
                 str(node.get("bits", "")),
                 f"{100 * node['nzr']:.1f}" if "nzr" in node else "",
                 f"{node['bytes']:,}" if node["bytes"] else "",
             )
         )
-    lines += ["", text_table(rows, left=3), ""]
+    lines += ["", text_table(rows, left=4), ""]
     lines.append(
         f"{record['weights']:,} weights, {record['bits_per_weight']:.2f} bits per weight,"
         f" NZR {100 * record['nzr']:.1f} %"
@@ -614,7 +625,8 @@ def _random_inputs(session: Session, batch: int) -> dict[str, np.ndarray]:
         size = batch if isinstance(value.shape[0], str) else value.nominal[0]
         if size != batch:
             raise InputError(f"the network takes batches of {size} only: --batch {size}")
-        inputs[value.name] = rng.standard_normal((batch, *value.nominal[1:])).astype(np.float32)
+        x = rng.standard_normal((batch, *value.nominal[1:]))
+        inputs[value.name] = (x if "float" in value.dtype else abs(x)).astype(value.dtype)
     return inputs
 
 

@@ -145,19 +145,20 @@ def verify(
         arrays = {info.name: found[info.name] for info in session.inputs}
         expected = dict(zip(names, _run(reference, names, arrays), strict=True))
         for name in names:
-            if expected[name].shape == found[name].shape:
+            if expected[name].dtype.kind == "f" and expected[name].shape == found[name].shape:
                 sums.setdefault(name, _Sums()).add(expected[name], found[name])
         if expected[output].shape != found[output].shape:
             raise ConversionError(
                 f"output {output!r} has shape {expected[output].shape} in the ONNX model and"
                 f" {found[output].shape} in the packed file"
             )
-        agree = expected[output].argmax(axis=1) == found[output].argmax(axis=1)
+        axis = min(1, expected[output].ndim - 1)
+        agree = expected[output].argmax(axis) == found[output].argmax(axis)
         same, positions = same + int(agree.sum()), positions + agree.size
         samples += len(found[output])
     if not samples:
         raise InputError("there are no inputs to compare on")
-    ops = {node.outputs[0]: node.op for node in session.graph.nodes}
+    ops = {name: node.op for node in session.graph.nodes for name in node.outputs}
     return Verification(
         [TensorError(n, ops[n], s.snr_db(), s.cosine()) for n, s in sums.items()],
         output,
@@ -199,7 +200,9 @@ def _reference(
             f"the ONNX model has no input or output {min(missing)!r}: the packed file was made"
             " from another model"
         )
-    names = [node.outputs[0] for node in session.graph.nodes if node.outputs[0] in computed]
+    names = [
+        name for node in session.graph.nodes for name in node.outputs if name and name in computed
+    ]
     declared = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in declared)
     options = onnxruntime.SessionOptions()

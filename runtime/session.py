@@ -245,7 +245,7 @@ class Session:
         pieces: list[tuple[Node, str, slice | NumpyStep]] = []
         for part in plan.parts:
             if isinstance(part, NumpyStep):
-                pieces.append((part.node, _numpy_name(part.node), part))
+                pieces.append((part.node, numpy_name(part.node.op), part))
                 continue
             for index in range(part.start, part.stop):
                 step = plan.steps[index]
@@ -279,7 +279,7 @@ class Session:
             # The shape of some ONNX operators' results only a run can tell.
             out = shapes.get(next(filter(None, node.outputs)), ())
             kernels = dict.fromkeys(c.kernel.name for c in self._convolutions.get(index, ()))
-            name = _numpy_name(node) if node.is_onnx else ", ".join(kernels)
+            name = numpy_name(node.op) if node.is_onnx else ", ".join(kernels)
             summary = LayerSummary(
                 node.name, node.op, out, name, _macs(node, shapes), node.weight_shape
             )
@@ -360,9 +360,9 @@ def _macs(node: Node, shapes: Mapping[str, Shape]) -> int:
     return node.weight_uses(shapes) * math.prod(node.weight_shape)
 
 
-def _numpy_name(node: Node) -> str:
+def numpy_name(op: str) -> str:
     """Say how an ONNX operator runs."""
-    return "onnx.reference (slow)" if node.op in numpy_ops.SLOW else "numpy"
+    return "onnx.reference (slow)" if op in numpy_ops.SLOW else "numpy"
 
 
 def _family(kernels: str) -> str:
