@@ -155,8 +155,7 @@ FLOAT_BINARY = _record(
     lo=_F, hi=_F,
 )  # fmt: skip
 FLOAT_FILL = _record(y=TENSOR, n=_I, height=_I, width=_I, channels=_I, value=_F)
-# weight1 is float32 here
-FLOAT_RESIZE = RESIZE
+# "float_resize" takes a RESIZE whose weights are float32 and parts of 1.
 # What `function` is to be: its place in UNARY; its parameters, 0 where it has fewer.
 FLOAT_UNARY = _record(**_OUTPUT, function=_I, alpha=_F, beta=_F)
 UNARY = ("clip", "leaky_relu", "sigmoid", "hard_sigmoid", "hard_swish", "silu", "tanh", "elu")
