@@ -15,8 +15,10 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -68,6 +70,42 @@ def _pictures(path: Path, count: int | None = None) -> tuple[list[np.ndarray], n
     return [np.asarray(image) for image in images], table["label"].to_numpy()
 
 
+def network(name: str) -> onnx.ModelProto:
+    """Return a network of the suite, or that of an ONNX file."""
+    return SUITE[name].build(SUITE[name].size) if name in SUITE else onnx.load(name)
+
+
+def top1(run: Callable[[np.ndarray], np.ndarray], data: Data) -> float:
+    """Return the share of test pictures, in percent, whose largest output is that of the label."""
+    batches = range(0, len(data.labels), BATCH)
+    logits = np.concatenate([run(data.inputs[i : i + BATCH]) for i in batches])
+    return 100.0 * float((logits.argmax(axis=1) == data.labels).mean())
+
+
+def onnx_top1(
+    model: onnx.ModelProto, data: Data, options: onnxruntime.SessionOptions | None = None
+) -> float:
+    """Return the accuracy of an ONNX model in onnxruntime."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    name = session.get_inputs()[0].name
+    return top1(lambda x: session.run(None, {name: x})[0], data)
+
+
+def measure(model: onnx.ModelProto, data: Data, **settings: Any) -> dict[str, Any]:
+    """Convert with these settings, run all test pictures and say what came of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, start = Path(folder) / "net.stlq", time.perf_counter()
+        report = converter.convert(
+            model, path, calibration=data.calibration, preprocessing=data.preprocessing, **settings
+        )
+        seconds = time.perf_counter() - start
+        return {
+            "top1": top1(runtime.load(path).run, data), "bytes": report.file_bytes,
+            "ratio": report.ratio, "bits_per_weight": report.bits_per_weight, "nzr": report.nzr,
+            "seconds": seconds,
+        }  # fmt: skip
+
+
 def main() -> None:
     """Print and, with --json, write one row per setting."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -80,51 +118,26 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=512, help="training pictures used")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    data = load(arguments.data, arguments.calibration)
-    labels, batches = data.labels, range(0, len(data.labels), BATCH)
-
-    if arguments.model in SUITE:
-        model = SUITE[arguments.model].build(SUITE[arguments.model].size)
-    else:
-        model = onnx.load(arguments.model)
+    data, model = load(arguments.data, arguments.calibration), network(arguments.model)
     print(describe())
-    float_bytes = model.ByteSize()
-    peer = onnxruntime.InferenceSession(model.SerializeToString())
-    name = peer.get_inputs()[0].name
-    logits = [peer.run(None, {name: data.inputs[i : i + BATCH]})[0] for i in batches]
-    rows = [{"case": "float32", "top1": _top1(logits, labels), "bytes": float_bytes, "ratio": 1.0}]
-    print(f"float32: top-1 {rows[0]['top1']:.2f}, {float_bytes} bytes")
-    with tempfile.TemporaryDirectory() as folder:
-        for setting in arguments.settings:
-            bits, residual_ratio = setting.split(":")
-            start = time.perf_counter()
-            report = converter.convert(
-                model, Path(folder) / "net.stlq", calibration=data.calibration,
-                weight_bits=int(bits), residual_ratio=float(residual_ratio),
-                activation_bits=arguments.activation_bits, preprocessing=data.preprocessing,
-            )  # fmt: skip
-            seconds = time.perf_counter() - start
-            session = runtime.load(Path(folder) / "net.stlq")
-            logits = [session.run(data.inputs[i : i + BATCH]) for i in batches]
-            size = (Path(folder) / "net.stlq").stat().st_size
-            row = {
-                "case": f"{bits} bits + {100 * float(residual_ratio):g} %",
-                "top1": _top1(logits, labels), "bytes": size, "ratio": float_bytes / size,
-                "seconds": seconds,
-                **{k: v for k, v in report.to_dict().items() if isinstance(v, float)},
-            }  # fmt: skip
-            rows.append(row)
-            print(
-                f"{row['case']}, {arguments.activation_bits}-bit activations: top-1"
-                f" {row['top1']:.2f}, {size} bytes, 1/{row['ratio']:.2f} of the ONNX file,"
-                f" {row['bits_per_weight']:.2f} bits per weight, converted in {seconds:.0f} s"
-            )
+    size = model.ByteSize()
+    rows = [{"case": "float32", "top1": onnx_top1(model, data), "bytes": size, "ratio": 1.0}]
+    print(f"float32: top-1 {rows[0]['top1']:.2f}, {size} bytes")
+    for setting in arguments.settings:
+        bits, ratio = setting.split(":")
+        row = measure(
+            model, data, weight_bits=int(bits), residual_ratio=float(ratio),
+            activation_bits=arguments.activation_bits,
+        )  # fmt: skip
+        row["case"] = f"{bits} bits + {100 * float(ratio):g} %"
+        rows.append(row)
+        print(
+            f"{row['case']}, {arguments.activation_bits}-bit activations: top-1"
+            f" {row['top1']:.2f}, {row['bytes']} bytes, 1/{row['ratio']:.2f} of the ONNX file,"
+            f" {row['bits_per_weight']:.2f} bits per weight, converted in {row['seconds']:.0f} s"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1))
-
-
-def _top1(logits: list[np.ndarray], labels: np.ndarray) -> float:
-    return 100.0 * float((np.concatenate(logits).argmax(axis=1) == labels).mean())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import onnx
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.machine import describe
 from benchmarks.models import SUITE
+from benchmarks.quantizer import quantized
 from logshift import converter
 from logshift.runtime.table import text_table
 
@@ -56,39 +57,13 @@ def prepare(name: str, cache: Path, weight_bits: int = 4, activation_bits: int =
     if not files.float.exists():
         onnx.save(model.build(model.size), files.float)
     if not files.qdq.exists():
-        _quantize(files.float, files.qdq, calibration)
+        onnx.save(quantized(onnx.load(files.float), calibration), files.qdq)
     if not files.packed.exists():
         converter.convert(
             files.float, files.packed, calibration=calibration,
             weight_bits=weight_bits, activation_bits=activation_bits,
         )  # fmt: skip
     return files
-
-
-def _quantize(source: Path, target: Path, calibration: np.ndarray) -> None:
-    """Quantize as onnxruntime does it: QDQ, static, uint8 activations, int8 weights per channel."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter([{"input": x[None]} for x in calibration])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.left, None)
-
-    prepared = target.with_suffix(".prepared.onnx")
-    quant_pre_process(source, prepared, skip_symbolic_shape=True)
-    quantize_static(
-        prepared, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
-    prepared.unlink()
 
 
 def compare(
