@@ -31,7 +31,7 @@ def test_networks_lower(small):
     onnx.checker.check_model(model)
     loaded, problems = onnx_model.load(model), Problems()
     graph = lower(loaded, onnx_model.trace(loaded, {"input": x}), problems)
-    fuse(graph, problems)
+    fuse(graph)
     problems.raise_if_any()
     assert any(node.is_conv for node in graph.nodes)
 
