@@ -186,9 +186,12 @@ def _deflated(data: bytes) -> bytes:
     return make.sign(json.dumps(manifest), tensors)
 
 
+NETWORKS = (make.classifier, make.upscaler, make.mixed)
+
+
 def files(count: int, seed: int) -> Iterator[bytes]:
     """All files of a seed."""
-    valid = [packed_format.serialize(graph()) for graph in (make.classifier, make.upscaler)]
+    valid = [packed_format.serialize(graph()) for graph in NETWORKS]
     valid += [_deflated(data) for data in valid]
     for number in range(count):
         rng = random.Random(seed * 1_000_003 + number)
@@ -205,6 +208,8 @@ def cost(session: Session) -> float:
     total = sum(float(np.prod(shape, dtype=float)) for shape in shapes.values())
     for layer, node in zip(session.summary().layers, session.graph.nodes, strict=True):
         total += layer.macs
+        if node.is_onnx:
+            continue
         window = node.attributes.get("kernel_shape", (1, 1))
         total += float(np.prod(layer.output_shape, dtype=float)) * window[0] * window[1]
         total += sum(node.attributes.get("pads", ())) ** 2  # borders
@@ -219,8 +224,10 @@ def load_and_run(data: bytes) -> bool:
     x = {info.name: np.ones(info.nominal, np.float32) for info in session.inputs}
     tensors = session.trace_codes(x)
     reference = Session(session.graph, threads=1, kernels="reference").trace_codes(x)
+    # Float32 inside of a network may overflow, and any function may be undefined somewhere.
+    finite = not any(node.is_onnx for node in session.graph.nodes)
     for name, array in tensors.items():
-        assert not np.isnan(array).any(), f"a run produced NaN in {name!r}"
+        assert not finite or not np.isnan(array).any(), f"a run produced NaN in {name!r}"
         assert array.tobytes() == reference[name].tobytes(), f"kernels differ in {name!r}"
     return True
 

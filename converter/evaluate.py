@@ -184,7 +184,7 @@ def evaluate_function(function: Function, x: np.ndarray) -> np.ndarray:
         worst = float(x[~np.isfinite(y)][0])
         raise ConversionError(
             f"the element-wise function of {function.output!r} is not finite at x = {worst:g},"
-            " which its input can reach"
+            " which its input can reach; keep_float leaves its node in float32"
         )
     return np.asarray(y[0, :, 0] if channels > 1 else y.ravel(), np.float64)
 

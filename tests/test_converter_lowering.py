@@ -336,6 +336,41 @@ def test_operator_on_float32(name, how, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "settings", [{"activation_bits": {"n_Conv2": 32}}, {"keep_float": ["*Conv2"]}]
+)
+def test_one_layer_on_float32(settings, tmp_path):
+    net = Net()
+    x = net.node("Relu", net.conv("x"))
+    y = net.node("Add", net.node("Relu", net.conv(x)), x)
+    model = net.model(net.conv(y))
+    graph = convert(model, tmp_path / "net.stlq", **settings)
+    assert [n.op for n in graph.nodes] == [
+        "QuantizeLinear", "Conv", "DequantizeLinear", "Conv", "QuantizeLinear", "Add", "Conv"
+    ]  # fmt: skip
+    middle = graph.nodes[3]
+    assert not graph.on_codes(middle) and not graph.is_code(middle.outputs[0])
+    assert (middle.weights is None) == ("keep_float" in settings)
+    if middle.float_weights is not None:
+        given = next(n for n in model.graph.node if n.name == "n_Conv2").input[1]
+        weight = next(t for t in model.graph.initializer if t.name == given)
+        expected = onnx.numpy_helper.to_array(weight).transpose(0, 2, 3, 1)
+        assert np.array_equal(middle.float_weights, expected)
+    inputs = {name: x[:3] for name, x in samples(model).items()}
+    first, second = (runtime.Session(graph, threads=n).run(inputs["x"]) for n in (1, 2))
+    (y,) = reference(model, inputs).values()
+    assert np.array_equal(first, second)
+    assert np.square(first - y).sum() < 10**-2.6 * np.square(y).sum()
+
+
+def test_activation_bits_by_pattern(tmp_path):
+    net = Net()
+    model = net.model(net.conv(net.conv(net.conv("x"))))
+    graph = convert(model, tmp_path / "net.stlq", activation_bits={"n_Conv0": 4, "n_*": 5})
+    bits = {node.name: graph.quantization[node.outputs[0]].bits for node in graph.nodes[1:3]}
+    assert bits == {"n_Conv0": 4, "n_Conv1": 5}
+
+
+@pytest.mark.parametrize(
     ("mode", "coordinates"),
     [("nearest", "asymmetric"), ("linear", "half_pixel"), ("linear", "align_corners")],
 )
@@ -567,8 +602,8 @@ def test_all_problems_are_listed_at_once(tmp_path):
     model = net.model(first, net.node("RandomNormalLike", "x"))
     with pytest.raises(ConversionError) as error:
         convert(model, tmp_path / "net.stlq")
-    assert str(error.value).startswith("2 nodes")
-    for op in ("SplitToSequence", "RandomNormalLike"):
+    assert str(error.value).startswith("3 nodes")
+    for op in ("SplitToSequence", "ConcatFromSequence", "RandomNormalLike"):
         assert f"- {op} 'n_{op}" in str(error.value)
     assert not list(tmp_path.iterdir())
 

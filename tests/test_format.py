@@ -43,10 +43,15 @@ def assert_same(a, b):
     """Assert that two graphs are equal, arrays included."""
     assert (a.inputs, a.outputs, a.quantization) == (b.inputs, b.outputs, b.quantization)
     assert (a.preprocessing, a.labels, a.settings) == (b.preprocessing, b.labels, b.settings)
+    assert a.opset == b.opset and list(a.constants) == list(b.constants)
+    for name, x in a.constants.items():
+        assert x.dtype == b.constants[name].dtype and np.array_equal(x, b.constants[name])
     for x, y in zip(a.nodes, b.nodes, strict=True):
+        assert x.domain == y.domain
         assert (x.op, x.name, x.inputs, x.outputs) == (y.op, y.name, y.inputs, y.outputs)
         assert x.attributes == y.attributes
-        for p, q in ((x.bias, y.bias), (x.table, y.table)):
+        pairs = (x.bias, y.bias), (x.table, y.table), (x.float_weights, y.float_weights)
+        for p, q in pairs:
             assert p is q is None or np.array_equal(p, q)
         if x.weights is None:
             assert y.weights is None
@@ -72,7 +77,7 @@ def test_graphs_round_trip(kind):
     check()
 
 
-@pytest.mark.parametrize("network", [make.classifier, make.upscaler])
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
 def test_optional_parts_round_trip(network):
     graph = network()
     graph.settings = {"tile": 100, "note": "ä 漢 😀", "nested": [1, 2.5, None, {"a": True}]}
@@ -210,7 +215,7 @@ def test_hostile_table_and_directory_agree():
     assert max((HOSTILE / name).stat().st_size for name in files) < 5000
 
 
-@pytest.mark.parametrize("network", [make.classifier, make.upscaler])
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
 def test_every_flipped_byte_is_found(network):
     data = packed_format.serialize(network())
     for position in range(0, len(data), 7):
@@ -220,7 +225,7 @@ def test_every_flipped_byte_is_found(network):
             packed_format.deserialize(bytes(damaged))
 
 
-@pytest.mark.parametrize("network", [make.classifier, make.upscaler])
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
 def test_every_truncation_is_found(network):
     data = packed_format.serialize(network())
     for size in range(0, len(data), 11):

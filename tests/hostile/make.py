@@ -33,8 +33,8 @@ Tensors = dict[str, np.ndarray]
 def _finish(nodes: list[Node], quantization: dict[str, Quantization], size: int, **more) -> Graph:
     rng = np.random.default_rng(5)
     for node in nodes:
-        if node.weights is not None:
-            node.bias = rng.standard_normal(node.weights.shape[0]).astype(np.float32)
+        if node.weight_shape is not None:
+            node.bias = rng.standard_normal(node.weight_shape[0]).astype(np.float32)
     x = ("batch", 2, "height", "width") if size == 6 else ("batch", 2, size, size)
     graph = Graph([ValueInfo("x", x, (1, 2, size, size))], [], quantization, nodes, **more)
     # Attribute defaults, which shapes depend on, are filled in by the first validation.
@@ -104,6 +104,25 @@ def upscaler() -> Graph:
     )  # fmt: skip
 
 
+def mixed() -> Graph:
+    """Codes, float32 and ONNX operators side by side."""
+    rng = np.random.default_rng(3)
+    pads = {"pads": [1, 1, 1, 1], "clamp": [0.0, 6.0]}
+    kept = rng.standard_normal((3, 3, 3, 4)).astype(np.float32)
+    nodes = [
+        Node("QuantizeLinear", "quantize", ["x"], ["x_q"]),
+        Node("Conv", "codes", ["x_q"], ["a"], {}, _weights((4, 1, 1, 2), 4, 0.2)),
+        Node("Conv", "words", ["a"], ["b"], dict(pads), _weights((4, 3, 3, 4), 3, 0.2)),
+        Node("Conv", "kept", ["b"], ["c"], dict(pads), float_weights=kept),
+        Node("Swish", "swish", ["c"], ["d"]),
+        Node("TopK", "largest", ["d", "k"], ["e", ""], {"axis": 1}, domain="ai.onnx"),
+        Node("Mul", "scale", ["e", "factor"], ["f"], domain="ai.onnx"),
+        Node("Softmax", "softmax", ["f"], ["y"], {"axis": 1}, domain="ai.onnx"),
+    ]
+    constants = {"k": np.array([2]), "factor": np.array(0.5, np.float32)}
+    return _finish(nodes, {"x_q": Quantization(0.02, 114, 8)}, 6, constants=constants, opset=18)
+
+
 # --- taking files apart -------------------------------------------------------------------------
 
 
@@ -139,12 +158,14 @@ FILES: dict[str, tuple[str, str, Callable[[], bytes]]] = {}
 SPARSE, DENSE, LOOKUP, POOL, PLAIN = 1, 2, 3, 4, 5  # nodes of `classifier`
 
 
-def fault(reason: str, message: str) -> Callable[[Callable[[Manifest, Tensors], Any]], None]:
-    """Register a change to the parts of `classifier`; signed afterwards."""
+def fault(
+    reason: str, message: str, network: Callable[[], Graph] = classifier
+) -> Callable[[Callable[[Manifest, Tensors], Any]], None]:
+    """Register a change to the parts of a network; signed afterwards."""
 
     def register(change: Callable[[Manifest, Tensors], Any]) -> None:
         def make() -> bytes:
-            manifest, tensors = take_apart(packed_format.serialize(classifier()))
+            manifest, tensors = take_apart(packed_format.serialize(network()))
             inflated(manifest, tensors)
             text = change(manifest, tensors)
             return sign(text if isinstance(text, str) else json.dumps(manifest), tensors)
@@ -649,6 +670,95 @@ def zlib_ratio(manifest, tensors):
     weight(manifest, SPARSE)["shape"] = [1, 1, 1, 2**31 - 1]
     tensors[f"{SPARSE}.bias"] = tensors[f"{SPARSE}.bias"][:1].copy()
     _deflated(manifest, tensors, zlib.compress(bytes(2**20), 9))
+
+
+CODES, WORDS, KEPT, SWISH, TOP_K, SCALE, SOFTMAX = 1, 2, 3, 4, 5, 6, 7  # nodes of `mixed`
+
+
+@fault("an operator of an unknown domain", "unknown operator of domain", mixed)
+def unknown_domain(manifest, tensors):
+    manifest["nodes"][SOFTMAX]["domain"] = "com.example"
+
+
+@fault("an ONNX operator that runs other code", "unknown ONNX operator", mixed)
+def onnx_unknown_operator(manifest, tensors):
+    manifest["nodes"][SOFTMAX]["op"] = "Loop"
+
+
+@fault("an ONNX operator on codes", "holds codes", mixed)
+def onnx_on_codes(manifest, tensors):
+    manifest["nodes"][SOFTMAX]["inputs"] = ["x_q"]
+
+
+@fault("an ONNX attribute of no known type", "must be a number, a string or a list", mixed)
+def onnx_attribute(manifest, tensors):
+    manifest["nodes"][SOFTMAX]["attributes"]["axis"] = {"value": 1}
+
+
+@fault("an ONNX attribute that the operator cannot take", "axis 9 is beyond", mixed)
+def onnx_axis(manifest, tensors):
+    manifest["nodes"][SOFTMAX]["attributes"]["axis"] = 9
+
+
+@fault("more outputs than the operator has", "outputs", mixed)
+def onnx_outputs(manifest, tensors):
+    manifest["nodes"][SOFTMAX]["outputs"] = ["y", "z"]
+
+
+@fault("an ONNX result of 2^40 elements", "would have the shape", mixed)
+def onnx_huge_result(manifest, tensors):
+    manifest["nodes"][SCALE] |= {"op": "Tile", "inputs": ["e", "repeats"]}
+    manifest["constants"].append("repeats")
+    tensors["constant.2"] = np.array([2**10, 2**10, 2**10, 2**10])
+
+
+@fault("a version of ONNX that does not exist", "opset 99", mixed)
+def onnx_opset(manifest, tensors):
+    manifest["opset"] = 99
+
+
+@fault("a constant without its tensor", "is missing", mixed)
+def constant_missing(manifest, tensors):
+    del tensors["constant.1"]
+
+
+@fault("two constants of one name", "given twice", mixed)
+def constant_twice(manifest, tensors):
+    manifest["constants"] = ["k", "k"]
+
+
+@fault("a constant with the name of an input", "name of another tensor", mixed)
+def constant_input(manifest, tensors):
+    manifest["constants"] = ["k", "x"]
+
+
+@fault("float32 weights on codes", "must be words", mixed)
+def float_weights_on_codes(manifest, tensors):
+    manifest["nodes"][CODES]["weight"] = {"shape": [4, 1, 1, 2], "dtype": "float32"}
+    for name in ("first", "second", "count", "position", "alpha"):
+        tensors.pop(f"{CODES}.{name}", None)
+    tensors[f"{CODES}.weight"] = np.ones(8, np.float32)
+
+
+@fault("weights of an unknown type", "of dtype 'float8'", mixed)
+def weights_of_unknown_type(manifest, tensors):
+    manifest["nodes"][KEPT]["weight"]["dtype"] = "float8"
+
+
+@fault("NaN among float32 weights", "weights must be finite", mixed)
+def float_weights_nan(manifest, tensors):
+    tensors[f"{KEPT}.weight"][5] = np.nan
+
+
+@fault("a packed operator on integers", "is int64, not float32", mixed)
+def packed_on_integers(manifest, tensors):
+    manifest["nodes"][TOP_K]["outputs"] = ["", "e"]
+    manifest["nodes"][SCALE] = {"op": "Swish", "name": "s", "inputs": ["e"], "outputs": ["f"]}
+
+
+@fault("an input of an unknown type", "dtype 'complex64'", mixed)
+def unknown_dtype(manifest, tensors):
+    manifest["inputs"][0]["dtype"] = "complex64"
 
 
 def table() -> str:
