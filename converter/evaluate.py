@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function
+from logshift.converter.layout import onnx_weight
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import numpy_ops
 
@@ -105,7 +106,11 @@ class Evaluator:
             feed = {self.session.get_inputs()[0].name: inputs[0]}
         if self.node.is_conv:
             assert self.node.weight is not None and self.node.bias is not None
-            feed["w"] = _onnx_weight(self.node, self.node.weight if weight is None else weight)
+            feed["w"] = onnx_weight(
+                self.node.op,
+                self.node.weight if weight is None else weight,
+                self.node.attributes["group"],
+            )
             feed["b"] = self.node.bias
         return self.session.run(None, feed)[0]
 
@@ -252,16 +257,6 @@ def _resize_parameters(attributes: dict) -> dict[str, np.ndarray]:
         "scales": np.array(attributes.pop("scales", []), np.float32),
         "sizes": np.array(attributes.pop("sizes", []), np.int64),
     }
-
-
-def _onnx_weight(node: FloatNode, weight: np.ndarray) -> np.ndarray:
-    """From (O, kh, kw, C / group) to ONNX's layout."""
-    if node.op == "Conv":
-        return np.ascontiguousarray(weight.transpose(0, 3, 1, 2))
-    o, kh, kw, in_group = weight.shape
-    group = node.attributes["group"]
-    grouped = weight.reshape(group, o // group, kh, kw, in_group).transpose(0, 4, 1, 2, 3)
-    return np.ascontiguousarray(grouped.reshape(group * in_group, o // group, kh, kw))
 
 
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:

@@ -24,6 +24,7 @@ from logshift.converter.float_graph import (
     Problems,
 )
 from logshift.converter.fuse import pads_fit
+from logshift.converter.layout import packed_weight
 from logshift.converter.onnx_model import Model, Trace
 from logshift.runtime import numpy_ops
 from logshift.runtime.graph import DTYPES, Dim, Shape, ValueInfo
@@ -374,7 +375,7 @@ def _conv(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     x = ctx.tensor(node.input[0])
     attributes = _window_attributes(ctx, a, ctx.shapes[x], weight.shape[2:])
     attributes["group"] = a.get("group", 1)
-    _emit_conv(ctx, node, x, weight.transpose(0, 2, 3, 1), attributes)
+    _emit_conv(ctx, node, x, weight, attributes)
 
 
 @_lowers("ConvTranspose")
@@ -384,17 +385,13 @@ def _conv_transpose(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> 
         raise _Unsupported(f"is {weight.ndim - 2}-dimensional; only 2-D is supported")
     x = ctx.tensor(node.input[0])
     group = a.get("group", 1)
-    channels, per_group, kh, kw = weight.shape
     attributes = {
         "strides": list(a.get("strides", [1, 1])),
         "dilations": list(a.get("dilations", [1, 1])),
         "output_padding": list(a.get("output_padding", [0, 0])),
         "group": group,
     }
-    attributes["pads"] = _transposed_pads(ctx, node, a, attributes, ctx.shapes[x], (kh, kw))
-    # ONNX: (group * Cg, Og, kh, kw); packed: (group * Og, kh, kw, Cg).
-    weight = weight.reshape(group, channels // group, per_group, kh, kw)
-    weight = weight.transpose(0, 2, 3, 4, 1).reshape(group * per_group, kh, kw, channels // group)
+    attributes["pads"] = _transposed_pads(ctx, node, a, attributes, ctx.shapes[x], weight.shape[2:])
     _emit_conv(ctx, node, x, weight, attributes)
 
 
@@ -472,6 +469,7 @@ def _emit_matrix(
 def _emit_conv(
     ctx: _Lowering, node: onnx.NodeProto, x: str, weight: np.ndarray, attributes: dict[str, Any]
 ) -> None:
+    weight = packed_weight(node.op_type, weight, attributes["group"])
     if len(node.input) > 2 and node.input[2]:
         bias = ctx.constant(node.input[2])
     else:
@@ -485,7 +483,7 @@ def _emit_conv(
         [x],
         node.output[0],
         attributes,
-        np.ascontiguousarray(weight),
+        weight,
         bias,
     )
     if not pads_fit(conv, pads):
@@ -531,7 +529,7 @@ def _transposed_pads(
     a: dict[str, Any],
     attributes: dict[str, Any],
     shape: Shape,
-    kernel: tuple[int, int],
+    kernel: tuple[int, ...],
 ) -> list[int]:
     """Return explicit pads of a ConvTranspose; its output's size is known from the trace."""
     mode = a.get("auto_pad", "NOTSET")

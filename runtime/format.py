@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import safetensors.numpy
 from logshift.kernels import bitpack, codec
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import FormatError, InputError
+from logshift.runtime import files
 from logshift.runtime.graph import NEWEST_OPSET, Graph, Node, Quantization, ValueInfo
 
 FORMAT_VERSION = 2
@@ -59,20 +59,7 @@ def write(graph: Graph, path: str | os.PathLike[str]) -> int:
         If the file cannot be written.
     """
     data = serialize(graph)
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 is not what a new file should have
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.replace(path, data)
     return len(data)
 
 
