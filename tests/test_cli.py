@@ -102,7 +102,7 @@ def output(capsys, *arguments):
 def test_version_and_help(capsys):
     assert call("--help") == 0
     text = capsys.readouterr().out
-    for command in ("convert", "info", "run", "bench", "verify", "demo", "warmup"):
+    for command in ("convert", "info", "run", "bench", "verify", "export", "demo", "warmup"):
         assert command in text
         assert "Example" in output(capsys, command, "--help")
 
@@ -215,6 +215,18 @@ def test_verify_and_bench(capsys, converted, onnx_model, pictures):
         assert r["layers"][0]["op"] == "QuantizeLinear"
     text = output(capsys, "bench", converted, *arguments, "--threads", "1")
     assert "times as long" in text and "kernel" in text
+
+
+def test_export_is_verified_to_be_the_same(capsys, converted, pictures, tmp_path):
+    target = tmp_path / "exported.onnx"
+    text = output(capsys, "export", converted, "-o", target)
+    assert text.startswith(f"{target}: {target.stat().st_size:,} bytes") and text.count("\n") == 1
+    record = json.loads(output(capsys, "export", converted, "-o", target, "--json"))
+    assert record == {"file": str(target), "bytes": target.stat().st_size}
+    record = json.loads(output(capsys, "verify", target, converted, pictures, "--json"))
+    assert record["agreement"] == 1
+    # Tensors of codes are compared with what they are rounded from.
+    assert all((t["snr_db"] or np.inf) > 35 for t in record["tensors"])
 
 
 def test_verifying_another_model_is_refused(capsys, packed, onnx_model):

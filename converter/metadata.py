@@ -1,0 +1,110 @@
+"""What an ONNX model may say about itself for logshift: one JSON object in its metadata.
+
+Written by `export` and by trainers, read by `convert`; `docs/qdq.md` describes it. Every part may be
+missing, and what does not fit the model is not believed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logshift.kernels import codec
+from logshift.kernels.codec import LogWeights
+from logshift.kernels.errors import ConversionError, LogshiftError
+from logshift.runtime.picture import Preprocessing
+
+if TYPE_CHECKING:
+    import onnx
+
+KEY = "logshift"
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """The grid that the weights of a layer lie on: w = alpha * W / 2^(L-1+s) (section 2).
+
+    Attributes
+    ----------
+    bits, residual_shift, clip : int
+    alpha : list of float, one per output channel
+    granularity : str
+        How second words were selected; for the reader's eye only.
+    """
+
+    bits: int
+    residual_shift: int
+    clip: int
+    alpha: list[float]
+    granularity: str = "element"
+
+    def __post_init__(self) -> None:
+        """Refuse what is no grid."""
+        codec.exponent_levels(self.bits)
+        numbers = (self.residual_shift, self.clip)
+        if not all(type(v) is int for v in numbers) or not (
+            0 <= self.residual_shift <= codec.MAX_RESIDUAL_SHIFT and self.clip in (1, 2)
+        ):
+            raise ValueError(f"residual_shift and clip are {numbers}")
+        alpha = np.asarray(self.alpha, np.float32)
+        if alpha.ndim != 1 or not (np.isfinite(alpha).all() and (alpha > 0).all()):
+            raise ValueError("alpha must be a list of positive numbers")
+
+    @classmethod
+    def of(cls, weights: LogWeights, granularity: str) -> WeightRecord:
+        """Describe the grid of packed weights."""
+        alpha = [float(a) for a in weights.alpha]
+        return cls(weights.bits, weights.residual_shift, weights.clip, alpha, granularity)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The metadata of a model.
+
+    Attributes
+    ----------
+    weights : dict of the name of a weight initializer to WeightRecord
+    scales : dict of the name of a scale initializer to its value before rounding to float32
+    preprocessing : Preprocessing, optional
+    labels : list of str, optional
+    """
+
+    weights: dict[str, WeightRecord] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    labels: list[str] | None = None
+
+
+def read(model: onnx.ModelProto) -> Metadata:
+    """Return the metadata of a model; empty if it has none.
+
+    Raises
+    ------
+    ConversionError
+        If there is some, but not as `docs/qdq.md` describes it.
+    """
+    text = next((p.value for p in model.metadata_props if p.key == KEY), None)
+    if text is None:
+        return Metadata()
+    try:
+        record = json.loads(text)
+        preprocessing, labels = record.get("preprocessing"), record.get("labels")
+        if labels is not None and not all(isinstance(label, str) for label in labels):
+            raise ValueError("labels must be strings")
+        return Metadata(
+            {name: WeightRecord(**weight) for name, weight in record.get("weights", {}).items()},
+            {name: float(scale) for name, scale in record.get("scales", {}).items()},
+            None if preprocessing is None else Preprocessing.from_manifest(preprocessing),
+            None if labels is None else list(labels),
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError, LogshiftError) as error:
+        raise ConversionError(
+            f"the model's metadata {KEY!r} is not as docs/qdq.md describes it ({error})"
+        ) from error
