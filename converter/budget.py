@@ -46,7 +46,7 @@ def residual_ratios(
     -------
     dict of the output name of a layer with weights to the ratio of its own
     """
-    layers = [node for node in graph.nodes if node.is_quantized]
+    layers = [node for node in graph.nodes if node.is_quantized and node.words is None]
     ratio = settings.residual_ratio
     if ratio in (0.0, 1.0) or len(layers) < 2:
         return {node.output: ratio for node in layers}

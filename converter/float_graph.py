@@ -13,11 +13,31 @@ from typing import Any
 import numpy as np
 import onnx
 
+from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import ConversionError
-from logshift.runtime.graph import Shape, ValueInfo
+from logshift.runtime.graph import Quantization, Shape, ValueInfo
 
 Clamp = tuple[float | None, float | None]
 NO_CLAMP: Clamp = (None, None)
+
+
+def clamp_twice(first: Clamp, second: Clamp) -> Clamp:
+    """Return the bounds of one clamp after another."""
+    low, high = second
+
+    def bound(value: float | None, fallback: float | None) -> float | None:
+        if value is None:
+            return fallback
+        if low is not None:
+            value = max(value, low)
+        return value if high is None else min(value, high)
+
+    return bound(first[0], low), bound(first[1], high)
+
+
+def zero_side(q: Quantization) -> Clamp:
+    """Return the bound of codes that begin or end at zero."""
+    return 0.0 if q.zero_point == 0 else None, 0.0 if q.zero_point == q.top else None
 
 
 @dataclass
@@ -59,6 +79,8 @@ class FloatNode:
         As in the packed node, without `clamp`.
     weight : float32 array (O, kh, kw, C / group), or (C,) of an Affine
     bias : float32 array of shape (O,)
+    words : LogWeights, optional
+        The weight, if it lies on a grid already.
     clamp : (low, high) in real units, None for no bound
     function : Function
         Of a Lookup.
@@ -79,6 +101,7 @@ class FloatNode:
     attributes: dict[str, Any] = field(default_factory=dict)
     weight: np.ndarray | None = None
     bias: np.ndarray | None = None
+    words: LogWeights | None = None
     clamp: Clamp = NO_CLAMP
     function: Function | None = None
     opset: int = 0
@@ -121,6 +144,8 @@ class FloatGraph:
         (N, C, H, W) of tensors of packed operators.
     constants : dict of name to array
         Inputs of ONNX operators.
+    quantization : dict of tensor name to Quantization
+        What the model itself says; other tensors are calibrated.
     code_tensors : set of tensors that become codes
         Known after `place`.
     """
@@ -131,6 +156,7 @@ class FloatGraph:
     results: dict[str, str]
     shapes: dict[str, Shape]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
+    quantization: dict[str, Quantization] = field(default_factory=dict)
     code_tensors: set[str] = field(default_factory=set)
 
     def uses(self) -> Counter[str]:

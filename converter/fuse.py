@@ -14,7 +14,10 @@ from logshift.converter.float_graph import (
     FloatGraph,
     FloatNode,
     Function,
+    clamp_twice,
+    zero_side,
 )
+from logshift.converter.recognise import scaled
 from logshift.runtime.graph import OPERATORS
 
 
@@ -67,6 +70,16 @@ class _Fusion:
         usable = node and not node.is_onnx and node.op in ops
         return node if usable and self.uses[tensor] == 1 else None
 
+    def _takes_in(self, conv: FloatNode) -> bool:
+        """Tell whether a convolution may go on computing with its result.
+
+        Not if the model rounds the result to codes that saturate at zero, nor if it comes with its
+        words and so was trained just like this.
+        """
+        q = self.graph.quantization.get(conv.output)
+        exact = q is None or (conv.words is None and zero_side(q) == NO_CLAMP)
+        return exact and conv.clamp == NO_CLAMP and len(conv.inputs) == 1
+
     def _rename_output(self, node: FloatNode, tensor: str) -> None:
         del self.producer[node.output]
         node.output = tensor
@@ -75,11 +88,13 @@ class _Fusion:
     def _affine(self, node: FloatNode) -> None:
         assert node.weight is not None and node.bias is not None
         conv = self._sole_producer(node.inputs[0], "Conv", "ConvTranspose")
-        if conv and conv.clamp == NO_CLAMP and len(conv.inputs) == 1:
+        if conv and self._takes_in(conv):
             assert conv.weight is not None and conv.bias is not None
             scale = node.weight.astype(np.float64)
             conv.weight = (conv.weight * scale[:, None, None, None]).astype(np.float32)
             conv.bias = (conv.bias * scale + node.bias).astype(np.float32)
+            if conv.words is not None:
+                conv.words = scaled(conv.words, scale)
             self._rename_output(conv, node.output)
         elif node.function:
             self._elementwise(node)
@@ -99,7 +114,10 @@ class _Fusion:
         if node.clamp != NO_CLAMP:
             target = self._sole_producer(node.inputs[0], "Conv", "ConvTranspose", "Add")
             if target:
-                target.clamp = _clamp_twice(target.clamp, node.clamp)
+                if q := self.graph.quantization.get(target.output):
+                    target.clamp = clamp_twice(target.clamp, zero_side(q))
+                    self.graph.quantization.setdefault(node.output, q)
+                target.clamp = clamp_twice(target.clamp, node.clamp)
                 self._rename_output(target, node.output)
                 return
         sources = {self._source(name) for name in node.inputs}
@@ -108,6 +126,8 @@ class _Fusion:
         if len(sources) == 1:
             source = sources.pop()
             function = self._composed(node, source)
+            if q := self.graph.quantization.get(node.output):
+                function = _bounded(function, zero_side(q))
             self._emit(FloatNode("Lookup", node.name, [source], node.output, function=function))
         elif kind == "Add":
             self._add(node)
@@ -152,15 +172,16 @@ class _Fusion:
             conv
             for name in node.inputs
             if (conv := self._sole_producer(name, "Conv"))
-            and conv.clamp == NO_CLAMP
-            and len(conv.inputs) == 1
+            and self._takes_in(conv)
             and len({shapes[n] for n in node.inputs}) == 1
         ]
         if not convs:
             self._emit(FloatNode("Add", node.name, node.inputs, node.output))
             return
-        # The later of two convolutions: the other summand is complete by then.
-        conv = max(convs, key=self.nodes.index)
+        # Of two convolutions one that need not be rounded before, or the later one: the other
+        # summand is complete by then.
+        known = self.graph.quantization
+        conv = max(convs, key=lambda conv: (conv.output not in known, self.nodes.index(conv)))
         residual = next(name for name in node.inputs if name != conv.output)
         self.nodes.remove(conv)
         conv.inputs.append(residual)
@@ -178,6 +199,20 @@ class _Fusion:
             conv.attributes["pads"] = pads
             conv.inputs[0] = pad.inputs[0]
             self.nodes.remove(pad)
+
+
+def _bounded(function: Function, bounds: Clamp) -> Function:
+    """Return a function with bounds on its result."""
+    nodes, constants = list(function.nodes), dict(function.constants)
+    for op, bound in zip(("Max", "Min"), bounds, strict=True):
+        if bound is not None:
+            free, constant = f"{function.output}/free", f"{function.output}/{op}"
+            constants[constant] = np.array(bound)
+            last = onnx.NodeProto()
+            last.CopyFrom(nodes[-1])
+            last.output[0] = free
+            nodes[-1:] = [last, onnx.helper.make_node(op, [free, constant], [function.output])]
+    return Function(function.input, function.output, nodes, constants, function.opset)
 
 
 def onnx_nodes(function: Function, name: str, graph: FloatGraph) -> list[FloatNode]:
@@ -212,19 +247,6 @@ def pads_fit(conv: FloatNode, pads: list[int]) -> bool:
     dilations = conv.attributes["dilations"]
     extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     return all(0 <= pad < max(extent[side % 2], 2) for side, pad in enumerate(pads))
-
-
-def _clamp_twice(first: Clamp, second: Clamp) -> Clamp:
-    low, high = second
-
-    def bound(value: float | None, fallback: float | None) -> float | None:
-        if value is None:
-            return fallback
-        if low is not None:
-            value = max(value, low)
-        return value if high is None else min(value, high)
-
-    return bound(first[0], low), bound(first[1], high)
 
 
 def _drop_unused(graph: FloatGraph) -> None:

@@ -10,6 +10,7 @@ Whatever has no packed counterpart stays an ONNX operator, on tensors as ONNX ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,11 @@ from logshift.converter.float_graph import (
 from logshift.converter.fuse import pads_fit
 from logshift.converter.layout import packed_weight
 from logshift.converter.onnx_model import Model, Trace
+from logshift.converter.qdq import identity, table_of
+from logshift.converter.recognise import recognise
+from logshift.kernels.codec import LogWeights
 from logshift.runtime import numpy_ops
-from logshift.runtime.graph import DTYPES, Dim, Shape, ValueInfo
+from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape, ValueInfo
 
 # Clip bounds beyond this are float32's way to say "none".
 _NO_BOUND = 1e30
@@ -85,6 +89,8 @@ class _Lowering:
         self.plain_names: dict[str, str] = {}
         self.used_constants: dict[str, np.ndarray] = {}
         self.done: set[str] = set()  # nodes that became ONNX operators, by their first outputs
+        # Of stored tensors, as the model has it.
+        self.quantization: dict[str, Quantization] = {}
         # Set once a node's translation holds for the nominal height and width only.
         self.fixed_size = False
 
@@ -114,6 +120,7 @@ class _Lowering:
             results,
             shapes,
             self.used_constants,
+            self.quantization,
         )
 
     def _needed(self, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -123,7 +130,10 @@ class _Lowering:
         for node in reversed(graph.node):
             if node.op_type != "Constant" and needed.intersection(node.output):
                 # Handlers look up sizes themselves; ONNX operators ask for their inputs.
-                needed.update(node.input if node.op_type in _VARIADIC else node.input[:1])
+                if table := self.table(node):
+                    needed.add(table[0].input)
+                else:
+                    needed.update(node.input if node.op_type in _VARIADIC else node.input[:1])
                 kept.append(node)
         return kept[::-1]
 
@@ -134,6 +144,8 @@ class _Lowering:
             if len(shape := self.trace.shapes.get(name, ())) in (2, 4):
                 self.shapes[name] = shape if len(shape) == 4 else (*shape, 1, 1)
         handler = _HANDLERS.get(node.op_type)
+        if node.output[0] in self.model.quantization:
+            handler = _round
         if handler is not None and node.domain in ("", "ai.onnx"):
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             texts = {k: v.decode() for k, v in attributes.items() if isinstance(v, bytes)}
@@ -309,6 +321,17 @@ class _Lowering:
         self.fixed_size = True
         return [int(v) for v in self.trace.integers[name].ravel()]
 
+    def table(self, node: onnx.NodeProto) -> tuple[Function, Quantization] | None:
+        """Return the function that a Gather is if it reads a table at codes; see `qdq.table_of`."""
+        if node.op_type != "Gather":
+            return None
+        model = self.model
+        return table_of(node, self.producers, self.constants, model.quantization, model.opset)
+
+    def words(self, node: onnx.NodeProto, weight: np.ndarray) -> LogWeights | None:
+        """Return the words of a weight, (O, kh, kw, C / group), that lies on a grid already."""
+        return recognise(weight, self.model.metadata.weights.get(node.input[1]))
+
     def emit(self, op: str, node: onnx.NodeProto, inputs: list[str], **fields: Any) -> None:
         self.nodes.append(FloatNode(op, _name(node), inputs, node.output[0], **fields))
 
@@ -455,14 +478,15 @@ def _emit_matrix(
         raise _Unsupported(f"multiplies {weight.shape[1]} features, reads shape {ctx.shapes[x]}")
     if h * w > 1:
         ctx.fixed_size = True
-    weight = weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1)
+    weight = np.ascontiguousarray(weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1))
     ctx.emit(
         "Conv",
         node,
         [x],
-        weight=np.ascontiguousarray(weight),
+        weight=weight,
         attributes=dict(_POINTWISE),
         bias=np.zeros(len(weight), np.float32) if bias is None else bias,
+        words=ctx.words(node, weight),
     )
 
 
@@ -485,6 +509,7 @@ def _emit_conv(
         attributes,
         weight,
         bias,
+        ctx.words(node, weight),
     )
     if not pads_fit(conv, pads):
         if node.op_type == "ConvTranspose":
@@ -626,6 +651,9 @@ _HANDLERS.update(dict.fromkeys(_ELEMENTWISE, _elementwise))
 
 @_lowers("Sum")
 def _sum(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    if len(node.input) == 1:
+        _view(ctx, node, a)
+        return
     if len(node.input) != 2:
         raise _Unsupported(f"has {len(node.input)} inputs, not 2")
     add = onnx.helper.make_node("Add", node.input, node.output, name=node.name)
@@ -720,6 +748,35 @@ def _clamp(node: onnx.NodeProto, a: dict[str, Any], constants: dict[str, np.ndar
             value = bound(0 if node.input[0] in constants else 1)
             return (value, None) if node.op_type == "Max" else (None, value)
     return NO_CLAMP
+
+
+# --- quantization -------------------------------------------------------------------------------
+
+
+def _round(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    """Note the quantization of a tensor; if it has another one, it gets a table."""
+    x, y = ctx.source(node.input[0]), node.output[0]
+    q = ctx.model.quantization[y]
+    if ctx.quantization.setdefault(x, q) == q:
+        ctx.alias[y] = x
+        ctx.shapes.pop(y, None)
+    else:
+        ctx.quantization[y] = q
+        ctx.shapes[y] = ctx.shapes[x]
+        ctx.emit("Elementwise", node, [x], function=identity(x, y))
+
+
+@_lowers("Gather")
+def _gather(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    table = ctx.table(node)
+    if table is None:
+        raise _Unsupported("reads no table")
+    function, q = table
+    x = ctx.source(function.input)
+    if ctx.quantization.setdefault(x, q) != q:
+        raise _Unsupported("reads codes of another quantization than others")
+    ctx.shapes[node.output[0]] = ctx.shapes[x]
+    ctx.emit("Elementwise", node, [x], function=replace(function, input=x))
 
 
 # --- moving values ------------------------------------------------------------------------------

@@ -12,13 +12,21 @@ import onnx
 import onnxruntime
 import onnxslim
 
+from logshift.converter import metadata, qdq
+from logshift.converter.metadata import Metadata
 from logshift.kernels.errors import ConversionError
-from logshift.runtime.graph import DTYPES, Dim, Shape
+from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 
 # Checking and simplifying serialize the model, which protobuf refuses from 2 GiB.
 _MAX_BYTES = 2**31 - 2**20
 # Before it, arithmetic broadcasts by attributes.
 _MIN_OPSET = 7
+# Simplifications that change weights.
+_RENAMING = (
+    "FusionConvAdd", "FusionConvBN", "FusionConvMul", "FusionConvTransposeAdd",
+    "FusionConvTransposeBN", "FusionConvTransposeMul", "FusionGemm", "FusionGemmAdd",
+    "FusionGemmMul",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,18 +50,23 @@ class Model:
     Attributes
     ----------
     original : onnx.ModelProto
-        As it was given.
+        As it was given, but for its quantization.
     proto : onnx.ModelProto
         Simplified.
     inputs : list of ModelInput
     size : int
-        Bytes of the original.
+        Bytes of the model as it was given.
+    quantization : dict of tensor name to Quantization
+        What was taken out of it; see `qdq.strip`.
+    metadata : Metadata
     """
 
     original: onnx.ModelProto
     proto: onnx.ModelProto
     inputs: list[ModelInput]
     size: int
+    quantization: dict[str, Quantization]
+    metadata: Metadata
 
     @property
     def opset(self) -> int:
@@ -92,13 +105,17 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
     _check_opset(original, where)
     inputs = _inputs(original.graph)
+    known = metadata.read(original)
+    original, quantization = qdq.strip(original, known)
     copy = onnx.ModelProto()
     copy.CopyFrom(original)
+    # What is known of weights and tensors is known by their names, and of weights as they are.
+    skipped = _RENAMING if quantization or known.weights else ()
     try:
-        proto = onnxslim.slim(copy)
+        proto = onnxslim.slim(copy, skip_fusion_patterns=skipped)
     except Exception as error:  # a simplifier may fail in any way
         raise ConversionError(f"{where}: cannot be simplified ({error})") from error
-    return Model(original, proto, inputs, size)
+    return Model(original, proto, inputs, size, quantization, known)
 
 
 def _check_opset(model: onnx.ModelProto, where: str) -> None:

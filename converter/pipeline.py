@@ -34,6 +34,7 @@ _FEWEST_SAMPLES = 16
 _MEMORY = 2**30
 # Folding reorders float32 sums; anything beyond that means a wrong translation.
 _TOLERANCE = 1e-3
+_SHOWN = 5
 
 
 def convert(
@@ -132,6 +133,8 @@ def convert(
     from logshift.converter.samples import open_samples
 
     loaded = load(model)
+    preprocessing = preprocessing or loaded.metadata.preprocessing
+    labels = loaded.metadata.labels if labels is None else labels
     samples = open_samples(calibration, loaded.inputs, preprocessing)
     graph = _lowered(loaded, samples, settings)
     data = samples.read(calibration_limit or _limit(graph))
@@ -144,7 +147,7 @@ def convert(
     packed.settings = asdict(settings)
     file_bytes = format.write(packed, target)
     count = len(next(iter(data.values())))
-    notes = _notes(samples, preprocessing, loaded, packed)
+    notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
     return _report(target, packed, errors, file_bytes, loaded.size, count, notes)
 
 
@@ -187,6 +190,7 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     from logshift.converter.lower import lower
     from logshift.converter.onnx_model import run, trace
     from logshift.converter.place import place
+    from logshift.converter.qdq import saturate, settle
 
     problems = Problems()
     graph = lower(model, trace(model, samples.first), problems)
@@ -196,7 +200,9 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     settings.check_names(dict.fromkeys([node.name for node in graph.nodes] + names))
     for node in graph.nodes:
         node.keeps_weight = settings.keeps_float(node.name)
+    settle(graph)
     place(graph, lambda node: node.keeps_weight or settings.activation_bits_of(node.name) == 32)
+    saturate(graph)
     expected = run(model.original, samples.first)
     found = evaluate_graph(graph, samples.first)
     for value, y in zip(model.original.graph.output, expected, strict=True):
@@ -256,6 +262,23 @@ def _notes(
                 f"input {after.name!r} is fixed to height and width {after.nominal[2:]}: the model"
                 " computes sizes from it"
             )
+    return notes
+
+
+def _notes_on_given(graph: FloatGraph, packed: Graph) -> list[str]:
+    """Say what was taken from a quantized model as it is, and what was not."""
+    notes = []
+    words = [node.words is not None for node in graph.nodes if node.is_quantized]
+    if any(words):
+        notes.append(f"weights of {sum(words)} of {len(words)} layers were words already: kept")
+    calibrated = [name for name in packed.quantization if name not in graph.quantization]
+    if graph.quantization and packed.quantization:
+        count = len(packed.quantization) - len(calibrated)
+        note = f"ranges of {count} of {len(packed.quantization)} tensors are the model's"
+        if calibrated:
+            shown = ", ".join(map(repr, calibrated[:_SHOWN])) + " ..." * (len(calibrated) > _SHOWN)
+            note += f"; calibrated: {shown}"
+        notes.append(note)
     return notes
 
 

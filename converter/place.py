@@ -55,13 +55,14 @@ class _Placement:
             inherits = not node.is_conv and set(node.inputs) <= from_float
             node.is_float = node.is_onnx or inherits or wants_float(node)
             if node.is_float:
-                from_float.update(node.outputs)
+                from_float.update(set(node.outputs) - set(self.graph.quantization))
         # What only float32 nodes read is not worth rounding.
         results = set(self.graph.results.values())
         exact = {x for node in self.graph.nodes for x in node.inputs if node.is_float}
         coded = {x for node in self.graph.nodes for x in node.inputs if not node.is_float} | results
         for node in reversed(self.graph.nodes):
-            if node.op in _ELEMENTWISE and node.output in exact - coded:
+            wanted = coded.union(self.graph.quantization)
+            if node.op in _ELEMENTWISE and node.output in exact - wanted:
                 node.is_float = True
                 exact.update(node.inputs)
                 coded = {x for n in self.graph.nodes for x in n.inputs if not n.is_float} | results
@@ -71,12 +72,13 @@ class _Placement:
         # Of networks that have no ONNX operators yet: those that it may get do not change.
         self.opset = max((node.opset for node in graph.nodes), default=0) or NEWEST_OPSET
         names = {info.name for info in graph.outputs} | set(self.floats)
-        read_as_codes = {x for node in graph.nodes if not node.is_float for x in node.inputs}
+        as_codes = {x for node in graph.nodes if not node.is_float for x in node.inputs}
+        as_codes.update(graph.quantization)
         for node in graph.nodes:
             find = self._as_float if node.is_float else self._as_codes
             node.inputs = [find(name) if name else "" for name in node.inputs]
             result = node.output
-            if node.is_float or (node.is_conv and result not in read_as_codes):
+            if node.is_float or (node.is_conv and result not in as_codes):
                 node.output = self.wanted.get(result, result)
                 node.more_outputs = [self.wanted.get(name, name) for name in node.more_outputs]
                 for name in filter(None, (result, *node.more_outputs)):
@@ -93,6 +95,8 @@ class _Placement:
     def _name(self, names: dict[str, str], tensor: str, name: str) -> None:
         names[tensor] = name
         self.graph.shapes[name] = self.graph.shapes[tensor]
+        if names is self.codes and tensor in self.graph.quantization:
+            self.graph.quantization[name] = self.graph.quantization[tensor]
 
     def _as_float(self, tensor: str) -> str:
         if tensor not in self.floats:

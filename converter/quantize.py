@@ -32,6 +32,7 @@ from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import (
     NEWEST_OPSET,
     ONNX_DOMAIN,
+    OPERATORS,
     SAME_QUANTIZATION,
     Graph,
     Node,
@@ -200,7 +201,7 @@ class _Walk:
             weight_snr = snr_db(node.weight, values)
             quantized = evaluator.sweep(self._quantized(node), count, values)
             packed.bias = node.bias
-            if self.settings.bias_correction:
+            if self.settings.bias_correction and not self._is_given(node):
                 shift = _channel_means(exact) - _channel_means(quantized)
                 packed.bias = (node.bias + shift).astype(np.float32)
                 quantized += shift.astype(np.float32).reshape(-1, 1, 1)
@@ -213,6 +214,8 @@ class _Walk:
         else:
             q = self._choose(node, exact)
             self.quantization[node.output] = q
+            if node.output in self.graph.quantization:
+                exact = np.clip(exact, *dequantize(np.array([0, q.top]), q))
             codes = quantize(quantized, q)
             self.streams[node.output] = _Streams(exact, codes)
             error = snr_db(exact, dequantize(codes, q))
@@ -234,7 +237,14 @@ class _Walk:
 
         return fetch
 
+    def _is_given(self, node: FloatNode) -> bool:
+        """Tell whether the model leaves nothing to choose about a layer."""
+        codes = self.graph.code_tensors.intersection([*node.inputs, node.output])
+        return node.words is not None and codes <= set(self.graph.quantization)
+
     def _encode(self, node: FloatNode, count: int) -> codec.LogWeights:
+        if node.words is not None:
+            return node.words
         s, ratio = self.settings, self.ratios[node.output]
         assert node.weight is not None
         if s.error_feedback:
@@ -245,6 +255,8 @@ class _Walk:
         return feedback.encode_alone(node.weight, s, ratio)
 
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
+        if node.output in self.graph.quantization:
+            return self.graph.quantization[node.output]
         if node.op in SAME_QUANTIZATION:
             return self.quantization[node.inputs[0]]
         return choose_quantization(exact, self._bits(node), self.settings.activation_range)
@@ -257,7 +269,8 @@ class _Walk:
         """Add what depends on the quantization of inputs and output: clamp and table."""
         q = self.quantization.get(node.output)
         low, high = node.clamp
-        if low is not None or high is not None:
+        bounded = "clamp" in OPERATORS[node.op].attributes
+        if bounded and (low is not None or high is not None):
             packed.attributes["clamp"] = [_bound(low, q), _bound(high, q)]
         if node.function is not None:
             assert q is not None

@@ -1,0 +1,338 @@
+"""Models that are quantized already, with pairs of QuantizeLinear and DequantizeLinear (QDQ).
+
+`strip` takes the pairs out of a model and says what they said: the float network goes on to be
+simplified and lowered like any other, and the quantization of its tensors is fixed. Saturation at
+zero, which often stands for a Relu that was left out, stays as a bound; at the far ends codes
+saturate anyway.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from logshift.converter.float_graph import FloatGraph, FloatNode, Function, clamp_twice, zero_side
+from logshift.converter.metadata import Metadata
+from logshift.kernels.errors import ConversionError
+from logshift.runtime.graph import SAME_QUANTIZATION, Quantization
+
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
+# Integer types of codes: bits, and what makes them codes that start from 0.
+_TYPES = {
+    TensorProto.UINT8: (8, 0),
+    TensorProto.INT8: (8, 128),
+    TensorProto.UINT4: (4, 0),
+    TensorProto.INT4: (4, 8),
+}
+_STEP = 1e-3  # a bound this near to a code, in codes, is that code
+_TABLE = 256
+
+
+def strip(
+    model: onnx.ModelProto, metadata: Metadata
+) -> tuple[onnx.ModelProto, dict[str, Quantization]]:
+    """Take QuantizeLinear and DequantizeLinear out of a model.
+
+    Quantized constants become float32 constants. Of a pair on an activation, and a Clip before it
+    that does no more than select fewer codes, a single Clip is left: it has the pair's output, and
+    bounds only where codes saturate at zero. Pairs that codes of at most 8 bits cannot express stay.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Left as it is.
+    metadata : Metadata
+
+    Returns
+    -------
+    onnx.ModelProto
+        The same object if there was nothing to do.
+    dict of tensor name to Quantization
+        Of the outputs of these Clips; and of codes that a table is read at, see `table_of`.
+    """
+    if not any(node.op_type in _PAIR for node in model.graph.node):
+        return model, {}
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    strip = _Strip(copy, metadata)
+    strip.run()
+    return copy, strip.quantization
+
+
+class _Strip:
+    def __init__(self, model: onnx.ModelProto, metadata: Metadata) -> None:
+        self.model, self.metadata = model, metadata
+        self.graph = model.graph
+        self.quantization: dict[str, Quantization] = {}
+        self.constants = {t.name: t for t in self.graph.initializer}
+        for node in self.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.constants[node.output[0]] = node.attribute[0].t
+        self.producers = {name: node for node in self.graph.node for name in node.output if name}
+        self.names = {*self.constants, *self.producers, *(v.name for v in self.graph.input)}
+
+    def run(self) -> None:
+        nodes = [kept for node in self.graph.node for kept in self._node(node)]
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+        self._drop_unused()
+
+    def _node(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Return what becomes of a node."""
+        if node.op_type == "Gather":
+            self._table(node)
+        if node.op_type not in _PAIR:
+            return [node]
+        if all(name in self.constants for name in node.input if name):
+            self._fold(node)
+            return []
+        if node.op_type == "DequantizeLinear":
+            quantize = self.producers.get(node.input[0])
+            if quantize is not None and (found := self._pair(quantize, node)):
+                return [self._clip(node, *found)]
+        return [node]
+
+    def _array(self, node: onnx.NodeProto, index: int) -> np.ndarray | None:
+        """Return a constant input."""
+        name = node.input[index] if index < len(node.input) else ""
+        return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+
+    def _fold(self, node: onnx.NodeProto) -> None:
+        """Replace a node by the constant that it computes."""
+        inputs = [self.constants[name] if name else None for name in node.input]
+        graph = helper.make_graph(
+            [node], "constant", [], [onnx.ValueInfoProto(name=node.output[0])],
+            [_named(t, name) for t, name in zip(inputs, node.input, strict=True) if t],
+        )  # fmt: skip
+        single = helper.make_model(graph, opset_imports=self.model.opset_import)
+        (value,) = ReferenceEvaluator(single).run(None, {})
+        tensor = numpy_helper.from_array(np.asarray(value), node.output[0])
+        self.constants[node.output[0]] = tensor
+        self.graph.initializer.append(tensor)
+
+    def _pair(
+        self, quantize: onnx.NodeProto, dequantize: onnx.NodeProto
+    ) -> tuple[str, Quantization] | None:
+        """Return the tensor that a pair rounds, and how; None if it is no plain pair."""
+        if quantize.op_type != "QuantizeLinear" or not self._same_parameters(quantize, dequantize):
+            return None
+        return self._quantization(quantize)
+
+    def _same_parameters(self, one: onnx.NodeProto, other: onnx.NodeProto) -> bool:
+        for index in (1, 2):
+            a, b = self._array(one, index), self._array(other, index)
+            if (a is None) != (b is None) or (a is not None and not np.array_equal(a, b)):
+                return False
+        return True
+
+    def _quantization(self, node: onnx.NodeProto) -> tuple[str, Quantization] | None:
+        """Return the tensor that a QuantizeLinear rounds, and how; None if not to codes."""
+        scale, zero_point = self._array(node, 1), self._array(node, 2)
+        if scale is None or scale.size != 1 or scale.dtype != np.float32:
+            return None
+        if zero_point is None:
+            if len(node.input) > 2 and node.input[2]:
+                return None
+            given = {a.name: a.i for a in node.attribute}.get("output_dtype")
+            kind, zero = given or TensorProto.UINT8, 0
+        else:
+            kind, zero = self.constants[node.input[2]].data_type, int(zero_point.reshape(-1)[0])
+        if kind not in _TYPES:
+            return None
+        bits, offset = _TYPES[kind]
+        step = float(scale.reshape(-1)[0])
+        if not 1e-15 < step < 1e15:
+            raise ConversionError(
+                f"{node.op_type} {node.name or node.output[0]!r}: scale {step} is not in"
+                " (1e-15, 1e15)"
+            )
+        exact = self.metadata.scales.get(node.input[1], step)
+        q = Quantization(exact if np.float32(exact) == scale else step, zero + offset, bits)
+        clip = self.producers.get(node.input[0])
+        if clip is not None and clip.op_type == "Clip" and (narrow := self._narrowed(clip, q)):
+            return clip.input[0], narrow
+        return node.input[0], q
+
+    def _narrowed(self, clip: onnx.NodeProto, q: Quantization) -> Quantization | None:
+        """Return the quantization with as many codes as a Clip leaves, if that is a power of 2."""
+        given = {a.name: a.f for a in clip.attribute}
+        codes = []
+        for index, side in ((1, "min"), (2, "max")):
+            array = self._array(clip, index)
+            bound = given.get(side) if array is None else float(array.reshape(-1)[0])
+            code = np.inf if bound is None else bound / q.scale + q.zero_point
+            if not (-_STEP <= code <= q.top + _STEP and abs(code - round(code)) <= _STEP):
+                return None
+            codes.append(round(code))
+        low, high = codes
+        bits = (high - low + 1).bit_length() - 1
+        if not (high - low + 1 == 2**bits and 2 <= bits < q.bits and low <= q.zero_point <= high):
+            return None
+        return Quantization(q.scale, q.zero_point - low, bits)
+
+    def _clip(self, node: onnx.NodeProto, tensor: str, q: Quantization) -> onnx.NodeProto:
+        self.quantization[node.output[0]] = q
+        ends = np.finfo(np.float32)
+        low, high = zero_side(q)
+        bounds = [ends.min if low is None else low, ends.max if high is None else high]
+        opset = next(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+        name = node.name or node.output[0]
+        if opset < 11:
+            return helper.make_node(
+                "Clip", [tensor], node.output, name, min=float(bounds[0]), max=float(bounds[1])
+            )
+        inputs = [tensor]
+        for bound, side in zip(bounds, ("low", "high"), strict=True):
+            inputs.append(self._fresh(f"{node.output[0]}/{side}"))
+            self.graph.initializer.append(numpy_helper.from_array(np.float32(bound), inputs[-1]))
+        return helper.make_node("Clip", inputs, node.output, name)
+
+    def _fresh(self, name: str) -> str:
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        return name
+
+    def _table(self, gather: onnx.NodeProto) -> None:
+        """Make a table that is read at codes independent of a Clip before these."""
+        cast = self.producers.get(gather.input[1])
+        quantize = self.producers.get(cast.input[0]) if cast is not None else None
+        table = self._array(gather, 0)
+        axis = next((a.i for a in gather.attribute if a.name == "axis"), 0)
+        if (
+            cast is None
+            or quantize is None
+            or (cast.op_type, quantize.op_type) != ("Cast", "QuantizeLinear")
+            or table is None
+            or (table.dtype, table.shape, axis) != (np.float32, (_TABLE,), 0)
+            or (found := self._quantization(quantize)) is None
+        ):
+            return
+        kind = self.constants[quantize.input[2]].data_type if len(quantize.input) > 2 else None
+        if kind not in (None, TensorProto.UINT8):
+            return
+        tensor, q = found
+        zero = self._array(quantize, 2)
+        low = (0 if zero is None else int(zero.reshape(-1)[0])) - q.zero_point
+        table = table[np.clip(np.arange(_TABLE), low, low + q.top)]
+        quantize.input[0] = tensor
+        gather.input[0] = self._fresh(f"{gather.output[0]}/table")
+        self.constants[gather.input[0]] = numpy_helper.from_array(table, gather.input[0])
+        self.graph.initializer.append(self.constants[gather.input[0]])
+        self.quantization[quantize.output[0]] = q
+
+    def _drop_unused(self) -> None:
+        needed = {value.name for value in self.graph.output}
+        kept = []
+        for node in reversed(self.graph.node):
+            # Subgraphs may read anything.
+            if needed.intersection(node.output) or any(a.HasField("g") for a in node.attribute):
+                needed.update(node.input)
+                kept.append(node)
+        if any(a.HasField("g") for node in kept for a in node.attribute):
+            return
+        del self.graph.node[:]
+        self.graph.node.extend(reversed(kept))
+
+
+def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    copy.name = name
+    return copy
+
+
+def table_of(
+    gather: onnx.NodeProto,
+    producers: dict[str, onnx.NodeProto],
+    constants: dict[str, np.ndarray],
+    quantization: dict[str, Quantization],
+    opset: int,
+) -> tuple[Function, Quantization] | None:
+    """Return a table read at codes as a function of the tensor that was rounded to them.
+
+    Parameters
+    ----------
+    gather : onnx.NodeProto
+    producers : dict of tensor name to the node that makes it
+    constants : dict of tensor name to array
+    quantization : dict of tensor name to Quantization
+        From `strip`.
+    opset : int
+
+    Returns
+    -------
+    (Function, Quantization of its input), or None if the node is anything else.
+    """
+    cast = producers.get(gather.input[1])
+    quantize = producers.get(cast.input[0]) if cast is not None else None
+    if quantize is None or (q := quantization.get(quantize.output[0])) is None:
+        return None
+    x, y = quantize.input[0], gather.output[0]
+    zero = constants[quantize.input[2]] if len(quantize.input) > 2 else np.uint8(0)
+    scalars = {
+        f"{y}/scale": np.array(q.scale),
+        f"{y}/zero": np.array(float(np.reshape(zero, -1)[0])),
+        f"{y}/first": np.array(0.0),
+        f"{y}/last": np.array(_TABLE - 1.0),
+    }
+    scale, zero_point, first, last = scalars
+    table = numpy_helper.from_array(constants[gather.input[0]])
+    nodes = [
+        helper.make_node("Constant", [], [f"{y}/table"], value=table),
+        helper.make_node("Div", [x, scale], [f"{y}/ratio"]),
+        helper.make_node("Round", [f"{y}/ratio"], [f"{y}/rounded"]),
+        helper.make_node("Add", [f"{y}/rounded", zero_point], [f"{y}/shifted"]),
+        helper.make_node("Max", [f"{y}/shifted", first], [f"{y}/above"]),
+        helper.make_node("Min", [f"{y}/above", last], [f"{y}/inside"]),
+        helper.make_node("Cast", [f"{y}/inside"], [f"{y}/code"], to=TensorProto.INT64),
+        helper.make_node("Gather", [f"{y}/table", f"{y}/code"], [y]),
+    ]
+    return Function(x, y, nodes, scalars, opset), q
+
+
+# --- the lowered network ------------------------------------------------------------------------
+
+
+def settle(graph: FloatGraph) -> None:
+    """Let operators that only move codes have one quantization, in place; after `fuse`.
+
+    What is known of an output holds for an input of which nothing is known. If both are known, and
+    different, codes go through a table.
+    """
+    known = graph.quantization
+    for node in reversed(graph.nodes):
+        if _moves(node) and node.output in known:
+            known.setdefault(node.inputs[0], known[node.output])
+    nodes = []
+    for node in graph.nodes:
+        nodes.append(node)
+        if not _moves(node) or (q := known.get(node.inputs[0])) is None:
+            continue
+        if known.setdefault(node.output, q) != q:
+            moved = f"{node.output}/moved"
+            function = identity(moved, node.output)
+            nodes.append(FloatNode("Lookup", f"{node.name}/requantized", [moved], node.output,
+                                   function=function))  # fmt: skip
+            graph.shapes[moved] = graph.shapes[node.output]
+            node.output = moved
+            known[moved] = q
+    graph.nodes = nodes
+
+
+def _moves(node: FloatNode) -> bool:
+    return node.op in SAME_QUANTIZATION and not node.is_onnx
+
+
+def identity(source: str, result: str) -> Function:
+    """Return the function that changes nothing but, as a table, the quantization."""
+    return Function(source, result, [helper.make_node("Identity", [source], [result])], {}, 13)
+
+
+def saturate(graph: FloatGraph) -> None:
+    """Bound all nodes whose codes saturate at zero, in place; after `place`."""
+    for node in graph.nodes:
+        if node.output in graph.code_tensors and (q := graph.quantization.get(node.output)):
+            node.clamp = clamp_twice(node.clamp, zero_side(q))

@@ -1,0 +1,141 @@
+"""Weights that lie on an STLQ grid already, as trained models bring them: their words, exactly.
+
+Nothing is rounded here. Values are alpha * W / 2^(L-1+s) of `docs/quantization.md` section 2, to
+within the rounding of float32, or they are not recognised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+
+from logshift.converter.metadata import WeightRecord
+from logshift.kernels import codec
+from logshift.kernels.codec import LogWeights
+
+# alpha and the value may each be rounded to float32 once.
+_ROUNDING = 2.0**-22
+
+
+def recognise(weight: np.ndarray, hint: WeightRecord | None = None) -> LogWeights | None:
+    """Return the words of weights on a grid, None if they are on none.
+
+    Parameters
+    ----------
+    weight : float32 array of shape (O, kh, kw, C / group)
+    hint : WeightRecord, optional
+        The grid, if it is known. A grid that does not fit is searched for like any other.
+
+    Returns
+    -------
+    LogWeights or None
+        Found without a hint, it has the smallest bits and then the smallest residual shift and clip
+        that hold every channel, and in each channel the largest W.
+    """
+    matrix = weight.reshape(len(weight), -1).astype(np.float64)
+    if hint is not None and len(hint.alpha) == len(matrix):
+        grid = (hint.bits, hint.residual_shift, hint.clip)
+        alpha = np.array(hint.alpha, np.float32)
+        if (words := _words(weight, alpha, *grid)) is not None:
+            return words
+    for grid in _grids():
+        if (found := _search(matrix, *grid)) is not None:
+            return _words(weight, found, *grid)
+    return None
+
+
+def scaled(words: LogWeights, factor: np.ndarray) -> LogWeights:
+    """Multiply output channels, as batch normalization does: only alpha and signs change.
+
+    Parameters
+    ----------
+    words : LogWeights
+    factor : float64 array of shape (O,)
+    """
+    w = words.integers().astype(np.int64) * np.sign(factor).astype(np.int64).reshape(-1, 1, 1, 1)
+    alpha = np.where(factor == 0, 1, words.alpha * np.abs(factor)).astype(np.float32)
+    codes = _codes(w, words.bits, words.residual_shift)
+    assert codes is not None  # those of -W are those of W with other signs
+    return LogWeights(*codes, alpha, words.bits, words.residual_shift, words.clip)
+
+
+def _grids() -> Iterator[tuple[int, int, int]]:
+    for bits in range(codec.MIN_BITS, codec.MAX_BITS + 1):
+        for shift in range(codec.MAX_RESIDUAL_SHIFT + 1):
+            for clip in (1, 2):
+                yield bits, shift, clip
+
+
+@cache
+def _magnitudes(bits: int, shift: int, clip: int) -> np.ndarray:
+    """All |W| but 0 of a grid, ascending."""
+    levels = codec.exponent_levels(bits)
+    words = np.concatenate([[0], 1 << np.arange(levels)])
+    sums = (words[:, None] << shift) + np.concatenate([-words, words])
+    sums = np.unique(sums[(sums > 0) & (sums <= clip << (levels - 1 + shift))])
+    return np.array([w for w in sums if _codes(np.array([w]), bits, shift) is not None])
+
+
+def _codes(w: np.ndarray, bits: int, shift: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the codes of both words of integers W, None if there is one that has none."""
+    first = codec.nearest_codes(w / 2.0**shift, bits)
+    rest = w - (codec.decode_codes(first, bits) << shift)
+    second = codec.nearest_codes(rest, bits)
+    if (codec.decode_codes(second, bits) != rest).any():
+        return None
+    return first, second
+
+
+def _words(
+    weight: np.ndarray, alpha: np.ndarray, bits: int, shift: int, clip: int
+) -> LogWeights | None:
+    """Return the words of weights on the grid of this alpha, None if one is not."""
+    top = 2.0 ** (codec.exponent_levels(bits) - 1 + shift)
+    unit = (alpha.astype(np.float64) / top).reshape(-1, 1, 1, 1)
+    w = np.rint(weight / unit)
+    if (np.abs(w) > clip * top).any():
+        return None
+    if (np.abs(w * unit - weight) > _ROUNDING * np.abs(weight)).any():
+        return None
+    codes = _codes(w.astype(np.int64), bits, shift)
+    return None if codes is None else LogWeights(*codes, alpha, bits, shift, clip)
+
+
+def _search(matrix: np.ndarray, bits: int, shift: int, clip: int) -> np.ndarray | None:
+    """Find alpha of every channel (rows), None if there is a channel that fits none."""
+    alpha = np.ones(len(matrix), np.float32)
+    top = 2.0 ** (codec.exponent_levels(bits) - 1 + shift)
+    for o, row in enumerate(matrix):
+        # Very few values refuse a channel of float weights.
+        for part in (np.abs(row[:64]), np.abs(row)):
+            values = np.unique(part[part > 0])
+            if not values.size:
+                continue
+            unit = _unit(values, _magnitudes(bits, shift, clip))
+            if unit is None:
+                return None
+            alpha[o] = unit * top
+    if not (np.isfinite(alpha).all() and (alpha > 0).all()):
+        return None
+    return alpha
+
+
+def _unit(values: np.ndarray, magnitudes: np.ndarray) -> float | None:
+    """Return the real value of W = 1 of which all values (ascending) are multiples on the grid."""
+    if len(values) > len(magnitudes) or values[-1] / values[0] > magnitudes[-1] * (1 + _ROUNDING):
+        return None
+    units = values[-1] / magnitudes[::-1]  # the smallest first: the largest W
+    for value in values[::-1]:
+        w = np.rint(value / units)
+        place = np.minimum(np.searchsorted(magnitudes, w), len(magnitudes) - 1)
+        fits = (magnitudes[place] == w) & (np.abs(w * units - value) <= 2 * _ROUNDING * value)
+        units = units[fits]
+        if not units.size:
+            return None
+    # Powers of two times alpha are not rounded: they tell alpha exactly.
+    unit = units[0]
+    w = np.rint(values / unit)
+    exact = values[np.frexp(w)[0] == 0.5]
+    return float(exact[0] / np.rint(exact[0] / unit)) if exact.size else float(unit)
