@@ -180,7 +180,8 @@ def evaluate_function(function: Function, x: np.ndarray) -> np.ndarray:
         If it is not finite everywhere on `x`.
     """
     model = _function_model(function, TensorProto.DOUBLE)
-    channels = max((c.size for c in function.constants.values()), default=1)
+    # Constants of channels are (C, 1, 1).
+    channels = max((len(c) for c in function.constants.values() if c.ndim == 3), default=1)
     x = np.broadcast_to(x.astype(np.float64), (1, channels, 1, x.size))
     with np.errstate(all="ignore"):
         (y,) = ReferenceEvaluator(model).run(None, {function.input: x})

@@ -27,9 +27,11 @@ except ModuleNotFoundError:
     raise ConversionError("exporting needs onnx: pip install 'logshift[converter]'") from None
 
 # Version 19 of ONNX's operators has pools with dilations, and 22 has them drop the last window of
-# ceil_mode that starts in the padding. Each with the version of the container that it needs.
-_OPSET, _IR_VERSION = 19, 9
-_OPSET_CEIL, _IR_VERSION_CEIL = 22, 10
+# ceil_mode that starts in the padding.
+_OPSET, _OPSET_CEIL = 19, 22
+# The oldest in which packed operators are written here: bounds of Clip are inputs.
+_MIN_OPSET = 11
+_MIN_IR_VERSION = 4  # initializers need not be inputs
 _MAX_BYTES = 2**31 - 1  # of a protobuf message
 
 
@@ -58,6 +60,12 @@ def export(packed: Graph | str | os.PathLike[str], out: str | os.PathLike[str]) 
     files.replace(out, model.SerializeToString(deterministic=True))
 
 
+# Operator, inputs (one may be what the step before makes), attributes.
+Step = tuple[str, list[str], dict[str, Any]]
+_BEFORE = "<before>"
+_CONVS = ("Conv", "ConvTranspose")
+
+
 class _Export:
     def __init__(self, graph: Graph) -> None:
         graph.validate()  # fills in what attributes are by default
@@ -67,15 +75,19 @@ class _Export:
         self.initializers: list[onnx.TensorProto] = []
         self.weights: dict[str, WeightRecord] = {}
         self.scales: dict[str, float] = {}
+        self.opset = _opset(graph)
         # By tensor of codes: the uint8 tensor, and the float32 tensor that others read.
         self.quantized: dict[str, str] = {}
         self.real: dict[str, str] = {}
         self.names = {name for node in graph.nodes for name in node.outputs}
-        self.names |= {info.name for info in graph.inputs}
+        self.names |= {info.name for info in graph.inputs} | set(graph.constants)
 
     def model(self) -> onnx.ModelProto:
+        for name, array in self.graph.constants.items():
+            self.initializers.append(numpy_helper.from_array(array, name))
         for node in self.graph.nodes:
-            _EMITTERS[node.op](self, node, [self.real.get(name, name) for name in node.inputs])
+            emit = _onnx if node.is_onnx else _EMITTERS[node.op]
+            emit(self, node, [self.real.get(name, name) for name in node.inputs])
         graph = helper.make_graph(
             self.nodes,
             "logshift",
@@ -83,12 +95,12 @@ class _Export:
             [_value_info(info) for info in self.graph.outputs],
             self.initializers,
         )
-        ceil = any(node.attributes.get("ceil_mode") for node in self.graph.nodes)
+        opsets = [helper.make_opsetid("", self.opset)]
         model = helper.make_model(
             graph,
             producer_name="logshift",
-            opset_imports=[helper.make_opsetid("", _OPSET_CEIL if ceil else _OPSET)],
-            ir_version=_IR_VERSION_CEIL if ceil else _IR_VERSION,
+            opset_imports=opsets,
+            ir_version=max(helper.find_min_ir_version_for(opsets), _MIN_IR_VERSION),
         )
         helper.set_model_props(model, {KEY: json.dumps(self._metadata(), allow_nan=False)})
         return model
@@ -122,18 +134,23 @@ class _Export:
     def node(self, op: str, name: str, inputs: list[str], output: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op, inputs, [output], name, **attributes))
 
-    def operation(self, node: Node, steps: list[tuple[str, list[str], dict[str, Any]]]) -> None:
+    def operation(self, node: Node, steps: list[Step]) -> None:
         """Emit steps that each take the result of the one before; the last makes the output.
 
-        steps : (operator, its inputs, "" standing for the result before it, attributes)
+        Of a tensor of codes that is what is rounded, and it has the tensor's name.
         """
         result = ""
         for index, (op, inputs, attributes) in enumerate(steps):
             last = index == len(steps) - 1
-            inputs = [result if index and i == 0 else name for i, name in enumerate(inputs)]
+            inputs = [result if name == _BEFORE else name for name in inputs]
             result = node.outputs[0] if last else self.fresh(f"{node.outputs[0]}/{op}")
             name = node.name if index == 0 else f"{node.name}/{op}"
             self.node(op, name, inputs, result, **attributes)
+        if self.graph.is_code(result) and not {op for op, _, _ in steps} - {*_CONVS, "Clip"}:
+            # A sum of one changes nothing, but without it onnxruntime takes a convolution between
+            # codes for one that int8 was forgotten in, and rounds its weights anew.
+            result = self.fresh(f"{result}/Sum")
+            self.node("Sum", f"{node.name}/Sum", [node.outputs[0]], result)
         self.quantize(node.outputs[0], result)
 
     def quantize(self, tensor: str, real: str) -> None:
@@ -145,8 +162,7 @@ class _Export:
         zero_point = self.constant(f"{tensor}/zero_point", q.zero_point, np.uint8)
         self.scales[scale] = q.scale
         if q.top < 255:
-            inside = self.fresh(f"{tensor}/inside")
-            bounds = self.bounds(tensor, "range", (0, q.top))
+            bounds, inside = self.bounds(tensor, "range", (0, q.top)), self.fresh(f"{tensor}/Clip")
             self.node("Clip", f"{tensor}/Clip", [real, *bounds], inside)
             real = inside
         codes, back = self.fresh(f"{tensor}/quantized"), self.fresh(f"{tensor}/dequantized")
@@ -162,11 +178,25 @@ class _Export:
             for side, bound in zip(("low", "high"), clamp, strict=True)
         ]
 
-    def clamp(self, node: Node) -> list[tuple[str, list[str], dict[str, Any]]]:
+    def clamp(self, node: Node) -> list[Step]:
         clamp = node.attributes["clamp"]
         if clamp == [None, None]:
             return []
-        return [("Clip", ["", *self.bounds(node.outputs[0], "clamp", clamp)], {})]
+        return [("Clip", [_BEFORE, *self.bounds(node.outputs[0], "clamp", clamp)], {})]
+
+
+def _opset(graph: Graph) -> int:
+    """Return the version of ONNX's operators: that of the ONNX operators inside, if there are."""
+    if any(node.is_onnx for node in graph.nodes):
+        if graph.opset < _MIN_OPSET:
+            raise ConversionError(
+                f"the packed file has ONNX operators of version {graph.opset}, and export writes"
+                f" {_MIN_OPSET} at the lowest; onnx.version_converter.convert_version makes the"
+                " model newer before it is packed"
+            )
+        return graph.opset
+    ceil = any(node.attributes.get("ceil_mode") for node in graph.nodes)
+    return _OPSET_CEIL if ceil else _OPSET
 
 
 def _real(code: float, q: Quantization | None) -> float:
@@ -174,7 +204,8 @@ def _real(code: float, q: Quantization | None) -> float:
 
 
 def _value_info(info: ValueInfo) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(info.name, TensorProto.FLOAT, info.shape)
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(info.dtype))
+    return helper.make_tensor_value_info(info.name, kind, info.shape)
 
 
 # --- operators ----------------------------------------------------------------------------------
@@ -196,23 +227,20 @@ def _dequantize(ctx: _Export, node: Node, x: list[str]) -> None:
 
 
 def _conv(ctx: _Export, node: Node, x: list[str]) -> None:
-    assert node.weights is not None and node.bias is not None
-    out, weights = node.outputs[0], node.weights
+    assert node.weight_shape is not None and node.bias is not None
+    out, values = node.outputs[0], node.float_weights
+    if node.weights is not None:
+        values = node.weights.values()
+    assert values is not None
     attributes = {k: v for k, v in node.attributes.items() if k != "clamp"}
-    values = onnx_weight(node.op, weights.values(), attributes["group"])
-    weight = ctx.constant(f"{out}/weight", values)
-    ctx.weights[weight] = WeightRecord.of(
-        weights, ctx.graph.settings.get("granularity", "element")
-    )
+    weight = ctx.constant(f"{out}/weight", onnx_weight(node.op, values, attributes["group"]))
+    if node.weights is not None:
+        granularity = ctx.graph.settings.get("granularity", "element")
+        ctx.weights[weight] = WeightRecord.of(node.weights, granularity)
     inputs = [x[0], weight, ctx.constant(f"{out}/bias", node.bias)]
-    steps = [(node.op, inputs, {"kernel_shape": list(weights.shape[1:3]), **attributes})]
-    if len(x) == 2:
-        steps.append(("Add", ["", x[1]], {}))
-    elif ctx.graph.is_code(out):
-        # A sum of nothing else changes nothing, but without it onnxruntime takes the layer for one
-        # that int8 was forgotten in, and rounds the weights anew.
-        steps.append(("Sum", [""], {}))
-    ctx.operation(node, steps + ctx.clamp(node))
+    attributes["kernel_shape"] = list(node.weight_shape[1:3])
+    residual: list[Step] = [("Add", [_BEFORE, name], {}) for name in x[1:]]
+    ctx.operation(node, [(node.op, inputs, attributes), *residual, *ctx.clamp(node)])
 
 
 def _add(ctx: _Export, node: Node, x: list[str]) -> None:
@@ -239,11 +267,25 @@ def _average_pool(ctx: _Export, node: Node, x: list[str]) -> None:
 def _resize(ctx: _Export, node: Node, x: list[str]) -> None:
     a = dict(node.attributes)
     scales, sizes, out = a.pop("scales"), a.pop("sizes"), node.outputs[0]
+    # Before version 13 an input that is not given is an empty one.
+    roi = "" if ctx.opset >= 13 else ctx.constant(f"{out}/roi", [])
     if scales is not None:
-        inputs = [*x, "", ctx.constant(f"{out}/scales", scales)]
+        inputs = [*x, roi, ctx.constant(f"{out}/scales", [1.0, 1.0, *scales])]
+    elif ctx.opset >= 18:
+        a["axes"] = [2, 3]
+        inputs = [*x, roi, "", ctx.constant(f"{out}/sizes", sizes, np.int64)]
     else:
-        inputs = [*x, "", "", ctx.constant(f"{out}/sizes", sizes, np.int64)]
-    ctx.operation(node, [("Resize", inputs, {"axes": [2, 3], **a})])
+        # Without axes, sizes of batch and channels are wanted too.
+        shape = ctx.fresh(f"{out}/shape")
+        ctx.node("Shape", f"{node.name}/Shape", x, shape)
+        indices = ctx.constant(f"{out}/indices", [0, 1], np.int64)
+        first, all_ = ctx.fresh(f"{out}/first"), ctx.fresh(f"{out}/sizes")
+        ctx.node("Gather", f"{node.name}/Gather", [shape, indices], first)
+        last = ctx.constant(f"{out}/last", sizes, np.int64)
+        ctx.node("Concat", f"{node.name}/Concat", [first, last], all_, axis=0)
+        none = "" if ctx.opset >= 13 else ctx.constant(f"{out}/none", [])
+        inputs = [*x, roi, none, all_]
+    ctx.operation(node, [("Resize", inputs, a)])
 
 
 def _slice(ctx: _Export, node: Node, x: list[str]) -> None:
@@ -257,6 +299,28 @@ def _slice(ctx: _Export, node: Node, x: list[str]) -> None:
 def _pad(ctx: _Export, node: Node, x: list[str]) -> None:
     pads = ctx.constant(f"{node.outputs[0]}/pads", node.attributes["pads"], np.int64)
     ctx.operation(node, [("Pad", [*x, pads], {})])
+
+
+def _clip(ctx: _Export, node: Node, x: list[str]) -> None:
+    bounds = ctx.bounds(node.outputs[0], "clamp", node.attributes["clamp"])
+    ctx.operation(node, [("Clip", x + bounds, {})])
+
+
+def _hard_swish(ctx: _Export, node: Node, x: list[str]) -> None:
+    # An operator of its own only from version 14 on.
+    attributes = {"alpha": 1 / 6, "beta": 0.5}
+    ctx.operation(node, [("HardSigmoid", x, attributes), ("Mul", [*x, _BEFORE], {})])
+
+
+def _swish(ctx: _Export, node: Node, x: list[str]) -> None:
+    ctx.operation(node, [("Sigmoid", x, {}), ("Mul", [*x, _BEFORE], {})])
+
+
+def _onnx(ctx: _Export, node: Node, x: list[str]) -> None:
+    ctx.nodes.append(helper.make_node(node.op, x, node.outputs, node.name))
+    for key, value in node.attributes.items():
+        kind = onnx.AttributeProto.INTS if value == [] else None
+        ctx.nodes[-1].attribute.append(helper.make_attribute(key, value, attr_type=kind))
 
 
 _EMITTERS: dict[str, _Emitter] = {
@@ -275,4 +339,12 @@ _EMITTERS: dict[str, _Emitter] = {
     "Slice": _slice,
     "Pad": _pad,
     "Flatten": _same,
+    "Clip": _clip,
+    "LeakyRelu": _same,
+    "Elu": _same,
+    "Sigmoid": _same,
+    "Tanh": _same,
+    "HardSigmoid": _same,
+    "HardSwish": _hard_swish,
+    "Swish": _swish,
 }

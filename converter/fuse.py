@@ -171,7 +171,7 @@ class _Fusion:
         convs = [
             conv
             for name in node.inputs
-            if (conv := self._sole_producer(name, "Conv"))
+            if (conv := self._sole_producer(name, "Conv", "ConvTranspose"))
             and self._takes_in(conv)
             and len({shapes[n] for n in node.inputs}) == 1
         ]
@@ -207,7 +207,7 @@ def _bounded(function: Function, bounds: Clamp) -> Function:
     for op, bound in zip(("Max", "Min"), bounds, strict=True):
         if bound is not None:
             free, constant = f"{function.output}/free", f"{function.output}/{op}"
-            constants[constant] = np.array(bound)
+            constants[constant] = np.array(bound, np.float32)
             last = onnx.NodeProto()
             last.CopyFrom(nodes[-1])
             last.output[0] = free

@@ -10,7 +10,6 @@ Whatever has no packed counterpart stays an ONNX operator, on tensors as ONNX ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from logshift.converter.float_graph import (
 from logshift.converter.fuse import pads_fit
 from logshift.converter.layout import packed_weight
 from logshift.converter.onnx_model import Model, Trace
-from logshift.converter.qdq import identity, table_of
+from logshift.converter.qdq import identity, table_function, table_of
 from logshift.converter.recognise import recognise
 from logshift.kernels.codec import LogWeights
 from logshift.runtime import numpy_ops
@@ -131,7 +130,7 @@ class _Lowering:
             if node.op_type != "Constant" and needed.intersection(node.output):
                 # Handlers look up sizes themselves; ONNX operators ask for their inputs.
                 if table := self.table(node):
-                    needed.add(table[0].input)
+                    needed.add(table[0])
                 else:
                     needed.update(node.input if node.op_type in _VARIADIC else node.input[:1])
                 kept.append(node)
@@ -144,7 +143,7 @@ class _Lowering:
             if len(shape := self.trace.shapes.get(name, ())) in (2, 4):
                 self.shapes[name] = shape if len(shape) == 4 else (*shape, 1, 1)
         handler = _HANDLERS.get(node.op_type)
-        if node.output[0] in self.model.quantization:
+        if node.op_type == "Clip" and node.name in self.model.quantization:
             handler = _round
         if handler is not None and node.domain in ("", "ai.onnx"):
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -321,12 +320,9 @@ class _Lowering:
         self.fixed_size = True
         return [int(v) for v in self.trace.integers[name].ravel()]
 
-    def table(self, node: onnx.NodeProto) -> tuple[Function, Quantization] | None:
-        """Return the function that a Gather is if it reads a table at codes; see `qdq.table_of`."""
-        if node.op_type != "Gather":
-            return None
-        model = self.model
-        return table_of(node, self.producers, self.constants, model.quantization, model.opset)
+    def table(self, node: onnx.NodeProto) -> tuple[str, Quantization] | None:
+        """Return the tensor at whose codes a Gather reads a table, see `qdq.table_of`."""
+        return table_of(node, self.producers, self.model.quantization)
 
     def words(self, node: onnx.NodeProto, weight: np.ndarray) -> LogWeights | None:
         """Return the words of a weight, (O, kh, kw, C / group), that lies on a grid already."""
@@ -756,7 +752,7 @@ def _clamp(node: onnx.NodeProto, a: dict[str, Any], constants: dict[str, np.ndar
 def _round(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     """Note the quantization of a tensor; if it has another one, it gets a table."""
     x, y = ctx.source(node.input[0]), node.output[0]
-    q = ctx.model.quantization[y]
+    q = ctx.model.quantization[node.name]
     if ctx.quantization.setdefault(x, q) == q:
         ctx.alias[y] = x
         ctx.shapes.pop(y, None)
@@ -771,12 +767,15 @@ def _gather(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     table = ctx.table(node)
     if table is None:
         raise _Unsupported("reads no table")
-    function, q = table
-    x = ctx.source(function.input)
+    x, q, y = ctx.source(table[0]), table[1], node.output[0]
     if ctx.quantization.setdefault(x, q) != q:
         raise _Unsupported("reads codes of another quantization than others")
-    ctx.shapes[node.output[0]] = ctx.shapes[x]
-    ctx.emit("Elementwise", node, [x], function=replace(function, input=x))
+    quantize = ctx.producers[ctx.producers[node.input[1]].input[0]]
+    zero_point = int(ctx.constants[quantize.input[2]].item()) if len(quantize.input) > 2 else 0
+    values = ctx.constants[node.input[0]]
+    ctx.shapes[y] = ctx.shapes[x]
+    function = table_function(x, y, values, zero_point, q.scale, ctx.model.opset)
+    ctx.emit("Elementwise", node, [x], function=function)
 
 
 # --- moving values ------------------------------------------------------------------------------

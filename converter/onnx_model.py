@@ -56,7 +56,7 @@ class Model:
     inputs : list of ModelInput
     size : int
         Bytes of the model as it was given.
-    quantization : dict of tensor name to Quantization
+    quantization : dict of node name to Quantization
         What was taken out of it; see `qdq.strip`.
     metadata : Metadata
     """
@@ -107,15 +107,25 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     inputs = _inputs(original.graph)
     known = metadata.read(original)
     original, quantization = qdq.strip(original, known)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(original)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     skipped = _RENAMING if quantization or known.weights else ()
     try:
-        proto = onnxslim.slim(copy, skip_fusion_patterns=skipped)
+        proto = _simplified(original, skipped)
     except Exception as error:  # a simplifier may fail in any way
         raise ConversionError(f"{where}: cannot be simplified ({error})") from error
     return Model(original, proto, inputs, size, quantization, known)
+
+
+def _simplified(model: onnx.ModelProto, skipped: tuple[str, ...]) -> onnx.ModelProto:
+    def attempt(**options: bool) -> onnx.ModelProto:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        return onnxslim.slim(copy, skip_fusion_patterns=skipped, **options)
+
+    try:
+        return attempt()
+    except IndexError:  # where its inference of shapes knows less than the model says
+        return attempt(no_shape_infer=True)
 
 
 def _check_opset(model: onnx.ModelProto, where: str) -> None:

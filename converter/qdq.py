@@ -28,6 +28,7 @@ _TYPES = {
 }
 _STEP = 1e-3  # a bound this near to a code, in codes, is that code
 _TABLE = 256
+_REFERENCE_OPSET = 19
 
 
 def strip(
@@ -49,8 +50,9 @@ def strip(
     -------
     onnx.ModelProto
         The same object if there was nothing to do.
-    dict of tensor name to Quantization
-        Of the outputs of these Clips; and of codes that a table is read at, see `table_of`.
+    dict of node name to Quantization
+        Of these Clips; and of QuantizeLinear that makes codes to read a table at, see `table_of`.
+        Names of nodes, because simplifying changes those of tensors.
     """
     if not any(node.op_type in _PAIR for node in model.graph.node):
         return model, {}
@@ -63,8 +65,8 @@ def strip(
 
 class _Strip:
     def __init__(self, model: onnx.ModelProto, metadata: Metadata) -> None:
-        self.model, self.metadata = model, metadata
-        self.graph = model.graph
+        self.metadata, self.graph = metadata, model.graph
+        self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
         self.quantization: dict[str, Quantization] = {}
         self.constants = {t.name: t for t in self.graph.initializer}
         for node in self.graph.node:
@@ -72,6 +74,7 @@ class _Strip:
                 self.constants[node.output[0]] = node.attribute[0].t
         self.producers = {name: node for node in self.graph.node for name in node.output if name}
         self.names = {*self.constants, *self.producers, *(v.name for v in self.graph.input)}
+        self.node_names = {node.name for node in self.graph.node}
 
     def run(self) -> None:
         nodes = [kept for node in self.graph.node for kept in self._node(node)]
@@ -106,7 +109,10 @@ class _Strip:
             [node], "constant", [], [onnx.ValueInfoProto(name=node.output[0])],
             [_named(t, name) for t, name in zip(inputs, node.input, strict=True) if t],
         )  # fmt: skip
-        single = helper.make_model(graph, opset_imports=self.model.opset_import)
+        # Both operators mean the same in all versions; older ones have no reference.
+        single = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", max(self.opset, _REFERENCE_OPSET))]
+        )
         (value,) = ReferenceEvaluator(single).run(None, {})
         tensor = numpy_helper.from_array(np.asarray(value), node.output[0])
         self.constants[node.output[0]] = tensor
@@ -173,26 +179,24 @@ class _Strip:
         return Quantization(q.scale, q.zero_point - low, bits)
 
     def _clip(self, node: onnx.NodeProto, tensor: str, q: Quantization) -> onnx.NodeProto:
-        self.quantization[node.output[0]] = q
+        name = self._note(node, q)
         ends = np.finfo(np.float32)
         low, high = zero_side(q)
         bounds = [ends.min if low is None else low, ends.max if high is None else high]
-        opset = next(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
-        name = node.name or node.output[0]
-        if opset < 11:
+        if self.opset < 11:
             return helper.make_node(
                 "Clip", [tensor], node.output, name, min=float(bounds[0]), max=float(bounds[1])
             )
         inputs = [tensor]
         for bound, side in zip(bounds, ("low", "high"), strict=True):
-            inputs.append(self._fresh(f"{node.output[0]}/{side}"))
+            inputs.append(_fresh(f"{node.output[0]}/{side}", self.names))
             self.graph.initializer.append(numpy_helper.from_array(np.float32(bound), inputs[-1]))
         return helper.make_node("Clip", inputs, node.output, name)
 
-    def _fresh(self, name: str) -> str:
-        while name in self.names:
-            name += "_"
-        self.names.add(name)
+    def _note(self, node: onnx.NodeProto, q: Quantization) -> str:
+        """Note the quantization of a node; returns the name that only this node is to have."""
+        name = _fresh(node.name or node.output[0], self.node_names)
+        self.quantization[name] = q
         return name
 
     def _table(self, gather: onnx.NodeProto) -> None:
@@ -210,18 +214,17 @@ class _Strip:
             or (found := self._quantization(quantize)) is None
         ):
             return
-        kind = self.constants[quantize.input[2]].data_type if len(quantize.input) > 2 else None
-        if kind not in (None, TensorProto.UINT8):
-            return
         tensor, q = found
         zero = self._array(quantize, 2)
+        if zero is not None and zero.dtype != np.uint8:
+            return
         low = (0 if zero is None else int(zero.reshape(-1)[0])) - q.zero_point
         table = table[np.clip(np.arange(_TABLE), low, low + q.top)]
         quantize.input[0] = tensor
-        gather.input[0] = self._fresh(f"{gather.output[0]}/table")
+        gather.input[0] = _fresh(f"{gather.output[0]}/table", self.names)
         self.constants[gather.input[0]] = numpy_helper.from_array(table, gather.input[0])
         self.graph.initializer.append(self.constants[gather.input[0]])
-        self.quantization[quantize.output[0]] = q
+        quantize.name = self._note(quantize, q)
 
     def _drop_unused(self) -> None:
         needed = {value.name for value in self.graph.output}
@@ -237,6 +240,13 @@ class _Strip:
         self.graph.node.extend(reversed(kept))
 
 
+def _fresh(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
 def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
@@ -247,50 +257,51 @@ def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
 def table_of(
     gather: onnx.NodeProto,
     producers: dict[str, onnx.NodeProto],
-    constants: dict[str, np.ndarray],
     quantization: dict[str, Quantization],
-    opset: int,
-) -> tuple[Function, Quantization] | None:
-    """Return a table read at codes as a function of the tensor that was rounded to them.
+) -> tuple[str, Quantization] | None:
+    """Return the tensor at whose codes a Gather reads a table, and their quantization.
 
     Parameters
     ----------
     gather : onnx.NodeProto
     producers : dict of tensor name to the node that makes it
-    constants : dict of tensor name to array
-    quantization : dict of tensor name to Quantization
+    quantization : dict of node name to Quantization
         From `strip`.
-    opset : int
 
     Returns
     -------
-    (Function, Quantization of its input), or None if the node is anything else.
+    (name, Quantization), or None if the node is anything else.
     """
-    cast = producers.get(gather.input[1])
-    quantize = producers.get(cast.input[0]) if cast is not None else None
-    if quantize is None or (q := quantization.get(quantize.output[0])) is None:
+    if gather.op_type != "Gather" or (cast := producers.get(gather.input[1])) is None:
         return None
-    x, y = quantize.input[0], gather.output[0]
-    zero = constants[quantize.input[2]] if len(quantize.input) > 2 else np.uint8(0)
-    scalars = {
-        f"{y}/scale": np.array(q.scale),
-        f"{y}/zero": np.array(float(np.reshape(zero, -1)[0])),
-        f"{y}/first": np.array(0.0),
-        f"{y}/last": np.array(_TABLE - 1.0),
+    quantize = producers.get(cast.input[0]) if cast.op_type == "Cast" else None
+    if quantize is None or (q := quantization.get(quantize.name)) is None:
+        return None
+    return quantize.input[0], q
+
+
+def table_function(
+    x: str, y: str, table: np.ndarray, zero_point: int, scale: float, opset: int
+) -> Function:
+    """Return the function y of x that a table is, at codes 0 to 255."""
+    constants = {
+        f"{y}/scale": np.array(scale, np.float32),
+        f"{y}/zero": np.array(zero_point, np.float32),
+        f"{y}/first": np.array(0, np.float32),
+        f"{y}/last": np.array(_TABLE - 1, np.float32),
+        f"{y}/table": table,
     }
-    scale, zero_point, first, last = scalars
-    table = numpy_helper.from_array(constants[gather.input[0]])
+    step, zero, first, last, values = constants
     nodes = [
-        helper.make_node("Constant", [], [f"{y}/table"], value=table),
-        helper.make_node("Div", [x, scale], [f"{y}/ratio"]),
+        helper.make_node("Div", [x, step], [f"{y}/ratio"]),
         helper.make_node("Round", [f"{y}/ratio"], [f"{y}/rounded"]),
-        helper.make_node("Add", [f"{y}/rounded", zero_point], [f"{y}/shifted"]),
+        helper.make_node("Add", [f"{y}/rounded", zero], [f"{y}/shifted"]),
         helper.make_node("Max", [f"{y}/shifted", first], [f"{y}/above"]),
         helper.make_node("Min", [f"{y}/above", last], [f"{y}/inside"]),
         helper.make_node("Cast", [f"{y}/inside"], [f"{y}/code"], to=TensorProto.INT64),
-        helper.make_node("Gather", [f"{y}/table", f"{y}/code"], [y]),
+        helper.make_node("Gather", [values, f"{y}/code"], [y]),
     ]
-    return Function(x, y, nodes, scalars, opset), q
+    return Function(x, y, nodes, constants, opset)
 
 
 # --- the lowered network ------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from logshift.kernels.codec import LogWeights
 
 # alpha and the value may each be rounded to float32 once.
 _ROUNDING = 2.0**-22
+_FEW = 64
+_NEIGHBOURS = 4  # as many float32 numbers on each side of what a rounded value says alpha is
 
 
 def recognise(weight: np.ndarray, hint: WeightRecord | None = None) -> LogWeights | None:
@@ -40,9 +42,11 @@ def recognise(weight: np.ndarray, hint: WeightRecord | None = None) -> LogWeight
         alpha = np.array(hint.alpha, np.float32)
         if (words := _words(weight, alpha, *grid)) is not None:
             return words
-    for grid in _grids():
-        if (found := _search(matrix, *grid)) is not None:
-            return _words(weight, found, *grid)
+    # Values are what float32 makes of them; but they may have been multiplied after that.
+    for exact in (True, False):
+        for grid in _grids():
+            if (found := _search(matrix, *grid, exact)) is not None:
+                return _words(weight, found, *grid)
     return None
 
 
@@ -103,39 +107,50 @@ def _words(
     return None if codes is None else LogWeights(*codes, alpha, bits, shift, clip)
 
 
-def _search(matrix: np.ndarray, bits: int, shift: int, clip: int) -> np.ndarray | None:
+def _search(
+    matrix: np.ndarray, bits: int, shift: int, clip: int, exact: bool
+) -> np.ndarray | None:
     """Find alpha of every channel (rows), None if there is a channel that fits none."""
     alpha = np.ones(len(matrix), np.float32)
     top = 2.0 ** (codec.exponent_levels(bits) - 1 + shift)
-    for o, row in enumerate(matrix):
+    magnitudes = _magnitudes(bits, shift, clip)
+    for o, row in enumerate(np.abs(matrix)):
+        if not row.any():
+            continue
         # Very few values refuse a channel of float weights.
-        for part in (np.abs(row[:64]), np.abs(row)):
-            values = np.unique(part[part > 0])
-            if not values.size:
-                continue
-            unit = _unit(values, _magnitudes(bits, shift, clip))
-            if unit is None:
-                return None
-            alpha[o] = unit * top
-    if not (np.isfinite(alpha).all() and (alpha > 0).all()):
-        return None
-    return alpha
+        if not len(_units(row[:_FEW], magnitudes)):
+            return None
+        values = np.unique(row[row > 0])
+        choices = [_nearest_alpha(values, unit, top) for unit in _units(row, magnitudes)]
+        choices = [(equal, a) for equal, a in choices if equal or not exact]
+        if not choices:
+            return None
+        alpha[o] = max(choices, key=lambda choice: choice[0])[1]
+    return alpha if np.isfinite(alpha).all() and (alpha > 0).all() else None
 
 
-def _unit(values: np.ndarray, magnitudes: np.ndarray) -> float | None:
-    """Return the real value of W = 1 of which all values (ascending) are multiples on the grid."""
+def _units(row: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+    """Return the real values of W = 1 of which all values are multiples on the grid, ascending."""
+    values = np.unique(row[row > 0])
+    if not values.size:
+        return np.ones(1)
     if len(values) > len(magnitudes) or values[-1] / values[0] > magnitudes[-1] * (1 + _ROUNDING):
-        return None
-    units = values[-1] / magnitudes[::-1]  # the smallest first: the largest W
+        return np.empty(0)
+    units = values[-1] / magnitudes[::-1]
     for value in values[::-1]:
         w = np.rint(value / units)
         place = np.minimum(np.searchsorted(magnitudes, w), len(magnitudes) - 1)
         fits = (magnitudes[place] == w) & (np.abs(w * units - value) <= 2 * _ROUNDING * value)
         units = units[fits]
-        if not units.size:
-            return None
-    # Powers of two times alpha are not rounded: they tell alpha exactly.
-    unit = units[0]
-    w = np.rint(values / unit)
-    exact = values[np.frexp(w)[0] == 0.5]
-    return float(exact[0] / np.rint(exact[0] / unit)) if exact.size else float(unit)
+    return units
+
+
+def _nearest_alpha(values: np.ndarray, unit: float, top: float) -> tuple[bool, np.float32]:
+    """Return the alpha near unit * top that gives most values exactly, and whether it is all."""
+    w, alpha = np.rint(values / unit), np.float32(unit * top)
+    steps = sorted(range(-_NEIGHBOURS, _NEIGHBOURS + 1), key=abs)
+    candidates = alpha + np.array(steps, np.float32) * np.spacing(alpha)
+    found = (w[:, None] * (candidates.astype(np.float64) / top)).astype(np.float32)
+    equal = (found == values.astype(np.float32)[:, None]).sum(axis=0)
+    best = int(equal.argmax())
+    return equal[best] == len(values), candidates[best]
