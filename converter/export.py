@@ -243,7 +243,7 @@ def _conv(ctx: _Export, node: Node, x: list[str]) -> None:
     ctx.operation(node, [(node.op, inputs, attributes), *residual, *ctx.clamp(node)])
 
 
-def _add(ctx: _Export, node: Node, x: list[str]) -> None:
+def _arithmetic(ctx: _Export, node: Node, x: list[str]) -> None:
     ctx.operation(node, [(node.op, x, {}), *ctx.clamp(node)])
 
 
@@ -253,9 +253,12 @@ def _lookup(ctx: _Export, node: Node, x: list[str]) -> None:
     out = node.outputs[0]
     q = ctx.graph.quantization[out]
     table = (node.table.astype(np.float32) - np.float32(q.zero_point)) * np.float32(q.scale)
-    codes = ctx.fresh(f"{out}/codes")
-    ctx.node("Cast", f"{node.name}/Cast", [ctx.quantized[node.inputs[0]]], codes, to=TensorProto.INT32)
-    ctx.operation(node, [("Gather", [ctx.constant(f"{out}/table", table), codes], {"axis": 0})])
+    steps: list[Step] = [("Cast", [ctx.quantized[node.inputs[0]]], {"to": TensorProto.INT32})]
+    if table.ndim == 2:
+        begin = (table.shape[1] * np.arange(len(table))).reshape(1, -1, 1, 1)
+        steps.append(("Add", [_BEFORE, ctx.constant(f"{out}/begin", begin, np.int32)], {}))
+    flat = ctx.constant(f"{out}/table", table.ravel())
+    ctx.operation(node, [*steps, ("Gather", [flat, _BEFORE], {"axis": 0})])
 
 
 def _average_pool(ctx: _Export, node: Node, x: list[str]) -> None:
@@ -296,6 +299,11 @@ def _slice(ctx: _Export, node: Node, x: list[str]) -> None:
     ctx.operation(node, [("Slice", x + inputs, {})])
 
 
+def _gather(ctx: _Export, node: Node, x: list[str]) -> None:
+    indices = ctx.constant(f"{node.outputs[0]}/indices", node.attributes["indices"], np.int64)
+    ctx.operation(node, [("Gather", [*x, indices], {"axis": 1})])
+
+
 def _pad(ctx: _Export, node: Node, x: list[str]) -> None:
     pads = ctx.constant(f"{node.outputs[0]}/pads", node.attributes["pads"], np.int64)
     ctx.operation(node, [("Pad", [*x, pads], {})])
@@ -331,8 +339,12 @@ _EMITTERS: dict[str, _Emitter] = {
     "MaxPool": _same,
     "AveragePool": _average_pool,
     "GlobalAveragePool": _same,
-    "Add": _add,
+    "GlobalMaxPool": _same,
+    "Add": _arithmetic,
+    "Sub": _arithmetic,
+    "Mul": _arithmetic,
     "Concat": _same,
+    "Gather": _gather,
     "Lookup": _lookup,
     "Resize": _resize,
     "DepthToSpace": _same,

@@ -21,6 +21,9 @@ from logshift.converter.recognise import scaled
 from logshift.runtime.graph import OPERATORS
 
 
+_CLAMPING = [op for op, operator in OPERATORS.items() if "clamp" in operator.attributes]
+
+
 def fuse(graph: FloatGraph) -> None:
     """Fuse `graph` in place, leaving only packed operators.
 
@@ -112,7 +115,7 @@ class _Fusion:
 
     def _elementwise(self, node: FloatNode) -> None:
         if node.clamp != NO_CLAMP:
-            target = self._sole_producer(node.inputs[0], "Conv", "ConvTranspose", "Add")
+            target = self._sole_producer(node.inputs[0], *_CLAMPING)
             if target:
                 if q := self.graph.quantization.get(target.output):
                     target.clamp = clamp_twice(target.clamp, zero_side(q))

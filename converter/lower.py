@@ -130,7 +130,7 @@ class _Lowering:
             if node.op_type != "Constant" and needed.intersection(node.output):
                 # Handlers look up sizes themselves; ONNX operators ask for their inputs.
                 if table := self.table(node):
-                    needed.add(table[0])
+                    needed.add(table[0].input[0])
                 else:
                     needed.update(node.input if node.op_type in _VARIADIC else node.input[:1])
                 kept.append(node)
@@ -320,8 +320,8 @@ class _Lowering:
         self.fixed_size = True
         return [int(v) for v in self.trace.integers[name].ravel()]
 
-    def table(self, node: onnx.NodeProto) -> tuple[str, Quantization] | None:
-        """Return the tensor at whose codes a Gather reads a table, see `qdq.table_of`."""
+    def table(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto, Quantization] | None:
+        """Return what makes the codes at which a Gather reads a table, see `qdq.table_of`."""
         return table_of(node, self.producers, self.model.quantization)
 
     def words(self, node: onnx.NodeProto, weight: np.ndarray) -> LogWeights | None:
@@ -453,10 +453,11 @@ def _matmul(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
         (n, weight.shape[1], t, 1),
     )
     ctx.trace.shapes |= {f"{name}/NFT": (n, f, t), f"{name}/NOT": (n, weight.shape[1], t)}
+    weight = np.ascontiguousarray(weight.T[:, None, None, :])
     ctx.nodes.append(
         FloatNode(
-            "Conv", _name(node), [f"{name}/NFT1"], f"{name}/NOT1", dict(_POINTWISE),
-            np.ascontiguousarray(weight.T[:, None, None, :]), np.zeros(weight.shape[1], np.float32),
+            "Conv", _name(node), [f"{name}/NFT1"], f"{name}/NOT1", dict(_POINTWISE), weight,
+            np.zeros(len(weight), np.float32), ctx.words(node, weight),
         )
     )  # fmt: skip
     ctx.unsqueeze(f"{name}/NOT1", f"{name}/NOT", [3], "Squeeze")
@@ -764,18 +765,27 @@ def _round(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
 
 @_lowers("Gather")
 def _gather(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
-    table = ctx.table(node)
-    if table is None:
-        raise _Unsupported("reads no table")
-    x, q, y = ctx.source(table[0]), table[1], node.output[0]
+    if (table := ctx.table(node)) is None:
+        _gather_channels(ctx, node, a)
+        return
+    quantize, q = table
+    x, y = ctx.source(quantize.input[0]), node.output[0]
     if ctx.quantization.setdefault(x, q) != q:
         raise _Unsupported("reads codes of another quantization than others")
-    quantize = ctx.producers[ctx.producers[node.input[1]].input[0]]
     zero_point = int(ctx.constants[quantize.input[2]].item()) if len(quantize.input) > 2 else 0
     values = ctx.constants[node.input[0]]
     ctx.shapes[y] = ctx.shapes[x]
     function = table_function(x, y, values, zero_point, q.scale, ctx.model.opset)
     ctx.emit("Elementwise", node, [x], function=function)
+
+
+def _gather_channels(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    x, indices = ctx.tensor(node.input[0]), ctx.constants.get(node.input[1])
+    channels = ctx.shapes[x][1]
+    if indices is None or indices.ndim != 1 or a.get("axis", 0) % 4 != 1 or not indices.size:
+        raise _Unsupported("does not select channels by constants")
+    indices = np.where(indices < 0, indices + channels, indices)
+    ctx.emit("Gather", node, [x], attributes={"axis": 1, "indices": [int(i) for i in indices]})
 
 
 # --- moving values ------------------------------------------------------------------------------

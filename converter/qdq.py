@@ -201,29 +201,34 @@ class _Strip:
 
     def _table(self, gather: onnx.NodeProto) -> None:
         """Make a table that is read at codes independent of a Clip before these."""
-        cast = self.producers.get(gather.input[1])
-        quantize = self.producers.get(cast.input[0]) if cast is not None else None
         table = self._array(gather, 0)
         axis = next((a.i for a in gather.attribute if a.name == "axis"), 0)
+        if table is None or table.dtype != np.float32 or table.ndim != 1 or axis != 0:
+            return
+        if (parts := _reading(gather, self.producers)) is None:
+            return
+        quantize, offset = parts
+        channels = len(table) // _TABLE
+        if offset:
+            offsets = self._array(self.producers[gather.input[1]], 1)
+            if offsets is None or not np.array_equal(offsets, _offsets(channels, offsets.dtype)):
+                return
+        zero = self._array(quantize, 2)
         if (
-            cast is None
-            or quantize is None
-            or (cast.op_type, quantize.op_type) != ("Cast", "QuantizeLinear")
-            or table is None
-            or (table.dtype, table.shape, axis) != (np.float32, (_TABLE,), 0)
+            len(table) != channels * _TABLE
+            or (channels > 1 and not offset)
+            or (zero is not None and zero.dtype != np.uint8)
             or (found := self._quantization(quantize)) is None
         ):
             return
         tensor, q = found
-        zero = self._array(quantize, 2)
-        if zero is not None and zero.dtype != np.uint8:
-            return
         low = (0 if zero is None else int(zero.reshape(-1)[0])) - q.zero_point
-        table = table[np.clip(np.arange(_TABLE), low, low + q.top)]
+        table = table.reshape(channels, _TABLE)[:, np.clip(np.arange(_TABLE), low, low + q.top)]
         quantize.input[0] = tensor
         gather.input[0] = _fresh(f"{gather.output[0]}/table", self.names)
-        self.constants[gather.input[0]] = numpy_helper.from_array(table, gather.input[0])
-        self.graph.initializer.append(self.constants[gather.input[0]])
+        tensor_proto = numpy_helper.from_array(table.reshape(-1), gather.input[0])
+        self.constants[gather.input[0]] = tensor_proto
+        self.graph.initializer.append(tensor_proto)
         quantize.name = self._note(quantize, q)
 
     def _drop_unused(self) -> None:
@@ -238,6 +243,30 @@ class _Strip:
             return
         del self.graph.node[:]
         self.graph.node.extend(reversed(kept))
+
+
+def _reading(
+    gather: onnx.NodeProto, producers: dict[str, onnx.NodeProto]
+) -> tuple[onnx.NodeProto, bool] | None:
+    """Return what makes the codes at which a table is read, and whether each channel has its own.
+
+    None if it is no such thing: QuantizeLinear, Cast, Add of a constant if channels differ, Gather.
+    """
+    if gather.op_type != "Gather":
+        return None
+    node = producers.get(gather.input[1])
+    offset = node is not None and node.op_type == "Add"
+    if node is not None and offset:
+        node = producers.get(node.input[0])
+    if node is None or node.op_type != "Cast":
+        return None
+    node = producers.get(node.input[0])
+    return None if node is None or node.op_type != "QuantizeLinear" else (node, offset)
+
+
+def _offsets(channels: int, dtype: np.dtype) -> np.ndarray:
+    """Return where the tables of channels begin."""
+    return (_TABLE * np.arange(channels, dtype=dtype)).reshape(1, -1, 1, 1)
 
 
 def _fresh(name: str, taken: set[str]) -> str:
@@ -258,8 +287,8 @@ def table_of(
     gather: onnx.NodeProto,
     producers: dict[str, onnx.NodeProto],
     quantization: dict[str, Quantization],
-) -> tuple[str, Quantization] | None:
-    """Return the tensor at whose codes a Gather reads a table, and their quantization.
+) -> tuple[onnx.NodeProto, Quantization] | None:
+    """Return what makes the codes at which a Gather reads a table, and their quantization.
 
     Parameters
     ----------
@@ -270,36 +299,38 @@ def table_of(
 
     Returns
     -------
-    (name, Quantization), or None if the node is anything else.
+    (QuantizeLinear, Quantization), or None if the node is anything else.
     """
-    if gather.op_type != "Gather" or (cast := producers.get(gather.input[1])) is None:
+    if (parts := _reading(gather, producers)) is None:
         return None
-    quantize = producers.get(cast.input[0]) if cast.op_type == "Cast" else None
-    if quantize is None or (q := quantization.get(quantize.name)) is None:
-        return None
-    return quantize.input[0], q
+    quantize, _ = parts
+    q = quantization.get(quantize.name)
+    return None if q is None else (quantize, q)
 
 
 def table_function(
     x: str, y: str, table: np.ndarray, zero_point: int, scale: float, opset: int
 ) -> Function:
-    """Return the function y of x that a table is, at codes 0 to 255."""
+    """Return the function y of x that a table is, or tables of channels, at codes 0 to 255."""
+    channels = len(table) // _TABLE
     constants = {
         f"{y}/scale": np.array(scale, np.float32),
         f"{y}/zero": np.array(zero_point, np.float32),
         f"{y}/first": np.array(0, np.float32),
         f"{y}/last": np.array(_TABLE - 1, np.float32),
         f"{y}/table": table,
+        f"{y}/begin": _offsets(channels, np.dtype(np.float32))[0] if channels > 1 else np.zeros((), np.float32),
     }
-    step, zero, first, last, values = constants
+    step, zero, first, last, values, begin = constants
     nodes = [
         helper.make_node("Div", [x, step], [f"{y}/ratio"]),
         helper.make_node("Round", [f"{y}/ratio"], [f"{y}/rounded"]),
         helper.make_node("Add", [f"{y}/rounded", zero], [f"{y}/shifted"]),
         helper.make_node("Max", [f"{y}/shifted", first], [f"{y}/above"]),
         helper.make_node("Min", [f"{y}/above", last], [f"{y}/inside"]),
-        helper.make_node("Cast", [f"{y}/inside"], [f"{y}/code"], to=TensorProto.INT64),
-        helper.make_node("Gather", [values, f"{y}/code"], [y]),
+        helper.make_node("Add", [f"{y}/inside", begin], [f"{y}/position"]),
+        helper.make_node("Cast", [f"{y}/position"], [f"{y}/place"], to=TensorProto.INT64),
+        helper.make_node("Gather", [values, f"{y}/place"], [y]),
     ]
     return Function(x, y, nodes, constants, opset)
 

@@ -635,7 +635,7 @@ def test_function_that_is_not_finite(tmp_path):
 def test_wrong_lowering_is_noticed(tmp_path, monkeypatch):
     from logshift.converter import fuse
 
-    monkeypatch.setattr(fuse, "_clamp_twice", lambda first, second: (None, None))
+    monkeypatch.setattr(fuse, "clamp_twice", lambda first, second: (None, None))
     net = Net()
     model = net.model(net.node("Relu", net.conv("x")))
     with pytest.raises(ConversionError, match="differs from the ONNX model"):
