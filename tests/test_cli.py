@@ -112,7 +112,8 @@ def test_info_tells_sizes_and_nzr_without_loading(capsys, packed, monkeypatch):
     record = json.loads(output(capsys, "info", packed, "--json"))
     graph = make.classifier()
     assert record["bytes"] == packed.stat().st_size
-    assert record["inputs"] == [{"name": "x", "shape": ["batch", 2, "height", "width"]}]
+    (x,) = record["inputs"]
+    assert x == {"name": "x", "shape": ["batch", 2, "height", "width"], "dtype": "float32"}
     assert record["labels"] == graph.labels
     for node, described in zip(graph.nodes, record["nodes"], strict=True):
         assert (node.name, node.op) == (described["name"], described["op"])
@@ -122,6 +123,15 @@ def test_info_tells_sizes_and_nzr_without_loading(capsys, packed, monkeypatch):
     text = output(capsys, "info", packed)
     for part in ("x (batch, 2, height, width)", "cat, dog, ship", "sparse", "bits per weight"):
         assert part in text
+
+
+def test_info_tells_what_runs_how(capsys, packed):
+    packed_format.write(make.mixed(), packed)
+    record = json.loads(output(capsys, "info", packed, "--json"))
+    runs = ["codes", "codes", "float32", "float32", "float32", "numpy", "numpy", "numpy"]
+    assert [node["runs"] for node in record["nodes"]] == runs
+    assert record["weights"] == 8 + 144  # words, not the float32 weights
+    assert "numpy" in output(capsys, "info", packed)
 
 
 @pytest.mark.parametrize(
