@@ -42,6 +42,10 @@ class _Placement:
         given = (*(info.name for info in graph.inputs), *graph.constants)
         self.floats = {name: name for name in given}
         self.codes: dict[str, str] = {}
+        # Inputs that the model itself rounds, whoever reads them.
+        self.rounded = {info.name for info in graph.inputs}.intersection(graph.quantization)
+        if graph.nodes and all(map(wants_float, graph.nodes)):
+            self.rounded.clear()
         # Names that results are to have as float32.
         self.wanted: dict[str, str] = {}
         for info in graph.outputs:
@@ -95,10 +99,14 @@ class _Placement:
     def _name(self, names: dict[str, str], tensor: str, name: str) -> None:
         names[tensor] = name
         self.graph.shapes[name] = self.graph.shapes[tensor]
-        if names is self.codes and tensor in self.graph.quantization:
+        if tensor in self.graph.quantization:
             self.graph.quantization[name] = self.graph.quantization[tensor]
 
     def _as_float(self, tensor: str) -> str:
+        if tensor in self.rounded:
+            self.rounded.remove(tensor)
+            self._as_codes(tensor)
+            self._dequantize(tensor, f"{tensor}/float")
         if tensor not in self.floats:
             self._dequantize(tensor, self.wanted.get(tensor, f"{tensor}/float"))
         return self.floats[tensor]
@@ -131,7 +139,7 @@ class _Placement:
         if tensor in self.codes and tensor not in self.floats:
             self._dequantize(tensor, name)
         elif self.floats[tensor] != name:  # an input, a constant, or another output as well
-            x = self.floats[tensor]
+            x = self._as_float(tensor)
             self.nodes.append(
                 FloatNode("Identity", f"{name}/Identity", [x], name, opset=self.opset)
             )

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from logshift.converter.float_graph import FloatGraph, FloatNode, Function, clamp_twice, zero_side
 from logshift.converter.metadata import Metadata
 from logshift.kernels.errors import ConversionError
-from logshift.runtime.graph import SAME_QUANTIZATION, Quantization
+from logshift.runtime.graph import OPERATORS, SAME_QUANTIZATION, Quantization
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Integer types of codes: bits, and what makes them codes that start from 0.
@@ -376,5 +376,7 @@ def identity(source: str, result: str) -> Function:
 def saturate(graph: FloatGraph) -> None:
     """Bound all nodes whose codes saturate at zero, in place; after `place`."""
     for node in graph.nodes:
-        if node.output in graph.code_tensors and (q := graph.quantization.get(node.output)):
+        if node.is_onnx or (q := graph.quantization.get(node.output)) is None:
+            continue
+        if node.output in graph.code_tensors or "clamp" in OPERATORS[node.op].attributes:
             node.clamp = clamp_twice(node.clamp, zero_side(q))

@@ -10,6 +10,8 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from PIL import Image
+from test_converter import noise
+from test_converter_lowering import Net
 from test_format import make
 
 onnx = pytest.importorskip("onnx", reason="needs the extra `converter`")
@@ -147,3 +149,42 @@ def test_demo_network(tmp_path):
     compare(session.graph, found, expected, tolerance=2 * last)
     output = session.outputs[0].name
     assert (found[output].argmax(axis=1) == expected[output].argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18])
+@pytest.mark.parametrize("options", [{}, {"activation_bits": 32}, {"keep_float": ["*"]}])
+def test_float32_and_onnx_operators(opset, options, tmp_path):
+    net = Net(shape=("batch", 4, 8, 8), opset=opset)
+    x = net.node("LeakyRelu", net.conv("x"), alpha=0.2)
+    x = net.node("Mul", x, net.node("HardSigmoid", net.conv(x), alpha=1 / 6))
+    x = net.node("Clip", net.conv(x), net.constant(-1.0), net.constant(2.0))
+    y = net.conv(x)
+    x = net.node("Add", net.node("Mul", y, net.node("Sigmoid", y)), x)
+    x = net.node("Concat", net.node("Elu", net.conv(x)), net.node("Tanh", net.conv(x)), axis=1)
+    roi = net.constant([])
+    x = net.node("Resize", x, roi, net.constant([1, 1, 2, 2]), mode="nearest",
+                 coordinate_transformation_mode="asymmetric", nearest_mode="floor")  # fmt: skip
+    x = net.node("Reshape", x, net.constant([0, 8, -1], np.int64))
+    x = net.node("Softmax", net.node("Transpose", x, perm=[0, 2, 1]), axis=2)
+    model = net.model(net.node("ReduceMax", x, axes=[1]) if opset < 18 else x)
+    convert(model, tmp_path / "net.stlq", calibration=noise(8, (4, 8, 8)), **options)
+    export(tmp_path / "net.stlq", tmp_path / "net.onnx")
+    x = noise(3, (4, 8, 8), seed=1)
+    session = load(tmp_path / "net.stlq")
+    found = run(tmp_path / "net.onnx", {"x": x})[session.outputs[0].name]
+    expected = session.run(x)
+    assert found.shape == expected.shape
+    # A neighbouring code somewhere moves all that comes after it.
+    tolerance = 1e-5 if options else 0.02
+    assert (np.abs(found - expected) <= tolerance).mean() >= 0.999
+    written = onnx.load(tmp_path / "net.onnx")
+    assert any(node.op_type == "QuantizeLinear" for node in written.graph.node) != bool(options)
+    assert bool(metadata.read(written).weights) == ("keep_float" not in options)
+
+
+def test_old_onnx_operators_are_refused(tmp_path):
+    net = Net(shape=("batch", 4, 8, 8), opset=10)
+    model = net.model(net.node("Softmax", net.node("Flatten", net.conv("x"))))
+    convert(model, tmp_path / "net.stlq", calibration=noise(8, (4, 8, 8)))
+    with pytest.raises(ConversionError, match="version 10"):
+        export(tmp_path / "net.stlq", tmp_path / "net.onnx")

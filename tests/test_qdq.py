@@ -146,6 +146,14 @@ def test_a_left_out_relu_is_still_one(path):
     check(net.model(net.pair(net.conv(z), 0.5, 128), y), path, 0.1)
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_left_out_relu_is_one_in_float_as_well(path, bits):
+    net = QuantizedNet(shape=("batch", 4, 8, 8))
+    y = net.pair(net.conv(net.pair("x", 0.001, 128)), 0.001)
+    model = net.model(net.conv(net.node("MaxPool", y, kernel_shape=[2, 2])))
+    convert(model, path, calibration=noise(8, (4, 8, 8)), activation_bits=bits)
+
+
 def test_sums_pools_and_joins(path):
     net = QuantizedNet(shape=("batch", 4, 8, 8))
     x = net.pair("x", 0.03, 128)
@@ -366,9 +374,7 @@ def test_a_model_quantized_by_onnxruntime(tmp_path):
 
 def same_network(one, two, inputs):
     """Integer weights, quantization and outputs are the same, bit for bit."""
-    assert sorted(map(repr, one.quantization.values())) == sorted(
-        map(repr, two.quantization.values())
-    )
+    assert set(one.quantization.values()) == set(two.quantization.values())
     layers = [[n for n in g.nodes if n.weights is not None] for g in (one, two)]
     for a, b in zip(*layers, strict=True):
         np.testing.assert_array_equal(a.weights.integers(), b.weights.integers())
@@ -414,6 +420,8 @@ def test_round_trip_of_random_graphs(kind, tmp_path_factory):
             a = node.attributes
             assume(all(e < s for e, s in zip(a.get("output_padding", []), a.get("strides", []))))
             assume(node.op != "AveragePool" or not a["ceil_mode"])
+            assume(node.op != "Concat" or len(node.inputs) > 1)  # which is none
+        assume(len({info.nominal[0] for info in graph.inputs}) == 1)
         inputs = {n: np.nan_to_num(x, nan=1, posinf=9, neginf=-9) for n, x in
                   graphs.random_inputs(graph).items()}  # fmt: skip
         export(graph, folder / "net.onnx")
