@@ -18,7 +18,7 @@ from logshift.converter.layout import onnx_weight
 from logshift.converter.metadata import KEY, WeightRecord
 from logshift.kernels.errors import ConversionError
 from logshift.runtime import files, format
-from logshift.runtime.graph import Graph, Node, Quantization, Shape, ValueInfo
+from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 
 try:
     import onnx
@@ -166,8 +166,8 @@ class _Export:
             self.node("Clip", f"{tensor}/Clip", [real, *bounds], inside)
             real = inside
         codes, back = self.fresh(f"{tensor}/quantized"), self.fresh(f"{tensor}/dequantized")
-        self.node("QuantizeLinear", f"{tensor}/QuantizeLinear", [real, scale, zero_point], codes)
-        self.node("DequantizeLinear", f"{tensor}/DequantizeLinear", [codes, scale, zero_point], back)
+        for op, x, y in (("QuantizeLinear", real, codes), ("DequantizeLinear", codes, back)):
+            self.node(op, f"{tensor}/{op}", [x, scale, zero_point], y)
         self.quantized[tensor], self.real[tensor] = codes, back
 
     def bounds(self, tensor: str, what: str, clamp: Any) -> list[str]:

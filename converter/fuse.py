@@ -20,7 +20,6 @@ from logshift.converter.float_graph import (
 from logshift.converter.recognise import scaled
 from logshift.runtime.graph import OPERATORS
 
-
 _CLAMPING = [op for op, operator in OPERATORS.items() if "clamp" in operator.attributes]
 
 

@@ -1,7 +1,7 @@
 """What an ONNX model may say about itself for logshift: one JSON object in its metadata.
 
-Written by `export` and by trainers, read by `convert`; `docs/qdq.md` describes it. Every part may be
-missing, and what does not fit the model is not believed.
+Written by `export` and by trainers, read by `convert`; `docs/qdq.md` describes it. Every part may
+be missing, and what does not fit the model is not believed.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def strip(
 
     Quantized constants become float32 constants. Of a pair on an activation, and a Clip before it
     that does no more than select fewer codes, a single Clip is left: it has the pair's output, and
-    bounds only where codes saturate at zero. Pairs that codes of at most 8 bits cannot express stay.
+    bounds only where codes saturate at zero. Pairs that codes of 8 bits cannot express stay.
 
     Parameters
     ----------
@@ -129,7 +129,9 @@ class _Strip:
     def _same_parameters(self, one: onnx.NodeProto, other: onnx.NodeProto) -> bool:
         for index in (1, 2):
             a, b = self._array(one, index), self._array(other, index)
-            if (a is None) != (b is None) or (a is not None and not np.array_equal(a, b)):
+            if (a is None) != (b is None):
+                return False
+            if a is not None and b is not None and not np.array_equal(a, b):
                 return False
         return True
 
@@ -313,13 +315,14 @@ def table_function(
 ) -> Function:
     """Return the function y of x that a table is, or tables of channels, at codes 0 to 255."""
     channels = len(table) // _TABLE
+    begins = _offsets(channels, np.dtype(np.float32))[0]
     constants = {
         f"{y}/scale": np.array(scale, np.float32),
         f"{y}/zero": np.array(zero_point, np.float32),
         f"{y}/first": np.array(0, np.float32),
         f"{y}/last": np.array(_TABLE - 1, np.float32),
         f"{y}/table": table,
-        f"{y}/begin": _offsets(channels, np.dtype(np.float32))[0] if channels > 1 else np.zeros((), np.float32),
+        f"{y}/begin": begins if channels > 1 else np.zeros((), np.float32),
     }
     step, zero, first, last, values, begin = constants
     nodes = [

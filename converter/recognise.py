@@ -107,9 +107,7 @@ def _words(
     return None if codes is None else LogWeights(*codes, alpha, bits, shift, clip)
 
 
-def _search(
-    matrix: np.ndarray, bits: int, shift: int, clip: int, exact: bool
-) -> np.ndarray | None:
+def _search(matrix: np.ndarray, bits: int, shift: int, clip: int, exact: bool) -> np.ndarray | None:
     """Find alpha of every channel (rows), None if there is a channel that fits none."""
     alpha = np.ones(len(matrix), np.float32)
     top = 2.0 ** (codec.exponent_levels(bits) - 1 + shift)

@@ -29,7 +29,9 @@ def run(path, inputs, codes=()):
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     for name in codes:
-        value = onnx.helper.make_tensor_value_info(f"{name}/quantized", onnx.TensorProto.UINT8, None)
+        value = onnx.helper.make_tensor_value_info(
+            f"{name}/quantized", onnx.TensorProto.UINT8, None
+        )
         model.graph.output.append(value)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -61,6 +63,13 @@ def compare(graph, found, expected, tolerance=None):
         assert (np.abs(x - y)[same] <= unit).mean() >= 0.999, node.op
 
 
+def assume_small_output_padding(node):
+    """Because onnxruntime has it below the stride only."""
+    if "output_padding" in node.attributes:
+        a = node.attributes
+        assume(all(e < s for e, s in zip(a["output_padding"], a["strides"], strict=True)))
+
+
 @pytest.mark.parametrize("kind", graphs.GRAPHS)
 def test_random_graphs(kind, tmp_path_factory):
     path = tmp_path_factory.mktemp(kind) / "net.onnx"
@@ -70,7 +79,7 @@ def test_random_graphs(kind, tmp_path_factory):
     def check(graph):
         for node in graph.nodes:  # onnxruntime has no other
             a = node.attributes
-            assume(all(e < s for e, s in zip(a.get("output_padding", []), a.get("strides", []))))
+            assume_small_output_padding(node)
             if node.op == "AveragePool":
                 assume(a["dilations"] == [1, 1] and not (a["ceil_mode"] and a["count_include_pad"]))
         inputs = graphs.random_inputs(graph)
