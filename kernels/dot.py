@@ -308,7 +308,7 @@ def _partial_block(a, t, y, spare, valid, size, scratch):
 
 
 @njit(error_model="numpy")
-def _single_pixels(a, t, valid, scratch):
+def single_pixels(a, t, valid, scratch):
     """Run the tile of one pixel for each of the few that are left."""
     x, y, r = t.x, t.y, t.r
     for _ in range(valid):
@@ -369,7 +369,7 @@ def _conv_tiles(arguments, thread, threads):
                         i = 0
                         n += 1
             if a.single != 0 and 3 * valid <= pixels and a.existing == block:
-                _single_pixels(a, t, valid, scratch)
+                single_pixels(a, t, valid, scratch)
             else:
                 # Pixels beyond the last repeat one that is there.
                 for q in range(valid, pixels):

@@ -15,7 +15,7 @@ from numba import carray, njit
 
 from logshift.kernels import abi, float_tiles
 from logshift.kernels.abi import register, share
-from logshift.kernels.dot import address_of
+from logshift.kernels.dot import address_of, single_pixels
 from logshift.kernels.float_tiles import FLOAT_SEGMENT, FLOAT_TILE, FLOAT_TILES, FloatTile
 from logshift.kernels.layer import FloatLayer, Packed, reading_offsets
 from logshift.kernels.memory import aligned
@@ -218,16 +218,6 @@ def _partial_block(a, t, spare, valid, scratch):
             y[c] = outputs[np.uintp(q * a.block) + c]
 
 
-@njit(error_model="numpy")
-def _single_pixels(a, t, valid, scratch):
-    """Run the tile of one pixel for each of the few that are left."""
-    x, y, r = t.x, t.y, t.r
-    for _ in range(valid):
-        call_tile(a.single, scratch)
-        t.x, t.y, t.r = t.x + np.uintp(8), t.y + np.uintp(8), t.r + np.uintp(8)
-    t.x, t.y, t.r = x, y, r
-
-
 def _conv(arguments, thread, threads):
     a = carray(arguments, 1)[0]
     pixels = a.pixels
@@ -269,7 +259,7 @@ def _conv(arguments, thread, threads):
             if a.existing < a.block:
                 _partial_block(a, t, spare, valid, scratch)
             elif valid <= a.few:
-                _single_pixels(a, t, valid, scratch)
+                single_pixels(a, t, valid, scratch)
             else:
                 call_tile(a.tile, scratch)
         item += last - first

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import float_oracle as oracle
 import numpy as np
 import pytest
-from float_digest import digest
 from float_driver import Picture, call, convolution, program, sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
-from test_instruction_sets import MACHINES, _runs_here
 
 from logshift.kernels import abi, float_math, float_tiles
 from logshift.kernels.layer import FloatLayer
@@ -455,21 +448,3 @@ def test_fused_multiply_add_is_rounded_once(x, w, acc):
             neighbour = np.nextafter(result, towards)
         if np.isfinite(neighbour):
             assert own <= abs(Fraction(float(neighbour)) - exact)
-
-
-# --- instruction sets ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("cpu", "features"), MACHINES.get(platform.machine(), []))
-def test_other_instruction_sets_give_the_same_bits(cpu, features):
-    if not _runs_here(cpu):
-        pytest.skip(f"this machine cannot run code for {cpu}")
-    environment = os.environ | {"NUMBA_CPU_NAME": cpu}
-    if features is not None:
-        environment["NUMBA_CPU_FEATURES"] = features
-    script = Path(__file__).with_name("float_digest.py")
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [digest("reference")]

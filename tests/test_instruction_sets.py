@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from float_digest import digest as float_digest
 from instruction_set_digest import digest
 
 MACHINES = {
@@ -25,16 +26,23 @@ def _runs_here(cpu):
     return needed.get(cpu, set()) <= set(flags)
 
 
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("instruction_set_digest.py", lambda: 2 * [digest("reference")]),
+        ("float_digest.py", lambda: [float_digest("reference")]),
+    ],
+)
 @pytest.mark.parametrize(("cpu", "features"), MACHINES.get(platform.machine(), []))
-def test_other_instruction_sets_give_the_same_bits(cpu, features):
+def test_other_instruction_sets_give_the_same_bits(cpu, features, script, expected):
     if not _runs_here(cpu):
         pytest.skip(f"this machine cannot run code for {cpu}")
     environment = os.environ | {"NUMBA_CPU_NAME": cpu}
     if features is not None:
         environment["NUMBA_CPU_FEATURES"] = features
-    script = Path(__file__).with_name("instruction_set_digest.py")
+    path = Path(__file__).with_name(script)
     done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, path], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == 2 * [digest("reference")]
+    assert done.stdout.split() == expected()
