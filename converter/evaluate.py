@@ -233,6 +233,11 @@ def _node_model(node: FloatNode) -> onnx.ModelProto:
             parameters = _resize_parameters(attributes)
         names = [name if parameters[name].size else "" for name in parameters]
         nodes = [helper.make_node(node.op, inputs + names, ["y"], **attributes)]
+        if node.op == "Resize" and len(inputs) == 2:
+            nodes = [
+                helper.make_node("Shape", ["x1"], ["size"], start=2),
+                helper.make_node("Resize", ["x0", "", "", "size"], ["y"], **attributes),
+            ]
     if node.op == "Gather":
         parameters = {"indices": np.array(node.attributes["indices"], np.int64)}
         nodes = [helper.make_node("Gather", ["x0", "indices"], ["y"], axis=1)]

@@ -273,22 +273,33 @@ def _resize(ctx: _Export, node: Node, x: list[str]) -> None:
     # Before version 13 an input that is not given is an empty one.
     roi = "" if ctx.opset >= 13 else ctx.constant(f"{out}/roi", [])
     if scales is not None:
-        inputs = [*x, roi, ctx.constant(f"{out}/scales", [1.0, 1.0, *scales])]
-    elif ctx.opset >= 18:
+        inputs = [x[0], roi, ctx.constant(f"{out}/scales", [1.0, 1.0, *scales])]
+        ctx.operation(node, [("Resize", inputs, a)])
+        return
+    wanted = (
+        ctx.constant(f"{out}/last", sizes, np.int64)
+        if sizes is not None
+        else _dimensions(ctx, node, x[1], [2, 3])
+    )
+    none = ""
+    if ctx.opset >= 18:
         a["axes"] = [2, 3]
-        inputs = [*x, roi, "", ctx.constant(f"{out}/sizes", sizes, np.int64)]
     else:
         # Without axes, sizes of batch and channels are wanted too.
-        shape = ctx.fresh(f"{out}/shape")
-        ctx.node("Shape", f"{node.name}/Shape", x, shape)
-        indices = ctx.constant(f"{out}/indices", [0, 1], np.int64)
-        first, all_ = ctx.fresh(f"{out}/first"), ctx.fresh(f"{out}/sizes")
-        ctx.node("Gather", f"{node.name}/Gather", [shape, indices], first)
-        last = ctx.constant(f"{out}/last", sizes, np.int64)
-        ctx.node("Concat", f"{node.name}/Concat", [first, last], all_, axis=0)
         none = "" if ctx.opset >= 13 else ctx.constant(f"{out}/none", [])
-        inputs = [*x, roi, none, all_]
-    ctx.operation(node, [("Resize", inputs, a)])
+        first, last = _dimensions(ctx, node, x[0], [0, 1]), wanted
+        wanted = ctx.fresh(f"{out}/sizes")
+        ctx.node("Concat", f"{node.name}/Concat", [first, last], wanted, axis=0)
+    ctx.operation(node, [("Resize", [x[0], roi, none, wanted], a)])
+
+
+def _dimensions(ctx: _Export, node: Node, x: str, axes: list[int]) -> str:
+    """Return the sizes of a tensor along some axes."""
+    shape, found = ctx.fresh(f"{x}/shape"), ctx.fresh(f"{x}/dimensions")
+    ctx.node("Shape", f"{node.name}/Shape", [x], shape)
+    indices = ctx.constant(f"{found}/axes", axes, np.int64)
+    ctx.node("Gather", f"{node.name}/Gather", [shape, indices], found)
+    return found
 
 
 def _slice(ctx: _Export, node: Node, x: list[str]) -> None:

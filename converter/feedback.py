@@ -70,6 +70,10 @@ def covariance(
         columns = columns.reshape(len(columns), patches, group, in_group).transpose(2, 0, 1, 3)
         return columns.reshape(group, -1, size).astype(np.float32)
 
+    # Around the first picture's mean: what varies little, far from zero, would drown in rounding.
+    origin = np.zeros((group, 1, size), np.float32)
+    if center:
+        origin = columns_of(fetch, 0).mean(axis=1, keepdims=True)
     together = max(1, _ELEMENTS // (per_picture * group * size))
     for begin in range(0, count, together):
         pictures = range(begin, min(begin + together, count))
@@ -78,6 +82,7 @@ def covariance(
             for f in (fetch, fetch_exact)
         )
         taken = exact - columns
+        columns = columns - origin
         moments += columns.transpose(0, 2, 1) @ columns
         cross += taken.transpose(0, 2, 1) @ columns
         mean += columns.sum(axis=1)
@@ -204,12 +209,17 @@ def _choice(
 
 def _damped(moments: np.ndarray, share: float) -> np.ndarray:
     """Add a share of the mean variance to all variances: then there is an inverse."""
-    mean = float(np.diag(moments).mean()) or 1.0
+    mean = max(float(np.diag(moments).mean()), 0.0) or 1.0
     return moments + share * mean * np.eye(len(moments))
 
 
 def _update(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Order in which columns are rounded, and the update: upper factor of the inverse."""
     order = np.argsort(-np.diag(moments), kind="stable")
-    inverse = np.linalg.inv(_damped(moments[np.ix_(order, order)], _DAMPING))
-    return order, np.linalg.cholesky((inverse + inverse.T) / 2).T.copy()
+    ordered, damping = moments[np.ix_(order, order)], _DAMPING
+    while True:
+        inverse = np.linalg.inv(_damped(ordered, damping))
+        try:
+            return order, np.linalg.cholesky((inverse + inverse.T) / 2).T.copy()
+        except np.linalg.LinAlgError:  # rounding has made a small variance negative
+            damping *= 10

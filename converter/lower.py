@@ -386,8 +386,39 @@ def _lowers(*ops: str) -> Callable[[_Handler], _Handler]:
 # --- convolutions -------------------------------------------------------------------------------
 
 
+def _on_a_line(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> bool:
+    """Run an operator on (N, C, L) as one on (N, C, 1, L); False if it is on something else."""
+    x, y = node.input[0], node.output[0]
+    if len(ctx.trace.shapes.get(x, ())) != 3 or (len(node.output) > 1 and node.output[1]):
+        return False
+    flat = onnx.NodeProto()
+    flat.CopyFrom(node)
+    flat.input[0], flat.output[0] = f"{y}/NC1L", f"{y}/NC1M"
+    (n, c, length), (_, d, result) = ctx.trace.shapes[x], ctx.trace.shapes[y]
+    ctx.shapes[flat.input[0]] = ctx.trace.shapes[flat.input[0]] = (n, c, 1, length)
+    ctx.shapes[flat.output[0]] = ctx.trace.shapes[flat.output[0]] = (n, d, 1, result)
+    if len(node.input) > 1:
+        weight = f"{node.input[1]}/OI1K"
+        ctx.constants[weight] = ctx.constant(node.input[1])[:, :, None]
+        flat.input[1] = weight
+    wide = dict(a)
+    for key in ("strides", "dilations", "kernel_shape"):
+        if key in a:
+            wide[key] = [1, *a[key]]
+    if "pads" in a:
+        begin, end = a["pads"]
+        wide["pads"] = [0, begin, 0, end]
+    ctx.unsqueeze(ctx.plain(x), flat.input[0], [2])
+    _HANDLERS[node.op_type](ctx, flat, wide)
+    ctx.unsqueeze(flat.output[0], y, [2], "Squeeze")
+    ctx.plain_names[y] = y
+    return True
+
+
 @_lowers("Conv")
 def _conv(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    if _on_a_line(ctx, node, a):
+        return
     weight = ctx.constant(node.input[1])
     if weight.ndim != 4:
         raise _Unsupported(f"is {weight.ndim - 2}-dimensional; only 2-D is supported")
@@ -582,8 +613,12 @@ def _split_pad(total: int, mode: str) -> tuple[int, int]:
 def _pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     if len(node.output) > 1 and node.output[1]:
         raise _Unsupported("its indices are used")
+    if _on_a_line(ctx, node, a):
+        return
     x = ctx.tensor(node.input[0])
     kernel = list(a["kernel_shape"])
+    if len(kernel) != 2:
+        raise _Unsupported(f"is {len(kernel)}-dimensional; only 2-D is supported")
     attributes = _window_attributes(ctx, a, ctx.shapes[x], tuple(kernel))
     attributes |= {"kernel_shape": kernel, "ceil_mode": a.get("ceil_mode", 0)}
     if node.op_type == "AveragePool":
@@ -875,13 +910,40 @@ def _resize(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": coordinates}
     if mode == "nearest":
         attributes["nearest_mode"] = nearest
-    scales = _scales(ctx, node, a, modern)
-    if scales is None:
+    scales, inputs = _scales(ctx, node, a, modern), [x]
+    if scales is not None:
+        attributes["scales"] = scales
+    elif (other := _sized_like(ctx, node)) is not None:
+        inputs.append(other)
+    else:
         ctx.integers(node, 3)  # sizes computed from the input's size hold for that size only
         attributes["sizes"] = list(after[2:])
-    else:
-        attributes["scales"] = scales
-    ctx.emit("Resize", node, [x], attributes=attributes)
+    ctx.emit("Resize", node, inputs, attributes=attributes)
+
+
+# What passes sizes on without computing with them.
+_PASSING = {"Cast", "Concat", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze"}
+
+
+def _sized_like(ctx: _Lowering, node: onnx.NodeProto) -> str | None:
+    """Return the stored tensor whose height and width a Resize is to make, if there is one."""
+    after = ctx.trace.shapes[node.output[0]][2:]
+    waiting, found = [node.input[3]] if len(node.input) > 3 else [], set[str]()
+    while waiting:
+        name = waiting.pop()
+        producer = ctx.producers.get(name)
+        if name in ctx.constants or producer is None or producer.op_type == "Constant":
+            # Of a size, only batch and channels may be constants: these are not resized.
+            continue
+        if producer.op_type == "Shape":
+            found.add(ctx.alias.get(producer.input[0], producer.input[0]))
+        elif producer.op_type in _PASSING:
+            waiting += producer.input if producer.op_type == "Concat" else producer.input[:1]
+        else:
+            return None
+    sized = sorted(t for t in found if t in ctx.shapes and ctx.shapes[t][2:] == after)
+    x = ctx.alias.get(node.input[0], node.input[0])
+    return sized[0] if sized and found <= {*sized, x} else None
 
 
 def _scales(

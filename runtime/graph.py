@@ -512,6 +512,8 @@ def _shape_concat(node: Node, inputs: list[Shape]) -> Shape:
 def _shape_resize(node: Node, inputs: list[Shape]) -> Shape:
     n, c, h, w = _rank4(inputs[0])
     a = node.attributes
+    if len(inputs) == 2:
+        return (n, c, *_rank4(inputs[1])[2:])
     if a["sizes"] is not None:
         return (n, c, a["sizes"][0], a["sizes"][1])
     return (n, c, math.floor(h * a["scales"][0]), math.floor(w * a["scales"][1]))
@@ -661,7 +663,7 @@ OPERATORS: dict[str, Operator] = {
     ),
     "Lookup": Operator(_shape_lookup, (1, 1), "cc"),
     "Resize": Operator(
-        _shape_resize, (1, 1), "cc ff",
+        _shape_resize, (1, 2), "cc ff",
         {
             "mode": (_REQUIRED, _one_of("nearest", "linear")),
             "coordinate_transformation_mode": (
@@ -852,8 +854,9 @@ def _check_lookup(graph: Graph, node: Node) -> None:
 
 
 def _check_resize(graph: Graph, node: Node) -> None:
-    if (node.attributes["scales"] is None) == (node.attributes["sizes"] is None):
-        raise _ShapeError("needs either scales or sizes")
+    given = [node.attributes[key] is not None for key in ("scales", "sizes")]
+    if sum([*given, len(node.inputs) == 2]) != 1:
+        raise _ShapeError("needs scales, sizes or a tensor whose size it takes")
 
 
 def _check_slice(graph: Graph, node: Node) -> None:

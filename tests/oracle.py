@@ -190,7 +190,7 @@ def _inside(positions, size):
 def _max_pool(node, arguments, quantizations, q_y):
     x = arguments[0]
     rows, columns = _pool_windows(node, x)
-    y = np.zeros((*x.shape[:2], len(rows), len(columns)), np.uint8)
+    y = np.zeros((*x.shape[:2], len(rows), len(columns)), x.dtype)
     for i, ys in enumerate(rows):
         for j, xs in enumerate(columns):
             window = x[:, :, _inside(ys, x.shape[2])][:, :, :, _inside(xs, x.shape[3])]
@@ -290,8 +290,11 @@ def _resize(node, arguments, quantizations, q_y):
     coordinates = []
     for i in range(2):
         size = arguments[0].shape[2 + i]
-        length = math.floor(size * a["scales"][i]) if a["sizes"] is None else a["sizes"][i]
-        scale = a["scales"][i] if a["sizes"] is None else length / size
+        if len(arguments) == 2:
+            length = arguments[1].shape[2 + i]
+        else:
+            length = math.floor(size * a["scales"][i]) if a["sizes"] is None else a["sizes"][i]
+        scale = length / size if a["scales"] is None else a["scales"][i]
         mode = a["coordinate_transformation_mode"]
         coordinates.append(_coordinates(size, length, scale, mode))
     x_h, x_w = coordinates

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from logshift import converter, runtime
 from logshift.converter import ConversionError
+from logshift.converter.export import export
 from logshift.runtime import format as packed_format
 
 SHAPE = (2, 4, 8, 8)
@@ -508,12 +509,38 @@ def test_fixed_batch_stays_fixed(tmp_path):
     assert graph.outputs[0].shape == SHAPE
 
 
+@pytest.mark.parametrize("settings", [{}, {"keep_float": ["*"]}])
+def test_resize_to_the_size_of_another_tensor_stays_dynamic(settings, tmp_path):
+    net = Net(shape=("batch", 4, "height", "width"))
+    x = net.node("Relu", net.conv("x"))
+    pooled = net.node("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
+    begin, end, axes = (net.constant(v, np.int64) for v in ([2], [4], [0]))
+    target = net.node("Slice", net.node("Shape", x), begin, end, axes)
+    batch = net.node("Slice", net.node("Shape", pooled), net.constant([0], np.int64), begin, axes)
+    size = net.node("Concat", batch, target, axis=0)
+    model = net.model(net.node("Add", net.node("Resize", pooled, "", "", size, mode="linear"), x))
+    graph = convert(model, tmp_path / "net.stlq", **settings)
+    assert graph.inputs[0].shape == ("batch", 4, "height", "width")
+    rng = np.random.default_rng(0)
+    for shape in ((2, 4, 8, 8), (1, 4, 11, 6)):
+        inputs = {"x": rng.standard_normal(shape).astype(np.float32)}
+        found = runtime.Session(graph).run(inputs["x"])
+        (y,) = reference(model, inputs).values()
+        assert found.shape == y.shape
+        assert np.square(found - y).sum() < 10**-2.6 * np.square(y).sum()
+        export(graph, tmp_path / "net.onnx")
+        (same,) = reference(onnx.load(tmp_path / "net.onnx"), inputs).values()
+        assert np.square(same - found).sum() < 1e-4 * np.square(found).sum()
+        if not settings:
+            assert np.array_equal(found, oracle.evaluate(graph, inputs)[graph.outputs[0].name])
+
+
 @pytest.mark.parametrize("how", ["sizes", "gemm"])
 def test_size_that_the_network_computes_with_becomes_fixed(how, tmp_path):
     net = Net(shape=("batch", 4, "height", "width"))
     if how == "sizes":
         pooled = net.node("MaxPool", "x", kernel_shape=[2, 2], strides=[2, 2])
-        size = net.node("Shape", "x")
+        size = net.node("Mul", net.node("Shape", "x"), net.constant([1, 1, 2, 2], np.int64))
         result = net.node("Resize", pooled, "", "", size, mode="nearest")
     else:
         result = net.node("Gemm", net.node("Flatten", "x"), net.random(256, 3))
@@ -561,9 +588,10 @@ KEPT = {
         lambda n: n.node("Div", n.conv("x"), n.node("Exp", n.node("Tanh", n.conv("x")))),
         ["Conv", "Conv", "Tanh", "Exp", "Div"]),
     "one dimension": (
-        lambda n: n.node("Reshape", n.node("Conv", _reshape_sizes(n, "x", 2, 4, 64),
-                         n.random(4, 4, 3), pads=[1, 1]), n.constant(SHAPE, np.int64)),
-        ["Reshape", "Conv", "Reshape"]),
+        lambda n: n.node("Reshape", n.node("MaxPool", n.node("Conv", _reshape_sizes(n, "x", 2, 4,
+                         64), n.random(4, 4, 3), pads=[1, 1]), kernel_shape=[3], pads=[1, 1]),
+                         n.constant(SHAPE, np.int64)),
+        ["Reshape", "Unsqueeze", "Conv", "Squeeze", "Unsqueeze", "MaxPool", "Squeeze", "Reshape"]),
     "rank 2 between": (
         lambda n: n.node("Gemm", n.node("Softmax", n.node("Gemm", n.node("Flatten", "x"),
                          n.random(256, 6))), n.random(6, 5)),
