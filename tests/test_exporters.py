@@ -1,0 +1,216 @@
+"""Models as exporters write them: each in the idioms that it is known for."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from test_converter_lowering import Net, convert, reference, samples
+
+from logshift import converter, runtime
+
+NEWEST = min(onnx.defs.onnx_opset_version(), 23)
+
+
+def compare(model, graph, inputs, snr=26.0):
+    """Compare a packed network with the model by signal-to-noise ratio."""
+    found = runtime.Session(graph, threads=1)._run(inputs)
+    for name, y in reference(model, inputs).items():
+        assert found[name].shape == y.shape
+        noise = np.square(found[name] - y).sum() / np.square(y).sum()
+        assert noise < 10 ** (-snr / 10), f"{-10 * np.log10(noise):.1f} dB"
+
+
+def in_float(graph):
+    return [node.op for node in graph.nodes if node.is_onnx]
+
+
+# --- PyTorch --------------------------------------------------------------------------------------
+
+
+def test_channel_shuffle_stays_on_codes(tmp_path):
+    net = Net()
+    x = net.conv("x", 4, 6)
+    split = net.node("Reshape", x, net.constant([-1, 3, 2, 8, 8], np.int64))
+    swapped = net.node("Transpose", split, perm=[0, 2, 1, 3, 4])
+    joined = net.node("Reshape", swapped, net.constant([-1, 6, 8, 8], np.int64))
+    model = net.model(net.conv(joined, 6, 4))
+    graph = convert(model, tmp_path / "net.stlq")
+    assert in_float(graph) == []
+    (gather,) = [node for node in graph.nodes if node.op == "Gather"]
+    assert gather.attributes["indices"] == [0, 2, 4, 1, 3, 5]
+    compare(model, graph, {"x": samples(model)["x"][:3]})
+
+
+def test_squeeze_and_excitation_through_a_matrix(tmp_path):
+    net = Net()
+    x = net.conv("x")
+    mean = net.node("ReduceMean", x, net.constant([2, 3], np.int64), keepdims=0)
+    gate = net.node("Sigmoid", net.node("Gemm", mean, net.random(4, 4), net.random(4)))
+    gate = net.node("Unsqueeze", gate, net.constant([2, 3], np.int64))
+    model = net.model(net.conv(net.node("Mul", x, gate)))
+    graph = convert(model, tmp_path / "net.stlq")
+    assert in_float(graph) == []
+    compare(model, graph, {"x": samples(model)["x"][:3]})
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_detection_head(dynamic, tmp_path):
+    shape = ("batch", 4, "height", "width") if dynamic else ("batch", 4, 8, 8)
+    net = Net(shape=shape)
+
+    def head(x, channels):
+        y = net.conv(x, channels, 2 * 5, kernel=1)
+        size = net.node("Shape", y)
+        rows, columns = (
+            net.node("Slice", size, *(net.constant([v], np.int64) for v in (i, i + 1, 0)))
+            for i in (2, 3)
+        )
+        parts = net.node(
+            "Concat", net.constant([-1], np.int64), net.constant([2, 5], np.int64), rows, columns,
+            axis=0,
+        )  # fmt: skip
+        y = net.node("Sigmoid", net.node("Transpose", net.node("Reshape", y, parts),
+                                         perm=[0, 1, 3, 4, 2]))  # fmt: skip
+        place, rest = net.node("Split", y, net.constant([2, 3], np.int64), outputs=2, axis=-1)
+        place = net.node("Sub", net.node("Mul", place, net.constant(2.0)), net.constant(0.5))
+        y = net.node("Concat", place, rest, axis=-1)
+        sizes = net.node("Concat", *(net.constant([v], np.int64) for v in (0, -1, 5)), axis=0)
+        return net.node("Reshape", y, sizes)
+
+    fine = net.node("Relu", net.conv("x", 4, 6))
+    coarse = net.node("MaxPool", fine, kernel_shape=[2, 2], strides=[2, 2])
+    model = net.model(net.node("Concat", head(fine, 6), head(coarse, 6), axis=1), fine)
+    graph = convert(model, tmp_path / "net.stlq")
+    assert graph.inputs[0].shape == shape
+    compare(model, graph, {"x": samples(model)["x"][:3]})
+    if dynamic:
+        x = np.random.default_rng(1).standard_normal((2, 4, 12, 6)).astype(np.float32)
+        compare(model, graph, {"x": x})
+
+
+# --- TensorFlow and Keras -------------------------------------------------------------------------
+
+
+def channels_last(flatten):
+    net = Net(shape=("batch", 12, 10, 3))
+    x = net.node("Transpose", "x", perm=[0, 3, 1, 2])
+    x = net.node("Relu", net.conv(x, 3, 4, pads=[0, 0, 1, 1], strides=[2, 2]))
+    x = net.node("Transpose", x, perm=[0, 2, 3, 1])
+    if not flatten:
+        return net.model(x)
+    x = net.node("Reshape", x, net.constant([-1, 6 * 5 * 4], np.int64))
+    x = net.node("Add", net.node("MatMul", x, net.random(6 * 5 * 4, 5)), net.random(5))
+    return net.model(net.node("Softmax", x, axis=-1))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_channels_last(flatten, tmp_path):
+    model = channels_last(flatten)
+    graph = convert(model, tmp_path / "net.stlq")
+    x = samples(model)["x"][:3]
+    compare(model, graph, {"x": x})
+
+
+def test_channels_last_takes_pictures(tmp_path):
+    model, path = channels_last(True), tmp_path / "net.stlq"
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 24, 20, 3)).astype(np.uint8)
+    converter.convert(
+        model, path, calibration=pictures, weight_bits=5, residual_ratio=1.0,
+        preprocessing=converter.Preprocessing(),
+    )  # fmt: skip
+    session = runtime.load(path)
+    x = converter.Preprocessing().apply(pictures[0], (12, 10)).transpose(1, 2, 0)[None]
+    assert np.array_equal(session.run(pictures[0]), session.run(np.ascontiguousarray(x)))
+
+
+# --- PaddlePaddle ---------------------------------------------------------------------------------
+
+
+def test_everything_in_constant_nodes(tmp_path):
+    rng = np.random.default_rng(0)
+    nodes = []
+
+    def constant(value):
+        name = f"p2o.Constant.{len(nodes)}"
+        tensor = numpy_helper.from_array(np.asarray(value), name)
+        nodes.append(helper.make_node("Constant", [], [name], value=tensor))
+        return name
+
+    def random(*shape):
+        return constant(rng.standard_normal(shape).astype(np.float32))
+
+    def node(op, *inputs, **attributes):
+        name = f"p2o.{op}.{len(nodes)}"
+        nodes.append(helper.make_node(op, inputs, [name], **attributes))
+        return name
+
+    x = node("Conv", "x", random(6, 4, 3, 3), pads=[1, 1, 1, 1])
+    x = node("Add", x, node("Reshape", random(6), constant(np.array([1, 6, 1, 1]))))
+    variance = constant(rng.uniform(0.5, 2, 6).astype(np.float32))
+    x = node("BatchNormalization", x, random(6), random(6), random(6), variance)
+    x = node("Clip", x, constant(np.float32(0)), constant(np.float32(6)))
+    x = node("Mul", x, node("HardSigmoid", x, alpha=1 / 6, beta=0.5))
+    x = node("GlobalAveragePool", x)
+    x = node("MatMul", node("Flatten", x), random(6, 5))
+    x = node("Softmax", node("Add", x, random(5)), axis=-1)
+    nodes.append(helper.make_node("Identity", [x], ["save_infer_model/scale_0.tmp_0"]))
+    infos = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", (-1, 4, 8, 8)), (nodes[-1].output[0], (-1, 5)))
+    ]
+    graph = helper.make_graph(nodes, "PaddlePaddle Graph 0", infos[:1], infos[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+    packed = convert(model, tmp_path / "net.stlq")
+    assert in_float(packed) == ["Flatten", "Softmax"]
+    compare(model, packed, {"x": samples(model)["x"][:3]})
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [7, 9, 10, 11, 13, 17, 18, 21, NEWEST])
+def test_versions_of_the_operators(opset, tmp_path):
+    """What has changed its form from one version of ONNX to another."""
+    net = Net(opset=opset)
+
+    def sizes(*values):
+        return net.constant(list(values), np.int64)
+
+    x = net.conv("x")
+    constants = net.random(4), net.random(4), net.random(4), net.constant([1.0, 2.0, 0.5, 1.5])
+    x = net.node("BatchNormalization", x, *constants)
+    if opset < 11:
+        x = net.node("Clip", x, min=-1.0, max=2.0)
+        x = net.node("Pad", x, pads=[0, 0, 1, 0, 0, 0, 1, 2])
+    else:
+        x = net.node("Clip", x, net.constant(-1.0), net.constant(2.0))
+        x = net.node("Pad", x, sizes(0, 0, 1, 0, 0, 0, 1, 2))
+    if opset < 10:
+        x = net.node("Slice", x, axes=[2, 3], starts=[1, 0], ends=[9, 8])
+    else:
+        x = net.node("Slice", x, sizes(1, 0), sizes(9, 8), sizes(2, 3))
+    x = net.conv(x)
+    if opset < 9:
+        x = net.node("Upsample", x, scales=[1.0, 1.0, 2.0, 2.0], mode="nearest")
+    elif opset < 11:
+        operator = "Upsample" if opset < 10 else "Resize"
+        x = net.node(operator, x, net.constant([1.0, 1.0, 2.0, 2.0]), mode="nearest")
+    else:
+        x = net.node(
+            "Resize", x, net.constant([]), net.constant([1.0, 1.0, 2.0, 2.0]), mode="nearest",
+            coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+        )  # fmt: skip
+    if opset < 18:
+        x = net.node("ReduceMean", x, axes=[2, 3], keepdims=1)
+    else:
+        x = net.node("ReduceMean", x, sizes(2, 3), keepdims=1)
+    x = net.node("Squeeze", x, axes=[2, 3]) if opset < 13 else net.node("Squeeze", x, sizes(2, 3))
+    x = net.node("Dropout", x)
+    model = net.model(
+        net.node("Softmax", net.node("Gemm", x, net.random(4, 3), net.random(3)), axis=1)
+    )
+    graph = convert(model, tmp_path / "net.stlq")
+    assert in_float(graph) == ["Softmax"] or in_float(graph) == ["Flatten", "Softmax"]
+    compare(model, graph, {"x": samples(model)["x"][:3]})
