@@ -54,7 +54,8 @@ def residual_ratios(
     few = min(batches, max(1, _PICTURES // size))
     part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
     network = _Network(graph, part, few)
-    worth, sizes, owners = [], [], []
+    worth: list[np.ndarray] = []
+    sizes: list[int] = []
     for number, node in enumerate(layers):
         progress(number, len(layers), f"measuring {node.name}")
         assert node.weight is not None
@@ -71,17 +72,26 @@ def residual_ratios(
         gain *= np.repeat(variance, len(gain) // len(variance), axis=0)
         blocks, size = codec.blocks(gain, settings.granularity, settings.tile)
         worth.append(blocks.astype(np.float32) / size)
-        sizes.append(np.full(len(blocks), size))
-        owners.append(np.full(len(blocks), number))
-    best = np.argsort(-np.concatenate(worth), kind="stable")
-    spent = np.cumsum(np.concatenate(sizes)[best])
+        sizes.append(size)
     weights = sum(node.weight.size for node in layers if node.weight is not None)
-    bought = np.concatenate(owners)[best[spent <= ratio * weights]]
-    counts = np.bincount(bought, minlength=len(layers))
+    bought = _bought(worth, sizes, ratio * weights)
     return {
-        node.output: float(counts[number] / len(worth[number]))
-        for number, node in enumerate(layers)
+        node.output: float(np.count_nonzero(chosen) / len(chosen))
+        for node, chosen in zip(layers, bought, strict=True)
     }
+
+
+def _bought(worth: list[np.ndarray], sizes: list[int], budget: float) -> list[np.ndarray]:
+    """Mark what the budget is spent on, by layers: what is worth most per weight comes first."""
+    everything = np.concatenate(worth)
+    if len(set(sizes)) == 1:
+        chosen = codec.largest(everything, min(int(budget // sizes[0]), len(everything)))
+    else:
+        best = np.argsort(-everything, kind="stable")
+        spent = np.cumsum(np.repeat(sizes, [len(part) for part in worth])[best])
+        chosen = np.zeros(len(everything), bool)
+        chosen[best[spent <= budget]] = True
+    return np.split(chosen, np.cumsum([len(part) for part in worth])[:-1])
 
 
 class _Network(Network):

@@ -26,6 +26,8 @@ _ALPHA_OCTAVES = np.linspace(0.0, 1.75, 57)
 
 _COLUMNS = 64  # that are rounded before all others are brought up to date
 
+_SEARCHED = 2**17  # weights that are tried with one alpha after the other: they stay in the cache
+
 _PIECE = 2**16  # weights decoded at a time: NumPy turns indices into int64
 
 
@@ -231,10 +233,18 @@ def eligible(
     if not 1 <= tile <= MAX_TILE:
         raise InputError(f"tile is {tile}; it must be from 1 to {MAX_TILE}")
     score, block = blocks(gain, granularity, tile)
-    chosen = int(math.floor(ratio * len(score) + 1e-9))
-    picked = np.zeros(len(score), bool)
-    picked[np.argsort(-score, kind="stable")[:chosen]] = True
+    picked = largest(score, int(math.floor(ratio * len(score) + 1e-9)))
     return np.repeat(picked, block)[: gain.size].reshape(gain.shape)
+
+
+def largest(score: np.ndarray, count: int) -> np.ndarray:
+    """Mark the `count` largest of a vector, of equal ones the first; returns a bool array."""
+    if count == 0:
+        return np.zeros(score.shape, bool)
+    least = np.partition(score, len(score) - count)[len(score) - count]
+    picked = score > least
+    picked[np.flatnonzero(score == least)[: count - np.count_nonzero(picked)]] = True
+    return picked
 
 
 def blocks(gain: np.ndarray, granularity: str, tile: int) -> tuple[np.ndarray, int]:
@@ -275,24 +285,46 @@ def _words(
     return first, second, gain
 
 
-def _channel_error(matrix, alpha, levels, residual_shift, clip, ratio, buffers):
+@njit(cache=True, nogil=True, inline="always")
+def _nearest_level(r, top):
+    """Level of `_nearest_code`; `top` is the largest."""
+    magnitude = np.float32(abs(r))
+    bits = np.int32((magnitude.view(np.int32) + np.int32(0x3FFFFF)) & np.int32(0x7F800000))
+    level = min(max(bits.view(np.float32), np.float32(1)), top)
+    level = level if magnitude > np.float32(0.5) else np.float32(0)
+    return -level if r < np.float32(0) else level
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _errors(w, alpha, levels, residual_shift, clip, one, gain):
+    """Squared error of each weight of rows [O, K] in one word, and what a second takes from it."""
+    top, fine = np.float32(1 << (levels - 1)), np.float32(1 << residual_shift)
+    coarse = np.float32(1) / fine  # exact, as all powers of two
+    bound, zero = top * np.float32(clip), np.float32(0)
+    for o in range(w.shape[0]):
+        unit = alpha[o]
+        for i in range(np.uintp(w.shape[1])):
+            relative = w[o, i] / unit
+            r0 = min(max(relative * top, -bound), bound)
+            r1 = (r0 - _nearest_level(r0, top)) * fine
+            r2 = r1 - _nearest_level(r1, top)
+            # What clipping cuts off stays an error whatever the words are.
+            beyond = max(np.float32(abs(relative)) * top - bound, zero)
+            lost = -beyond if relative < zero else beyond
+            first, both = r1 * coarse + lost, r2 * coarse + lost
+            one[o, i] = first * first
+            gain[o, i] = max(first * first - both * both, zero)
+
+
+def _channel_error(matrix, alpha, levels, residual_shift, clip, ratio, one, gain):
     """Squared error per channel if every channel spends `ratio` on its own best second words."""
-    first, second, r1, r2 = buffers
-    _two_words(matrix, alpha, levels, residual_shift, clip, first, second, r1, r2)
-    unit = alpha.astype(np.float64) / 2.0 ** (levels - 1)
-    top = np.float32(2.0 ** (levels - 1)) * clip
-    # What clipping cut off stays an error whatever the words are.
-    beyond = np.maximum(np.abs(matrix / alpha[:, None]) * top / clip - top, 0)
-    sign = np.sign(matrix)
-    fine = np.float32(2.0**residual_shift)
-    one = (r1 / fine + beyond * sign) ** 2
-    gain = np.maximum(one - (r2 / fine + beyond * sign) ** 2, 0)
+    _errors(matrix, alpha, levels, residual_shift, clip, one, gain)
     chosen = int(ratio * matrix.shape[1])
     total = one.sum(axis=1, dtype=np.float64)
     if chosen:
         best = np.partition(gain, matrix.shape[1] - chosen, axis=1)[:, matrix.shape[1] - chosen :]
         total -= best.sum(axis=1, dtype=np.float64)
-    return total * unit**2
+    return total * (alpha.astype(np.float64) / 2.0 ** (levels - 1)) ** 2
 
 
 def search_alpha(
@@ -319,19 +351,22 @@ def search_alpha(
     levels = exponent_levels(bits)
     clip = default_clip(bits) if clip is None else clip
     matrix = np.ascontiguousarray(w, np.float32).reshape(w.shape[0], -1)
-    largest = np.abs(matrix).max(axis=1)
-    largest[largest == 0] = 1
-    buffers = [np.empty(matrix.shape, t) for t in (np.uint8, np.uint8, np.float32, np.float32)]
-    best = np.full(matrix.shape[0], np.inf)
-    alpha = largest.copy()
-    for octave in _ALPHA_OCTAVES:
-        candidate = np.maximum((largest * 2.0**-octave).astype(np.float32), np.float32(1e-30))
-        error = _channel_error(
-            matrix, candidate, levels, residual_shift, clip, residual_ratio, buffers
-        )
-        better = error < best
-        best[better] = error[better]
-        alpha[better] = candidate[better]
+    top = np.abs(matrix).max(axis=1)
+    top[top == 0] = 1
+    alpha = top.copy()
+    together = max(1, _SEARCHED // matrix.shape[1])
+    for begin in range(0, len(matrix), together):
+        rows = slice(begin, begin + together)
+        part, best = matrix[rows], np.full(len(matrix[rows]), np.inf)
+        one, gain = np.empty_like(part), np.empty_like(part)
+        for octave in _ALPHA_OCTAVES:
+            candidate = np.maximum((top[rows] * 2.0**-octave).astype(np.float32), np.float32(1e-30))
+            error = _channel_error(
+                part, candidate, levels, residual_shift, clip, residual_ratio, one, gain
+            )
+            better = error < best
+            best[better] = error[better]
+            alpha[rows][better] = candidate[better]
     return alpha
 
 
