@@ -31,7 +31,7 @@ SLOW = frozenset(
         "HannWindow", "LSTM", "LpPool", "MatMulInteger", "MaxPool", "MaxRoiPool", "MaxUnpool",
         "MelWeightMatrix", "NegativeLogLikelihoodLoss", "NonMaxSuppression", "QLinearConv",
         "QLinearMatMul", "QuantizeLinear", "RNN", "Resize", "ReverseSequence", "RoiAlign",
-        "RotaryEmbedding", "STFT", "SoftmaxCrossEntropyLoss", "TensorScatter", "Unique",
+        "RotaryEmbedding", "STFT", "SoftmaxCrossEntropyLoss", "TensorScatter", "Unique", "Upsample",
     }
 )  # fmt: skip
 
@@ -217,9 +217,8 @@ _PARAMETRIC: dict[str, tuple[Callable[..., Array], dict[str, Any]]] = {
 def _divide(x: Array, y: Array) -> Array:
     if x.dtype.kind not in "iu":
         return np.divide(x, y)
-    if not np.all(y):
-        raise InputError("divides integers by zero")
-    return np.trunc(np.divide(x, y)).astype(x.dtype) if x.dtype.kind == "i" else x // y
+    # Towards zero; by zero it is 0, as in NumPy.
+    return x // y + ((np.remainder(x, y) != 0) & ((x < 0) != (y < 0))).astype(x.dtype)
 
 
 def _power(x: Array, y: Array) -> Array:
