@@ -33,7 +33,9 @@ Value = np.ndarray | list[np.ndarray]
 
 def rows(value: Value) -> np.ndarray:
     """Return a tensor of all pictures in one array."""
-    return value if isinstance(value, np.ndarray) else np.concatenate(value)
+    if isinstance(value, np.ndarray):
+        return value
+    return value[0] if len(value) == 1 else np.concatenate([np.atleast_1d(y) for y in value])
 
 
 def run_onnx(

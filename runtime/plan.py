@@ -353,7 +353,7 @@ class Plan:
                         f" {y.shape} for these inputs, {self._found.dtypes[name]}"
                         f" {self.shapes[name]} was expected"
                     )
-                y = np.ascontiguousarray(y)
+                y = np.asarray(y, order="C")
                 self._point(name, y)
             arrays[name] = y
         for name in step.last_of:
@@ -378,7 +378,7 @@ class Plan:
             return y.copy()
         if any(np.may_share_memory(y, x) for x in others):
             return y.copy()
-        return np.ascontiguousarray(y)
+        return np.asarray(y, order="C")
 
     def tensor(self, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray | None:
         """Return a tensor in ONNX's layout after a run of a plan that keeps all; codes stay codes.
@@ -450,7 +450,7 @@ class Plan:
             arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
         self._scratch_space = scratch
         self._bound_constants = {
-            name: np.ascontiguousarray(self._found.values[name])
+            name: np.asarray(self._found.values[name], order="C")
             for name in self._bindings
             if name in self._found.values
         }
