@@ -29,7 +29,7 @@ MAX_ATTRIBUTE = 2**16
 MAX_RANK = 8
 
 ONNX_DOMAIN = "ai.onnx"
-NEWEST_OPSET = 26
+NEWEST_OPSET = 28
 
 # Types of tensors that are no codes.
 DTYPES = (
@@ -331,8 +331,9 @@ def _infer_packed(graph: Graph, node: Node, found: Inference) -> None:
 
 # Inputs of ONNX operators whose values decide about the output's shape.
 _SHAPE_INPUTS: dict[str, tuple[int, ...]] = {
-    "CenterCropPad": (1,), "Col2Im": (1, 2), "ConstantOfShape": (0,), "DFT": (1,), "Expand": (1,),
-    "MaxUnpool": (2,), "OneHot": (1,), "Pad": (1, 3), "Range": (0, 1, 2), "Reshape": (1,),
+    "AffineGrid": (1,), "BlackmanWindow": (0,), "CenterCropPad": (1,), "Col2Im": (1, 2),
+    "DFT": (1,), "Expand": (1,), "HammingWindow": (0,), "HannWindow": (0,), "MaxUnpool": (2,),
+    "MelWeightMatrix": (0, 1), "OneHot": (1,), "Pad": (1, 3), "Range": (0, 1, 2), "Reshape": (1,),
     "Resize": (1, 2, 3), "STFT": (1, 3), "Slice": (1, 2, 3, 4), "Split": (1,), "Squeeze": (1,),
     "Tile": (1,), "TopK": (1,), "Unsqueeze": (1,), "Upsample": (1,),
     **dict.fromkeys(
