@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import onnxslim
+from onnx.reference import ReferenceEvaluator
 
 from logshift.converter import metadata, qdq
 from logshift.converter.metadata import Metadata
@@ -20,7 +21,7 @@ from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 # Checking and simplifying serialize the model, which protobuf refuses from 2 GiB.
 _MAX_BYTES = 2**31 - 2**20
 # Before it, arithmetic broadcasts by attributes.
-_MIN_OPSET = 7
+MIN_OPSET = 7
 # Simplifications that change weights.
 _RENAMING = (
     "FusionConvAdd", "FusionConvBN", "FusionConvMul", "FusionConvTransposeAdd",
@@ -108,32 +109,41 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     known = metadata.read(original)
     original, quantization = qdq.strip(original, known)
     # What is known of weights and tensors is known by their names, and of weights as they are.
-    skipped = _RENAMING if quantization or known.weights else ()
-    try:
-        proto = _simplified(original, skipped)
-    except Exception as error:  # a simplifier may fail in any way
-        raise ConversionError(f"{where}: cannot be simplified ({error})") from error
+    proto = _simplified(original, _RENAMING if quantization or known.weights else ())
     return Model(original, proto, inputs, size, quantization, known)
 
 
 def _simplified(model: onnx.ModelProto, skipped: tuple[str, ...]) -> onnx.ModelProto:
-    def attempt(**options: bool) -> onnx.ModelProto:
+    """Simplify a model; where that fails it stays as it is, which costs nothing but speed."""
+    # Inference of shapes may know less than the model says.
+    for options in ({}, {"no_shape_infer": True}):
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
-        return onnxslim.slim(copy, skip_fusion_patterns=skipped, **options)
+        try:
+            proto = onnxslim.slim(copy, skip_fusion_patterns=skipped, **options)
+        except Exception:  # a simplifier may fail in any way
+            continue
+        if _is_whole(proto.graph):
+            return proto
+    return model
 
-    try:
-        return attempt()
-    except IndexError:  # where its inference of shapes knows less than the model says
-        return attempt(no_shape_infer=True)
+
+def _is_whole(graph: onnx.GraphProto) -> bool:
+    """Tell whether all nodes' inputs come from somewhere."""
+    known = {"", *(value.name for value in graph.input), *(t.name for t in graph.initializer)}
+    for node in graph.node:
+        if not known.issuperset(node.input):
+            return False
+        known.update(node.output)
+    return known.issuperset(value.name for value in graph.output)
 
 
 def _check_opset(model: onnx.ModelProto, where: str) -> None:
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    if opset < _MIN_OPSET:
+    if opset < MIN_OPSET:
         raise ConversionError(
             f"{where}: opset {opset} is too old; onnx.version_converter.convert_version makes it"
-            f" {_MIN_OPSET} or newer"
+            f" {MIN_OPSET} or newer"
         )
 
 
@@ -223,10 +233,13 @@ def run(
 ) -> list[np.ndarray]:
     """Run a model with onnxruntime and return its outputs.
 
+    What onnxruntime knows no way to run, such as operators of a newer version, `onnx.reference`
+    runs.
+
     Raises
     ------
     ConversionError
-        If onnxruntime cannot run it on these inputs.
+        If neither can run it on these inputs.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -240,4 +253,17 @@ def run(
         known = {value.name for value in session.get_inputs()}
         return list(session.run(None, {n: x for n, x in inputs.items() if n in known}))
     except Exception as error:  # onnxruntime's exceptions share no useful base
-        raise ConversionError(f"onnxruntime cannot run the model: {error}") from error
+        if (found := run_reference(proto, inputs)) is None:
+            raise ConversionError(f"onnxruntime cannot run the model: {error}") from error
+        return found
+
+
+def run_reference(
+    proto: onnx.ModelProto, inputs: Mapping[str, np.ndarray]
+) -> list[np.ndarray] | None:
+    """Run a model with `onnx.reference`, slowly; returns its outputs, None if that fails."""
+    try:
+        with np.errstate(all="ignore"):
+            return list(ReferenceEvaluator(proto).run(None, dict(inputs)))
+    except Exception:  # it fails in any way that NumPy does
+        return None
