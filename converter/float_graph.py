@@ -21,6 +21,12 @@ Clamp = tuple[float | None, float | None]
 NO_CLAMP: Clamp = (None, None)
 
 
+def ordered(low: float | None, high: float | None) -> Clamp:
+    """Return the bounds of a Clip: where they cross, all values become the upper one."""
+    crossed = low is not None and high is not None and low > high
+    return (high if crossed else low), high
+
+
 def clamp_twice(first: Clamp, second: Clamp) -> Clamp:
     """Return the bounds of one clamp after another."""
     low, high = second

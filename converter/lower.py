@@ -22,6 +22,7 @@ from logshift.converter.float_graph import (
     FloatNode,
     Function,
     Problems,
+    ordered,
 )
 from logshift.converter.fuse import pads_fit
 from logshift.converter.layout import packed_weight
@@ -37,13 +38,13 @@ _NO_BOUND = 1e30
 
 _BROADCASTING = {"Add", "Sub", "Mul"}
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
-_ELEMENTWISE = _ARITHMETIC | {
+ELEMENTWISE = _ARITHMETIC | {
     "Abs", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
     "HardSwish", "LeakyRelu", "Log", "Max", "Min", "Mish", "Neg", "PRelu", "Pow", "Reciprocal",
     "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Tanh",
     "ThresholdedRelu",
 }  # fmt: skip
-_VARIADIC = _ELEMENTWISE | {"Concat", "MatMul", "Sum"}
+_VARIADIC = ELEMENTWISE | {"Concat", "MatMul", "Sum"}
 
 
 def _name(node: onnx.NodeProto) -> str:
@@ -168,19 +169,21 @@ class _Lowering:
             self.plain_names[name] = name
         if node.domain not in ("", "ai.onnx"):
             raise _Unsupported(f"operator of the domain {node.domain!r}")
-        if node.op_type not in numpy_ops.OPERATORS:
+        if node.op_type not in numpy_ops.OPERATORS | {"ConstantOfShape"}:
             raise _Unsupported("not supported")
         for name in filter(None, node.output):
             if (dtype := self.trace.dtypes.get(name)) is None or dtype.name not in DTYPES:
                 raise _Unsupported(f"its output {name!r} is no tensor of numbers")
         op, inputs = node.op_type, [self.plain(n) if n else "" for n in node.input]
         attributes: dict[str, Any] = {}
-        for attribute in node.attribute:
+        if op == "ConstantOfShape":
+            op = "Expand"  # which takes its value as an input
+            values = [onnx.numpy_helper.to_array(a.t) for a in node.attribute]
+            value = values[0].reshape(()) if values else np.zeros((), np.float32)
+            inputs.insert(0, self._constant(f"{node.output[0]}/value", value))
+        for attribute in node.attribute if op == node.op_type else ():
             value = onnx.helper.get_attribute_value(attribute)
-            if op == "ConstantOfShape":
-                op = "Expand"  # which takes its value as an input
-                inputs.insert(0, self._constant(f"{node.output[0]}/value", _array(value)[:1]))
-            elif isinstance(value, (int, float, bytes)):
+            if isinstance(value, (int, float, bytes)):
                 attributes[attribute.name] = value.decode() if isinstance(value, bytes) else value
             elif isinstance(value, list) and all(isinstance(v, (int, float, bytes)) for v in value):
                 attributes[attribute.name] = [
@@ -190,8 +193,6 @@ class _Lowering:
                 raise _Unsupported(f"its attribute {attribute.name!r} is no number and no text")
         while inputs and not inputs[-1]:
             inputs.pop()
-        if op == "Expand":
-            inputs = inputs[:2]
         self.emit_onnx(op, _name(node), inputs, list(node.output), attributes)
 
     def emit_onnx(
@@ -340,21 +341,26 @@ class _Lowering:
             shape: tuple[Dim, ...] = info.shape
             if self.fixed_size and len(shape) == 4:
                 shape = (*shape[:2], *nominal[2:])
+            # An empty sample is no accident.
+            shape = tuple(size and dim for dim, size in zip(shape, nominal, strict=True))
             infos.append(ValueInfo(info.name, shape, nominal, info.dtype))
         return infos
 
     def _outputs(self, graph: onnx.GraphProto, results: dict[str, str]) -> list[ValueInfo]:
         batch = self.model.inputs[0].shape[0]
+        pictures = self.trace.shapes[self.model.inputs[0].name][0]
         sizes = [dim for info in self._inputs() for dim in info.shape[1:]]
         dynamic = any(isinstance(dim, str) for dim in sizes)
         infos = []
         for value in graph.output:
-            if value.name not in results:
-                continue
+            if value.name not in results or value.name not in self.trace.shapes:
+                continue  # `problems` knows why
             nominal = self.trace.shapes[value.name]
             declared = list(value.type.tensor_type.shape.dim)
             packed = results[value.name] not in self.plain_names
-            shape: list[Dim] = [batch, nominal[1]] if packed else []
+            shape: list[Dim] = []
+            if packed:  # its first dimension is the batch, unless it has been summed up
+                shape = [batch if nominal[0] == pictures else nominal[0], nominal[1]]
             for axis in range(len(shape), len(nominal)):
                 dim = declared[axis] if axis < len(declared) else None
                 fixed = not dynamic and (packed or isinstance(batch, int))
@@ -365,10 +371,6 @@ class _Lowering:
             dtype = self.trace.dtypes[value.name].name
             infos.append(ValueInfo(value.name, tuple(shape), nominal, dtype))
         return infos
-
-
-def _array(value: Any) -> np.ndarray:
-    return np.ravel(onnx.numpy_helper.to_array(value))
 
 
 _Handler = Callable[[_Lowering, onnx.NodeProto, dict[str, Any]], None]
@@ -678,7 +680,7 @@ def _elementwise(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> Non
     )
 
 
-_HANDLERS.update(dict.fromkeys(_ELEMENTWISE, _elementwise))
+_HANDLERS.update(dict.fromkeys(ELEMENTWISE, _elementwise))
 
 
 @_lowers("Sum")
@@ -775,7 +777,7 @@ def _clamp(node: onnx.NodeProto, a: dict[str, Any], constants: dict[str, np.ndar
         case "Relu":
             return 0.0, None
         case "Clip":
-            return bound(1, "min"), bound(2, "max")
+            return ordered(bound(1, "min"), bound(2, "max"))
         case "Max" | "Min" if len(node.input) == 2 and len(constants) == 1:
             value = bound(0 if node.input[0] in constants else 1)
             return (value, None) if node.op_type == "Max" else (None, value)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 
-from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function
+from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function, ordered
 from logshift.converter.fuse import onnx_nodes
 from logshift.runtime.graph import NEWEST_OPSET, OPERATORS
 
@@ -207,7 +207,7 @@ def _packed_function(node: FloatNode, function: Function) -> FloatNode | None:
                 if name:
                     bounds[index] = float(function.constants[name].item())
             low, high = (None if b is None or abs(b) > 1e30 else b for b in bounds)
-            return packed("Clip", (low, high))
+            return packed("Clip", ordered(low, high))
     if len(function.nodes) == 2 and last.op_type == "Mul":
         if sorted(last.input) == sorted([function.input, first.output[0]]):
             if first.op_type == "Sigmoid":

@@ -72,9 +72,10 @@ def bytes_per_picture(graph: FloatGraph) -> int:
     most = 0
     for index, node in enumerate(graph.nodes):
         alive.update(filter(None, node.outputs))
-        most = max(most, sum(sizes[name] for name in alive) + 2 * sizes[node.output])
+        own = max(sizes[name] for name in node.outputs if name)
+        most = max(most, sum(sizes[name] for name in alive) + 2 * own)
         alive -= {name for name in alive if last_use.get(name, index) <= index}
-    return most * _BYTES_PER_VALUE
+    return max(most, 1) * _BYTES_PER_VALUE
 
 
 def quantize_graph(
@@ -184,7 +185,8 @@ class _Walk:
         count = len(self.streams[node.inputs[0]].exact)
         evaluator = Evaluator(node)
         exact = evaluator.sweep(self._exact(node), count)
-        if not np.isfinite(exact).all():
+        rounds = node.is_quantized or node.output in self.graph.code_tensors
+        if rounds and not np.isfinite(exact).all():
             raise ConversionError(
                 f"{node.op} {node.name!r}: the float model produces NaN or infinity here on the"
                 " calibration data"
