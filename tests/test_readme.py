@@ -56,7 +56,7 @@ def test_python_blocks_run_in_order(workplace):
 
 def test_shell_blocks_run_in_order(workplace):
     lines = [line for code in blocks("sh") for line in code.splitlines()]
-    assert {line.split()[1] for line in lines} == {"convert", "info", "run", "verify", "bench"}
+    assert {line.split()[1] for line in lines} == {"convert", "info", "run", "verify", "bench", "export"}
     if not (Path(sysconfig.get_path("scripts")) / "logshift").exists():
         pytest.skip("logshift is not installed in this environment")
     for line in lines:
