@@ -268,9 +268,10 @@ def _resize_parameters(attributes: dict) -> dict[str, np.ndarray]:
 
 
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:
-    """Signal-to-noise ratio in dB: infinite without noise, NaN without a signal."""
-    error = signal - noisy
+    """Signal-to-noise ratio in dB: infinite without noise, NaN without a (finite) signal."""
+    with np.errstate(invalid="ignore"):
+        error = signal - noisy
     power, noise = float(np.vdot(signal, signal)), float(np.vdot(error, error))
-    if power == 0.0:
+    if power == 0.0 or not math.isfinite(power):
         return math.nan
     return math.inf if noise == 0.0 else 10.0 * math.log10(power / noise)

@@ -83,10 +83,11 @@ class _Placement:
             node.inputs = [find(name) if name else "" for name in node.inputs]
             result = node.output
             if node.is_float or (node.is_conv and result not in as_codes):
-                node.output = self.wanted.get(result, result)
-                node.more_outputs = [self.wanted.get(name, name) for name in node.more_outputs]
-                for name in filter(None, (result, *node.more_outputs)):
-                    self._name(self.floats, name, self.wanted.get(name, name))
+                tensors = node.outputs
+                node.output, *node.more_outputs = map(self._float_name, tensors)
+                for tensor, name in zip(tensors, node.outputs, strict=True):
+                    if tensor:
+                        self._name(self.floats, tensor, name)
             else:
                 node.output = f"{result}/codes" if result in names else result
                 self._name(self.codes, result, node.output)
@@ -95,6 +96,13 @@ class _Placement:
             self._finish(info.name)
         graph.nodes = self.nodes
         graph.code_tensors = set(self.codes.values())
+
+    def _float_name(self, tensor: str) -> str:
+        """Return the name of a tensor that is produced as float32."""
+        if tensor in self.wanted:
+            return self.wanted[tensor]
+        # An output of this name is held by another tensor, of rank 2.
+        return f"{tensor}/NC11" if tensor in self.graph.results else tensor
 
     def _name(self, names: dict[str, str], tensor: str, name: str) -> None:
         names[tensor] = name
