@@ -24,6 +24,8 @@ _DAMPING = 0.01  # of the mean variance: inputs that never vary must not break t
 # Of the mean variance, in the fit to what the float network computes: few samples must not rule.
 _CAUTION = 0.3
 _PASSES = 3  # the choice of second words and the errors it leaves depend on each other
+# Weights of an output: the memory of their covariance, and the time of its inverse, have an end.
+MOST_INPUTS = 8192
 _SAMPLES_PER_INPUT = 3
 _FEWEST_SAMPLES = 4096
 _ELEMENTS = 2**23  # of inputs that are multiplied together

@@ -249,7 +249,7 @@ class _Walk:
             return node.words
         s, ratio = self.settings, self.ratios[node.output]
         assert node.weight is not None
-        if s.error_feedback:
+        if s.error_feedback and node.weight[0].size <= feedback.MOST_INPUTS:
             moments, cross = feedback.covariance(
                 node, self._quantized(node), self._exact(node), count, s.bias_correction
             )

@@ -153,6 +153,27 @@ def test_elements_are_selected_by_the_squared_error_they_remove(w, bits, ratio):
         assert gain[chosen].min() >= gain[left].max() - 1e-4 * gain.max()
 
 
+@given(w=WEIGHTS, bits=BITS, shift=st.integers(0, 4), clip=st.integers(1, 2), data=st.data())
+def test_errors_of_the_search_are_those_of_the_words(w, bits, shift, clip, data):
+    w = w.reshape(len(w), -1)
+    size = st.floats(0.25, 1, width=32)
+    largest = np.maximum(np.abs(w).max(axis=1), np.float32(1e-3))
+    alpha = largest * np.array([data.draw(size) for _ in w], np.float32)
+    one, gain = np.empty_like(w), np.empty_like(w)
+    codec._errors(w, alpha, codec.exponent_levels(bits), shift, clip, one, gain)
+    code = codec.encode(
+        w[:, :, None, None], bits, 1.0, residual_shift=shift, clip=clip, alpha=alpha
+    )
+    unit = alpha[:, None].astype(np.float64) / 2.0 ** (codec.exponent_levels(bits) - 1)
+    first = codec.decode_codes(code.first, bits)[:, :, 0, 0]
+    both = first + codec.decode_codes(code.second, bits)[:, :, 0, 0] / 2.0**shift
+    lost, left = np.abs(first - w / unit), np.abs(both - w / unit)
+    rounding = 1e-6 * np.abs(w / unit).max()
+    np.testing.assert_allclose(np.sqrt(one), lost, rtol=1e-5, atol=rounding)
+    gained = np.maximum(lost**2 - left**2, 0)
+    np.testing.assert_allclose(gain, gained, rtol=1e-5, atol=4 * rounding * (lost.max() + rounding))
+
+
 @given(w=WEIGHTS, bits=BITS, ratio=st.sampled_from([0.0, 0.15, 1.0]), shift=st.integers(0, 2))
 def test_searched_alpha_is_no_worse_than_the_maximum(w, bits, ratio, shift):
     largest = np.abs(w).max(axis=(1, 2, 3))
@@ -249,3 +270,11 @@ def test_settings_out_of_range(settings, message):
 def test_weights_that_cannot_be_encoded(w):
     with pytest.raises(InputError, match="weights"):
         codec.encode(w)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, np.inf]), min_size=1, max_size=30), st.data())
+def test_largest(score, data):
+    count = data.draw(st.integers(0, len(score)))
+    expected = np.zeros(len(score), bool)
+    expected[np.argsort(-np.array(score), kind="stable")[:count]] = True
+    np.testing.assert_array_equal(codec.largest(np.array(score), count), expected)

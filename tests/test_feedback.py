@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_converter_lowering import Net
 
-from logshift.converter import convert, feedback
+from logshift.converter import budget, convert, feedback
 from logshift.converter.evaluate import Evaluator
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.settings import Settings
 from logshift.kernels import codec
+from logshift.runtime import format as packed_format
 
 CONVOLUTIONS = {
     "3x3": (3, 5, 1, {"pads": [1, 1, 1, 1]}),
@@ -160,3 +163,44 @@ def test_budget_is_kept_by_blocks(granularity, tmp_path):
     settings = {"granularity": granularity, "tile": 8, "residual_ratio": 0.3}
     report = convert(model, tmp_path / "net.stlq", calibration=x, **settings)
     assert 0.05 < report.nzr <= 0.3
+
+
+def test_layers_of_too_many_inputs_are_rounded_as_they_are(tmp_path, monkeypatch):
+    net = Net(shape=("batch", 4, 8, 8))
+    model = net.model(net.conv(net.conv("x", 4, 6), 6, 4))
+    x = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
+
+    def words(**settings):
+        convert(model, tmp_path / "net.stlq", calibration=x, residual_ratio=1.0, **settings)
+        nodes = packed_format.read(tmp_path / "net.stlq").nodes
+        return [node.weights.values() for node in nodes if node.weights]
+
+    plain, full = words(error_feedback=False), words()
+    monkeypatch.setattr(feedback, "MOST_INPUTS", 4 * 9)
+    first, second = words()
+    np.testing.assert_array_equal(first, full[0])
+    np.testing.assert_array_equal(second, plain[1])
+    assert (second != full[1]).any()
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=1), min_size=1, max_size=5),
+    st.floats(0, 1),
+    st.data(),
+)
+def test_what_the_budget_buys(worth, share, data):
+    worth = [np.array(part, np.float32) for part in worth]
+    size = st.integers(1, 4)
+    sizes = [data.draw(size)] * len(worth) if data.draw(st.booleans()) else [
+        data.draw(size) for _ in worth
+    ]  # fmt: skip
+    left = share * sum(len(part) * size for part, size in zip(worth, sizes, strict=True))
+    found = np.concatenate(budget._bought(worth, sizes, left))
+    everything, costs = np.concatenate(worth), np.repeat(sizes, [len(part) for part in worth])
+    expected = np.zeros(len(everything), bool)
+    for index in sorted(range(len(everything)), key=lambda i: -everything[i]):
+        left -= costs[index]
+        if left < 0:
+            break
+        expected[index] = True
+    np.testing.assert_array_equal(found, expected)
