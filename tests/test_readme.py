@@ -56,7 +56,8 @@ def test_python_blocks_run_in_order(workplace):
 
 def test_shell_blocks_run_in_order(workplace):
     lines = [line for code in blocks("sh") for line in code.splitlines()]
-    assert {line.split()[1] for line in lines} == {"convert", "info", "run", "verify", "bench", "export"}
+    shown = {"convert", "info", "run", "verify", "bench", "export"}
+    assert {line.split()[1] for line in lines} == shown
     if not (Path(sysconfig.get_path("scripts")) / "logshift").exists():
         pytest.skip("logshift is not installed in this environment")
     for line in lines:
