@@ -9,27 +9,53 @@ layer by itself gets single words, and the rest of the float network runs on wha
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from logshift.converter.evaluate import Network, Value, clamped, rows
-from logshift.converter.feedback import input_variance
-from logshift.converter.float_graph import FloatGraph
+from logshift.converter.feedback import encode_alone, input_variance
+from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.kernels import codec
+from logshift.kernels.codec import LogWeights
 
 _PICTURES = 8  # that sensitivities are measured on
+_AUTO_BITS = (3, 4, 5)
+_AUTO_RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.22, 0.3, 0.45, 0.65, 1.0)
+_ROWS = 64  # output channels on which they are tried, at most
 
 
-def residual_ratios(
+@dataclass(frozen=True)
+class Share:
+    """What one layer gets: bits of its words, and `residual_ratio` of its own."""
+
+    bits: int
+    ratio: float
+
+
+# By the output name of a layer with weights.
+Plan = dict[str, Share]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A share for a layer: expected bits of its file, squared error of the network's outputs."""
+
+    share: Share
+    size: float
+    error: float
+
+
+def fixed_plan(
     graph: FloatGraph,
     samples: Mapping[str, np.ndarray],
     batches: int,
     settings: Settings,
     progress: Progress,
-) -> dict[str, float]:
+) -> Plan:
     """Divide the model's second words among its layers.
 
     Parameters
@@ -41,34 +67,16 @@ def residual_ratios(
     settings : Settings
         `residual_ratio` is the budget: second words, over the weights of all layers.
     progress : callable(done, total, what)
-
-    Returns
-    -------
-    dict of the output name of a layer with weights to the ratio of its own
     """
-    layers = [node for node in graph.nodes if node.is_quantized and node.words is None]
-    ratio = settings.residual_ratio
+    layers = _layers(graph)
+    bits, ratio = settings.weight_bits, settings.residual_ratio
     if ratio in (0.0, 1.0) or len(layers) < 2:
-        return {node.output: ratio for node in layers}
-    size = max(len(x) // batches for x in samples.values())
-    few = min(batches, max(1, _PICTURES // size))
-    part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
-    network = _Network(graph, part, few)
+        return {node.output: Share(bits, ratio) for node in layers}
     worth: list[np.ndarray] = []
     sizes: list[int] = []
-    for number, node in enumerate(layers):
-        progress(number, len(layers), f"measuring {node.name}")
+    for node, single, variance in _measured(graph, samples, batches, settings, progress):
         assert node.weight is not None
-        single = codec.encode(node.weight, settings.weight_bits, 0.0)
-        gain = codec.gains(
-            node.weight, single.alpha, single.bits, settings.residual_shift, single.clip
-        )
-        # What is not finite is for the conversion itself to refuse.
-        with np.errstate(over="ignore", invalid="ignore"):
-            sensitivity = network.sensitivity(node.output, single.values())
-            variance = np.nan_to_num(
-                sensitivity * input_variance(node, rows(network.values[node.inputs[0]]))
-            )
+        gain = codec.gains(node.weight, single.alpha, bits, settings.residual_shift, single.clip)
         gain *= np.repeat(variance, len(gain) // len(variance), axis=0)
         blocks, size = codec.blocks(gain, settings.granularity, settings.tile)
         worth.append(blocks.astype(np.float32) / size)
@@ -76,7 +84,7 @@ def residual_ratios(
     weights = sum(node.weight.size for node in layers if node.weight is not None)
     bought = _bought(worth, sizes, ratio * weights)
     return {
-        node.output: float(np.count_nonzero(chosen) / len(chosen))
+        node.output: Share(bits, float(np.count_nonzero(chosen) / len(chosen)))
         for node, chosen in zip(layers, bought, strict=True)
     }
 
@@ -92,6 +100,101 @@ def _bought(worth: list[np.ndarray], sizes: list[int], budget: float) -> list[np
         chosen = np.zeros(len(everything), bool)
         chosen[best[spent <= budget]] = True
     return np.split(chosen, np.cumsum([len(part) for part in worth])[:-1])
+
+
+def best_plans(
+    graph: FloatGraph,
+    samples: Mapping[str, np.ndarray],
+    batches: int,
+    settings: Settings,
+    progress: Progress,
+) -> list[tuple[float, Plan]]:
+    """Return plans of which each is expected to be the best at its size, the smallest first.
+
+    Each comes with its expected size in bytes. A layer gets more only where the error of the
+    network falls by as much for each bit as anywhere else.
+    """
+    layers: dict[str, list[_Case]] = {}
+    for node, _, variance in _measured(graph, samples, batches, settings, progress):
+        layers[node.output] = _cases(node, variance, settings)
+    plans: dict[float, Plan] = {}
+    for price in _prices(layers.values()):
+        chosen = {
+            name: min(cases, key=lambda c: c.error + price * c.size)
+            for name, cases in layers.items()
+        }
+        size = sum(case.size for case in chosen.values()) / 8
+        plans.setdefault(size, {name: case.share for name, case in chosen.items()})
+    return sorted(plans.items(), key=lambda item: item[0])
+
+
+def _cases(node: FloatNode, variance: np.ndarray, settings: Settings) -> list[_Case]:
+    """Try bits and ratios on a layer, on some of its output channels if it has many."""
+    assert node.weight is not None
+    step = -(-len(node.weight) // _ROWS)
+    weight = node.weight[::step]
+    of_rows = np.repeat(variance, len(node.weight) // len(variance), axis=0)[::step]
+    scale = node.weight.size / weight.size
+    cases = []
+    for bits in _AUTO_BITS:
+        for ratio in _AUTO_RATIOS:
+            words = encode_alone(weight, replace(settings, weight_bits=bits), ratio)
+            error = np.square(words.values() - weight, dtype=np.float64).reshape(of_rows.shape)
+            size = weight.size * (_entropy(words.first) + _entropy(words.second))
+            cases.append(
+                _Case(Share(bits, ratio), scale * size, scale * float((error * of_rows).sum()))
+            )
+    return cases
+
+
+def _entropy(codes: np.ndarray) -> float:
+    """Bits of information in a code."""
+    counts = np.bincount(codes.ravel())
+    shares = counts[counts > 0] / codes.size
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def _prices(layers: Iterable[list[_Case]]) -> np.ndarray:
+    """Return errors per bit, from one where every layer is as good as it gets to its opposite."""
+    slopes = [
+        (worse.error - better.error) / (better.size - worse.size)
+        for cases in layers
+        for better in cases
+        for worse in cases
+        if better.size > worse.size and better.error < worse.error
+    ]
+    return np.unique(slopes) if slopes else np.ones(1)
+
+
+def _layers(graph: FloatGraph) -> list[FloatNode]:
+    """Return the layers whose words are to be chosen."""
+    return [node for node in graph.nodes if node.is_quantized and node.words is None]
+
+
+def _measured(
+    graph: FloatGraph,
+    samples: Mapping[str, np.ndarray],
+    batches: int,
+    settings: Settings,
+    progress: Progress,
+) -> Iterator[tuple[FloatNode, LogWeights, np.ndarray]]:
+    """Yield layers, their single words, and by what squared errors of weights count, (group, K)."""
+    layers = _layers(graph)
+    size = max(len(x) // batches for x in samples.values())
+    few = min(batches, max(1, _PICTURES // size))
+    part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
+    network = _Network(graph, part, few)
+    for number, node in enumerate(layers):
+        progress(number, len(layers), f"measuring {node.name}")
+        assert node.weight is not None
+        single = codec.encode(node.weight, settings.weight_bits, 0.0)
+        # What is not finite is for the conversion itself to refuse.
+        with np.errstate(over="ignore", invalid="ignore"):
+            sensitivity = network.sensitivity(node.output, single.values())
+            variance = np.nan_to_num(
+                sensitivity * input_variance(node, rows(network.values[node.inputs[0]]))
+            )
+        yield node, single, variance
 
 
 class _Network(Network):

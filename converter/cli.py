@@ -18,7 +18,7 @@ from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import numpy as np
 
@@ -143,10 +143,36 @@ def convert(
             " (N, C, H, W) as the model takes it or uint8 pictures (N, H, W, C)."
         ),
     ],
-    bits: Annotated[int, typer.Option(help="Bits of a weight word, 2 to 5.")] = 4,
+    bits: Annotated[
+        str,
+        typer.Option(
+            "--bits",
+            "--weight-bits",
+            metavar="N|auto",
+            help="Bits of a weight word, 2 to 5; or 'auto': for every layer what is best.",
+        ),  # fmt: skip
+    ] = "4",
     residual_ratio: Annotated[
         float, typer.Option(help="Share of weights that get a second word, 0 to 1.")
     ] = 0.15,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="With --bits auto: the best file of at most this size.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="With --bits auto: the smallest file that costs at most so many points of"
+            " accuracy, estimated on calibration pictures.",
+            show_default="0.5",
+        ),
+    ] = None,
+    min_snr: Annotated[
+        float | None,
+        typer.Option(
+            help="With --bits auto: the smallest file whose outputs have this signal-to-noise ratio"
+            " in dB; for networks that do not classify."
+        ),
+    ] = None,
     activation_bits: Annotated[
         int, typer.Option(help="Bits of activations, 2 to 8; 32 quantizes weights alone.")
     ] = 8,
@@ -212,6 +238,8 @@ def convert(
     - `logshift convert resnet18.onnx resnet18.stlq --calibration photos/ --resize 256`
 
     - `logshift convert net.onnx net.stlq --calibration inputs.npy --bits 3 --residual-ratio 0.3`
+
+    - `logshift convert net.onnx net.stlq --calibration photos/ --bits auto --max-bytes 2000000`
     """
     from logshift import converter
 
@@ -222,8 +250,11 @@ def convert(
         model,
         out,
         calibration=data,
-        weight_bits=bits,
+        weight_bits=_bits(bits),
         residual_ratio=residual_ratio,
+        max_bytes=max_bytes,
+        max_drop=max_drop,
+        min_snr=min_snr,
         activation_bits=activation_bits,
         keep_float=keep_float or (),
         granularity=granularity.value,
@@ -238,6 +269,14 @@ def convert(
         labels=None if labels is None else _lines(labels),
     )
     _show(report.to_dict(), str(report), as_json)
+
+
+def _bits(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise InputError(f"--bits {text!r}: give a number from 2 to 5, or auto")
+    return int(text)
 
 
 def _preprocessing(

@@ -924,28 +924,38 @@ def _resize(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
 
 
 # What passes sizes on without computing with them.
-_PASSING = {"Cast", "Concat", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze"}
+_PASSING = {"Cast", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze"}
 
 
 def _sized_like(ctx: _Lowering, node: onnx.NodeProto) -> str | None:
     """Return the stored tensor whose height and width a Resize is to make, if there is one."""
-    after = ctx.trace.shapes[node.output[0]][2:]
-    waiting, found = [node.input[3]] if len(node.input) > 3 else [], set[str]()
-    while waiting:
-        name = waiting.pop()
+    if len(node.input) < 4 or not node.input[3]:
+        return None
+    found = set()
+    for name in _last_two(ctx, node.input[3]):
         producer = ctx.producers.get(name)
-        if name in ctx.constants or producer is None or producer.op_type == "Constant":
-            # Of a size, only batch and channels may be constants: these are not resized.
-            continue
-        if producer.op_type == "Shape":
-            found.add(ctx.alias.get(producer.input[0], producer.input[0]))
-        elif producer.op_type in _PASSING:
-            waiting += producer.input if producer.op_type == "Concat" else producer.input[:1]
-        else:
+        while producer is not None and producer.op_type in _PASSING:
+            producer = ctx.producers.get(producer.input[0])
+        if producer is None or producer.op_type != "Shape":
             return None
-    sized = sorted(t for t in found if t in ctx.shapes and ctx.shapes[t][2:] == after)
-    x = ctx.alias.get(node.input[0], node.input[0])
-    return sized[0] if sized and found <= {*sized, x} else None
+        found.add(ctx.alias.get(producer.input[0], producer.input[0]))
+    after = ctx.trace.shapes[node.output[0]][2:]
+    sized = [t for t in found if t in ctx.shapes and ctx.shapes[t][2:] == after]
+    return sized[0] if len(sized) == len(found) == 1 else None
+
+
+def _last_two(ctx: _Lowering, name: str) -> list[str]:
+    """Return the tensors that make up the last two of some sizes."""
+    producer = ctx.producers.get(name)
+    if producer is None or producer.op_type != "Concat":
+        return [name]
+    parts: list[str] = []
+    count = 0
+    for part in reversed(producer.input):
+        if count < 2:
+            parts.append(part)
+            count += ctx.trace.shapes[part][0]
+    return parts
 
 
 def _scales(

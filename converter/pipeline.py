@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from logshift.converter.progress import Progress, reporting
 from logshift.converter.report import LayerReport, Report, layer_bytes
-from logshift.converter.settings import Settings
+from logshift.converter.settings import AUTO, Settings, Target
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import format
 from logshift.runtime.graph import Graph
@@ -42,8 +42,11 @@ def convert(
     out: str | os.PathLike[str],
     *,
     calibration: Calibration,
-    weight_bits: int = 4,
+    weight_bits: int | Literal["auto"] = 4,
     residual_ratio: float = 0.15,
+    max_bytes: int | None = None,
+    max_drop: float | None = None,
+    min_snr: float | None = None,
     activation_bits: int | Mapping[str, int] = 8,
     granularity: str = "element",
     tile: int = 256,
@@ -69,10 +72,21 @@ def convert(
         Typical inputs: a folder of pictures, a float32 array (N, C, H, W) as the ONNX model takes
         it, a uint8 array of pictures (N, H, W, C), or an iterable of dictionaries with a float32
         array for each input.
-    weight_bits : int
-        Bits of a word, 2 to 5.
+    weight_bits : int, or "auto"
+        Bits of a word, 2 to 5. "auto" chooses 3, 4 or 5 and second words for every layer: the
+        smallest file that meets `max_drop` or `min_snr`, or the best one within `max_bytes`. It
+        converts several times.
     residual_ratio : float
         Share of all weights with a second word, 0 to 1; layers whose errors matter more get more.
+        Not used with "auto".
+    max_bytes : int, optional
+        With "auto": size of the packed file.
+    max_drop : float, optional
+        With "auto", whose default is 0.5: by how many points accuracy may fall, as far as can be
+        told without labels from how sure the float network is, on every fourth calibration sample.
+        The first output holds scores of classes along axis 1.
+    min_snr : float, optional
+        With "auto", for other networks: least signal-to-noise ratio of the outputs in dB.
     activation_bits : int, or dict of pattern to int
         2 to 8, or 32: activations stay float32, and only weights are quantized. A dictionary gives
         the bits of nodes whose ONNX names fit patterns (`*`, `?`); the first that fits counts, and
@@ -113,8 +127,9 @@ def convert(
     InputError
         If a setting or the calibration data does not fit.
     """
+    wanted = Target.of(weight_bits, max_bytes, max_drop, min_snr)
     settings = Settings(
-        weight_bits,
+        4 if wanted else weight_bits,  # type: ignore[arg-type]
         residual_ratio,
         activation_bits,
         granularity,
@@ -128,6 +143,7 @@ def convert(
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
     _check_packages()
+    from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import load
     from logshift.converter.quantize import quantize_graph
     from logshift.converter.samples import open_samples
@@ -139,12 +155,19 @@ def convert(
     graph = _lowered(loaded, samples, settings)
     data = samples.read(calibration_limit or _limit(graph))
     data, batches = _whole_batches(data, loaded)
+
+    def finish(packed: Graph) -> None:
+        if samples.preprocessing is not None:
+            packed.preprocessing = samples.preprocessing.to_manifest()
+        packed.labels = list(labels) if labels is not None else None
+        packed.settings = asdict(settings)
+        if wanted:
+            packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
+
     with reporting(progress) as show:
-        packed, errors = quantize_graph(graph, data, batches, settings, show)
-    if samples.preprocessing is not None:
-        packed.preprocessing = samples.preprocessing.to_manifest()
-    packed.labels = list(labels) if labels is not None else None
-    packed.settings = asdict(settings)
+        plan = choose_plan(graph, data, batches, settings, wanted, finish, show) if wanted else None
+        packed, errors = quantize_graph(graph, data, batches, settings, show, plan)
+    finish(packed)
     file_bytes = format.write(packed, target)
     count = len(next(iter(data.values())))
     notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)

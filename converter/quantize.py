@@ -8,13 +8,13 @@ quantization of everything before it has shifted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from logshift.converter import feedback
-from logshift.converter.budget import residual_ratios
+from logshift.converter.budget import Plan, fixed_plan
 from logshift.converter.calibrate import choose_quantization, dequantize, quantize
 from logshift.converter.evaluate import (
     Evaluator,
@@ -84,6 +84,7 @@ def quantize_graph(
     batches: int,
     settings: Settings,
     progress: Progress,
+    plan: Plan | None = None,
 ) -> tuple[Graph, list[LayerError]]:
     """Quantize every node in execution order.
 
@@ -97,6 +98,8 @@ def quantize_graph(
         How many batches these are.
     settings : Settings
     progress : callable(done, total, what)
+    plan : Plan, optional
+        Bits and second words of every layer; by default those of `settings`, divided as is best.
 
     Returns
     -------
@@ -105,7 +108,9 @@ def quantize_graph(
     list of LayerError
         One per node.
     """
-    return _Walk(graph, samples, batches, settings).run(progress)
+    if plan is None:
+        plan = fixed_plan(graph, samples, batches, settings, progress)
+    return _Walk(graph, samples, batches, settings, plan).run(progress)
 
 
 class _Walk:
@@ -115,18 +120,17 @@ class _Walk:
         samples: Mapping[str, np.ndarray],
         batches: int,
         settings: Settings,
+        plan: Plan,
     ) -> None:
         self.graph = graph
         self.samples = samples
         self.batches = batches
         self.settings = settings
+        self.plan = plan
         self.streams = {name: _Streams(x, x) for name, x in {**samples, **graph.constants}.items()}
         self.quantization: dict[str, Quantization] = {}
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
-        self.ratios = residual_ratios(
-            self.graph, self.samples, self.batches, self.settings, progress
-        )
         last_use = _last_uses(self.graph)
         nodes, errors = [], []
         for index, node in enumerate(self.graph.nodes):
@@ -247,7 +251,8 @@ class _Walk:
     def _encode(self, node: FloatNode, count: int) -> codec.LogWeights:
         if node.words is not None:
             return node.words
-        s, ratio = self.settings, self.ratios[node.output]
+        share = self.plan[node.output]
+        s, ratio = replace(self.settings, weight_bits=share.bits), share.ratio
         assert node.weight is not None
         if s.error_feedback and node.weight[0].size <= feedback.MOST_INPUTS:
             moments, cross = feedback.covariance(

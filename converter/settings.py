@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 from logshift.kernels import codec
 from logshift.kernels.errors import InputError
 
+AUTO = "auto"  # as weight_bits
 ACTIVATION_RANGES = ("minmax", "percentile", "mse")
 
 
@@ -68,6 +70,62 @@ class Settings:
                     )
 
 
+@dataclass(frozen=True)
+class Target:
+    """What weights of `weight_bits="auto"` have to meet: exactly one of these.
+
+    Attributes
+    ----------
+    max_bytes : int, optional
+        Of the packed file.
+    max_drop : float, optional
+        Points of accuracy.
+    min_snr : float, optional
+        Signal-to-noise ratio of the outputs, in dB.
+    """
+
+    max_bytes: int | None = None
+    max_drop: float | None = None
+    min_snr: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        weight_bits: int | str,
+        max_bytes: int | None,
+        max_drop: float | None,
+        min_snr: float | None,
+    ) -> Target | None:
+        """Return the target of `convert`'s arguments; None if bits are given."""
+        given = {"max_bytes": max_bytes, "max_drop": max_drop, "min_snr": min_snr}
+        names = [name for name, value in given.items() if value is not None]
+        if weight_bits != AUTO:
+            if names:
+                raise InputError(f"{names[0]} needs weight_bits={AUTO!r}")
+            return None
+        if len(names) > 1:
+            raise InputError(f"{' and '.join(names)}: give one of them")
+        if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
+            raise InputError(f"max_bytes is {max_bytes!r}; it must be an integer, at least 1")
+        if max_drop is not None and not 0.0 <= max_drop <= 100.0:
+            raise InputError(f"max_drop is {max_drop}; it must be from 0 to 100 points")
+        if min_snr is not None and not math.isfinite(min_snr):
+            raise InputError(f"min_snr is {min_snr}; it must be a number of dB")
+        return cls(max_bytes, max_drop, min_snr) if names else cls(max_drop=_MAX_DROP)
+
+    def is_met(self, measured: float) -> bool:
+        """Tell whether outputs are good enough that are off by so many points, or have this SNR."""
+        if self.max_drop is not None:
+            return measured <= self.max_drop
+        assert self.min_snr is not None
+        return measured >= self.min_snr
+
+    def __str__(self) -> str:
+        """Return the setting that was given."""
+        return ", ".join(f"{k} {v}" for k, v in asdict(self).items() if v is not None)
+
+
+_MAX_DROP = 0.5  # where nothing is said
 _ACTIVATION_BITS = 8  # of nodes that no pattern fits
 
 
