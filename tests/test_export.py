@@ -60,7 +60,7 @@ def compare(graph, found, expected, tolerance=None):
             same = found[before] == expected[before]
             np.testing.assert_array_equal(x[same], y[same])
         unit = 1.001 if graph.is_code(name) else tolerance or 1e-5 * np.abs(y).max()
-        assert (np.abs(x - y)[same] <= unit).mean() >= 0.999, node.op
+        assert (np.abs(x - y)[same] > unit).sum() <= 0.001 * x.size, node.op
 
 
 def assume_small_output_padding(node):
