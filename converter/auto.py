@@ -76,7 +76,7 @@ def _largest(
     plans: list[tuple[float, Plan]], max_bytes: int, size_of: Callable[[Plan], int]
 ) -> Plan:
     """Return the largest plan of at most so many bytes."""
-    expected = np.array([size for size, _ in plans])
+    expected = np.array([max(size, 1.0) for size, _ in plans])  # 0 if all words are given
     found: dict[int, int] = {}  # by index
     for _ in range(_TRIALS):
         tried = sorted(found)
@@ -103,7 +103,7 @@ def _largest(
 def _thinned(plans: list[tuple[float, Plan]]) -> list[Plan]:
     """Return fewer plans, in about equal steps of size."""
     sizes = np.array([size for size, _ in plans])
-    wanted = np.geomspace(sizes[0], sizes[-1], _PLANS)
+    wanted = np.geomspace(max(sizes[0], 1.0), max(sizes[-1], 1.0), _PLANS)
     return [plans[i][1] for i in sorted({int(np.abs(sizes - w).argmin()) for w in wanted})]
 
 

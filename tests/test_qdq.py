@@ -435,6 +435,15 @@ def test_round_trip_of_random_graphs(kind, tmp_path_factory):
     check()
 
 
+@pytest.mark.parametrize("options", [{}, {"max_bytes": 10_000}])
+def test_words_that_are_given_are_not_chosen_anew(tmp_path, options):
+    names = [tmp_path / f"{name}.stlq" for name in ("one", "two")]
+    convert(network(), names[0], calibration=noise(), weight_bits=3)
+    export(names[0], tmp_path / "net.onnx")
+    convert(tmp_path / "net.onnx", names[1], calibration=noise(), weight_bits="auto", **options)
+    same_network(*map(packed_format.read, names), {"x": noise(4, seed=3)})
+
+
 def test_preprocessing_and_labels_come_along(tmp_path):
     from logshift.converter import Preprocessing
 
