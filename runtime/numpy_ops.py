@@ -1056,6 +1056,13 @@ def _product_of(c: _Call, a: int, b: int) -> list[int]:
     return [*np.broadcast_shapes(x[:-2], y[:-2]), *x[:-1][-1:], *y[1:][-1:]]
 
 
+def _aligned(c: _Call) -> list[int]:
+    sizes = [c.get("output_height", 1), c.get("output_width", 1)]
+    samples = max(c.get("sampling_ratio", 0), 1)
+    _limited([64, *sizes, samples, samples])  # each is a Python object
+    return [len(c.input(1)), c.x.shape[1], *sizes]
+
+
 def _length(c: _Call) -> list[int]:
     return c.integers(0, "") or []
 
@@ -1089,9 +1096,7 @@ _SIZES: dict[str, Callable[[_Call], Sequence[int]]] = {
     "QLinearMatMul": lambda c: _product_of(c, 0, 3),
     "RNN": lambda c: [*c.x.shape[:2], *c.input(1).shape[:2]],
     "Resize": _resized,
-    "RoiAlign": lambda c: [
-        len(c.input(1)), c.x.shape[1], c.get("output_height", 1), c.get("output_width", 1)
-    ],
+    "RoiAlign": _aligned,
     "STFT": _framed,
 }  # fmt: skip
 
