@@ -170,7 +170,7 @@ def _mean(x: Array, axes: tuple[int, ...], keepdims: bool = True) -> Array:
 # --- element-wise -------------------------------------------------------------------------------
 
 
-# The odd rational function of [-4, 4] that Eigen and XNNPACK take: a relative error below 5e-7.
+# An odd rational function on [-4, 4], with a relative error below 5e-7.
 _ERF_NUMERATOR = (
     -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
     -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02,

@@ -115,7 +115,7 @@ BETWEEN = {"Acos": (-1, 1), "Asin": (-1, 1), "Atanh": (-0.9, 0.9), "Acosh": (1, 
            "Log": (0.01, 50), "Sqrt": (0, 50), "Sinh": (-9, 9), "Cosh": (-9, 9),
            "Tan": (-1.5, 1.5)}  # fmt: skip
 FLOAT_UNARY = sorted(set(numpy_ops._UNARY) - {"BitwiseNot", "Not", "Identity"})
-# Operators that onnxruntime does not have, or computes by tables of its own.
+# Operators that are compared with onnx.reference, and their version.
 OF_REFERENCE = {"Swish": 24}
 
 
@@ -555,7 +555,9 @@ def test_reduce(op, shape, data):
     keep = data.draw(st.integers(0, 1))
     x = values(shape)
     x = np.abs(x) + F(0.1) if op == "ReduceLogSum" else x
-    noop = data.draw(st.integers(0, 1)) if axes else 0  # versions of ONNX differ in what it does
+    noop = (
+        data.draw(st.integers(0, 1)) if axes else 0
+    )  # without axes versions of onnxruntime differ
     compare(op, x, ints(*axes), rtol=1e-4, keepdims=keep, noop_with_empty_axes=noop)
     compare(op, x, rtol=1e-4, keepdims=keep)
     if axes:
@@ -563,6 +565,13 @@ def test_reduce(op, shape, data):
     if op in ("ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
         compare(op, values(shape, 0, np.int32), keepdims=keep)
     refused("axes", op, x, ints(rank))
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_reducing_no_axes(op):
+    x = np.abs(values((2, 3)))
+    for axes in ([ints()], []):
+        compare(op, x, *axes, reference=True, rtol=1e-4, noop_with_empty_axes=1)
 
 
 @pytest.mark.parametrize("op", sorted(set(REDUCTIONS) - {"ReduceMean"}))
@@ -700,7 +709,7 @@ def test_normalisations(shape, data):
         atol=1e-3,
         rtol=1e-3,
     )
-    if scale.size > 1:  # onnxruntime before 1.24 refuses single elements
+    if scale.size > 1:  # onnxruntime 1.23 refuses single elements
         compare("LayerNormalization", x, scale, axis=axis, atol=1e-3, rtol=1e-3)
     compare("RMSNormalization", x, scale, opset=23, reference=True, axis=axis)
     compare("LpNormalization", x, axis=axis, p=data.draw(st.integers(1, 2)))
