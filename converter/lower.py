@@ -26,7 +26,7 @@ from logshift.converter.float_graph import (
 )
 from logshift.converter.fuse import pads_fit
 from logshift.converter.layout import packed_weight
-from logshift.converter.onnx_model import Model, Trace
+from logshift.converter.onnx_model import Model, Trace, dim_name
 from logshift.converter.qdq import identity, table_function, table_of
 from logshift.converter.recognise import recognise
 from logshift.kernels.codec import LogWeights
@@ -97,6 +97,7 @@ class _Lowering:
     def run(self) -> FloatGraph:
         graph = self.model.proto.graph
         self.producers = {name: node for node in graph.node for name in node.output if name}
+        self.joined = _joined(graph)
         for info in self.model.inputs:
             self.plain_names[info.name] = info.name
             if len(info.shape) == 4 and info.dtype == "float32":
@@ -135,7 +136,7 @@ class _Lowering:
                 else:
                     needed.update(node.input if node.op_type in _VARIADIC else node.input[:1])
                 kept.append(node)
-        return kept[::-1]
+        return _resized_late(kept[::-1], self.joined)
 
     def _lower(self, node: onnx.NodeProto) -> None:
         if node.output[0] in self.done:
@@ -144,6 +145,8 @@ class _Lowering:
             if len(shape := self.trace.shapes.get(name, ())) in (2, 4):
                 self.shapes[name] = shape if len(shape) == 4 else (*shape, 1, 1)
         handler = _HANDLERS.get(node.op_type)
+        if not self.trace.mixed.isdisjoint(node.output):
+            handler = None
         if node.op_type == "Clip" and node.name in self.model.quantization:
             handler = _round
         if handler is not None and node.domain in ("", "ai.onnx"):
@@ -242,7 +245,13 @@ class _Lowering:
             return flat
         if name not in self.producers:
             raise _Unsupported(f"its input {name!r} is produced by no node")
-        self._keep(self.producers[name])  # which only computes sizes
+        producer = self.producers[name]  # which only computes sizes
+        try:
+            self._keep(producer)
+        except _Unsupported as reason:
+            raise _Unsupported(
+                f"its input {name!r} comes of {producer.op_type} {_name(producer)!r}: {reason}"
+            ) from None
         return name
 
     def _result(self, name: str) -> str:
@@ -271,6 +280,8 @@ class _Lowering:
     def _stored(self, name: str) -> str:
         """Return a tensor as packed operators have it, of one as ONNX has it."""
         shape = self.trace.shapes[name]
+        if name in self.trace.mixed:
+            raise _Unsupported(f"its input of shape {shape} has no batch of pictures in front")
         if self.trace.dtypes[name] != np.float32 or len(shape) not in (2, 4):
             raise _Unsupported(f"its input is {self.trace.dtypes[name]} of shape {shape}")
         if len(shape) == 4:
@@ -340,7 +351,7 @@ class _Lowering:
             nominal = self.trace.shapes[info.name]
             shape: tuple[Dim, ...] = info.shape
             if self.fixed_size and len(shape) == 4:
-                shape = (*shape[:2], *nominal[2:])
+                shape = (shape[0], *nominal[1:])
             # An empty sample is no accident.
             shape = tuple(size and dim for dim, size in zip(shape, nominal, strict=True))
             infos.append(ValueInfo(info.name, shape, nominal, info.dtype))
@@ -367,10 +378,31 @@ class _Lowering:
                 if fixed or (dim and dim.dim_value == nominal[axis] > 0):
                     shape.append(nominal[axis])
                 else:
-                    shape.append((dim and dim.dim_param) or f"{value.name}_dim_{axis}")
+                    shape.append((dim and dim_name(dim)) or f"{value.name}_dim_{axis}")
             dtype = self.trace.dtypes[value.name].name
             infos.append(ValueInfo(value.name, tuple(shape), nominal, dtype))
         return infos
+
+
+def _resized_late(
+    nodes: list[onnx.NodeProto], joined: dict[str, list[str]]
+) -> list[onnx.NodeProto]:
+    """Let a Resize come just before its reader: what it is joined with is there by then."""
+    waiting: dict[str, onnx.NodeProto] = {}
+    ordered: list[onnx.NodeProto] = []
+
+    def emit(node: onnx.NodeProto) -> None:
+        for name in node.input:
+            if name in waiting:
+                emit(waiting.pop(name))
+        ordered.append(node)
+
+    for node in nodes:
+        if node.op_type == "Resize" and node.output[0] in joined:
+            waiting[node.output[0]] = node
+        else:
+            emit(node)
+    return ordered + list(waiting.values())
 
 
 _Handler = Callable[[_Lowering, onnx.NodeProto, dict[str, Any]], None]
@@ -386,6 +418,12 @@ def _lowers(*ops: str) -> Callable[[_Handler], _Handler]:
 
 
 # --- convolutions -------------------------------------------------------------------------------
+
+
+# Attributes with a value per axis, and what they are for an axis of length 1.
+_LEAST = {
+    "strides": 1, "dilations": 1, "kernel_shape": 1, "output_padding": 0, "output_shape": 1
+}  # fmt: skip
 
 
 def _on_a_line(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> bool:
@@ -404,9 +442,9 @@ def _on_a_line(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> bool:
         ctx.constants[weight] = ctx.constant(node.input[1])[:, :, None]
         flat.input[1] = weight
     wide = dict(a)
-    for key in ("strides", "dilations", "kernel_shape"):
+    for key, least in _LEAST.items():
         if key in a:
-            wide[key] = [1, *a[key]]
+            wide[key] = [least, *a[key]]
     if "pads" in a:
         begin, end = a["pads"]
         wide["pads"] = [0, begin, 0, end]
@@ -432,6 +470,8 @@ def _conv(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
 
 @_lowers("ConvTranspose")
 def _conv_transpose(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    if _on_a_line(ctx, node, a):
+        return
     weight = ctx.constant(node.input[1])
     if weight.ndim != 4:
         raise _Unsupported(f"is {weight.ndim - 2}-dimensional; only 2-D is supported")
@@ -927,8 +967,23 @@ def _resize(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
 _PASSING = {"Cast", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze"}
 
 
+def _joined(graph: onnx.GraphProto) -> dict[str, list[str]]:
+    """Return, for every tensor, those that must have its height and width: it is joined to them."""
+    joined: dict[str, list[str]] = {}
+    for node in graph.node:
+        if node.op_type == "Concat" and any(a.name == "axis" and a.i == 1 for a in node.attribute):
+            for name in node.input:
+                joined.setdefault(name, []).extend(n for n in node.input if n != name)
+    return joined
+
+
 def _sized_like(ctx: _Lowering, node: onnx.NodeProto) -> str | None:
     """Return the stored tensor whose height and width a Resize is to make, if there is one."""
+    after = ctx.trace.shapes[node.output[0]][2:]
+    for name in ctx.joined.get(node.output[0], ()):
+        other = ctx.alias.get(name, name)
+        if other in ctx.shapes and ctx.shapes[other][2:] == after:
+            return other
     if len(node.input) < 4 or not node.input[3]:
         return None
     found = set()
@@ -939,7 +994,6 @@ def _sized_like(ctx: _Lowering, node: onnx.NodeProto) -> str | None:
         if producer is None or producer.op_type != "Shape":
             return None
         found.add(ctx.alias.get(producer.input[0], producer.input[0]))
-    after = ctx.trace.shapes[node.output[0]][2:]
     sized = [t for t in found if t in ctx.shapes and ctx.shapes[t][2:] == after]
     return sized[0] if len(sized) == len(found) == 1 else None
 
@@ -984,13 +1038,22 @@ def _depth_to_space(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> 
     ctx.emit("DepthToSpace", node, [ctx.tensor(node.input[0])], attributes=attributes)
 
 
+@_lowers("SpaceToDepth")
+def _space_to_depth(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
+    x, y, k = ctx.tensor(node.input[0]), node.output[0], a["blocksize"]
+    (n, c, _, _), (_, _, h, w) = ctx.shapes[x], ctx.shapes[y]
+    parts = []
+    for i, j in np.ndindex(k, k):
+        parts.append(f"{y}/{i},{j}")
+        ctx.shapes[parts[-1]] = (n, c, h, w)
+        attributes = {"axes": [2, 3], "starts": [i, j], "ends": [2**31 - 1] * 2, "steps": [k, k]}
+        ctx.nodes.append(FloatNode("Slice", parts[-1], [x], parts[-1], attributes))
+    ctx.emit("Concat", node, parts, attributes={"axis": 1})
+
+
 @_lowers("Identity", "Dropout", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
 def _view(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     """Give a tensor a second name, as long as its pictures stay apart and in order."""
-    if node.op_type == "Reshape" and (shuffled := _shuffled(ctx, node)):
-        x, indices = shuffled
-        ctx.emit("Gather", node, [x], attributes={"axis": 1, "indices": indices})
-        return
     x = ctx.source(node.input[0])
     if node.op_type == "Cast" and a["to"] != onnx.TensorProto.FLOAT:
         raise _Unsupported("casts to a type other than float32")
@@ -1000,25 +1063,3 @@ def _view(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
         raise _Unsupported(f"makes shape {shape} of {(n, c, h, w)}; only flattening is supported")
     ctx.alias[node.output[0]] = x
     ctx.shapes.pop(node.output[0], None)
-
-
-def _shuffled(ctx: _Lowering, node: onnx.NodeProto) -> tuple[str, list[int]] | None:
-    """Recognise Reshape, Transpose, Reshape that only permute channels.
-
-    Returns the stored tensor and, for every channel of the result, that which it was.
-    """
-    transpose = ctx.producers.get(node.input[0])
-    if transpose is None or transpose.op_type != "Transpose":
-        return None
-    reshape = ctx.producers.get(transpose.input[0])
-    if reshape is None or reshape.op_type != "Reshape":
-        return None
-    x = ctx.alias.get(reshape.input[0], reshape.input[0])
-    shape, split = ctx.trace.shapes.get(x, ()), ctx.trace.shapes[reshape.output[0]]
-    if x not in ctx.shapes or ctx.shapes[x] != shape or len(split) != 5:
-        return None
-    permutation = list(onnx.helper.get_attribute_value(transpose.attribute[0]))
-    whole = (split[0], split[1] * split[2], *split[3:])
-    if permutation != [0, 2, 1, 3, 4] or not whole == shape == ctx.trace.shapes[node.output[0]]:
-        return None
-    return x, np.arange(shape[1]).reshape(split[1], split[2]).T.ravel().tolist()

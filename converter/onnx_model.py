@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +174,12 @@ def _inputs(graph: onnx.GraphProto) -> list[ModelInput]:
 def _dim(name: str, axis: int, dim: onnx.TensorShapeProto.Dimension) -> Dim:
     if dim.HasField("dim_value") and dim.dim_value > 0:
         return int(dim.dim_value)
-    return dim.dim_param or f"{name}_dim_{axis}"
+    return dim_name(dim) or f"{name}_dim_{axis}"
+
+
+def dim_name(dim: onnx.TensorShapeProto.Dimension) -> str:
+    """Return the name of an unknown dimension, "" if it has none: "?" says no more than that."""
+    return "" if dim.dim_param == "?" else dim.dim_param
 
 
 _DTYPES = {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name)): name for name in DTYPES}
@@ -193,12 +198,16 @@ class Trace:
     integers : dict of name to array
         Computed integer tensors: sizes that depend on the input's size.
     dtypes : dict of tensor name to dtype
+    mixed : set of tensor names
+        Tensors of rank 2 and 4 whose first axis is not that of the batch alone; known only of
+        models that take any batch.
     """
 
     shapes: dict[str, Shape]
     constants: dict[str, np.ndarray]
     integers: dict[str, np.ndarray]
     dtypes: dict[str, np.dtype]
+    mixed: set[str] = field(default_factory=set)
 
 
 def trace(model: Model, sample: Mapping[str, np.ndarray]) -> Trace:
@@ -207,14 +216,8 @@ def trace(model: Model, sample: Mapping[str, np.ndarray]) -> Trace:
     Running it is surer than shape inference: sizes that the network computes from its input's size
     are known as well.
     """
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    graph = proto.graph
-    names = [name for node in graph.node for name in node.output if name]
-    del graph.output[:]
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    outputs = zip(names, run(proto, sample, optimize=False), strict=True)
-    values = {name: y for name, y in outputs if isinstance(y, np.ndarray)}  # not sequences
+    graph = model.proto.graph
+    values = _values(model, sample)
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant":
@@ -225,7 +228,39 @@ def trace(model: Model, sample: Mapping[str, np.ndarray]) -> Trace:
         constants,
         {n: a for n, a in values.items() if a.dtype.kind == "i" and n not in constants},
         {name: array.dtype for name, array in known.items()},
+        _mixed(model, sample, values),
     )
+
+
+def _values(model: Model, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return what every node computes, but for sequences."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    names = [name for node in proto.graph.node for name in node.output if name]
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    outputs = zip(names, run(proto, sample, optimize=False), strict=True)
+    return {name: y for name, y in outputs if isinstance(y, np.ndarray)}
+
+
+def _mixed(
+    model: Model, sample: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]
+) -> set[str]:
+    """Return the tensors that a second picture does not just make twice as long."""
+    if not all(isinstance(info.shape[0], str) for info in model.inputs):
+        return set()
+    try:
+        twice = _values(model, {name: np.concatenate([x, x]) for name, x in sample.items()})
+    except ConversionError:  # it takes no batches, whatever it says
+        return set()
+    return {
+        name
+        for name, y in values.items()
+        if y.ndim in (2, 4)
+        and name in twice
+        and twice[name].shape != (2 * len(y), *y.shape[1:])
+        and twice[name].shape != y.shape
+    }
 
 
 def run(

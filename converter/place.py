@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import onnx
 
+from logshift.converter.evaluate import evaluate_function
 from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function, ordered
 from logshift.converter.fuse import onnx_nodes
+from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import NEWEST_OPSET, OPERATORS
 
 # Functions of one tensor that packed operators compute on float32, under their ONNX names.
@@ -195,7 +196,7 @@ def _renamed(function: Function, source: str, result: str) -> Function:
 
 def _packed_function(node: FloatNode, function: Function) -> FloatNode | None:
     """Return an element-wise function as one packed operator on float32, if it is one."""
-    first, last = function.nodes[0], function.nodes[-1]
+    first = function.nodes[0]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in first.attribute}
 
     def packed(op: str, clamp: Clamp = (None, None)) -> FloatNode:
@@ -216,11 +217,37 @@ def _packed_function(node: FloatNode, function: Function) -> FloatNode | None:
                     bounds[index] = float(function.constants[name].item())
             low, high = (None if b is None or abs(b) > 1e30 else b for b in bounds)
             return packed("Clip", ordered(low, high))
-    if len(function.nodes) == 2 and last.op_type == "Mul":
-        if sorted(last.input) == sorted([function.input, first.output[0]]):
-            if first.op_type == "Sigmoid":
-                return packed("Swish")
-            sixth = math.isclose(attributes.get("alpha", 0.2), 1 / 6, rel_tol=1e-6)
-            if first.op_type == "HardSigmoid" and sixth and attributes.get("beta", 0.5) == 0.5:
-                return packed("HardSwish")
+    elif found := _recognised(function):
+        op, attributes = found
+        return packed(op)
+    return None
+
+
+# Around what bends, and far beyond.
+_POINTS = np.concatenate([np.linspace(-10, 10, 321), [-1e6, -1e3, 1e3, 1e6]])
+
+
+def _recognised(function: Function) -> tuple[str, dict[str, float]] | None:
+    """Return the activation that a function is, written in whatever nodes, and its attributes."""
+    x, zero, one = _POINTS, 160, 176  # where x is 0 and 1
+    try:
+        y = evaluate_function(function, x)
+    except ConversionError:
+        return None
+    if y.ndim > 1:
+        return None
+    with np.errstate(over="ignore"):
+        sigmoid = 1 / (1 + np.exp(-x))
+    beta, slope = float(y[zero]), float(y[zero + 1] - y[zero]) * (one - zero)
+    leak = float(-y[zero - (one - zero)])
+    candidates: list[tuple[str, dict[str, float], np.ndarray]] = [
+        ("HardSwish", {}, x * np.clip(x / 6 + 0.5, 0, 1)),
+        ("Swish", {}, x * sigmoid),
+        ("Sigmoid", {}, sigmoid),
+        ("HardSigmoid", {"alpha": slope, "beta": beta}, np.clip(slope * x + beta, 0, 1)),
+        ("LeakyRelu", {"alpha": leak}, np.where(x < 0, leak * x, x)),
+    ]
+    for op, attributes, expected in candidates:
+        if np.allclose(y, expected, rtol=1e-5, atol=1e-6):
+            return op, attributes
     return None

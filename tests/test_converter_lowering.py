@@ -549,7 +549,7 @@ def test_size_that_the_network_computes_with_becomes_fixed(how, tmp_path):
     report = converter.convert(model, path, calibration=[samples(model)])
     graph = packed_format.read(path)
     assert graph.inputs[0].shape == ("batch", 4, 8, 8)
-    assert any("fixed to height and width (8, 8)" in note for note in report.notes)
+    assert any("fixed to (4, 8, 8) in all axes" in note for note in report.notes)
 
 
 # --- what stays an ONNX operator ------------------------------------------------------------------

@@ -90,6 +90,123 @@ def test_detection_head(dynamic, tmp_path):
         compare(model, graph, {"x": x})
 
 
+def shuffle_pixels(net, x, dynamic):
+    """Depth to space as a view, a permutation and a view."""
+    if not dynamic:
+        x = net.node("Reshape", x, net.constant([-1, 3, 2, 2, 8, 8], np.int64))
+        x = net.node("Transpose", x, perm=[0, 1, 4, 2, 5, 3])
+        return net.node("Reshape", x, net.constant([-1, 3, 16, 16], np.int64))
+    size = net.node("Shape", x)
+    n, h, w = (net.node("Gather", size, net.constant([i], np.int64)) for i in (0, 2, 3))
+    three, two = net.constant([3], np.int64), net.constant([2], np.int64)
+    x = net.node("Reshape", x, net.node("Concat", n, three, two, two, h, w, axis=0))
+    x = net.node("Transpose", x, perm=[0, 1, 4, 2, 5, 3])
+    h, w = net.node("Mul", h, two), net.node("Mul", w, two)
+    return net.node("Reshape", x, net.node("Concat", n, three, h, w, axis=0))
+
+
+@pytest.mark.parametrize(("dynamic", "opset"), [(False, 9), (False, 18), (True, 18)])
+def test_pixel_shuffle_stays_on_codes(dynamic, opset, tmp_path):
+    shape = ("batch", 4, "height", "width") if dynamic else ("batch", 4, 8, 8)
+    net = Net(shape=shape, opset=opset)
+    model = net.model(net.conv(shuffle_pixels(net, net.conv("x", 4, 12), dynamic), 3, 4))
+    graph = convert(model, tmp_path / "net.stlq")
+    assert in_float(graph) == []
+    assert "DepthToSpace" in [node.op for node in graph.nodes]
+    compare(model, graph, {"x": samples(model)["x"][:3]})
+    if dynamic:
+        x = np.random.default_rng(1).standard_normal((2, 4, 6, 10)).astype(np.float32)
+        compare(model, graph, {"x": x})
+
+
+def test_pixel_unshuffle_stays_on_codes(tmp_path):
+    net = Net()
+    x = net.node("Reshape", net.conv("x"), net.constant([-1, 4, 4, 2, 4, 2], np.int64))
+    x = net.node("Transpose", x, perm=[0, 1, 3, 5, 2, 4])
+    x = net.node("Reshape", x, net.constant([-1, 16, 4, 4], np.int64))
+    model = net.model(net.conv(x, 16, 4))
+    graph = convert(model, tmp_path / "net.stlq")
+    assert in_float(graph) == []
+    compare(model, graph, {"x": samples(model)["x"][:3]})
+
+
+def test_other_permutations_stay_as_they_are(tmp_path):
+    net = Net()
+    x = net.node("Reshape", net.conv("x"), net.constant([-1, 2, 2, 8, 8], np.int64))
+    x = net.node("Transpose", x, perm=[0, 1, 3, 2, 4])
+    model = net.model(net.node("Reshape", x, net.constant([-1, 4, 8, 8], np.int64)))
+    graph = convert(model, tmp_path / "net.stlq")
+    assert in_float(graph) == ["Reshape", "Transpose", "Reshape"]
+    compare(model, graph, {"x": samples(model)["x"][:3]})
+
+
+def test_size_computed_from_the_input_s_stays_dynamic(tmp_path):
+    """As the newer exporter writes interpolate(y, x.shape[2:]) and then cat([y, x])."""
+    net = Net(shape=("batch", 4, "height", "width"))
+    fine = net.node("Relu", net.conv("x", strides=[2, 2]))
+    coarse = net.node("Relu", net.conv(fine, strides=[2, 2]))
+    sizes = []
+    for axis in (2, 3):
+        size = net.node("Shape", "x", start=axis, end=axis + 1)
+        half = net.node("Div", net.node("Sub", size, net.constant([1], np.int64)),
+                        net.constant([2], np.int64))  # fmt: skip
+        sizes.append(net.node("Add", half, net.constant([1], np.int64)))
+    sizes = net.node("Concat", net.node("Shape", coarse, start=0, end=2), *sizes, axis=0)
+    coarse = net.node("Resize", coarse, "", "", sizes, mode="linear")
+    late = net.node("Relu", net.conv(fine, kernel=1))
+    model = net.model(net.conv(net.node("Concat", coarse, late, axis=1), 8))
+    graph = convert(model, tmp_path / "net.stlq")
+    assert graph.inputs[0].shape == ("batch", 4, "height", "width")
+    assert in_float(graph) == []
+    for size in ((8, 8), (11, 14)):
+        x = np.random.default_rng(1).standard_normal((2, 4, *size)).astype(np.float32)
+        compare(model, graph, {"x": x}, snr=20)
+
+
+def test_batch_that_is_not_in_front(tmp_path):
+    """Attention of sequences (T, N, F): with one picture, N = 1 looks like a channel."""
+    net = Net()
+    x = net.node("Reshape", net.conv("x", 4, 6), net.constant([0, 6, -1], np.int64))
+    x = net.node("Transpose", x, perm=[2, 0, 1])
+    x = net.node("Reshape", x, net.constant([64, -1, 2, 3], np.int64))
+    x = net.node("Reshape", x, net.constant([-1, 6], np.int64))
+    x = net.node("Gemm", x, net.random(6, 5), net.random(5))
+    model = net.model(net.node("Reshape", x, net.constant([64, -1, 5], np.int64)))
+    graph = convert(model, tmp_path / "net.stlq")
+    for count in (1, 3):
+        compare(model, graph, {"x": samples(model)["x"][:count]})
+
+
+def test_initial_state_of_zeros(tmp_path):
+    net = Net()
+    x = net.node("Transpose", net.node("ReduceMean", net.conv("x"), net.constant([2], np.int64),
+                                       keepdims=0), perm=[2, 0, 1])  # fmt: skip
+    batch = net.node("Gather", net.node("Shape", x), net.constant([1], np.int64))
+    one, five = net.constant([1], np.int64), net.constant([5], np.int64)
+    state = net.node("ConstantOfShape", net.node("Concat", one, batch, five, axis=0))
+    x = net.node("GRU", x, net.random(1, 15, 4), net.random(1, 15, 5), net.random(1, 30), "", state,
+                 hidden_size=5, linear_before_reset=1)  # fmt: skip
+    model = net.model(x)
+    graph = convert(model, tmp_path / "net.stlq")
+    compare(model, graph, {"x": samples(model)["x"][:3]}, snr=20)
+
+
+@pytest.mark.parametrize("form", ["Div", "Mul", "HardSigmoid"])
+def test_activation_in_float_is_one_operator(form, tmp_path):
+    net = Net()
+    x = net.conv("x")
+    if form == "HardSigmoid":
+        y = net.node("Mul", x, net.node("HardSigmoid", x, alpha=1 / 6, beta=0.5))
+    else:
+        y = net.node("Add", x, net.constant(3.0))
+        y = net.node("Mul", x, net.node("Clip", y, net.constant(0.0), net.constant(6.0)))
+        y = net.node(form, y, net.constant(6.0 if form == "Div" else 1 / 6))
+    model = net.model(net.conv(y))
+    graph = convert(model, tmp_path / "net.stlq", keep_float=["*"])
+    assert [node.op for node in graph.nodes] == ["Conv", "HardSwish", "Conv"]
+    compare(model, graph, {"x": samples(model)["x"][:3]}, snr=80)
+
+
 # --- TensorFlow and Keras -------------------------------------------------------------------------
 
 
@@ -111,6 +228,60 @@ def test_channels_last(flatten, tmp_path):
     graph = convert(model, tmp_path / "net.stlq")
     x = samples(model)["x"][:3]
     compare(model, graph, {"x": x})
+
+
+def test_transposes_cancel(tmp_path):
+    """HardSwish, squeeze and excitation, a shortcut, padding and joining on channels last."""
+    net = Net(shape=("batch", 12, 10, 3))
+
+    def last(x):
+        return net.node("Transpose", x, perm=[0, 2, 3, 1])
+
+    def first(x):
+        return net.node("Transpose", x, perm=[0, 3, 1, 2])
+
+    x = net.node("Sub", net.node("Mul", "x", net.constant([2.0, 1.0, 0.5])), net.constant(0.5))
+    x = net.node("Add", last(net.conv(first(x), 3, 4)), net.random(4))
+    y = net.node("Clip", net.node("Add", x, net.constant(3.0)), net.constant(0), net.constant(6))
+    x = net.node("Mul", x, net.node("Mul", y, net.constant(1 / 6)))
+    mean = net.node("ReduceMean", x, net.constant([1, 2], np.int64), keepdims=0)
+    gate = net.node("Sigmoid", net.node("MatMul", mean, net.random(4, 4)))
+    gate = net.node("Reshape", gate, net.constant([-1, 1, 1, 4], np.int64))
+    y = net.node("Pad", net.node("Mul", x, gate), net.constant([0, 0, 0, 0, 0, 1, 1, 0], np.int64))
+    y = last(net.conv(first(y), pads=[1, 1, 0, 0]))
+    x = net.node("Concat", net.node("Add", x, y), y, axis=-1)
+    left, right = net.node("Split", x, net.constant([5, 3], np.int64), outputs=2, axis=3)
+    model = net.model(last(net.conv(first(right), 3)), net.node("MatMul", left, net.random(5, 2)))
+    graph = convert(model, tmp_path / "net.stlq")
+    assert set(in_float(graph)) <= {"Transpose", "Mul", "Sub"}
+    assert in_float(graph).count("Transpose") == 3  # of the input and both outputs
+    compare(model, graph, {"x": samples(model)["x"][:3]})
+
+
+def test_shuffle_and_repetition_of_channels_last(tmp_path):
+    net = Net(shape=("batch", 8, 6, 4))
+
+    def sizes(*values):
+        return net.constant(list(values), np.int64)
+
+    x = net.conv(net.node("Transpose", "x", perm=[0, 3, 1, 2]))
+    x = net.node("Transpose", x, perm=[0, 2, 3, 1])
+    x = net.node("Reshape", x, sizes(-1, 8, 6, 2, 2))
+    x = net.node("Reshape", net.node("Transpose", x, perm=[0, 1, 2, 4, 3]), sizes(-1, 8, 6, 4))
+    for axis, size in ((2, (-1, 16, 6, 4)), (3, (-1, 16, 12, 4))):
+        repeats = [1] * 5
+        repeats[axis] = 2
+        x = net.node("Tile", net.node("Unsqueeze", x, sizes(axis)), sizes(*repeats))
+        x = net.node("Reshape", x, sizes(*size))
+    x = net.conv(net.node("Transpose", x, perm=[0, 3, 1, 2]))
+    model = net.model(x)
+    graph = convert(model, tmp_path / "net.stlq")
+    assert in_float(graph) == ["Transpose"]
+    assert [n.op for n in graph.nodes if n.op in ("Gather", "Resize")] == [
+        "Gather",
+        *["Resize"] * 2,
+    ]
+    compare(model, graph, {"x": samples(model)["x"][:3]})
 
 
 def test_channels_last_takes_pictures(tmp_path):
@@ -165,6 +336,24 @@ def test_everything_in_constant_nodes(tmp_path):
     packed = convert(model, tmp_path / "net.stlq")
     assert in_float(packed) == ["Flatten", "Softmax"]
     compare(model, packed, {"x": samples(model)["x"][:3]})
+
+
+def test_dimensions_without_a_name(tmp_path):
+    """Every "?" is a size of its own, not the same one."""
+    net = Net(shape=("?", 4, "?", "?"))
+    model = net.model(net.conv("x"))
+    graph = convert(model, tmp_path / "net.stlq")
+    assert graph.inputs[0].shape == ("x_dim_0", 4, "x_dim_2", "x_dim_3")
+    x = np.random.default_rng(1).standard_normal((2, 4, 12, 6)).astype(np.float32)
+    compare(model, graph, {"x": x})
+
+
+def test_outputs_of_almost_nothing(tmp_path):
+    """A detector that finds nothing: float32's noise is no wrong translation."""
+    net = Net()
+    x = net.node("Sub", net.conv("x"), net.constant(60.0))
+    model = net.model(net.node("Sigmoid", x))
+    convert(model, tmp_path / "net.stlq")
 
 
 # --- versions -------------------------------------------------------------------------------------
