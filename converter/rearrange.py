@@ -217,7 +217,7 @@ class _Rearrangement:
         if node.op_type == "Pad" and not axes:
             return self._pads(node, a, inputs)
         if node.op_type == "Slice" and not axes:
-            starts = a.get("starts") or self.constants.get(inputs[1], ())
+            starts = a["starts"] if "starts" in a else self.constants.get(inputs[1], np.empty(0))
             axes = list(range(len(starts)))
         if not axes:
             return None
@@ -315,11 +315,11 @@ class _Rearrangement:
             return False
         turned = self.first.get(x)
         indices = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-        moved: np.ndarray | None = indices
+        moved = indices
         for step in reversed(steps):
-            moved = self._step(step, moved)
-            if moved is None:
+            if (after := self._step(step, moved)) is None:
                 return False
+            moved = after
         if turned is not None and self._single(
             node, turned, indices.transpose(_TO_FIRST), moved.transpose(_TO_FIRST), f"{y}/NCHW"
         ):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from test_converter_lowering import Net, convert, reference, samples
 
 from logshift import converter, runtime
+from logshift.converter import onnx_model
+from logshift.converter.rearrange import rearrange
 
 NEWEST = min(onnx.defs.onnx_opset_version(), 23)
 
@@ -294,6 +298,57 @@ def test_channels_last_takes_pictures(tmp_path):
     session = runtime.load(path)
     x = converter.Preprocessing().apply(pictures[0], (12, 10)).transpose(1, 2, 0)[None]
     assert np.array_equal(session.run(pictures[0]), session.run(np.ascontiguousarray(x)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_rearranged_models_compute_the_same(data):
+    """To the bit: random element-wise nodes, views and joins between Transposes."""
+    n, h, w, c = (data.draw(st.integers(2, 4)) for _ in range(4))
+    net = Net(shape=("batch", h, w, c))
+    x = net.node("GlobalAveragePool", net.node("Transpose", "x", perm=[0, 3, 1, 2]))
+    x = net.node("Add", x, net.random(1, c, h, w))
+    x = net.node("Transpose", x, perm=[0, 2, 3, 1])
+    for _ in range(data.draw(st.integers(1, 6))):
+        match data.draw(
+            st.sampled_from(["add", "relu", "concat", "pad", "slice", "shuffle", "tile"])
+        ):
+            case "add":
+                shape = data.draw(st.sampled_from([(), (c,), (1, 1, c), (w, c), (1, h, 1, 1)]))
+                x = net.node("Add", x, net.random(*shape))
+            case "relu":
+                x = net.node("Relu", x)
+            case "concat":
+                axis = data.draw(st.sampled_from([1, 2, -1]))
+                x = net.node("Concat", x, net.node("Neg", x), axis=axis)
+                h, w, c = h * (1 + (axis == 1)), w * (1 + (axis == 2)), c * (1 + (axis == -1))
+            case "pad":
+                x = net.node("Pad", x, net.constant([0, 1, 0, 0, 0, 0, 2, 0], np.int64))
+                h, w = h + 1, w + 2
+            case "slice":
+                ends = net.constant([2**31 - 1, c], np.int64)
+                axes = net.constant([-2, 3], np.int64)
+                x = net.node("Slice", x, net.constant([w - 1, 0], np.int64), ends, axes)
+                w = 1
+            case "shuffle":
+                x = net.node("Concat", x, x, axis=3)
+                x = net.node("Reshape", x, net.constant([-1, h, w, 2, c], np.int64))
+                x = net.node("Transpose", x, perm=[0, 1, 2, 4, 3])
+                c *= 2
+                x = net.node("Reshape", x, net.constant([-1, h, w, c], np.int64))
+            case "tile":
+                x = net.node("Unsqueeze", x, net.constant([2], np.int64))
+                x = net.node("Tile", x, net.constant([1, 1, 3, 1, 1], np.int64))
+                h *= 3
+                x = net.node("Reshape", x, net.constant([-1, h, w, c], np.int64))
+    proto = net.model(net.node("Transpose", x, perm=[0, 3, 1, 2]))
+    model = onnx_model.load(proto)
+    sample = {"x": net.rng.standard_normal((n, *net.inputs["x"][1:])).astype(np.float32)}
+    rearrange(model, onnx_model.trace(model, sample))
+    assert sum(node.op_type == "Transpose" for node in model.proto.graph.node) == 1
+    (found,) = onnx_model.run(model.proto, sample)
+    (expected,) = reference(proto, sample).values()
+    assert np.array_equal(found, expected)
 
 
 # --- PaddlePaddle ---------------------------------------------------------------------------------
