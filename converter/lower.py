@@ -1048,7 +1048,14 @@ def _space_to_depth(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> 
         ctx.shapes[parts[-1]] = (n, c, h, w)
         attributes = {"axes": [2, 3], "starts": [i, j], "ends": [2**31 - 1] * 2, "steps": [k, k]}
         ctx.nodes.append(FloatNode("Slice", parts[-1], [x], parts[-1], attributes))
-    ctx.emit("Concat", node, parts, attributes={"axis": 1})
+    if a.get("mode", "DCR") == "DCR":
+        ctx.emit("Concat", node, parts, attributes={"axis": 1})
+        return
+    blocks = f"{y}/blocks"
+    ctx.shapes[blocks] = ctx.shapes[y]
+    ctx.nodes.append(FloatNode("Concat", blocks, parts, blocks, {"axis": 1}))
+    indices = np.arange(c * k * k).reshape(k * k, c).T.ravel().tolist()
+    ctx.emit("Gather", node, [blocks], attributes={"axis": 1, "indices": indices})
 
 
 @_lowers("Identity", "Dropout", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")

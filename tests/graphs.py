@@ -174,7 +174,8 @@ def resizes(draw):
         ),
     }
     if draw(st.booleans()):
-        attributes["scales"] = [draw(st.sampled_from([1.0, 1.5, 2.0, 3.3])) for _ in range(2)]
+        scales = st.sampled_from([1.0, 1.5, 2.0, float(np.float32(3.3))])  # as ONNX has them
+        attributes["scales"] = [draw(scales) for _ in range(2)]
     else:
         attributes["sizes"] = [draw(st.integers(1, 20)) for _ in range(2)]
     return build(*_unary(draw, "Resize", attributes, None), "z")
