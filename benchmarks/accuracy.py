@@ -2,6 +2,8 @@
 
     python -m benchmarks.accuracy --model resnet20-cifar10.onnx --data DIRECTORY
     python -m benchmarks.accuracy --model efficientnet_lite0 --data imagenet-sample-500.parquet
+    python -m benchmarks.accuracy --model resnet20-cifar10.onnx --data DIRECTORY
+        --settings auto:max_bytes=160000 auto:max_drop=0.5
 
 A directory holds cifar10-train.parquet (calibration) and cifar10-test.parquet. Of a single file
 every fifth picture calibrates and the others test. Columns are `image` (encoded picture), `label`.
@@ -106,14 +108,26 @@ def measure(model: onnx.ModelProto, data: Data, **settings: Any) -> dict[str, An
         }  # fmt: skip
 
 
+def parsed(setting: str) -> tuple[str, dict[str, Any]]:
+    """Return what a setting of the command line is called, and what `convert` takes for it."""
+    bits, value = setting.split(":")
+    if bits == "auto":
+        name, limit = value.split("=")
+        number = int(limit) if name == "max_bytes" else float(limit)
+        return f"auto, {name} {limit}", {"weight_bits": bits, name: number}
+    ratio = float(value)
+    return f"{bits} bits + {100 * ratio:g} %", {"weight_bits": int(bits), "residual_ratio": ratio}
+
+
 def main() -> None:
     """Print and, with --json, write one row per setting."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument(
-        "--settings", nargs="+", default=DEFAULT_SETTINGS, help="weight_bits:residual_ratio ..."
-    )
+        "--settings", nargs="+", default=DEFAULT_SETTINGS,
+        help="weight_bits:residual_ratio or auto:target=value ...",
+    )  # fmt: skip
     parser.add_argument("--activation-bits", type=int, default=8)
     parser.add_argument("--calibration", type=int, default=512, help="training pictures used")
     parser.add_argument("--json", type=Path)
@@ -124,15 +138,11 @@ def main() -> None:
     rows = [{"case": "float32", "top1": onnx_top1(model, data), "bytes": size, "ratio": 1.0}]
     print(f"float32: top-1 {rows[0]['top1']:.2f}, {size} bytes")
     for setting in arguments.settings:
-        bits, ratio = setting.split(":")
-        row = measure(
-            model, data, weight_bits=int(bits), residual_ratio=float(ratio),
-            activation_bits=arguments.activation_bits,
-        )  # fmt: skip
-        row["case"] = f"{bits} bits + {100 * float(ratio):g} %"
-        rows.append(row)
+        case, weights = parsed(setting)
+        row = measure(model, data, **weights, activation_bits=arguments.activation_bits)
+        rows.append({"case": case, **row})
         print(
-            f"{row['case']}, {arguments.activation_bits}-bit activations: top-1"
+            f"{case}, {arguments.activation_bits}-bit activations: top-1"
             f" {row['top1']:.2f}, {row['bytes']} bytes, 1/{row['ratio']:.2f} of the ONNX file,"
             f" {row['bits_per_weight']:.2f} bits per weight, converted in {row['seconds']:.0f} s"
         )
