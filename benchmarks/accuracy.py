@@ -31,6 +31,7 @@ from PIL import Image
 from benchmarks.machine import describe
 from benchmarks.models import SUITE
 from logshift import converter, runtime
+from logshift.converter.auto import expected_drop
 from logshift.runtime import Preprocessing
 
 BATCH = 20
@@ -77,35 +78,52 @@ def network(name: str) -> onnx.ModelProto:
     return SUITE[name].build(SUITE[name].size) if name in SUITE else onnx.load(name)
 
 
-def top1(run: Callable[[np.ndarray], np.ndarray], data: Data) -> float:
-    """Return the share of test pictures, in percent, whose largest output is that of the label."""
+def outputs(run: Callable[[np.ndarray], np.ndarray], data: Data) -> np.ndarray:
+    """Return the first output for all test pictures."""
     batches = range(0, len(data.labels), BATCH)
-    logits = np.concatenate([run(data.inputs[i : i + BATCH]) for i in batches])
-    return 100.0 * float((logits.argmax(axis=1) == data.labels).mean())
+    return np.concatenate([run(data.inputs[i : i + BATCH]) for i in batches])
+
+
+def onnx_outputs(
+    model: onnx.ModelProto, data: Data, options: onnxruntime.SessionOptions | None = None
+) -> np.ndarray:
+    """Return those of an ONNX model in onnxruntime."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    name = session.get_inputs()[0].name
+    return outputs(lambda x: session.run(None, {name: x})[0], data)
+
+
+def top1(scores: np.ndarray, data: Data) -> float:
+    """Return the share of test pictures, in percent, whose largest output is that of the label."""
+    return 100.0 * float((scores.argmax(axis=1) == data.labels).mean())
 
 
 def onnx_top1(
     model: onnx.ModelProto, data: Data, options: onnxruntime.SessionOptions | None = None
 ) -> float:
     """Return the accuracy of an ONNX model in onnxruntime."""
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    name = session.get_inputs()[0].name
-    return top1(lambda x: session.run(None, {name: x})[0], data)
+    return top1(onnx_outputs(model, data, options), data)
 
 
-def measure(model: onnx.ModelProto, data: Data, **settings: Any) -> dict[str, Any]:
-    """Convert with these settings, run all test pictures and say what came of it."""
+def measure(
+    model: onnx.ModelProto, data: Data, exact: np.ndarray | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Convert with these settings, run all test pictures and say what came of it.
+
+    With `exact`, the outputs of the float network, also what would be said without labels.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path, start = Path(folder) / "net.stlq", time.perf_counter()
         report = converter.convert(
             model, path, calibration=data.calibration, preprocessing=data.preprocessing, **settings
         )
         seconds = time.perf_counter() - start
-        return {
-            "top1": top1(runtime.load(path).run, data), "bytes": report.file_bytes,
-            "ratio": report.ratio, "bits_per_weight": report.bits_per_weight, "nzr": report.nzr,
-            "seconds": seconds,
-        }  # fmt: skip
+        found = outputs(runtime.load(path).run, data)
+    row = {
+        "top1": top1(found, data), "bytes": report.file_bytes, "ratio": report.ratio,
+        "bits_per_weight": report.bits_per_weight, "nzr": report.nzr, "seconds": seconds,
+    }  # fmt: skip
+    return row if exact is None else row | {"expected_drop": expected_drop(exact, found)}
 
 
 def parsed(setting: str) -> tuple[str, dict[str, Any]]:
@@ -135,16 +153,18 @@ def main() -> None:
     data, model = load(arguments.data, arguments.calibration), network(arguments.model)
     print(describe())
     size = model.ByteSize()
-    rows = [{"case": "float32", "top1": onnx_top1(model, data), "bytes": size, "ratio": 1.0}]
+    exact = onnx_outputs(model, data)
+    rows = [{"case": "float32", "top1": top1(exact, data), "bytes": size, "ratio": 1.0}]
     print(f"float32: top-1 {rows[0]['top1']:.2f}, {size} bytes")
     for setting in arguments.settings:
         case, weights = parsed(setting)
-        row = measure(model, data, **weights, activation_bits=arguments.activation_bits)
+        row = measure(model, data, exact, **weights, activation_bits=arguments.activation_bits)
         rows.append({"case": case, **row})
         print(
             f"{case}, {arguments.activation_bits}-bit activations: top-1"
-            f" {row['top1']:.2f}, {row['bytes']} bytes, 1/{row['ratio']:.2f} of the ONNX file,"
-            f" {row['bits_per_weight']:.2f} bits per weight, converted in {row['seconds']:.0f} s"
+            f" {row['top1']:.2f} (expected drop {row['expected_drop']:.2f}), {row['bytes']} bytes,"
+            f" 1/{row['ratio']:.2f} of the ONNX file, {row['bits_per_weight']:.2f} bits per weight,"
+            f" converted in {row['seconds']:.0f} s"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1))

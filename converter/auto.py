@@ -188,7 +188,9 @@ def expected_drop(exact: np.ndarray, found: np.ndarray) -> float:
     """Return by how many points accuracy is expected to fall, where nobody knows the labels.
 
     The float network says how probable each class is: where both networks decide for different
-    ones, the difference is what is lost on average. Where it hesitates, little is.
+    ones, the difference is what is lost on average. Where it hesitates, little is. That is as true
+    as its probabilities are: too much if it is surer than it is right, too little if less so. The
+    packed network cannot be a second judge: it votes for its own errors.
 
     Parameters
     ----------

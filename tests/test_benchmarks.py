@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from test_converter import noise
+from test_converter_lowering import Net
 
 from benchmarks import bench_kernels, compare, layers, peak
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.models import SUITE, folded
+from logshift import runtime
 from logshift.converter import onnx_model
 from logshift.converter.float_graph import Problems
 from logshift.converter.fuse import fuse
@@ -147,3 +150,33 @@ def test_peak_loop_runs():
     if name is None:
         pytest.skip("the machine has no byte dot product")
     assert peak.peak_loop(name)(0.001) > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "case", "weights"),
+    [
+        ("3:0.05", "3 bits + 5 %", {"weight_bits": 3, "residual_ratio": 0.05}),
+        ("auto:max_bytes=9000", "auto, max_bytes 9000", {"weight_bits": "auto", "max_bytes": 9000}),
+        ("auto:max_drop=0.5", "auto, max_drop 0.5", {"weight_bits": "auto", "max_drop": 0.5}),
+    ],
+)
+def test_settings_of_the_accuracy_benchmark(setting, case, weights):
+    pytest.importorskip("pyarrow")
+    from benchmarks.accuracy import parsed
+
+    assert parsed(setting) == (case, weights)
+
+
+def test_accuracy_and_what_is_expected_without_labels():
+    pytest.importorskip("pyarrow")
+    from benchmarks import accuracy
+
+    net, x = Net(shape=("batch", 3, 16, 16)), noise(100)
+    model = net.model(net.node("Flatten", net.node("GlobalMaxPool", net.conv("x", 3, 5))))
+    data = accuracy.Data(runtime.Preprocessing(), x[:20], x, np.empty(100, int))
+    exact = accuracy.onnx_outputs(model, data)
+    # What the float network decides is right: the packed one can only lose.
+    data.labels[:] = exact.argmax(axis=1)
+    row = accuracy.measure(model, data, exact, weight_bits=2, residual_ratio=0.0)
+    assert accuracy.top1(exact, data) == 100 > row["top1"]
+    assert 0 < row["expected_drop"] < 100 - row["top1"]
