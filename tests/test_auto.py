@@ -61,12 +61,28 @@ def test_accuracy_by_default(tmp_path):
 
 
 def test_expected_drop():
-    probability = np.array([[0.7, 0.3], [0.4, 0.6]])
-    assert expected_drop(probability, probability) == 0
-    # One of two pictures is decided otherwise, where 0.4 of accuracy are at stake.
-    assert expected_drop(probability, np.array([[1.0, 2.0], [0.0, 1.0]])) == pytest.approx(20)
-    scores = np.log(probability) + 5  # softmax makes the probabilities of them
-    assert expected_drop(scores, np.array([[1.0, 2.0], [0.0, 1.0]])) == pytest.approx(20)
+    scores = np.array([[2.0, 0.0], [4.0, 5.0]])
+    found = np.array([[1.0, 2.0], [4.0, 5.0]])
+    assert expected_drop(scores, scores) == 0
+    # The first one's error, 3 from the best class to the second, would decide both otherwise;
+    # the second's, none, neither: half of what is at stake in either is lost.
+    expected = 100 * (np.tanh(2 / 2) + np.tanh(1 / 2)) / 4
+    assert expected_drop(scores, found) == pytest.approx(expected)
+    probability, other = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (scores, found))
+    assert expected_drop(probability, other) == pytest.approx(expected)
+    pixels, others = (np.stack([x.T] * 3, axis=2)[None] for x in (scores, found))
+    assert expected_drop(pixels, others) == pytest.approx(expected)
+
+
+def test_expected_drop_of_many_rows():
+    rng = np.random.default_rng(0)
+    scores = 3 * rng.standard_normal((4, 10, 100, 100)).astype(np.float32)
+    found = scores + rng.standard_normal(scores.shape)
+    exact, other = (np.moveaxis(x, 1, 3).reshape(-1, 10) for x in (scores, found))
+    probability = np.exp(exact) / np.exp(exact).sum(axis=1, keepdims=True)
+    chosen = np.take_along_axis(probability, other.argmax(axis=1)[:, None], axis=1)[:, 0]
+    lost = 100 * (probability.max(axis=1) - chosen).mean()
+    assert expected_drop(scores, found) == pytest.approx(lost, rel=0.1)
 
 
 @pytest.mark.parametrize(
