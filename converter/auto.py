@@ -2,7 +2,8 @@
 
 Bits and second words are chosen for every layer (`budget.best_plans`); how large and how good a
 plan really is shows its conversion. What a plan does to the outputs is measured on every fourth
-calibration picture, while the others calibrate: errors are fitted away on pictures that calibrate.
+calibration picture, while the others calibrate, and on those for which memory is too small to
+calibrate: errors are fitted away on pictures that calibrate.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def choose_plan(
     graph: FloatGraph,
     samples: Mapping[str, np.ndarray],
     batches: int,
+    others: list[dict[str, np.ndarray]],
     settings: Settings,
     target: Target,
     finish: Callable[[Graph], None],
@@ -49,6 +51,8 @@ def choose_plan(
     samples : dict of input name to array (pictures, ...)
     batches : int
         How many batches of the model these are.
+    others : list of dict of input name to array
+        Batches that only measure.
     settings : Settings
         Other than bits and `residual_ratio`.
     target : Target
@@ -70,7 +74,7 @@ def choose_plan(
             return len(serialize(packed))
 
         return _largest(plans, target.max_bytes, size_of)
-    trial = _Trial(graph, samples, batches, settings, target, progress)
+    trial = _Trial(graph, samples, batches, others, settings, target, progress)
     return _smallest(_thinned(plans), target, trial)
 
 
@@ -133,6 +137,7 @@ class _Trial:
         graph: FloatGraph,
         samples: Mapping[str, np.ndarray],
         batches: int,
+        others: list[dict[str, np.ndarray]],
         settings: Settings,
         target: Target,
         progress: Progress,
@@ -147,7 +152,7 @@ class _Trial:
         self.count = int(used.sum())
         self.inputs = [
             _batches(samples, batches, np.arange(batches) == i) for i in np.flatnonzero(held_back)
-        ]
+        ] + others
         self.exact = self._outputs(lambda x: evaluate_graph(graph, x))
         if target.max_drop is not None and (self.exact[0].ndim < 2 or self.exact[0].shape[1] < 2):
             name = graph.outputs[0].name

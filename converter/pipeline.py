@@ -113,7 +113,8 @@ def convert(
     labels : list of str, optional
         Class names; stored in the file.
     calibration_limit : int, optional
-        Most calibration samples to use; by default as many as fit into 1 GiB, at most 512.
+        Most calibration samples to use; by default as many as fit into 1 GiB, at most 512. For
+        `max_drop` and `min_snr` samples that do not fit measure what a choice does to the outputs.
     progress : callable(done, total, what), or bool, optional
         By default a progress bar on terminals, if rich is installed.
 
@@ -154,8 +155,11 @@ def convert(
     labels = loaded.metadata.labels if labels is None else labels
     samples = open_samples(calibration, loaded.inputs, preprocessing)
     graph = _lowered(loaded, samples, settings)
-    data = samples.read(calibration_limit or _limit(graph))
-    data, batches = _whole_batches(data, loaded)
+    limit = calibration_limit or _limit(graph)
+    # Where outputs are measured, samples beyond those that fit can measure, a batch at a time.
+    measured = wanted is not None and wanted.max_bytes is None and calibration_limit is None
+    data, batches = _whole_batches(samples.read(_readable(loaded) if measured else limit), loaded)
+    data, batches, others = _divided(data, batches, max(limit // loaded.inputs[0].batch, 1))
 
     def finish(packed: Graph) -> None:
         if samples.preprocessing is not None:
@@ -166,7 +170,9 @@ def convert(
             packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
 
     with reporting(progress) as show:
-        plan = choose_plan(graph, data, batches, settings, wanted, finish, show) if wanted else None
+        plan = None
+        if wanted:
+            plan = choose_plan(graph, data, batches, others, settings, wanted, finish, show)
         packed, errors = quantize_graph(graph, data, batches, settings, show, plan)
     finish(packed)
     file_bytes = format.write(packed, target)
@@ -284,6 +290,27 @@ def _whole_batches(data: dict[str, np.ndarray], model: Model) -> tuple[dict[str,
         else x[: batches * info.batch]
         for info in model.inputs
     }, batches
+
+
+def _divided(
+    data: dict[str, np.ndarray], batches: int, fitting: int
+) -> tuple[dict[str, np.ndarray], int, list[dict[str, np.ndarray]]]:
+    """Return batches that calibrate, spread over all, how many these are, and the others."""
+    if batches <= fitting:
+        return data, batches, []
+    split = {name: x.reshape(batches, -1, *x.shape[1:]) for name, x in data.items()}
+    used = np.linspace(0, batches - 1, fitting).round().astype(int)
+    rest = np.setdiff1d(np.arange(batches), used)
+    chosen = {name: np.concatenate(x[used]) for name, x in split.items()}
+    return chosen, fitting, [{name: x[i] for name, x in split.items()} for i in rest]
+
+
+def _readable(model: Model) -> int:
+    """Return how many samples to read at most."""
+    size = sum(
+        4 * int(np.prod([d for d in i.shape[1:] if isinstance(d, int)])) for i in model.inputs
+    )
+    return int(np.clip(_MEMORY // max(size, 1), _FEWEST_SAMPLES, _MOST_SAMPLES))
 
 
 def _limit(graph: FloatGraph) -> int:

@@ -8,7 +8,7 @@ from test_converter import network, noise
 from test_converter_lowering import Net
 
 from logshift import runtime
-from logshift.converter import ConversionError, convert
+from logshift.converter import ConversionError, auto, convert, pipeline
 from logshift.converter.auto import expected_drop
 from logshift.kernels.errors import InputError
 
@@ -58,6 +58,24 @@ def test_more_is_closer(tmp_path):
 def test_accuracy_by_default(tmp_path):
     report = automatic(tmp_path / "net.stlq")
     assert report.settings["max_drop"] == 0.5 and report.settings["max_bytes"] is None
+
+
+def test_pictures_that_do_not_fit_measure(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_MEMORY", 2**21)
+    measured = []
+
+    def recorded(exact, found):
+        measured.append(len(exact))
+        return expected_drop(exact, found)
+
+    monkeypatch.setattr(auto, "expected_drop", recorded)
+    settings = {"calibration": noise(40), "weight_bits": "auto"}
+    report = convert(network(width=32), tmp_path / "net.stlq", max_drop=50.0, **settings)
+    # Every fourth of the 16 that fit, and those that do not.
+    assert report.samples == 16 and set(measured) == {4 + 24}
+    measured.clear()
+    report = convert(network(width=32), tmp_path / "net.stlq", calibration_limit=8, **settings)
+    assert report.samples == 8 and set(measured) == {2}
 
 
 def test_expected_drop():
