@@ -296,10 +296,12 @@ def _divided(
     data: dict[str, np.ndarray], batches: int, fitting: int
 ) -> tuple[dict[str, np.ndarray], int, list[dict[str, np.ndarray]]]:
     """Return batches that calibrate, spread over all, how many these are, and the others."""
+    from logshift.converter.samples import spread
+
     if batches <= fitting:
         return data, batches, []
     split = {name: x.reshape(batches, -1, *x.shape[1:]) for name, x in data.items()}
-    used = np.linspace(0, batches - 1, fitting).round().astype(int)
+    used = spread(batches, fitting)
     rest = np.setdiff1d(np.arange(batches), used)
     chosen = {name: np.concatenate(x[used]) for name, x in split.items()}
     return chosen, fitting, [{name: x[i] for name, x in split.items()} for i in rest]
@@ -310,13 +312,18 @@ def _readable(model: Model) -> int:
     size = sum(
         4 * int(np.prod([d for d in i.shape[1:] if isinstance(d, int)])) for i in model.inputs
     )
-    return int(np.clip(_MEMORY // max(size, 1), _FEWEST_SAMPLES, _MOST_SAMPLES))
+    return _fitting(max(size, 1))
 
 
 def _limit(graph: FloatGraph) -> int:
     from logshift.converter.quantize import bytes_per_picture
 
-    return int(np.clip(_MEMORY // bytes_per_picture(graph), _FEWEST_SAMPLES, _MOST_SAMPLES))
+    return _fitting(bytes_per_picture(graph))
+
+
+def _fitting(size: int) -> int:
+    """Return how many samples of so many bytes to use at most."""
+    return int(np.clip(_MEMORY // size, _FEWEST_SAMPLES, _MOST_SAMPLES))
 
 
 def _notes(

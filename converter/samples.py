@@ -84,7 +84,7 @@ def _single(inputs: Sequence[ModelInput]) -> ModelInput:
     return inputs[0]
 
 
-def _spread(available: int, limit: int) -> list[int]:
+def spread(available: int, limit: int) -> list[int]:
     """Return indices evenly over all samples, because folders and arrays are sorted by class."""
     return [int(i) for i in np.linspace(0, available - 1, min(available, limit)).round()]
 
@@ -118,7 +118,7 @@ def _from_pictures(
             raise InputError(f"cannot read picture {os.fspath(picture)!r}: {error}") from error
 
     def read(limit: int) -> dict[str, np.ndarray]:
-        return {info.name: np.stack([prepare(i) for i in _spread(len(pictures), limit)])}
+        return {info.name: np.stack([prepare(i) for i in spread(len(pictures), limit)])}
 
     first = {info.name: _nominal_batch(prepare(0)[None], info)}
     return Samples(first, read, chosen)
@@ -166,7 +166,7 @@ def _from_array(
     _check(array, info)
 
     def read(limit: int) -> dict[str, np.ndarray]:
-        return {info.name: _as_given(array[_spread(len(array), limit)], info)}
+        return {info.name: _as_given(array[spread(len(array), limit)], info)}
 
     first = {info.name: _nominal_batch(_as_given(array[: info.batch], info), info)}
     return Samples(first, read, preprocessing)
