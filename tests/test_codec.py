@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,6 +20,12 @@ WEIGHTS = arrays.arrays(
     arrays.array_shapes(min_dims=4, max_dims=4, min_side=1, max_side=6),
     elements=st.floats(-100, 100, width=32),
 )
+
+VECTORS = Path(__file__).parent / "vectors/stlq.json"
+
+
+def case_name(case):
+    return "{bits}-{clip}-{residual_shift}-{alpha:.2f}".format(**case)
 
 
 def levels(bits):
@@ -60,6 +69,24 @@ def test_levels_are_those_of_the_specification():
 def test_nearest_level(r, bits):
     code = codec.nearest_codes(np.array([r]), bits)
     assert codec.decode_codes(code, bits)[0] == nearest(np.float32(r), bits)
+
+
+@pytest.mark.parametrize("case", json.loads(VECTORS.read_text()), ids=case_name)
+def test_vectors_shared_with_the_trainer(case):
+    w = np.array(case["w"], np.float32).reshape(1, 1, 1, -1)
+    alpha = np.array([case["alpha"]], np.float32)
+    words = codec.encode(
+        w,
+        case["bits"],
+        1.0,
+        residual_shift=case["residual_shift"],
+        clip=case["clip"],
+        alpha=alpha,
+    )
+    first = codec.decode_codes(words.first, case["bits"]).ravel()
+    second = codec.decode_codes(words.second, case["bits"]).ravel()
+    np.testing.assert_array_equal(first, case["q0"])
+    np.testing.assert_array_equal(second, case["q1"])
 
 
 @given(bits=BITS, data=st.data())

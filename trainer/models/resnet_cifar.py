@@ -1,14 +1,14 @@
 """ResNet for 32x32 pictures: three stages of 16, 32 and 64 channels.
 
-The layout is that of He et al. (2015), section 4.2, with one difference: where a stage changes the
-shape, the shortcut is a 1x1 convolution and batch norm rather than padding with zero channels. The
-exported graph then holds nothing but Conv, Relu, Add, GlobalAveragePool, Flatten and Gemm.
-State-dict names follow torchvision (``layer2.0.downsample.0.weight`` and so on).
+The layout is that of He et al. (2015), section 4.2. Where a stage changes the shape, the shortcut
+is either a 1x1 convolution with batch norm, or without parameters: every other pixel, and channels
+of zeros. State-dict names follow torchvision (``layer2.0.downsample.0.weight`` and so on).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,6 +30,24 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
 
 
+class PaddedShortcut(nn.Module):
+    """Every other pixel, with as many channels of zeros before and after: no parameters.
+
+    Parameters
+    ----------
+    added : int
+        Channels of zeros, even.
+    """
+
+    def __init__(self, added: int) -> None:
+        super().__init__()
+        self.added = added
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, channels + added, height / 2, width / 2)."""
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added // 2, self.added // 2))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut.
 
@@ -39,17 +57,23 @@ class BasicBlock(nn.Module):
         Numbers of channels.
     stride : int
         Stride of the first convolution and of the shortcut.
+    shortcut : {"conv", "pad"}
+        What the shortcut is where the shape changes.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int = 1, shortcut: str = "conv"
+    ) -> None:
         super().__init__()
         self.conv1 = conv3x3(channels_in, channels_out, stride)
         self.bn1 = nn.BatchNorm2d(channels_out)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(channels_out, channels_out)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.downsample: nn.Sequential | None = None
-        if stride != 1 or channels_in != channels_out:
+        self.downsample: nn.Module | None = None
+        if (stride != 1 or channels_in != channels_out) and shortcut == "pad":
+            self.downsample = PaddedShortcut(channels_out - channels_in)
+        elif stride != 1 or channels_in != channels_out:
             self.downsample = nn.Sequential(
                 nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
                 nn.BatchNorm2d(channels_out),
@@ -72,10 +96,13 @@ class ResNetCifar(nn.Module):
         Residual blocks per stage; 3 makes ResNet-20.
     classes : int
         Number of classes.
+    shortcut : {"conv", "pad"}
+        What shortcuts are where the shape changes.
     """
 
-    def __init__(self, blocks: int = 3, classes: int = 10) -> None:
+    def __init__(self, blocks: int = 3, classes: int = 10, shortcut: str = "conv") -> None:
         super().__init__()
+        self.shortcut = shortcut
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
@@ -88,9 +115,10 @@ class ResNetCifar(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @staticmethod
-    def _stage(channels_in: int, channels_out: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(channels_in, channels_out, stride)
+    def _stage(
+        self, channels_in: int, channels_out: int, blocks: int, stride: int
+    ) -> nn.Sequential:
+        first = BasicBlock(channels_in, channels_out, stride, self.shortcut)
         rest = [BasicBlock(channels_out, channels_out) for _ in range(blocks - 1)]
         return nn.Sequential(first, *rest)
 
@@ -101,17 +129,24 @@ class ResNetCifar(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def resnet20(classes: int = 10) -> ResNetCifar:
+def resnet20(classes: int = 10, shortcut: str = "conv") -> ResNetCifar:
     """Return an untrained ResNet-20.
 
     Parameters
     ----------
     classes : int
         Number of classes.
+    shortcut : {"conv", "pad"}
+        What shortcuts are where the shape changes.
 
     Returns
     -------
     ResNetCifar
         The network, about 0.27 million parameters.
     """
-    return ResNetCifar(blocks=3, classes=classes)
+    return ResNetCifar(blocks=3, classes=classes, shortcut=shortcut)
+
+
+def resnet56(classes: int = 10, shortcut: str = "conv") -> ResNetCifar:
+    """Return an untrained ResNet-56, about 0.85 million parameters; see `ResNetCifar`."""
+    return ResNetCifar(blocks=9, classes=classes, shortcut=shortcut)

@@ -1,0 +1,87 @@
+"""How a network is quantized: what `prepare` goes by, and the `[quantization]` part of settings."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from logshift.trainer import stlq
+
+Method = Literal["stlq", "without_select", "log", "flightnn", "apot", "uniform"]
+
+
+class LayerConfig(BaseModel):
+    """What one layer has different from the others; what is left out is as for the others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight_bits: int | None = Field(default=None, ge=stlq.MIN_BITS, le=stlq.MAX_BITS)
+    residual_ratio: float | None = Field(default=None, ge=0, le=1)
+    keep_float: bool = False
+
+
+class Config(BaseModel):
+    """Quantization of a network.
+
+    Attributes
+    ----------
+    method : {"stlq", "without_select", "log", "flightnn", "apot", "uniform"}
+        STLQ, or what it is compared with: second words wherever they are not zero and all errors
+        regularised; no second words; second words for whole filters, those with the largest errors;
+        additive powers of two; integers.
+    weight_bits : int
+        b, 2 to 5.
+    residual_ratio : float
+        Share of the weights of each layer that may have a second word.
+    granularity : {"element", "tile", "filter"}
+        What is selected.
+    tile : int
+        Weights per tile, 1 to 256.
+    clip : int, optional
+        Bound of |W| in units of alpha, 1 or 2; by default 2 below 4 bits, else 1.
+    residual_shift : int
+        s, 0 to 4: the second word's grid is 2^s times finer.
+    activation_bits : int
+        A, 2 to 8, or 32: activations stay float32.
+    input_bits : int
+        A of the network's inputs.
+    regularisation : float
+        lambda, the factor of the sum of the layers' l2 norms of r1.
+    refresh : int
+        Iterations after which the weights with a second word are chosen anew.
+    first, last : LayerConfig
+        What the first and the last layer have different.
+    layers : dict
+        Pattern of layer names (`*` stands for anything) to what these layers have different.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Method = "stlq"
+    weight_bits: int = Field(default=4, ge=stlq.MIN_BITS, le=stlq.MAX_BITS)
+    residual_ratio: float = Field(default=0.15, ge=0, le=1)
+    granularity: Literal["element", "tile", "filter"] = "element"
+    tile: int = Field(default=16, ge=1, le=stlq.MAX_TILE)
+    clip: Literal[1, 2] | None = None
+    residual_shift: int = Field(default=0, ge=0, le=4)
+    activation_bits: Literal[2, 3, 4, 5, 6, 7, 8, 32] = 8
+    input_bits: int = Field(default=8, ge=2, le=8)
+    regularisation: float = Field(default=1e-3, ge=0)
+    refresh: int = Field(default=100, ge=1)
+    first: LayerConfig = LayerConfig()
+    last: LayerConfig = LayerConfig()
+    layers: dict[str, LayerConfig] = {}
+
+    def of_layer(self, name: str, number: int, count: int) -> LayerConfig:
+        """Return what holds for layer `number` of `count`: patterns, then first and last."""
+        values = {
+            "weight_bits": self.weight_bits,
+            "residual_ratio": self.residual_ratio,
+        }
+        special = [c for pattern, c in self.layers.items() if fnmatchcase(name, pattern)]
+        special += [self.first] * (number == 0) + [self.last] * (number == count - 1)
+        for config in special:
+            values |= config.model_dump(exclude_none=True, exclude_defaults=True)
+        return LayerConfig(**values)

@@ -1,0 +1,80 @@
+"""CamVid: street scenes of 480x360 pixels, eleven classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logshift.trainer.data import pictures
+from logshift.trainer.data.base import Batch, FileDataSet, layout_error
+from logshift.trainer.data.tables import columns
+
+LAYOUT = """\
+camvid-train.parquet   columns image (JPEG or PNG bytes) and annotation (PNG bytes, 11 for void)
+camvid-test.parquet
+or folders of PNG files:
+train/, trainannot/, test/, testannot/"""
+
+_VOID = 11
+
+
+class CamVid(FileDataSet):
+    """CamVid in the usual split of 367 pictures for training and 233 for testing.
+
+    Parameters
+    ----------
+    root : Path
+    workers : int
+        Processes that read; 0 reads in this one.
+    crop : list of int
+        Height and width of training crops.
+    scale : list of float
+        Smallest and largest factor that training pictures are scaled by.
+
+    Raises
+    ------
+    DataError
+        If it is not there.
+    """
+
+    labels = tuple(
+        "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
+    )
+    shape = (3, 360, 480)
+
+    def __init__(
+        self,
+        root: Path,
+        workers: int = 0,
+        crop: tuple[int, int] = (240, 320),
+        scale: tuple[float, float] = (0.6, 1.4),
+    ) -> None:
+        train, test = (self._items(root, split) for split in ("train", "test"))
+        super().__init__(train, test, workers)
+        self.crop, self.scale = tuple(crop), tuple(scale)
+
+    @staticmethod
+    def _items(root: Path, split: str) -> list[tuple[Any, Any]]:
+        table = root / f"camvid-{split}.parquet"
+        if table.is_file():
+            return list(zip(*columns(table, "image", "annotation"), strict=True))
+        images = sorted((root / split).glob("*.png"))
+        if not images:
+            raise layout_error(root, f"no {table.name} and no pictures in {split}/", LAYOUT)
+        items = [(image, root / f"{split}annot" / image.name) for image in images]
+        for _, labels in items:
+            if not labels.is_file():
+                raise layout_error(root, f"no {split}annot/{labels.name}", LAYOUT)
+        return items
+
+    def example(self, item: Any, random: np.random.Generator | None) -> Batch:
+        """Return a picture and the classes of its pixels, 255 for those that do not count."""
+        picture, labels = pictures.read(item[0]), pictures.read(item[1], "P")
+        if random is None:
+            pixels, classes = pictures.to_tensor(picture), pictures.to_tensor(labels)
+        else:
+            pixels, classes = pictures.scaled_crop(picture, labels, self.scale, self.crop, random)
+        classes = classes.masked_fill(classes >= _VOID, pictures.VOID)
+        return pictures.normalise(pixels), classes.long()

@@ -1,0 +1,251 @@
+"""From a trained network to ONNX in QDQ form, as `docs/qdq.md` describes it.
+
+Batch norms go into the convolutions before them: into alpha, the signs of W and the bias, so that
+the weights in the file lie on the grid exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from logshift.trainer.activations import ActivationQuantizer
+from logshift.trainer.quantize import non_zero_ratio, weight_quantizers
+from logshift.trainer.stlq import exponent_levels
+from logshift.trainer.weights import LogQuantizer, WeightQuantizer
+
+OPSET = 17
+
+
+class _QuantizeDequantize(nn.Module):
+    """An activation quantizer in the file: a pair on 8-bit codes, clipped to 2^A of them."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.scale = float(quantizer.scale.detach().clamp_min(1e-8))
+        self.zero_point = int(quantizer.zero_point)
+        self.top = int(quantizer.top)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.top < 255:
+            low, high = -self.zero_point * self.scale, (self.top - self.zero_point) * self.scale
+            x = x.clamp(low, high)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 255)
+
+
+def export_onnx(
+    network: nn.Module,
+    path: Path | str,
+    example: Tensor,
+    *,
+    labels: tuple[str, ...] = (),
+    preprocessing: dict[str, Any] | None = None,
+) -> None:
+    """Write a network as ONNX.
+
+    Parameters
+    ----------
+    network : nn.Module
+        From `prepare`, trained; or a float network.
+    path : Path or str
+        Where to write.
+    example : Tensor of shape (1, C, H, W)
+        An input; batch size, height and width stay free in the file where the network allows it.
+    labels : tuple of str
+        Class names for the metadata.
+    preprocessing : dict, optional
+        How a picture becomes the input, for the metadata.
+    """
+    network = copy.deepcopy(network).cpu().eval().to(memory_format=torch.contiguous_format)
+    if isinstance(network, fx.GraphModule):
+        grids = _fold(network)
+        for name, module in list(network.named_modules()):
+            if isinstance(module, ActivationQuantizer):
+                parent, _, attribute = name.rpartition(".")
+                pair = _QuantizeDequantize(module) if module.ready else nn.Identity()
+                setattr(network.get_submodule(parent), attribute, pair)
+    else:
+        grids = {}
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (example,),
+            str(partial),
+            input_names=["image"],
+            output_names=["output"],
+            dynamic_axes={"image": {0: "batch"}, "output": {0: "batch"}},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    model = onnx.load(str(partial))
+    names = {i.name for i in model.graph.initializer}
+    metadata: dict[str, Any] = {"weights": {k: v for k, v in grids.items() if k in names}}
+    if labels:
+        metadata["labels"] = list(labels)
+    if preprocessing:
+        metadata["preprocessing"] = preprocessing
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "logshift", json.dumps(metadata)
+    onnx.save(model, str(partial))
+    partial.replace(path)
+
+
+def grid(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return integers W and alpha of a layer with a `LogQuantizer`.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        From `weight_quantizers`.
+
+    Returns
+    -------
+    W : int32 Tensor of shape (O, K)
+        K runs over kh, kw, C / group.
+    alpha : float32 Tensor of shape (O,)
+        Positive.
+    """
+    quantizer = layer.parametrizations["weight"][0]
+    assert isinstance(quantizer, LogQuantizer)
+    with torch.no_grad():
+        rows = quantizer.layout.rows(layer.weight).double()
+        unit = quantizer.alpha.double() / _scale(quantizer)
+        integers = torch.round(rows / unit).int()
+    return integers, quantizer.alpha.detach().flatten()
+
+
+def _scale(quantizer: LogQuantizer) -> float:
+    """Return 2^(L-1+s)."""
+    return 2.0 ** (exponent_levels(quantizer.bits) - 1 + quantizer.shift)
+
+
+@torch.no_grad()
+def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
+    """Make weights plain and fold batch norms; returns the grids by name of the weight."""
+    grids: dict[str, dict[str, Any]] = {}
+    after = _norms(network)
+    for name, layer, quantizer in list(weight_quantizers(network)):
+        layout = quantizer.layout
+        on_grid = isinstance(quantizer, LogQuantizer)
+        if on_grid:
+            integers, alpha = grid(layer)
+            integers, alpha = integers.double(), alpha.double()[:, None]
+        else:
+            integers = layout.rows(layer.weight).double()
+            alpha = torch.ones(len(integers), 1, dtype=torch.float64)
+        bias = None if layer.bias is None else layer.bias.double()
+        if name in after:
+            norm = network.get_submodule(after[name])
+            factor = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt())[:, None]
+            integers = integers * factor.sign()
+            alpha = torch.where(factor == 0, 1.0, alpha * factor.abs())
+            shifted = (0.0 if bias is None else bias) - norm.running_mean.double()
+            bias = shifted * factor[:, 0] + norm.bias.double()
+            _remove(network, after[name])
+        alpha = alpha.float()
+        if on_grid:
+            unit = alpha.double() / _scale(quantizer)
+            grids[f"{name}.weight"] = {
+                "bits": quantizer.bits,
+                "residual_shift": quantizer.shift,
+                "clip": quantizer.clip,
+                "alpha": [float(a) for a in alpha.flatten()],
+                "granularity": quantizer.granularity,
+            }
+        else:
+            unit = alpha.double()
+        plain = _plain(layer, layout.weight((integers * unit).float()), bias)
+        parent, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(parent), attribute, plain)
+    network.recompile()
+    return grids
+
+
+def _plain(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return a layer without parametrization: removing it would remove it from the original too."""
+    kind = parametrize.type_before_parametrizations(layer)
+    names = "in_features out_features".split()
+    if kind is not nn.Linear:
+        names = "in_channels out_channels kernel_size stride padding dilation groups".split()
+        names += ["padding_mode"] + ["output_padding"] * (kind is nn.ConvTranspose2d)
+    plain = kind(**{name: getattr(layer, name) for name in names}, bias=bias is not None)
+    plain.weight.copy_(weight)
+    if bias is not None:
+        plain.bias.copy_(bias)
+    return plain
+
+
+def _norms(network: fx.GraphModule) -> dict[str, str]:
+    """Return the batch norm right after each layer, where nothing else reads between them."""
+    calls: dict[str, int] = {}
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    found = {}
+    for node in network.graph.nodes:
+        if node.op != "call_module" or len(node.users) != 1 or calls[node.target] > 1:
+            continue
+        user = next(iter(node.users))
+        if user.op == "call_module" and calls[user.target] == 1:
+            if isinstance(network.get_submodule(user.target), nn.BatchNorm2d):
+                found[node.target] = user.target
+    return found
+
+
+def _remove(network: fx.GraphModule, name: str) -> None:
+    for node in list(network.graph.nodes):
+        if node.op == "call_module" and node.target == name:
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
+
+
+def stored_bits(quantizer: WeightQuantizer) -> float:
+    """Return bits per weight of a layer as a packed file stores it (`docs/quantization.md` 5).
+
+    Positions take the fewer of 8 bits for each second word and one bit for each weight.
+    """
+    channels, size = len(quantizer.alpha), quantizer.layout.shape.numel()
+    nzr = float(quantizer.second_words) / size
+    words = nzr * quantizer.bits + min(8 * nzr, 1.0)
+    return quantizer.bits + words + 32 * channels / size
+
+
+@torch.no_grad()
+def report(network: nn.Module) -> dict[str, Any]:
+    """Return what quantization came to: NZR, bits per weight, and both for each layer.
+
+    Parameters
+    ----------
+    network : nn.Module
+        A network from `prepare`, or a float one, for which there is nothing to say.
+    """
+    layers = {}
+    bits = size = 0.0
+    for name, layer, quantizer in weight_quantizers(network):
+        quantizer(layer.parametrizations["weight"].original)
+        weights = quantizer.layout.shape.numel()
+        stored = stored_bits(quantizer)
+        bits, size = bits + stored * weights, size + weights
+        layers[name] = {
+            "weights": weights,
+            "nzr": float(quantizer.second_words) / weights,
+            "bits_per_weight": round(stored, 3),
+        }
+    if not layers:
+        return {}
+    return {
+        "nzr": non_zero_ratio(network),
+        "bits_per_weight": round(bits / size, 3),
+        "layers": layers,
+    }

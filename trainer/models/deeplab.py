@@ -1,0 +1,124 @@
+"""DeepLabV3+ (Chen et al., 2018): atrous separable convolutions and a decoder over a backbone.
+
+Tensors of the backbone are named as torchvision names them, after `backbone.`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logshift.trainer.models.mobilenet_v2 import LOW_LEVEL, mobilenet_v2
+from logshift.trainer.models.resnet import resnet50
+
+
+def conv_bn_relu(channels_in: int, channels_out: int, kernel: int = 1) -> nn.Sequential:
+    """Return convolution, batch norm and ReLU that keep the size."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+def separable(channels_in: int, channels_out: int, dilation: int = 1) -> nn.Sequential:
+    """Return a dilated 3x3 depthwise and a 1x1 convolution, each with batch norm and ReLU."""
+    depthwise = nn.Conv2d(
+        channels_in, channels_in, 3, padding=dilation, dilation=dilation, groups=channels_in,
+        bias=False,
+    )  # fmt: skip
+    return nn.Sequential(
+        depthwise,
+        nn.BatchNorm2d(channels_in),
+        nn.ReLU(inplace=True),
+        *conv_bn_relu(channels_in, channels_out),
+    )
+
+
+class Aspp(nn.Module):
+    """Atrous spatial pyramid pooling.
+
+    Parameters
+    ----------
+    channels_in, channels_out : int
+    rates : tuple of int
+        Dilations of the 3x3 branches.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.one = conv_bn_relu(channels_in, channels_out)
+        self.atrous = nn.ModuleList(separable(channels_in, channels_out, r) for r in rates)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(channels_in, channels_out))
+        self.project = conv_bn_relu((2 + len(rates)) * channels_out, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, channels_out, height, width)."""
+        # One value a channel: nearest repeats it, as bilinear would.
+        pooled = F.interpolate(self.pool(x), size=x.shape[-2:], mode="nearest")
+        branches = [self.one(x), *(branch(x) for branch in self.atrous), pooled]
+        return self.project(torch.cat(branches, 1))
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ at output stride 16.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        A dilated `MobileNetV2` or `ResNet`; its classifier is not used and removed.
+    channels_low, channels_high : int
+        Channels of its features of stride 4 and 16.
+    classes : int
+    width : int
+        Channels of the pyramid and the decoder.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, channels_low: int, channels_high: int, classes: int, width: int
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.aspp = Aspp(channels_high, width, (6, 12, 18))
+        self.low = conv_bn_relu(channels_low, 48)
+        self.decoder = nn.Sequential(separable(width + 48, width), separable(width, width))
+        self.classifier = nn.Conv2d(width, classes, 1)
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the backbone's features of stride 4 and 16."""
+        return self.backbone.features(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of shape (batch, classes, H, W) for ``x`` of shape (batch, 3, H, W)."""
+        low, high = self.features(x)
+        high = F.interpolate(
+            self.aspp(high), size=low.shape[-2:], mode="bilinear", align_corners=False
+        )
+        logits = self.classifier(self.decoder(torch.cat([high, self.low(low)], 1)))
+        return F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class _OverMobileNet(DeepLabV3Plus):
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = list(self.backbone.features)
+        for block in blocks[:LOW_LEVEL]:
+            x = block(x)
+        low = x
+        for block in blocks[LOW_LEVEL:]:
+            x = block(x)
+        return low, x
+
+
+def deeplab_mobilenet_v2(classes: int = 21, width: int = 256) -> DeepLabV3Plus:
+    """Return DeepLabV3+ over MobileNetV2, without its last convolution; untrained."""
+    backbone = mobilenet_v2(output_stride=16)
+    del backbone.features[-1], backbone.classifier, backbone.avgpool
+    return _OverMobileNet(backbone, 24, 320, classes, width)
+
+
+def deeplab_resnet50(classes: int = 21, width: int = 256) -> DeepLabV3Plus:
+    """Return DeepLabV3+ over ResNet-50; untrained."""
+    backbone = resnet50(dilated=True)
+    del backbone.fc, backbone.avgpool
+    return DeepLabV3Plus(backbone, 256, 2048, classes, width)

@@ -1,0 +1,115 @@
+"""ResNet for ImageNet (He et al., 2015), with torchvision's state-dict names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from logshift.trainer.models.resnet_cifar import BasicBlock
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the stride is the 3x3's.
+
+    Parameters
+    ----------
+    channels_in, channels : int
+        Channels of the input and of the 3x3 convolution; the output has four times as many.
+    stride, dilation : int
+    """
+
+    expansion = 4
+
+    def __init__(self, channels_in: int, channels: int, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(
+            channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False
+        )
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels_in != 4 * channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels_in, 4 * channels, 1, stride, bias=False),
+                nn.BatchNorm2d(4 * channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to ``x`` of shape (batch, channels_in, height, width)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.relu(self.bn3(self.conv3(out)) + shortcut)
+
+
+class ResNet(nn.Module):
+    """ResNet for pictures of about 224x224.
+
+    Parameters
+    ----------
+    block : type
+        `BasicBlock` or `Bottleneck`.
+    blocks : list of int
+        Blocks of each of the four stages.
+    classes : int
+    dilated : bool
+        Whether the last stage keeps its input's size and dilates instead, for segmentation.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        blocks: list[int],
+        classes: int = 1000,
+        dilated: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        channels = 64
+        for stage, count in enumerate(blocks):
+            width, layers = 64 * 2**stage, []
+            last = dilated and stage == 3
+            for number in range(count):
+                stride = 2 if number == 0 and stage > 0 and not last else 1
+                if block is Bottleneck:
+                    # The first block still sees the undilated input.
+                    dilation = 2 if last and number > 0 else 1
+                    layers.append(Bottleneck(channels, width, stride, dilation))
+                    channels = 4 * width
+                else:
+                    layers.append(BasicBlock(channels, width, stride))
+                    channels = width
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the results of the first and the last stage, for segmentation."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        low = self.layer1(x)
+        return low, self.layer4(self.layer3(self.layer2(low)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of shape (batch, classes) for ``x`` of shape (batch, 3, H, W)."""
+        _, x = self.features(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def resnet18(classes: int = 1000) -> ResNet:
+    """Return an untrained ResNet-18, 11.7 million parameters."""
+    return ResNet(BasicBlock, [2, 2, 2, 2], classes)
+
+
+def resnet50(classes: int = 1000, dilated: bool = False) -> ResNet:
+    """Return an untrained ResNet-50, 25.6 million parameters; see `ResNet`."""
+    return ResNet(Bottleneck, [3, 4, 6, 3], classes, dilated)

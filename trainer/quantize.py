@@ -1,0 +1,316 @@
+"""From a float network to one that is trained with quantized weights and activations.
+
+The network is traced with `torch.fx`. Weights of Conv2d, ConvTranspose2d and Linear get a
+parametrization; activations are rounded where the runtime holds codes:
+
+- after a convolution with what is fused to it, BatchNorm, Add and ReLU, and after any other
+  operator with a kernel on codes (pools, Add, Mul, pointwise functions);
+- operators that only move values (Flatten, Concat, MaxPool ...) are not rounded, and all tensors
+  that are joined by them share one quantizer;
+- what only leads to an output of the network is not rounded: outputs are float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from logshift.trainer import stlq
+from logshift.trainer.activations import ActivationQuantizer
+from logshift.trainer.config import Config, LayerConfig
+from logshift.trainer.weights import (
+    LAYERS,
+    LevelQuantizer,
+    LogQuantizer,
+    WeightQuantizer,
+    apot_levels,
+    uniform_levels,
+)
+
+QUANTIZERS = "activation_quantizers"
+
+
+class PrepareError(ValueError):
+    """A network that cannot be prepared as it was asked for."""
+
+
+NORMS = (nn.BatchNorm2d,)
+RELUS = {nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.clamp}
+RELUS |= {"relu", "relu_", "clamp"}
+ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+POINTS = {  # one rounding after each
+    *(operator.mul, operator.sub, torch.mul, torch.sub, "mul", "sub", "mean", torch.mean),
+    *(nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
+    *(nn.LeakyReLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU),
+    *(F.leaky_relu, F.elu, F.hardswish, F.hardsigmoid, F.silu, torch.sigmoid, torch.tanh),
+    *("sigmoid", "tanh"),
+}
+MOVES = {
+    *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, nn.PixelShuffle, nn.ZeroPad2d),
+    *(nn.Dropout, nn.Dropout2d, nn.ChannelShuffle, nn.PixelUnshuffle),
+    *(F.max_pool2d, F.adaptive_max_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.pad, F.dropout),
+    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
+    *(torch.unsqueeze, torch.cat, torch.concat, torch.chunk, torch.split, operator.getitem),
+    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
+    *("chunk", "split"),
+}
+RESIZES = {nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, F.interpolate}
+SHAPES = {getattr, "size", "dim"}  # what follows is no activation
+
+
+def prepare(model: nn.Module, config: Config = Config()) -> fx.GraphModule:  # noqa: B008 (frozen)
+    """Return a copy of the network with quantizers in it.
+
+    Activations pass unchanged until `calibrate` has seen some inputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A float network that `torch.fx.symbolic_trace` can trace.
+    config : Config
+        How to quantize.
+
+    Returns
+    -------
+    fx.GraphModule
+        With the state-dict names of `model`; a quantized weight is found as
+        `<layer>.parametrizations.weight.original`.
+
+    Raises
+    ------
+    PrepareError
+        If the network cannot be traced, has no layer to quantize, or a pattern of `config.layers`
+        matches none.
+    """
+    try:
+        network = fx.symbolic_trace(copy.deepcopy(model))
+    except Exception as error:
+        raise PrepareError(
+            f"{type(model).__name__} cannot be traced by torch.fx: {error}; its forward must not "
+            "branch on values or shapes of tensors (torch.fx.wrap keeps a function whole)"
+        ) from error
+    layers = quantizable(network)
+    if not layers:
+        raise PrepareError(
+            f"{type(model).__name__} has no Conv2d, ConvTranspose2d or Linear called as a module"
+        )
+    _match_patterns(config, layers)
+    kept = set()
+    for number, name in enumerate(layers):
+        special = config.of_layer(name, number, len(layers))
+        if special.keep_float:
+            kept.add(name)
+        else:
+            layer = network.get_submodule(name)
+            quantizer = _weight_quantizer(layer, config, special)
+            parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+    if config.activation_bits != 32:
+        _Placement(network, config, kept).insert()
+        network.recompile()
+    return network
+
+
+def calibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set scales and zero points of all activation quantizers from what they see.
+
+    Parameters
+    ----------
+    network : nn.Module
+        From `prepare`.
+    batches : iterable of Tensor
+        Inputs, as in training.
+    """
+    quantizers = [m for m in network.modules() if isinstance(m, ActivationQuantizer)]
+    training = network.training
+    network.eval()
+    for quantizer in quantizers:
+        quantizer.observe()
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)
+    for quantizer in track(quantizers, "calibrating", transient=True):
+        quantizer.calibrate()
+    network.train(training)
+
+
+def refresh(network: nn.Module) -> None:
+    """Choose anew, in all layers, the weights that may have a second word."""
+    for _, layer, quantizer in weight_quantizers(network):
+        quantizer.refresh(layer.parametrizations["weight"].original)
+
+
+def regulariser(network: nn.Module) -> Tensor:
+    """Return the sum over layers of the l2 norms of r1 in the last forward pass."""
+    return torch.stack([q.regulariser for _, _, q in weight_quantizers(network)]).sum()
+
+
+def non_zero_ratio(network: nn.Module) -> float:
+    """Return NZR in the last forward pass: second words that are not zero over all weights."""
+    quantizers = [q for _, _, q in weight_quantizers(network)]
+    count = torch.stack([q.second_words for q in quantizers]).sum()
+    return float(count) / sum(q.layout.shape.numel() for q in quantizers)
+
+
+def weight_quantizers(network: nn.Module) -> Iterator[tuple[str, nn.Module, WeightQuantizer]]:
+    """Yield the quantized layers: name, layer, quantizer."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, LAYERS) and parametrize.is_parametrized(layer, "weight"):
+            yield name, layer, layer.parametrizations["weight"][0]
+
+
+def quantizable(network: fx.GraphModule) -> list[str]:
+    """Return the names of layers with weights, each once, in the order of their first call."""
+    calls = (n.target for n in network.graph.nodes if n.op == "call_module")
+    return list(dict.fromkeys(n for n in calls if isinstance(network.get_submodule(n), LAYERS)))
+
+
+def _match_patterns(config: Config, layers: list[str]) -> None:
+    for pattern, special in config.layers.items():
+        one = Config(layers={pattern: LayerConfig(keep_float=True)})
+        if not any(one.of_layer(name, 1, 3).keep_float for name in layers):
+            raise PrepareError(
+                f"layers: {pattern!r} ({special!r}) matches no layer; there are {', '.join(layers)}"
+            )
+
+
+def _weight_quantizer(layer: nn.Module, config: Config, special: LayerConfig) -> WeightQuantizer:
+    bits, ratio = special.weight_bits, special.residual_ratio
+    assert bits is not None and ratio is not None
+    if config.method == "uniform":
+        return LevelQuantizer(layer, bits, uniform_levels(bits))
+    if config.method == "apot":
+        return LevelQuantizer(layer, bits, apot_levels(bits))
+    ratio, granularity, regular = {
+        "stlq": (ratio, config.granularity, "rest"),
+        "flightnn": (ratio, "filter", "rest"),
+        "without_select": (1.0, "element", "all"),
+        "log": (0.0, "element", "none"),
+    }[config.method]
+    clip = config.clip or stlq.default_clip(bits)
+    if ratio == 0:  # nothing reaches past alpha
+        clip = 1
+    return LogQuantizer(
+        layer, bits, ratio, granularity, config.tile, clip, config.residual_shift, regular
+    )
+
+
+class _Placement:
+    """Where activations are rounded."""
+
+    def __init__(self, network: fx.GraphModule, config: Config, kept: set[str]) -> None:
+        self.network, self.config, self.kept = network, config, kept
+        self.nodes = list(network.graph.nodes)
+        self.claimed: set[fx.Node] = set()
+
+    def kind(self, node: fx.Node) -> str:
+        """Return what an operator is: layer, norm, add, relu, point, move, resize or other."""
+        if node.op in ("placeholder", "output", "get_attr"):
+            return node.op
+        target = node.target
+        if node.op == "call_module":
+            module = self.network.get_submodule(str(target))
+            if isinstance(module, LAYERS):
+                return "float" if target in self.kept else "layer"
+            if isinstance(module, NORMS):
+                return "norm"
+            target = type(module)
+        tensors = [n for n in node.all_input_nodes if self.is_tensor(n)]
+        if not tensors:
+            return "shape"
+        if target in ADDS:
+            return "add" if len(tensors) == 2 else "point"
+        for name, members in (("relu", RELUS), ("point", POINTS), ("move", MOVES)):
+            if target in members:
+                return name
+        return "resize" if target in RESIZES else "shape" if target in SHAPES else "float"
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Return whether a node's result is an activation rather than a shape or a parameter."""
+        return node.op != "get_attr" and self.kind(node) != "shape"
+
+    def fused_end(self, node: fx.Node) -> fx.Node:
+        """Return the last operator that is fused to this one."""
+        after = {"layer": ("norm", "add", "relu"), "norm": ("add", "relu"), "add": ("relu",)}
+        kind = self.kind(node)
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            then = self.kind(user)
+            if then not in after.get(kind, ()) or user in self.claimed:
+                break
+            if then == "norm" and kind != "layer":
+                break
+            self.claimed.add(user)
+            node, kind = user, then
+        return node
+
+    def rounded(self) -> list[fx.Node]:
+        """Return the operators whose results are codes, if codes are needed there."""
+        ends = []
+        # Of two convolutions that are added the later one is fused with the Add.
+        for node in reversed(self.nodes):
+            if self.kind(node) == "layer":
+                ends.append(self.fused_end(node))
+        for node in self.nodes:
+            kind = self.kind(node)
+            if kind in ("norm", "add", "relu", "point") and node not in self.claimed:
+                ends.append(self.fused_end(node) if kind in ("norm", "add") else node)
+            elif kind in ("placeholder", "float"):
+                ends.append(node)
+        return [node for node in ends if self.needed(node)]
+
+    def needed(self, node: fx.Node) -> bool:
+        """Return whether codes are wanted: by an operator on codes, or one behind moves."""
+        for user in node.users:
+            kind = self.kind(user)
+            if kind in ("layer", "norm", "add", "relu", "point"):
+                return True
+            if kind in ("move", "resize") and self.needed(user):
+                return True
+        return False
+
+    def insert(self) -> None:
+        """Put the quantizers into the graph, one for each set of tensors joined by moves."""
+        parent = {node: node for node in self.nodes}
+
+        def root(node: fx.Node) -> fx.Node:
+            while parent[node] is not node:
+                node = parent[node]
+            return node
+
+        moves = [n for n in self.nodes if self.kind(n) in ("move", "resize") and self.needed(n)]
+        for node in moves:
+            for source in node.all_input_nodes:
+                if self.is_tensor(source):
+                    parent[root(node)] = root(source)
+        rounded = self.rounded() + [n for n in moves if self.interpolates(n)]
+        names: dict[fx.Node, str] = {}
+        if hasattr(self.network, QUANTIZERS):
+            raise PrepareError(f"the network has a {QUANTIZERS!r} of its own; rename it")
+        quantizers = nn.ModuleDict()
+        self.network.add_module(QUANTIZERS, quantizers)
+        for node in sorted(rounded, key=self.nodes.index):
+            origin = root(node)
+            if origin not in names:
+                names[origin] = node.name
+                bits = self.config.activation_bits
+                if node.op == "placeholder":
+                    bits = max(bits, self.config.input_bits)
+                quantizers[node.name] = ActivationQuantizer(bits)
+            with self.network.graph.inserting_after(node):
+                call = self.network.graph.call_module(f"{QUANTIZERS}.{names[origin]}", (node,))
+            node.replace_all_uses_with(call, lambda user, call=call: user is not call)
+
+    def interpolates(self, node: fx.Node) -> bool:
+        """Return whether a Resize makes values that its input has not."""
+        if self.kind(node) != "resize":
+            return False
+        if node.op == "call_module":
+            return self.network.get_submodule(str(node.target)).mode != "nearest"
+        return node.kwargs.get("mode", "nearest") != "nearest"

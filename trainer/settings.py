@@ -1,0 +1,174 @@
+"""Settings of a run: a TOML file, checked; every packaged file in `recipes/` is an example."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from logshift.trainer.config import Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be read or make no sense."""
+
+
+class Training(BaseModel):
+    """How a network is trained.
+
+    Attributes
+    ----------
+    epochs : int
+    batch : int
+        Examples of one step of the optimiser, on all devices together.
+    accumulate : int
+        Parts that a batch is cut into, one after the other, to save memory.
+    optimiser : {"sgd", "adam"}
+    lr : float
+        The highest learning rate; it rises in a straight line and falls with a cosine to zero.
+    warmup : float
+        Part of the run in which it rises.
+    momentum, weight_decay : float
+        Decay holds for weights alone, not for alpha, scales, biases and normalisation.
+    label_smoothing : float
+    freeze_batch_norm : bool
+        Keep the statistics of the float network.
+    calibration : int
+        Training examples that initial activation ranges come from.
+    precision : str
+        As Lightning Fabric names it: "32-true", "16-mixed", "bf16-mixed".
+    accelerator : str
+    devices, nodes : int
+        Devices on each machine, machines.
+    threads : int, optional
+        Threads of each process on a CPU; PyTorch's own choice if left out.
+    seed : int
+    checkpoint_every : int
+        Steps between checkpoints; there is also one after every epoch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(default=10, ge=1)
+    batch: int = Field(default=128, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(default=0.01, gt=0)
+    warmup: float = Field(default=0.02, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    freeze_batch_norm: bool = False
+    calibration: int = Field(default=512, ge=1)
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    accelerator: str = "auto"
+    devices: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    seed: int = 1
+    checkpoint_every: int = Field(default=200, ge=1)
+
+
+class Settings(BaseModel):
+    """A run.
+
+    Attributes
+    ----------
+    task : {"classification", "segmentation", "enhancement"}
+    model, model_options
+        A name in `logshift.trainer.models` and what its constructor is given.
+    data, data_options
+        A name in `logshift.trainer.data`, likewise.
+    weights : Path, optional
+        Float weights to begin with, .pth or .safetensors; a network starts untrained without.
+    weights_part : str
+        Submodule that they are of, such as "backbone"; the whole network if empty.
+    training : Training
+    quantization : Config, optional
+        Without it the network is trained in float.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    task: Literal["classification", "segmentation", "enhancement"]
+    model: str
+    model_options: dict[str, Any] = {}
+    data: str
+    data_options: dict[str, Any] = {}
+    weights: Path | None = None
+    weights_part: str = ""
+    training: Training = Training()
+    quantization: Config | None = None
+
+
+def recipes() -> list[str]:
+    """Return the names of the packaged recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def read(recipe: str, changes: Iterable[str] = ()) -> Settings:
+    """Read settings.
+
+    Parameters
+    ----------
+    recipe : str
+        A TOML file, or the name of a packaged recipe.
+    changes : iterable of str
+        `key=value`, such as `quantization.weight_bits=3`; values as in TOML, or plain strings.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    SettingsError
+        If the file is not there or not TOML, or a setting is unknown or out of range.
+    """
+    path = Path(recipe)
+    if not path.suffix:
+        path = RECIPES / f"{recipe}.toml"
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{recipe}: no such file; the packaged recipes are {', '.join(recipes())}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{path}: {error}") from error
+    for change in changes:
+        _apply(values, change)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"
+            for e in error.errors()
+        ]
+        raise SettingsError(f"{recipe}:\n" + "\n".join(lines)) from error
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    name, equals, text = change.partition("=")
+    if not equals:
+        raise SettingsError(f"{change!r} is not of the form key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *groups, key = name.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"{change!r}: {group} is a value, not a group of settings")
+    values[key] = value

@@ -1,0 +1,181 @@
+"""STLQ in PyTorch: the arithmetic of `docs/quantization.md` sections 1 and 2, with gradients.
+
+Symbols (`alpha`, `L`, `q0`, `q1`, `r0`, `r1`, `S`, `W`) are those of that page. All of it is
+float32, whatever autocast does around it: that decides ties, so it is part of the definition.
+Weights are matrices of shape (O, K), one output channel a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_BITS, MAX_BITS = 2, 5
+MAX_TILE = 256
+GRANULARITIES = ("element", "tile", "filter")
+
+# alpha candidates are max|w| * 2^-g: one octave moves every level onto the next, the rest of the
+# range only trades clipping of the largest weights against resolution of the smallest.
+ALPHA_OCTAVES = torch.linspace(0.0, 1.75, 57, dtype=torch.float64).tolist()
+
+
+def exponent_levels(bits: int) -> int:
+    """Return L, the number of non-zero magnitudes of a `bits`-bit word (section 1)."""
+    return 2 ** (bits - 1) - 1
+
+
+def default_clip(bits: int) -> int:
+    """Return how far two words may reach, in units of alpha: 2 below 4 bits, else 1 (section 2)."""
+    return 2 if bits < 4 else 1
+
+
+def nearest_level(r: Tensor, bits: int) -> Tensor:
+    """Round to the nearest of 0 and ±2^(e-1) in the linear domain, ties toward zero (section 1).
+
+    Parameters
+    ----------
+    r : float32 Tensor, any shape
+        In units of the grid.
+    bits : int
+        Width b of a word.
+
+    Returns
+    -------
+    float32 Tensor of the same shape.
+    """
+    magnitude = r.abs()
+    # Mantissas above 1.5 carry into the exponent; no logarithm is taken, so ties are exact.
+    power = ((magnitude.view(torch.int32) + 0x3FFFFF) & 0x7F800000).view(torch.float32)
+    level = power.clamp(1.0, 2.0 ** (exponent_levels(bits) - 1))
+    return torch.where(magnitude > 0.5, level, 0.0) * r.sign()
+
+
+def split(
+    w: Tensor, alpha: Tensor, bits: int, clip: int, shift: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split weights into the parts of section 2.
+
+    Parameters
+    ----------
+    w : float32 Tensor of shape (O, K)
+    alpha : float32 Tensor of shape (O, 1)
+    bits, clip, shift : int
+        Word width b, bound of |W| in units of alpha, `residual_shift` s.
+
+    Returns
+    -------
+    relative, r0, q0, r1 : float32 Tensors of shape (O, K)
+        w / alpha * 2^(L-1) before clipping and after it, the first word, and what it leaves,
+        in units of the second word's grid.
+    """
+    top = 2.0 ** (exponent_levels(bits) - 1)
+    relative = w / alpha * top
+    r0 = relative.clamp(-clip * top, clip * top)
+    q0 = nearest_level(r0, bits)
+    return relative, r0, q0, (r0 - q0) * 2.0**shift
+
+
+class TwoWords(torch.autograd.Function):
+    """Quantized weights, the l2 norm of the regularised r1, and the number of second words.
+
+    Gradients are straight-through: W's is that of w where w is not clipped. That of the norm takes
+    q0 for a constant, so that it pulls w to the grid.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        alpha: Tensor,
+        second: Tensor,
+        regular: Tensor,
+        bits: int,
+        clip: int,
+        shift: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return w_hat (O, K), the norm of r1 where `regular`, and count(S * q1 != 0)."""
+        relative, r0, q0, r1 = split(w, alpha, bits, clip, shift)
+        q1 = torch.where(second, nearest_level(r1, bits), 0.0)
+        pulled = torch.where(regular, r1, 0.0)
+        norm = pulled.norm()
+        ctx.top, ctx.fine = 2.0 ** (exponent_levels(bits) - 1), 2.0**shift
+        integer = q0 * ctx.fine + q1
+        ctx.save_for_backward(relative, r0, alpha, integer, pulled, norm)
+        count = q1.count_nonzero()
+        ctx.mark_non_differentiable(count)
+        return integer * (alpha / (ctx.top * ctx.fine)), norm, count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_norm: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of w and alpha."""
+        relative, r0, alpha, integer, pulled, norm = ctx.saved_tensors
+        inside = relative == r0
+        unclipped = torch.where(inside, r0, 0.0)
+        grad_alpha = grad * ((integer / ctx.fine - unclipped) / ctx.top)
+        pull = pulled * (grad_norm / norm.clamp_min(1e-12) * ctx.top * ctx.fine) / alpha
+        grad_w = torch.where(inside, grad + pull, 0.0)
+        return grad_w, grad_alpha.sum(1, keepdim=True), None, None, None, None, None
+
+
+def select(r1: Tensor, ratio: float, granularity: str = "element", tile: int = MAX_TILE) -> Tensor:
+    """Choose the weights that may have a second word: those with the largest errors.
+
+    Parameters
+    ----------
+    r1 : float32 Tensor of shape (O, K)
+        Errors of the first words; K runs over kh, kw, C / group.
+    ratio : float
+        `residual_ratio`, the share of weights (of tiles, of filters) that are chosen.
+    granularity : {"element", "tile", "filter"}
+        Whether weights, tiles of consecutive weights, or output channels are chosen; a tile's score
+        is the energy of its r1, a filter's likewise.
+    tile : int
+        Weights per tile, 1 to 256.
+
+    Returns
+    -------
+    bool Tensor of shape (O, K)
+        The select tensor S.
+    """
+    size = {"element": 1, "tile": tile, "filter": r1.shape[1]}[granularity]
+    energy = r1.double().square().flatten()
+    padded = torch.nn.functional.pad(energy, (0, -len(energy) % size))
+    score = padded.view(-1, size).sum(1)
+    count = math.floor(ratio * len(score) + 1e-9)
+    chosen = torch.zeros_like(score, dtype=torch.bool)
+    chosen[score.argsort(descending=True, stable=True)[:count]] = True
+    return chosen.repeat_interleave(size)[: r1.numel()].view(r1.shape)
+
+
+def search_alpha(w: Tensor, bits: int, clip: int, shift: int, ratio: float) -> Tensor:
+    """Find alpha per output channel by minimising squared error; max |w| is the upper end.
+
+    Parameters
+    ----------
+    w : float32 Tensor of shape (O, K)
+    bits, clip, shift : int
+        As for `split`.
+    ratio : float
+        Share of each channel's weights that have a second word while alpha is judged.
+
+    Returns
+    -------
+    float32 Tensor of shape (O, 1), positive (1 for a channel of zeros).
+    """
+    largest = w.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    chosen = int(ratio * w.shape[1])
+    best, alpha = torch.full_like(largest, torch.inf), largest
+    for octave in ALPHA_OCTAVES:
+        candidate = (largest * 2.0**-octave).clamp_min(1e-30)
+        relative, _, q0, r1 = split(w, candidate, bits, clip, shift)
+        one = (relative - q0).square()
+        two = (relative - q0 - nearest_level(r1, bits) * 2.0**-shift).square()
+        gain = (one - two).clamp_min(0).topk(chosen, 1).values.sum(1, keepdim=True)
+        error = (one.sum(1, keepdim=True) - gain) * candidate.square()
+        alpha = torch.where(error < best, candidate, alpha)
+        best = torch.minimum(error, best)
+    return alpha

@@ -1,0 +1,114 @@
+"""Exported files: the grid to the bit, batch norms folded, outputs as in PyTorch."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from logshift.trainer.config import Config
+from logshift.trainer.export import export_onnx, grid
+from logshift.trainer.models import MODELS
+from logshift.trainer.quantize import calibrate, prepare, weight_quantizers
+from logshift.trainer.weights import METHODS
+
+
+def trained_looking(network, shape):
+    """Give batch norms statistics, signs and zeros that training might give them."""
+    random = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            size = module.weight.shape
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(size, generator=random))
+                module.weight[0] = 0
+                module.bias.copy_(torch.randn(size, generator=random) * 0.3)
+                module.running_mean.copy_(torch.randn(size, generator=random) * 0.1)
+                module.running_var.copy_(torch.rand(size, generator=random) + 0.5)
+    calibrate(network, [torch.randn(4, *shape, generator=random)])
+    return network.eval()
+
+
+def metadata(model):
+    return json.loads({p.key: p.value for p in model.metadata_props}["logshift"])
+
+
+@pytest.mark.parametrize("bits, activation_bits", [(3, 5), (4, 8), (5, 32)])
+def test_weights_lie_on_the_grid_exactly(tmp_path, bits, activation_bits):
+    torch.manual_seed(1)
+    config = Config(weight_bits=bits, activation_bits=activation_bits, residual_shift=bits - 3)
+    network = trained_looking(prepare(MODELS["resnet20_cifar"](), config), (3, 32, 32))
+    path = tmp_path / "a.onnx"
+    export_onnx(network, path, torch.zeros(1, 3, 32, 32), labels=("x", "y"))
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert not [n for n in model.graph.node if n.op_type == "BatchNormalization"]
+    written = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    about = metadata(model)
+    assert about["labels"] == ["x", "y"]
+    layers = dict((name, (layer, q)) for name, layer, q in weight_quantizers(network))
+    assert set(about["weights"]) == {f"{name}.weight" for name in layers}
+    for name, (layer, quantizer) in layers.items():
+        record = about["weights"][f"{name}.weight"]
+        assert (record["bits"], record["residual_shift"]) == (bits, bits - 3)
+        scale = 2.0 ** (2 ** (bits - 1) - 2 + bits - 3)
+        alpha = np.array(record["alpha"])
+        assert (alpha > 0).all() and (alpha == alpha.astype(np.float32)).all()
+        w = written[f"{name}.weight"].astype(np.float64)
+        integers = w / (alpha / scale).reshape(-1, *[1] * (w.ndim - 1))
+        rounded = np.rint(integers)
+        np.testing.assert_array_equal(
+            (rounded * (alpha / scale).reshape(-1, *[1] * (w.ndim - 1))).astype(np.float32),
+            written[f"{name}.weight"],
+        )
+        # What PyTorch computes with, but for the signs of batch norms and channels they erase.
+        trained, _ = grid(layer)
+        ours = quantizer.layout.rows(torch.from_numpy(rounded)).int()
+        kept = ours.abs().sum(1) > 0
+        assert torch.equal(ours[kept].abs(), trained[kept].abs())
+        assert kept.float().mean() > 0.8
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("resnet20_cifar", (3, 32, 32)), ("mobilenet_v2", (3, 64, 64)),
+    ("deeplab_mobilenet_v2", (3, 64, 64)), ("sid_unet", (4, 32, 32)),
+])  # fmt: skip
+@pytest.mark.parametrize("activation_bits", [5, 8, 32])
+def test_the_file_computes_what_pytorch_does(tmp_path, name, shape, activation_bits):
+    torch.manual_seed(1)
+    options = {"width": 8} if name in ("deeplab_mobilenet_v2", "sid_unet") else {}
+    network = prepare(MODELS[name](**options), Config(activation_bits=activation_bits))
+    network = trained_looking(network, shape)
+    export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, *shape))
+    options = onnxruntime.SessionOptions()
+    # It would round the float weights between codes to int8, see docs/qdq.md.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
+    x = torch.randn(3, *shape)
+    (there,) = session.run(None, {"image": x.numpy()})
+    with torch.no_grad():
+        here = network(x).numpy()
+    spread = here.std()
+    # Codes near a tie may be the other one, and what follows from that.
+    limit = 1e-4 if activation_bits == 32 else {5: 0.5, 8: 0.1}[activation_bits]
+    assert np.sqrt(np.mean((there - here) ** 2)) < limit * spread
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_exported_and_the_original_still_trains(tmp_path, method):
+    torch.manual_seed(1)
+    network = prepare(MODELS["resnet20_cifar"](), Config(method=method, activation_bits=32))
+    x = torch.randn(2, 3, 32, 32)
+    before = network.eval()(x).detach()
+    export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 32, 32))
+    assert torch.equal(network(x), before)
+    network.train()(x).sum().backward()
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    (there,) = session.run(None, {"image": x.numpy()})
+    np.testing.assert_allclose(there, before.numpy(), rtol=1e-3, atol=1e-3)
+    recorded = metadata(onnx.load(tmp_path / "a.onnx"))["weights"]
+    assert bool(recorded) == (method not in ("apot", "uniform"))

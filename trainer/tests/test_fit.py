@@ -1,0 +1,206 @@
+"""Runs: logs, checkpoints, going on, accumulation, two processes, the command."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import onnx
+import pytest
+import torch
+from test_data import make_cifar10
+from typer.testing import CliRunner
+
+from logshift.trainer import cli
+from logshift.trainer.fit import RunError, fit
+from logshift.trainer.settings import RECIPES, Settings, SettingsError, read, recipes
+
+
+def settings(**changes):
+    training = {"epochs": 3, "batch": 16, "lr": 0.05, "calibration": 16, "threads": 1}
+    quantization = {"weight_bits": 3, "activation_bits": 4, "refresh": 3}
+    values = {"task": "classification", "model": "small", "data": "blobs"}
+    values |= {
+        "training": training | changes.pop("training", {}),
+        "quantization": quantization | changes.pop("quantization", {}),
+    }
+    return Settings.model_validate(values | changes)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def parameters(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["network"]
+
+
+def test_a_run_learns_and_leaves_everything(blobs, models, tmp_path):
+    summary = fit(settings(), blobs, tmp_path)
+    assert summary["top1"] > 0.8
+    iterations, epochs = rows(tmp_path / "iterations.csv"), rows(tmp_path / "epochs.csv")
+    assert [int(r["iteration"]) for r in iterations] == list(range(1, 13))
+    assert [int(r["epoch"]) for r in epochs] == [1, 2, 3]
+    assert float(epochs[-1]["top1"]) == pytest.approx(summary["top1"])
+    assert set(iterations[0]) == {"iteration", "loss", "top1", "regulariser", "nzr", "lr"}
+    assert all(0.05 < float(r["nzr"]) <= 0.15 for r in iterations)
+    assert float(iterations[-1]["loss"]) < float(iterations[0]["loss"])
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert set(summary["layers"]) == {"0", "3", "7"}
+    assert Settings.model_validate_json((tmp_path / "settings.json").read_text()) == settings()
+    onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
+
+
+def test_without_quantization_a_float_network_is_trained(blobs, models, tmp_path):
+    chosen = settings().model_copy(update={"quantization": None})
+    summary = fit(chosen, blobs, tmp_path)
+    assert summary["top1"] > 0.8
+    assert set(rows(tmp_path / "iterations.csv")[0]) == {"iteration", "loss", "top1", "lr"}
+    model = onnx.load(tmp_path / "model.onnx")
+    assert not [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [2, 5, 7])
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
+    blobs, models, tmp_path, monkeypatch, after
+):
+    chosen = settings(training={"checkpoint_every": 1})
+    fit(chosen, blobs, tmp_path / "whole")
+
+    class Stopping(type(blobs)):
+        def train(self, epoch, *arguments):
+            for number, batch in enumerate(super().train(epoch, *arguments)):
+                if epoch * 4 + number == after:
+                    raise Stopped
+                yield batch
+
+    with pytest.raises(Stopped):
+        fit(chosen, Stopping(), tmp_path / "parts")
+    # A row of a step that no checkpoint has, as after a crash.
+    with (tmp_path / "parts/iterations.csv").open("a") as file:
+        file.write(f"{after + 1},9,9,9,9,9\r\n{after + 2},9")
+    with pytest.raises(RunError, match="--resume"):
+        fit(chosen, blobs, tmp_path / "parts")
+    fit(chosen, blobs, tmp_path / "parts", resume=True)
+    whole, parts = parameters(tmp_path / "whole"), parameters(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for name in ("iterations.csv",):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
+
+
+def test_other_settings_are_another_run(blobs, models, tmp_path):
+    fit(settings(training={"epochs": 1}), blobs, tmp_path)
+    with pytest.raises(RunError, match="other settings"):
+        fit(settings(training={"epochs": 1, "lr": 0.01}), blobs, tmp_path, resume=True)
+
+
+def test_accumulation_makes_the_same_steps(blobs, models, tmp_path):
+    frozen = {"freeze_batch_norm": True, "epochs": 1}
+    fit(settings(training=frozen), blobs, tmp_path / "1")
+    fit(settings(training=frozen | {"accumulate": 2}), blobs, tmp_path / "2")
+    one, two = parameters(tmp_path / "1"), parameters(tmp_path / "2")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"training": {"batch": 15, "accumulate": 2}}, "multiple of accumulate"),
+        ({"training": {"batch": 128}}, "there are 64 examples"),
+        ({"model": "large"}, "'large' is none of small"),
+        ({"model_options": {"depth": 3}}, "model_options of small"),
+    ],
+)
+def test_runs_that_cannot_start(blobs, models, tmp_path, changes, message):
+    with pytest.raises(RunError, match=message):
+        fit(settings(**changes), blobs, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_loss_that_is_no_number(blobs, models, tmp_path):
+    blobs.x[:64] = torch.nan
+    with pytest.raises(RunError, match="loss is nan at step 1"):
+        fit(settings().model_copy(update={"quantization": None}), blobs, tmp_path)
+
+
+def command(*arguments, processes=1):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "logshift.trainer.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def test_two_processes_train_the_same_network_as_one(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    make_cifar10(data)
+    common = ["resnet20-cifar10", "--data", str(data)]
+    # Statistics of a batch are those of each process, so batch norms keep theirs.
+    for change in ("epochs=2", "batch=4", "freeze_batch_norm=true", "accelerator='cpu'"):
+        common += ["--set", f"training.{change}"]
+    for devices in (1, 2):
+        out = str(tmp_path / str(devices))
+        done = command(*common, "--out", out, "--set", f"training.devices={devices}")
+        assert done.returncode == 0, done.stderr
+    one, two = parameters(tmp_path / "1"), parameters(tmp_path / "2")
+    assert set(one) == set(two)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    assert rows(tmp_path / "1/epochs.csv")[1]["top1"] == rows(tmp_path / "2/epochs.csv")[1]["top1"]
+
+
+def test_the_command(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    make_cifar10(data)
+    run = CliRunner().invoke
+    short = ["--set", "training.epochs=1", "--set", "training.batch=4"]
+    arguments = ["resnet20-cifar10", "--data", str(data), "--out", str(tmp_path / "out"), *short]
+    done = run(cli.app, [*arguments, "--set", "quantization.weight_bits=3"])
+    assert done.exit_code == 0, done.output
+    assert "bits_per_weight" in done.output and "layer3.2.conv2" in done.output
+    written = json.loads((tmp_path / "out/settings.json").read_text())
+    assert written["quantization"]["weight_bits"] == 3
+
+    for changed, message in (
+        (arguments, "--resume"),
+        (["nothing", *arguments[1:]], "packaged recipes are"),
+        ([*arguments[:2], str(tmp_path), *arguments[3:]], "cifar10-train.parquet"),
+        ([*arguments, "--set", "quantization.weight_bits=7"], "quantization.weight_bits"),
+        ([*arguments, "--set", "quantization.depth=7"], "quantization.depth"),
+        ([*arguments, "--out", str(tmp_path / "b"), "--weights", "no.pth"], "no.pth: cannot be"),
+    ):
+        failed = run(cli.app, changed)
+        assert failed.exit_code == 1
+        assert message in failed.output
+        assert "Traceback" not in failed.output
+    assert "resnet20-cifar10" in run(cli.app, ["--list"]).output
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_packaged_recipes_are_valid(name):
+    assert read(name)
+    assert (RECIPES / f"{name}.toml").read_text().startswith("# ")
+
+
+def test_settings_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.toml").write_text("task = ")
+    for recipe, changes, message in (
+        (str(tmp_path / "a.toml"), [], "a.toml"),
+        ("resnet20-cifar10", ["lr"], "key=value"),
+        ("resnet20-cifar10", ["model.depth=1"], "model is a value"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            read(recipe, changes)

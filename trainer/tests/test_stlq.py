@@ -1,0 +1,106 @@
+"""The arithmetic, against vectors that the codec is tested against too, and its gradients."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from logshift.trainer import stlq
+
+VECTORS = Path(__file__).parents[2] / "tests/vectors/stlq.json"
+
+
+@pytest.mark.parametrize("case", json.loads(VECTORS.read_text()), ids=str)
+def test_words_are_those_of_the_shared_vectors(case):
+    w = torch.tensor([case["w"]])
+    alpha = torch.tensor([[case["alpha"]]])
+    bits, clip, shift = case["bits"], case["clip"], case["residual_shift"]
+    _, _, q0, r1 = stlq.split(w, alpha, bits, clip, shift)
+    assert q0[0].tolist() == case["q0"]
+    q1 = stlq.nearest_level(r1, bits)
+    assert q1[0].tolist() == case["q1"]
+
+    everything = torch.ones_like(w, dtype=torch.bool)
+    value, _, count = stlq.TwoWords.apply(w, alpha, everything, everything, bits, clip, shift)
+    unit = alpha.double() / 2 ** (stlq.exponent_levels(bits) - 1 + shift)
+    integers = torch.tensor([case["q0"]]) * 2**shift + torch.tensor([case["q1"]])
+    assert torch.equal(value, (integers * unit).float())
+    assert int(count) == sum(q != 0 for q in case["q1"])
+
+
+def draw(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_gradients_are_straight_through_and_follow_alpha():
+    w = (draw(1, 3, 50) * 0.6).requires_grad_()
+    alpha = torch.tensor([[0.5], [1.0], [2.0]], requires_grad=True)
+    second = draw(2, 3, 50) > 0
+    regular = ~second
+    value, norm, _ = stlq.TwoWords.apply(w, alpha, second, regular, 4, 1, 0)
+    weights = draw(3, 3, 50)
+    (value * weights).sum().backward()
+    inside = w.abs() <= alpha
+    assert 0 < inside.sum() < inside.numel()
+    assert torch.equal(w.grad, torch.where(inside, weights, 0.0))
+    # value = alpha * W(w / alpha): dW = -w / alpha^2 where W follows w, else W is a constant.
+    slope = torch.where(inside, value - w, value) / alpha
+    expected = (weights * slope).sum(1, keepdim=True)
+    torch.testing.assert_close(alpha.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_regulariser_pulls_errors_without_a_second_word_to_the_grid_and_no_others():
+    w = (draw(4, 4, 60) * 0.3).requires_grad_()
+    alpha = torch.ones(4, 1)
+    _, _, q0, r1 = stlq.split(w.detach(), alpha, 4, 1, 0)
+    second = stlq.select(r1, 0.25)
+    _, norm, _ = stlq.TwoWords.apply(w, alpha, second, ~second, 4, 1, 0)
+    torch.testing.assert_close(norm, r1[~second].norm())
+    norm.backward()
+    assert (w.grad[second] == 0).all()
+    r0 = w.detach() * 64
+    numeric = torch.where(second, 0.0, (r0 - q0) / norm.detach() * 64)
+    torch.testing.assert_close(w.grad, numeric)
+    closer = stlq.split(w.detach() - 1e-4 * w.grad, alpha, 4, 1, 0)[3]
+    assert closer[~second].norm() < norm
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize("granularity", stlq.GRANULARITIES)
+def test_selection_takes_the_largest_and_keeps_the_ratio(ratio, granularity):
+    r1 = draw(5, 10, 37)
+    chosen = stlq.select(r1, ratio, granularity, tile=8)
+    size = {"element": 1, "tile": 8, "filter": 37}[granularity]
+    flat = torch.nn.functional.pad(chosen.flatten().float(), (0, -370 % size)).view(-1, size)
+    energy = torch.nn.functional.pad(r1.flatten().square(), (0, -370 % size)).view(-1, size).sum(1)
+    marked = flat[:, 0] > 0
+    whole = flat[:-1].all(1) | ~flat[:-1].any(1)
+    assert whole.all()
+    assert int(marked.sum()) == int(ratio * len(flat) + 1e-9)
+    if 0 < ratio < 1:
+        assert energy[marked].min() >= energy[~marked].max()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_searched_alpha_is_the_best_of_the_candidates(bits):
+    w = draw(6, 5, 200)
+    clip = stlq.default_clip(bits)
+    alpha = stlq.search_alpha(w, bits, clip, 0, 0.0)
+
+    def error(candidate):
+        _, _, q0, _ = stlq.split(w, candidate, bits, clip, 0)
+        unit = candidate / 2 ** (stlq.exponent_levels(bits) - 1)
+        return (q0 * unit - w).square().sum(1)
+
+    best = error(alpha)
+    for octave in (0.0, 0.25, 0.5, 1.0, 1.75):
+        assert (best <= error(w.abs().amax(1, keepdim=True) * 2.0**-octave) * 1.0001).all()
+
+
+def test_a_channel_of_zeros_stays_zero():
+    w = torch.zeros(1, 9)
+    alpha = stlq.search_alpha(w, 4, 1, 0, 0.15)
+    everything = torch.ones_like(w, dtype=torch.bool)
+    value, norm, count = stlq.TwoWords.apply(w, alpha, everything, everything, 4, 1, 0)
+    assert alpha.item() == 1 and not value.any() and norm == 0 and count == 0
