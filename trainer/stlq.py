@@ -83,6 +83,11 @@ class TwoWords(torch.autograd.Function):
 
     Gradients are straight-through: W's is that of w where w is not clipped. That of the norm takes
     q0 for a constant, so that it pulls w to the grid.
+
+    The norm is that of alpha * r1 / 2^(L-1), in units of the layer's root mean square alpha. In
+    units of each channel's own grid, channels that training has given up, whose alpha is next to
+    nothing, would have most of the norm and explode; and the same lambda would pull 2^8 times as
+    hard with 5 bits as with 4.
     """
 
     @staticmethod
@@ -99,9 +104,10 @@ class TwoWords(torch.autograd.Function):
         """Return w_hat (O, K), the norm of r1 where `regular`, and count(S * q1 != 0)."""
         relative, r0, q0, r1 = split(w, alpha, bits, clip, shift)
         q1 = torch.where(second, nearest_level(r1, bits), 0.0)
-        pulled = torch.where(regular, r1, 0.0)
-        norm = pulled.norm()
         ctx.top, ctx.fine = 2.0 ** (exponent_levels(bits) - 1), 2.0**shift
+        ctx.mean = alpha.square().mean().sqrt()
+        pulled = torch.where(regular, r0 - q0, 0.0) * (alpha / (ctx.top * ctx.mean))
+        norm = pulled.norm()
         integer = q0 * ctx.fine + q1
         ctx.save_for_backward(relative, r0, alpha, integer, pulled, norm)
         count = q1.count_nonzero()
@@ -115,23 +121,25 @@ class TwoWords(torch.autograd.Function):
         inside = relative == r0
         unclipped = torch.where(inside, r0, 0.0)
         grad_alpha = grad * ((integer / ctx.fine - unclipped) / ctx.top)
-        pull = pulled * (grad_norm / norm.clamp_min(1e-12) * ctx.top * ctx.fine) / alpha
+        pull = pulled * (grad_norm / (norm.clamp_min(1e-12) * ctx.mean))
         grad_w = torch.where(inside, grad + pull, 0.0)
         return grad_w, grad_alpha.sum(1, keepdim=True), None, None, None, None, None
 
 
-def select(r1: Tensor, ratio: float, granularity: str = "element", tile: int = MAX_TILE) -> Tensor:
+def select(
+    error: Tensor, ratio: float, granularity: str = "element", tile: int = MAX_TILE
+) -> Tensor:
     """Choose the weights that may have a second word: those with the largest errors.
 
     Parameters
     ----------
-    r1 : float32 Tensor of shape (O, K)
-        Errors of the first words; K runs over kh, kw, C / group.
+    error : float32 Tensor of shape (O, K)
+        alpha * r1; K runs over kh, kw, C / group.
     ratio : float
         `residual_ratio`, the share of weights (of tiles, of filters) that are chosen.
     granularity : {"element", "tile", "filter"}
         Whether weights, tiles of consecutive weights, or output channels are chosen; a tile's score
-        is the energy of its r1, a filter's likewise.
+        is the energy of its errors, a filter's likewise.
     tile : int
         Weights per tile, 1 to 256.
 
@@ -140,14 +148,14 @@ def select(r1: Tensor, ratio: float, granularity: str = "element", tile: int = M
     bool Tensor of shape (O, K)
         The select tensor S.
     """
-    size = {"element": 1, "tile": tile, "filter": r1.shape[1]}[granularity]
-    energy = r1.double().square().flatten()
+    size = {"element": 1, "tile": tile, "filter": error.shape[1]}[granularity]
+    energy = error.double().square().flatten()
     padded = torch.nn.functional.pad(energy, (0, -len(energy) % size))
     score = padded.view(-1, size).sum(1)
     count = math.floor(ratio * len(score) + 1e-9)
     chosen = torch.zeros_like(score, dtype=torch.bool)
     chosen[score.argsort(descending=True, stable=True)[:count]] = True
-    return chosen.repeat_interleave(size)[: r1.numel()].view(r1.shape)
+    return chosen.repeat_interleave(size)[: error.numel()].view(error.shape)
 
 
 def search_alpha(w: Tensor, bits: int, clip: int, shift: int, ratio: float) -> Tensor:

@@ -61,7 +61,7 @@ class WeightQuantizer(nn.Module):
     alpha : Parameter of shape (O, 1)
         Real value of the largest level of a word, per output channel, learned.
     regulariser : float32 Tensor
-        l2 norm of the errors that are to shrink, in units of the grid, in the last forward pass.
+        l2 norm of the errors that are to shrink, in the last forward pass; see `stlq.TwoWords`.
     second_words : int64 Tensor
         Number of weights that had a second word then.
     """
@@ -126,10 +126,11 @@ class LogQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
-        """Choose the weights with the largest |r1|."""
+        """Choose the weights with the largest |alpha * r1|."""
         rows = self.layout.rows(weight)
         r1 = stlq.split(rows, self.alpha, self.bits, self.clip, self.shift)[3]
-        self.second.copy_(stlq.select(r1, self.ratio, self.granularity, self.tile))
+        error = r1 * self.alpha
+        self.second.copy_(stlq.select(error, self.ratio, self.granularity, self.tile))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weight, of the shape of `weight`."""
