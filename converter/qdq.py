@@ -345,7 +345,7 @@ def settle(graph: FloatGraph) -> None:
     """Let operators that only move codes have one quantization, in place; after `fuse`.
 
     What is known of an output holds for an input of which nothing is known. If both are known, and
-    different, codes go through a table.
+    different, codes go through a table. A Concat of tensors that agree only moves codes as well.
     """
     known = graph.quantization
     for node in reversed(graph.nodes):
@@ -354,6 +354,10 @@ def settle(graph: FloatGraph) -> None:
     nodes = []
     for node in graph.nodes:
         nodes.append(node)
+        if node.op == "Concat" and not node.is_onnx:
+            first, *others = (known.get(name) for name in node.inputs)
+            if first is not None and all(q == first for q in others):
+                known.setdefault(node.output, first)
         if not _moves(node) or (q := known.get(node.inputs[0])) is None:
             continue
         if known.setdefault(node.output, q) != q:

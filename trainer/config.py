@@ -46,7 +46,7 @@ class Config(BaseModel):
     activation_bits : int
         A, 2 to 8, or 32: activations stay float32.
     input_bits : int
-        A of the network's inputs.
+        Least A of the network's inputs, and of outputs that are codes.
     regularisation : float
         lambda, the factor of the sum of the layers' l2 norms of r1.
     refresh : int

@@ -7,7 +7,8 @@ parametrization; activations are rounded where the runtime holds codes:
   operator with a kernel on codes (pools, Add, Mul, pointwise functions);
 - operators that only move values (Flatten, Concat, MaxPool ...) are not rounded, and all tensors
   that are joined by them share one quantizer;
-- what only leads to an output of the network is not rounded: outputs are float32.
+- the outputs of the network are not rounded, unless pixels are moved on the way (Resize,
+  PixelShuffle ...): the runtime does that on codes, which have at least 8 bits here.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ POINTS = {  # one rounding after each
     *(F.leaky_relu, F.elu, F.hardswish, F.hardsigmoid, F.silu, torch.sigmoid, torch.tanh),
     *("sigmoid", "tanh"),
 }
-MOVES = {
-    *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, nn.PixelShuffle, nn.ZeroPad2d),
-    *(nn.Dropout, nn.Dropout2d, nn.ChannelShuffle, nn.PixelUnshuffle),
-    *(F.max_pool2d, F.adaptive_max_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.pad, F.dropout),
-    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
-    *(torch.unsqueeze, torch.cat, torch.concat, torch.chunk, torch.split, operator.getitem),
-    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"),
-    *("chunk", "split"),
+RESHAPES = {  # those of the moves that leave every value in its place in memory
+    *(nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, torch.flatten, torch.reshape),
+    *(torch.squeeze, torch.unsqueeze, "flatten", "reshape", "view", "squeeze", "unsqueeze"),
+    "contiguous",
+}
+MOVES = RESHAPES | {
+    *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d),
+    *(nn.ChannelShuffle, F.max_pool2d, F.adaptive_max_pool2d, F.pixel_shuffle, F.pixel_unshuffle),
+    *(F.pad, torch.permute, torch.transpose, torch.cat, torch.concat, torch.chunk, torch.split),
+    *(operator.getitem, "permute", "transpose", "chunk", "split"),
 }
 RESIZES = {nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, F.interpolate}
 SHAPES = {getattr, "size", "dim"}  # what follows is no activation
@@ -208,19 +211,19 @@ class _Placement:
         self.network, self.config, self.kept = network, config, kept
         self.nodes = list(network.graph.nodes)
         self.claimed: set[fx.Node] = set()
+        self.found: dict[fx.Node, set[str]] = {}
 
     def kind(self, node: fx.Node) -> str:
         """Return what an operator is: layer, norm, add, relu, point, move, resize or other."""
         if node.op in ("placeholder", "output", "get_attr"):
             return node.op
-        target = node.target
         if node.op == "call_module":
-            module = self.network.get_submodule(str(target))
+            module = self.network.get_submodule(str(node.target))
             if isinstance(module, LAYERS):
-                return "float" if target in self.kept else "layer"
+                return "float" if node.target in self.kept else "layer"
             if isinstance(module, NORMS):
                 return "norm"
-            target = type(module)
+        target = self.target(node)
         tensors = [n for n in node.all_input_nodes if self.is_tensor(n)]
         if not tensors:
             return "shape"
@@ -230,6 +233,12 @@ class _Placement:
             if target in members:
                 return name
         return "resize" if target in RESIZES else "shape" if target in SHAPES else "float"
+
+    def target(self, node: fx.Node) -> object:
+        """Return the function that a node calls, the name of the method, or the type of module."""
+        if node.op == "call_module":
+            return type(self.network.get_submodule(str(node.target)))
+        return node.target
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Return whether a node's result is an activation rather than a shape or a parameter."""
@@ -263,17 +272,27 @@ class _Placement:
                 ends.append(self.fused_end(node) if kind in ("norm", "add") else node)
             elif kind in ("placeholder", "float"):
                 ends.append(node)
-        return [node for node in ends if self.needed(node)]
+        return [node for node in ends if self.uses(node) & {"codes", "moved output"}]
 
-    def needed(self, node: fx.Node) -> bool:
-        """Return whether codes are wanted: by an operator on codes, or one behind moves."""
-        for user in node.users:
-            kind = self.kind(user)
-            if kind in ("layer", "norm", "add", "relu", "point"):
-                return True
-            if kind in ("move", "resize") and self.needed(user):
-                return True
-        return False
+    def uses(self, node: fx.Node) -> set[str]:
+        """Return what becomes of a result: "codes", "output", "moved output", or nothing of that.
+
+        Codes are wanted by an operator on codes, or one behind moves.
+        """
+        if node not in self.found:
+            self.found[node] = set()
+            for user in node.users:
+                kind = self.kind(user)
+                if kind in ("layer", "norm", "add", "relu", "point"):
+                    self.found[node].add("codes")
+                elif kind == "output":
+                    self.found[node].add("output")
+                elif kind in ("move", "resize"):
+                    further = set(self.uses(user))
+                    if "output" in further and self.target(user) not in RESHAPES:
+                        further = further - {"output"} | {"moved output"}
+                    self.found[node] |= further
+        return self.found[node]
 
     def insert(self) -> None:
         """Put the quantizers into the graph, one for each set of tensors joined by moves."""
@@ -284,12 +303,12 @@ class _Placement:
                 node = parent[node]
             return node
 
-        moves = [n for n in self.nodes if self.kind(n) in ("move", "resize") and self.needed(n)]
+        moves = [n for n in self.nodes if self.kind(n) in ("move", "resize")]
         for node in moves:
             for source in node.all_input_nodes:
                 if self.is_tensor(source):
                     parent[root(node)] = root(source)
-        rounded = self.rounded() + [n for n in moves if self.interpolates(n)]
+        rounded = self.rounded() + [n for n in moves if self.interpolates(n) and self.uses(n)]
         names: dict[fx.Node, str] = {}
         if hasattr(self.network, QUANTIZERS):
             raise PrepareError(f"the network has a {QUANTIZERS!r} of its own; rename it")
@@ -300,7 +319,7 @@ class _Placement:
             if origin not in names:
                 names[origin] = node.name
                 bits = self.config.activation_bits
-                if node.op == "placeholder":
+                if node.op == "placeholder" or "codes" not in self.uses(node):
                     bits = max(bits, self.config.input_bits)
                 quantizers[node.name] = ActivationQuantizer(bits)
             with self.network.graph.inserting_after(node):

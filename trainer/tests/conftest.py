@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from logshift.trainer.data.base import DataSet, order
+from logshift.trainer.quantize import calibrate
 
 
 class Blobs(DataSet):
@@ -48,6 +49,25 @@ def small(classes=4):
         nn.Flatten(),
         nn.Linear(128, classes),
     )
+
+
+def trained_looking(network, shape):
+    """Give batch norms statistics, signs and zeros that training might give them."""
+    random = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            size = module.weight.shape
+            with torch.no_grad():
+                sign = torch.randn(size, generator=random).sign()
+                module.weight.copy_(sign * (0.5 + torch.rand(size, generator=random)))
+                module.weight[0] = 0
+                module.bias.copy_(torch.randn(size, generator=random) * 0.3)
+    x = torch.randn(4, *shape, generator=random)
+    network.train()
+    for _ in range(20):
+        network(x)
+    calibrate(network, [x])
+    return network.eval()
 
 
 @pytest.fixture

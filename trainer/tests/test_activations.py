@@ -113,10 +113,13 @@ class Joined(nn.Module):
 def test_tensors_joined_by_moves_share_a_quantizer():
     network = prepare(Joined(), Config(activation_bits=6))
     owner = {before: name for name, before in points(network)}
-    assert set(owner) == {"x", "relu", "b", "leaky_relu", "interpolate", "c"}
+    assert set(owner) == {"x", "relu", "b", "leaky_relu", "interpolate", "c", "d", "interpolate_2"}
     assert owner["relu"] == owner["leaky_relu"] == owner["interpolate"]
     assert owner["x"] == owner["c"]  # concatenated
-    assert len({owner["x"], owner["relu"], owner["b"]}) == 3
+    assert owner["d"] == owner["interpolate_2"]  # on the way to the output, but resized
+    assert len({owner["x"], owner["relu"], owner["b"], owner["d"]}) == 4
+    bits = {name: q.bits for name, q in network.get_submodule(QUANTIZERS).items()}
+    assert (bits[owner["relu"]], bits[owner["d"]], bits[owner["x"]]) == (6, 8, 8)
     calibrate(network, [torch.randn(2, 3, 8, 8) for _ in range(2)])
     assert network(torch.randn(2, 3, 8, 8)).shape == (2, 2, 16, 16)
     assert all(q.ready for q in network.get_submodule(QUANTIZERS).values())

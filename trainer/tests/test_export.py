@@ -7,30 +7,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import trained_looking
 from onnx import numpy_helper
-from torch import nn
 
 from logshift.trainer.config import Config
 from logshift.trainer.export import export_onnx, grid
 from logshift.trainer.models import MODELS
-from logshift.trainer.quantize import calibrate, prepare, weight_quantizers
+from logshift.trainer.quantize import prepare, weight_quantizers
 from logshift.trainer.weights import METHODS
-
-
-def trained_looking(network, shape):
-    """Give batch norms statistics, signs and zeros that training might give them."""
-    random = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            size = module.weight.shape
-            with torch.no_grad():
-                module.weight.copy_(torch.randn(size, generator=random))
-                module.weight[0] = 0
-                module.bias.copy_(torch.randn(size, generator=random) * 0.3)
-                module.running_mean.copy_(torch.randn(size, generator=random) * 0.1)
-                module.running_var.copy_(torch.rand(size, generator=random) + 0.5)
-    calibrate(network, [torch.randn(4, *shape, generator=random)])
-    return network.eval()
 
 
 def metadata(model):

@@ -1,0 +1,114 @@
+"""A trained network goes through converter and runtime: the same integers, the same codes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import trained_looking
+
+from logshift.trainer.activations import ActivationQuantizer
+from logshift.trainer.config import Config
+from logshift.trainer.export import export_onnx, grid
+from logshift.trainer.models import MODELS
+from logshift.trainer.quantize import prepare, weight_quantizers
+
+converter = pytest.importorskip("logshift.converter", reason="needs the package logshift")
+runtime = pytest.importorskip("logshift.runtime")
+
+NETWORKS = {
+    "resnet20_cifar": ((3, 32, 32), {"shortcut": "pad"}),
+    "mobilenet_v2": ((3, 32, 32), {"classes": 20}),
+    "deeplab_mobilenet_v2": ((3, 48, 64), {"classes": 11, "width": 16}),
+    "sid_unet": ((4, 32, 32), {"width": 8}),
+}
+
+
+def hand_over(name, config, tmp_path):
+    torch.manual_seed(1)
+    shape, options = NETWORKS[name]
+    network = trained_looking(prepare(MODELS[name](**options), config), shape)
+    export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, *shape))
+    x = torch.randn(4, *shape)
+    converter.convert(
+        tmp_path / "a.onnx", tmp_path / "a.stlq", calibration=x.numpy(), progress=False
+    )
+    return network, runtime.load(tmp_path / "a.stlq"), x
+
+
+def differences(network, session, x):
+    """Compare the codes of every quantizer, each computed from what the runtime computed before.
+
+    In a network that is not trained a code that differs becomes many: so PyTorch goes on with the
+    runtime's codes. Returns the differences and PyTorch's outputs.
+    """
+    theirs = {}
+    for tensor, array in session.trace_codes(x.numpy()).items():
+        if (q := session.graph.quantization.get(tensor)) is not None:
+            theirs.setdefault((q.scale, array.shape), []).append(torch.from_numpy(array).int())
+    found = []
+
+    def compare(quantizer, _, y):
+        code = (torch.round(y / quantizer.scale) + quantizer.zero_point).int()
+        candidates = theirs[float(quantizer.scale), tuple(code.shape)]
+        there = min(candidates, key=lambda c: (c - code).abs().sum())
+        found.append((there - code).abs().flatten())
+        return (there - quantizer.zero_point) * quantizer.scale
+
+    hooks = [
+        m.register_forward_hook(compare)
+        for m in network.modules()
+        if isinstance(m, ActivationQuantizer)
+    ]
+    with torch.no_grad():
+        output = network(x)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(found), output.numpy()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("bits, activation_bits", [(4, 8), (3, 5)])
+def test_codes_and_outputs_agree(name, bits, activation_bits, tmp_path):
+    config = Config(weight_bits=bits, activation_bits=activation_bits)
+    network, session, x = hand_over(name, config, tmp_path)
+    difference, output = differences(network, session, x)
+    assert (difference <= 1).float().mean() >= 0.999
+    assert (difference == 0).float().mean() >= 0.99
+    # Float outputs, or the last codes, of the same codes.
+    there = session.run(x.numpy())
+    assert np.abs(there - output).max() < 0.01 * np.abs(output).max()
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "mobilenet_v2", "sid_unet"])
+@pytest.mark.parametrize("bits, shift", [(3, 0), (4, 2), (5, 0)])
+def test_integers_are_the_trainers(name, bits, shift, tmp_path):
+    config = Config(weight_bits=bits, residual_shift=shift, residual_ratio=0.3)
+    network, session, _ = hand_over(name, config, tmp_path)
+    found = {}
+    for words in (n.weights for n in session.graph.nodes if n.weights is not None):
+        assert (words.bits, words.residual_shift) == (bits, shift)
+        found.setdefault(words.first.size, []).append(words.integers())
+    # Batch norms may have turned signs and erased channels.
+    for name, layer, _ in weight_quantizers(network):
+        ours = grid(layer)[0].numpy()
+        theirs = (w.reshape(len(ours), -1) for w in found[ours.size] if len(w) == len(ours))
+        assert any(_same(ours, w) for w in theirs), name
+
+
+def _same(ours, theirs):
+    kept = np.abs(theirs).sum(1) > 0
+    return kept.mean() > 0.8 and np.array_equal(np.abs(ours[kept]), np.abs(theirs[kept]))
+
+
+def test_the_trainer_needs_nothing_of_the_other_packages():
+    script = (
+        "import sys, pkgutil, importlib, logshift.trainer as t\n"
+        "for m in pkgutil.walk_packages(t.__path__, 'logshift.trainer.'):\n"
+        "    if '.tests' not in m.name: importlib.import_module(m.name)\n"
+        "sys.exit([m for m in sys.modules if m.startswith('logshift.')"
+        " and not m.startswith('logshift.trainer')] or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
