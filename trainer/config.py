@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -76,7 +76,7 @@ class Config(BaseModel):
 
     def of_layer(self, name: str, number: int, count: int) -> LayerConfig:
         """Return what holds for layer `number` of `count`: patterns, then first and last."""
-        values = {
+        values: dict[str, Any] = {
             "weight_bits": self.weight_bits,
             "residual_ratio": self.residual_ratio,
         }

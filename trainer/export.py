@@ -64,7 +64,8 @@ def export_onnx(
     preprocessing : dict, optional
         How a picture becomes the input, for the metadata.
     """
-    network = copy.deepcopy(network).cpu().eval().to(memory_format=torch.contiguous_format)
+    network = copy.deepcopy(network).cpu().eval()
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if isinstance(network, fx.GraphModule):
         grids = _fold(network)
         for name, module in list(network.named_modules()):
@@ -101,12 +102,12 @@ def export_onnx(
     partial.replace(path)
 
 
-def grid(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def grid(layer: Any) -> tuple[Tensor, Tensor]:
     """Return integers W and alpha of a layer with a `LogQuantizer`.
 
     Parameters
     ----------
-    layer : nn.Module
+    layer : nn.Conv2d, nn.ConvTranspose2d or nn.Linear
         From `weight_quantizers`.
 
     Returns
@@ -137,8 +138,7 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
     after = _norms(network)
     for name, layer, quantizer in list(weight_quantizers(network)):
         layout = quantizer.layout
-        on_grid = isinstance(quantizer, LogQuantizer)
-        if on_grid:
+        if isinstance(quantizer, LogQuantizer):
             integers, alpha = grid(layer)
             integers, alpha = integers.double(), alpha.double()[:, None]
         else:
@@ -146,7 +146,7 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
             alpha = torch.ones(len(integers), 1, dtype=torch.float64)
         bias = None if layer.bias is None else layer.bias.double()
         if name in after:
-            norm = network.get_submodule(after[name])
+            norm: Any = network.get_submodule(after[name])
             factor = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt())[:, None]
             integers = integers * factor.sign()
             alpha = torch.where(factor == 0, 1.0, alpha * factor.abs())
@@ -154,7 +154,7 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
             bias = shifted * factor[:, 0] + norm.bias.double()
             _remove(network, after[name])
         alpha = alpha.float()
-        if on_grid:
+        if isinstance(quantizer, LogQuantizer):
             unit = alpha.double() / _scale(quantizer)
             grids[f"{name}.weight"] = {
                 "bits": quantizer.bits,
@@ -172,9 +172,9 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
     return grids
 
 
-def _plain(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _plain(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return a layer without parametrization: removing it would remove it from the original too."""
-    kind = parametrize.type_before_parametrizations(layer)
+    kind: Any = parametrize.type_before_parametrizations(layer)
     names = "in_features out_features".split()
     if kind is not nn.Linear:
         names = "in_channels out_channels kernel_size stride padding dilation groups".split()

@@ -60,7 +60,7 @@ def build(settings: Settings, data: DataSet) -> nn.Module:
         load_weights(model, settings.weights, part=settings.weights_part)
     if settings.quantization is not None:
         model = quantize.prepare(model, settings.quantization)
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -110,9 +110,9 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
     torch.manual_seed(training.seed)
     task = TASKS[settings.task](len(data.labels), training.label_smoothing)
     network = build(settings, data)
-    quantized = settings.quantization is not None
+    quantization = settings.quantization
     state: dict[str, Any] = {"iteration": 0, "epoch": 0, "seconds": 0.0, "epochs": []}
-    if not checkpoint.exists() and quantized:
+    if not checkpoint.exists() and quantization is not None:
         inputs = data.calibration(training.calibration)
         quantize.calibrate(network, inputs.split(64))
     network = network.to(fabric.device)
@@ -174,7 +174,7 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
                 lr = learning_rate(iteration / (training.epochs * steps), training)
                 for group in optimiser.param_groups:
                     group["lr"] = lr
-                if quantized and iteration % settings.quantization.refresh == 0:
+                if quantization is not None and iteration % quantization.refresh == 0:
                     quantize.refresh(network)
                 values = _step(fabric, model, network, optimiser, batches, task, settings)
                 state["iteration"] += 1
@@ -228,7 +228,7 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
 
 def _step(
     fabric: Fabric,
-    model: nn.Module,
+    model: Any,
     network: nn.Module,
     optimiser: Any,
     batches: Any,

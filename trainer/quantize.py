@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from logshift.trainer.activations import ActivationQuantizer
 from logshift.trainer.config import Config, LayerConfig
 from logshift.trainer.weights import (
     LAYERS,
+    Layer,
     LevelQuantizer,
     LogQuantizer,
     WeightQuantizer,
@@ -111,7 +113,7 @@ def prepare(model: nn.Module, config: Config = Config()) -> fx.GraphModule:  # n
         if special.keep_float:
             kept.add(name)
         else:
-            layer = network.get_submodule(name)
+            layer: Any = network.get_submodule(name)
             quantizer = _weight_quantizer(layer, config, special)
             parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
     if config.activation_bits != 32:
@@ -161,10 +163,11 @@ def non_zero_ratio(network: nn.Module) -> float:
     return float(count) / sum(q.layout.shape.numel() for q in quantizers)
 
 
-def weight_quantizers(network: nn.Module) -> Iterator[tuple[str, nn.Module, WeightQuantizer]]:
+def weight_quantizers(network: nn.Module) -> Iterator[tuple[str, Any, WeightQuantizer]]:
     """Yield the quantized layers: name, layer, quantizer."""
-    for name, layer in network.named_modules():
-        if isinstance(layer, LAYERS) and parametrize.is_parametrized(layer, "weight"):
+    for name, module in network.named_modules():
+        if isinstance(module, LAYERS) and parametrize.is_parametrized(module, "weight"):
+            layer: Any = module  # of a class that parametrization has made
             yield name, layer, layer.parametrizations["weight"][0]
 
 
@@ -183,7 +186,7 @@ def _match_patterns(config: Config, layers: list[str]) -> None:
             )
 
 
-def _weight_quantizer(layer: nn.Module, config: Config, special: LayerConfig) -> WeightQuantizer:
+def _weight_quantizer(layer: Layer, config: Config, special: LayerConfig) -> WeightQuantizer:
     bits, ratio = special.weight_bits, special.residual_ratio
     assert bits is not None and ratio is not None
     if config.method == "uniform":
@@ -318,7 +321,7 @@ class _Placement:
             origin = root(node)
             if origin not in names:
                 names[origin] = node.name
-                bits = self.config.activation_bits
+                bits: int = self.config.activation_bits
                 if node.op == "placeholder" or "codes" not in self.uses(node):
                     bits = max(bits, self.config.input_bits)
                 quantizers[node.name] = ActivationQuantizer(bits)

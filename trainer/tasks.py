@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
@@ -57,10 +57,10 @@ class Classification(Task):
 
     def metrics(self) -> MetricCollection:
         """Return top-1, and top-5 if there are more than ten classes."""
-        metrics: dict[str, Metric] = {"top1": MulticlassAccuracy(self.classes, average="micro")}
+        metrics = MetricCollection({"top1": MulticlassAccuracy(self.classes, average="micro")})
         if self.classes > 10:
             metrics["top5"] = MulticlassAccuracy(self.classes, top_k=5, average="micro")
-        return MetricCollection(metrics)
+        return metrics
 
 
 class Segmentation(Task):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from logshift.trainer import stlq
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 METHODS = ("stlq", "without_select", "log", "flightnn", "apot", "uniform")
 
 
@@ -30,8 +31,7 @@ class Layout:
     layer : nn.Conv2d, nn.ConvTranspose2d or nn.Linear
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        assert isinstance(layer, LAYERS)
+    def __init__(self, layer: Layer) -> None:
         self.shape = layer.weight.shape
         self.groups = layer.groups if isinstance(layer, nn.ConvTranspose2d) else 0
 
@@ -67,9 +67,8 @@ class WeightQuantizer(nn.Module):
     """
 
     alpha: nn.Parameter
-    second: Tensor
 
-    def __init__(self, layer: nn.Module, bits: int) -> None:
+    def __init__(self, layer: Layer, bits: int) -> None:
         super().__init__()
         self.layout = Layout(layer)
         self.bits = bits
@@ -105,9 +104,11 @@ class LogQuantizer(WeightQuantizer):
         Which r1 the regulariser pulls to the grid: those without a second word, all, or none.
     """
 
+    second: Tensor
+
     def __init__(
         self,
-        layer: nn.Module,
+        layer: Layer,
         bits: int,
         ratio: float,
         granularity: str,
@@ -178,7 +179,7 @@ class LevelQuantizer(WeightQuantizer):
 
     levels: Tensor
 
-    def __init__(self, layer: nn.Module, bits: int, levels: list[float]) -> None:
+    def __init__(self, layer: Layer, bits: int, levels: list[float]) -> None:
         super().__init__(layer, bits)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.alpha = nn.Parameter(self._search(self.layout.rows(layer.weight.detach())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,12 @@ class CamVid(FileDataSet):
         self,
         root: Path,
         workers: int = 0,
-        crop: tuple[int, int] = (240, 320),
-        scale: tuple[float, float] = (0.6, 1.4),
+        crop: Sequence[int] = (240, 320),
+        scale: Sequence[float] = (0.6, 1.4),
     ) -> None:
         train, test = (self._items(root, split) for split in ("train", "test"))
         super().__init__(train, test, workers)
-        self.crop, self.scale = tuple(crop), tuple(scale)
+        self.crop, self.scale = (crop[0], crop[1]), (scale[0], scale[1])
 
     @staticmethod
     def _items(root: Path, split: str) -> list[tuple[Any, Any]]:

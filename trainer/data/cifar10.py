@@ -57,7 +57,8 @@ class Cifar10(DataSet):
             test = _parquet(root / "cifar10-test.parquet")
         elif batches.is_dir():
             parts = [_original(batches / f"data_batch_{i}") for i in range(1, 6)]
-            train = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+            images, targets = zip(*parts, strict=True)
+            train = torch.cat(images), torch.cat(targets)
             test = _original(batches / "test_batch")
         else:
             raise layout_error(root, "no cifar10-train.parquet and no cifar-10-batches-py", LAYOUT)

@@ -82,8 +82,8 @@ class LowLight(FileDataSet):
         if random is None:
             random, picture = np.random.default_rng(number), pictures.centre_crop(picture, size)
         else:
-            left = random.integers(0, picture.width - size + 1)
-            top = random.integers(0, picture.height - size + 1)
+            left = int(random.integers(0, picture.width - size + 1))
+            top = int(random.integers(0, picture.height - size + 1))
             picture = picture.crop((left, top, left + size, top + size))
             if random.random() < 0.5:
                 picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -57,6 +58,7 @@ def load_weights(model: nn.Module, path: Path | str, *, part: str = "") -> None:
     """
     path = Path(path)
     try:
+        state: Any
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:

@@ -5,6 +5,8 @@ Tensors of the backbone are named as torchvision names them, after `backbone.`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,7 +89,8 @@ class DeepLabV3Plus(nn.Module):
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the backbone's features of stride 4 and 16."""
-        return self.backbone.features(x)
+        backbone: Any = self.backbone
+        return backbone.features(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape (batch, classes, H, W) for ``x`` of shape (batch, 3, H, W)."""
@@ -101,7 +104,7 @@ class DeepLabV3Plus(nn.Module):
 
 class _OverMobileNet(DeepLabV3Plus):
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = list(self.backbone.features)
+        blocks = list(self.backbone.get_submodule("features").children())
         for block in blocks[:LOW_LEVEL]:
             x = block(x)
         low = x

@@ -74,7 +74,7 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         channels = 64
         for stage, count in enumerate(blocks):
-            width, layers = 64 * 2**stage, []
+            width, layers = 64 * 2**stage, nn.Sequential()
             last = dilated and stage == 3
             for number in range(count):
                 stride = 2 if number == 0 and stage > 0 and not last else 1
@@ -86,7 +86,7 @@ class ResNet(nn.Module):
                 else:
                     layers.append(BasicBlock(channels, width, stride))
                     channels = width
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+            setattr(self, f"layer{stage + 1}", layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, classes)
         for module in self.modules():
@@ -96,8 +96,11 @@ class ResNet(nn.Module):
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the results of the first and the last stage, for segmentation."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        low = self.layer1(x)
-        return low, self.layer4(self.layer3(self.layer2(low)))
+        stages = [self.get_submodule(f"layer{number}") for number in (1, 2, 3, 4)]
+        low = x = stages[0](x)
+        for stage in stages[1:]:
+            x = stage(x)
+        return low, x
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of shape (batch, classes) for ``x`` of shape (batch, 3, H, W)."""

@@ -1,0 +1,118 @@
+"""The training runs behind docs/training.md: start those that are missing, go on with others.
+
+    python -m benchmarks.training_runs --data DIRECTORY --out runs --jobs 2
+    python -m benchmarks.training_runs --data DIRECTORY --out runs --jobs 2 --only 'table/*'
+
+The directory holds cifar10-*.parquet, camvid-*.parquet, imagenet-sample-500.parquet and
+resnet20-cifar10.safetensors, weights trained on the original pictures. Each run has a folder
+with its settings, logs, checkpoint, model.onnx and summary.json; one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: recipe, changed settings, and the run whose weights it begins with."""
+
+    name: str
+    recipe: str
+    changes: tuple[str, ...] = ()
+    begins: str = ""
+
+
+def _cifar(name: str, epochs: int, **quantization: object) -> Run:
+    changes = [f"quantization.{key}={value}" for key, value in quantization.items()]
+    return Run(name, "resnet20-cifar10", (f"training.epochs={epochs}", *changes), "cifar10-float")
+
+
+def cases() -> list[Run]:
+    """Return all runs, those that others begin with first."""
+    found = [Run("cifar10-float", "resnet20-cifar10-float", begins="resnet20-cifar10.safetensors")]
+    # Figures 1 and 2.
+    for bits in (4, 5):
+        words = {"weight_bits": bits, "activation_bits": bits}
+        found += [
+            _cifar(f"figure/w{bits}a{bits}", 10, **words),
+            _cifar(
+                f"figure/w{bits}a{bits}-without", 10, method="without_select",
+                regularisation=WITHOUT_SELECT[bits], **words,
+            ),
+            _cifar(f"figure/w{bits}a{bits}-tile", 10, granularity="tile", **words),
+        ]  # fmt: skip
+    # The table.
+    for bits in (3, 4, 5):
+        for activation_bits in (5, 8):
+            name = f"table/w{bits}a{activation_bits}"
+            found.append(_cifar(name, 3, weight_bits=bits, activation_bits=activation_bits))
+    for percent in (0, 5, 30, 100):
+        found.append(_cifar(f"table/w4a8-{percent}", 3, residual_ratio=percent / 100))
+    for bits in (3, 4):
+        for method in ("without_select", "log", "flightnn", "apot", "uniform"):
+            extra = {"regularisation": WITHOUT_SELECT[bits]} if method == "without_select" else {}
+            name = f"table/w{bits}a5-{method}"
+            case = {"weight_bits": bits, "activation_bits": 5, "method": method, **extra}
+            found.append(_cifar(name, 3, **case))
+    return found
+
+
+# lambda with which the non-zero ratio comes down to about 15 % when nothing is selected.
+WITHOUT_SELECT = {3: 0.01, 4: 0.01, 5: 0.01}
+
+
+def start(run: Run, data: Path, out: Path, threads: int) -> str:
+    """Run the command for a run; returns what became of it."""
+    folder = out / run.name
+    if (folder / "summary.json").exists():
+        return "done before"
+    weights = data / run.begins if "." in run.begins else out / run.begins / "checkpoint.pt"
+    command = [sys.executable, "-m", "logshift.trainer.cli", run.recipe, "--resume"]
+    command += ["--data", str(data), "--out", str(folder)]
+    if run.begins:
+        command += ["--weights", str(weights)]
+    for change in (*run.changes, f"training.threads={threads}"):
+        command += ["--set", change]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Threads that wait spin otherwise, and take the cores from the other runs.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    with (folder / "output.txt").open("w") as output:
+        code = subprocess.call(command, stdout=output, stderr=output, env=environment)
+    return "done" if code == 0 else f"failed, see {folder / 'output.txt'}"
+
+
+def main() -> None:
+    """Start all runs that match."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
+    parser.add_argument("--only", default="*", help="pattern of names")
+    options = parser.parse_args()
+    chosen = [run for run in cases() if fnmatch.fnmatch(run.name, options.only)]
+
+    def one(run: Run) -> None:
+        console.print(f"{run.name}: {start(run, options.data, options.out, options.threads)}")
+
+    # Float networks come first: others begin with them.
+    for run in (r for r in chosen if r.name.endswith("-float")):
+        one(run)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, (r for r in chosen if not r.name.endswith("-float"))))
+
+
+if __name__ == "__main__":
+    main()
