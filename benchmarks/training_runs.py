@@ -21,6 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from logshift.trainer import settings
+
 console = Console()
 
 
@@ -42,17 +44,6 @@ def _cifar(name: str, epochs: int, **quantization: object) -> Run:
 def cases() -> list[Run]:
     """Return all runs, those that others begin with first."""
     found = [Run("cifar10-float", "resnet20-cifar10-float", begins="resnet20-cifar10.safetensors")]
-    # Figures 1 and 2.
-    for bits in (4, 5):
-        words = {"weight_bits": bits, "activation_bits": bits}
-        found += [
-            _cifar(f"figure/w{bits}a{bits}", 10, **words),
-            _cifar(
-                f"figure/w{bits}a{bits}-without", 10, method="without_select",
-                regularisation=WITHOUT_SELECT[bits], **words,
-            ),
-            _cifar(f"figure/w{bits}a{bits}-tile", 10, granularity="tile", **words),
-        ]  # fmt: skip
     # The table.
     for bits in (3, 4, 5):
         for activation_bits in (5, 8):
@@ -66,6 +57,17 @@ def cases() -> list[Run]:
             name = f"table/w{bits}a5-{method}"
             case = {"weight_bits": bits, "activation_bits": 5, "method": method, **extra}
             found.append(_cifar(name, 3, **case))
+    # Figures 1 and 2.
+    for bits in (4, 5):
+        words = {"weight_bits": bits, "activation_bits": bits}
+        found += [
+            _cifar(f"figure/w{bits}a{bits}", 10, **words),
+            _cifar(
+                f"figure/w{bits}a{bits}-without", 10, method="without_select",
+                regularisation=WITHOUT_SELECT[bits], **words,
+            ),
+            _cifar(f"figure/w{bits}a{bits}-tile", 10, granularity="tile", **words),
+        ]  # fmt: skip
     return found
 
 
@@ -73,14 +75,20 @@ def cases() -> list[Run]:
 WITHOUT_SELECT = {3: 0.01, 4: 0.01, 5: 0.01}
 
 
+def data_of(name: str, root: Path) -> Path:
+    """Return where a data set is: photographs for low light are one file."""
+    return root / "imagenet-sample-500.parquet" if name == "low_light" else root
+
+
 def start(run: Run, data: Path, out: Path, threads: int) -> str:
     """Run the command for a run; returns what became of it."""
     folder = out / run.name
     if (folder / "summary.json").exists():
         return "done before"
+    name = settings.read(run.recipe).data
     weights = data / run.begins if "." in run.begins else out / run.begins / "checkpoint.pt"
     command = [sys.executable, "-m", "logshift.trainer.cli", run.recipe, "--resume"]
-    command += ["--data", str(data), "--out", str(folder)]
+    command += ["--data", str(data_of(name, data)), "--out", str(folder)]
     if run.begins:
         command += ["--weights", str(weights)]
     for change in (*run.changes, f"training.threads={threads}"):

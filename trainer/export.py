@@ -25,7 +25,7 @@ from logshift.trainer.weights import LogQuantizer, WeightQuantizer
 OPSET = 17
 
 
-class _QuantizeDequantize(nn.Module):
+class Pair(nn.Module):
     """An activation quantizer in the file: a pair on 8-bit codes, clipped to 2^A of them."""
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
@@ -35,6 +35,10 @@ class _QuantizeDequantize(nn.Module):
         self.top = int(quantizer.top)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x` rounded; float64 as `reference` needs it."""
+        if x.dtype == torch.float64:
+            code = (x / self.scale).round() + self.zero_point
+            return (code.clamp(0, self.top) - self.zero_point) * self.scale
         if self.top < 255:
             low, high = -self.zero_point * self.scale, (self.top - self.zero_point) * self.scale
             x = x.clamp(low, high)
@@ -64,17 +68,7 @@ def export_onnx(
     preprocessing : dict, optional
         How a picture becomes the input, for the metadata.
     """
-    network = copy.deepcopy(network).cpu().eval()
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    if isinstance(network, fx.GraphModule):
-        grids = _fold(network)
-        for name, module in list(network.named_modules()):
-            if isinstance(module, ActivationQuantizer):
-                parent, _, attribute = name.rpartition(".")
-                pair = _QuantizeDequantize(module) if module.ready else nn.Identity()
-                setattr(network.get_submodule(parent), attribute, pair)
-    else:
-        grids = {}
+    network, grids = deployed(network)
     path = Path(path)
     partial = path.with_suffix(".partial")
     with warnings.catch_warnings():
@@ -100,6 +94,34 @@ def export_onnx(
     entry.key, entry.value = "logshift", json.dumps(metadata)
     onnx.save(model, str(partial))
     partial.replace(path)
+
+
+def deployed(network: nn.Module) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+    """Return the network as it is written, and the grids by name of the weight.
+
+    Parameters
+    ----------
+    network : nn.Module
+        As for `export_onnx`.
+
+    Returns
+    -------
+    network : nn.Module
+        Without parametrizations, with batch norms folded and a `Pair` for each quantizer.
+    grids : dict of str to dict
+        What the metadata hold of each weight.
+    """
+    network = copy.deepcopy(network).cpu().eval()
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    if not isinstance(network, fx.GraphModule):
+        return network, {}
+    grids = _fold(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, ActivationQuantizer):
+            parent, _, attribute = name.rpartition(".")
+            pair = Pair(module) if module.ready else nn.Identity()
+            setattr(network.get_submodule(parent), attribute, pair)
+    return network, grids
 
 
 def grid(layer: Any) -> tuple[Tensor, Tensor]:

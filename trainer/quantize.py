@@ -117,7 +117,7 @@ def prepare(model: nn.Module, config: Config = Config()) -> fx.GraphModule:  # n
             quantizer = _weight_quantizer(layer, config, special)
             parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
     if config.activation_bits != 32:
-        _Placement(network, config, kept).insert()
+        Placement(network, config, kept).insert()
         network.recompile()
     return network
 
@@ -207,7 +207,7 @@ def _weight_quantizer(layer: Layer, config: Config, special: LayerConfig) -> Wei
     )
 
 
-class _Placement:
+class Placement:
     """Where activations are rounded."""
 
     def __init__(self, network: fx.GraphModule, config: Config, kept: set[str]) -> None:

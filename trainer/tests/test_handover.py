@@ -13,6 +13,7 @@ from logshift.trainer.config import Config
 from logshift.trainer.export import export_onnx, grid
 from logshift.trainer.models import MODELS
 from logshift.trainer.quantize import prepare, weight_quantizers
+from logshift.trainer.reference import reference
 
 converter = pytest.importorskip("logshift.converter", reason="needs the package logshift")
 runtime = pytest.importorskip("logshift.runtime")
@@ -79,6 +80,16 @@ def test_codes_and_outputs_agree(name, bits, activation_bits, tmp_path):
     # Float outputs, or the last codes, of the same codes.
     there = session.run(x.numpy())
     assert np.abs(there - output).max() < 0.01 * np.abs(output).max()
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "mobilenet_v2", "sid_unet"])
+@pytest.mark.parametrize("activation_bits", [5, 8])
+def test_the_runtime_computes_the_reference_to_the_bit(name, activation_bits, tmp_path):
+    config = Config(weight_bits=4, activation_bits=activation_bits)
+    network, session, x = hand_over(name, config, tmp_path)
+    with torch.no_grad():
+        expected = reference(network)(x.double()).float().numpy()
+    np.testing.assert_array_equal(session.run(x.numpy()), expected)
 
 
 @pytest.mark.parametrize("name", ["resnet20_cifar", "mobilenet_v2", "sid_unet"])

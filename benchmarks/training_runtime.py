@@ -1,0 +1,189 @@
+"""What became of trained networks in the runtime: accuracy, agreement with PyTorch, speed.
+
+    python -m benchmarks.training_runtime --data DIRECTORY --runs runs
+
+Every finished quantized run of `benchmarks.training_runs` gets `model.stlq` and `runtime.json`,
+unless it has them already. The test set goes through PyTorch's quantized network and through the
+runtime; speed is that of the runtime against the float network in PyTorch, frozen and optimised, in
+turns, batch 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.machine import describe
+from benchmarks.training_runs import data_of
+from logshift import converter, runtime
+from logshift.trainer.activations import ActivationQuantizer
+from logshift.trainer.data import DataSet, open_data
+from logshift.trainer.fit import build
+from logshift.trainer.reference import reference
+from logshift.trainer.settings import Settings
+from logshift.trainer.tasks import TASKS
+
+CALIBRATION = 64
+CODES = 200  # test examples whose codes are compared
+ROUNDS, SECONDS = 15, 0.1
+
+console = Console()
+
+
+def measure(folder: Path, root: Path) -> dict[str, Any]:
+    """Convert the network of a run and compare; returns what `runtime.json` holds."""
+    settings = Settings.model_validate_json((folder / "settings.json").read_text())
+    data = open_data(settings.data, data_of(settings.data, root), settings.data_options)
+    network = build(settings.model_copy(update={"weights": None}), data)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    network.load_state_dict(state["network"])
+    network.eval()
+    packed = folder / "model.stlq"
+    report = converter.convert(
+        folder / "model.onnx", packed, calibration=data.calibration(CALIBRATION).numpy()
+    )
+    session = runtime.load(packed)
+    result = {
+        "bytes": report.file_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        **compare(network, session, data, settings),
+    }
+    plain = build(settings.model_copy(update={"weights": None, "quantization": None}), data)
+    for threads in (1, 2):
+        result[f"speed_{threads}"] = speed(plain.eval(), packed, data.shape, threads)
+    return result
+
+
+@torch.no_grad()
+def compare(
+    network: torch.nn.Module, session: runtime.Session, data: DataSet, settings: Settings
+) -> dict[str, Any]:
+    """Run the test set through both; returns both measures and how far they agree."""
+    task = TASKS[settings.task](len(data.labels))
+    here, there = task.metrics(), task.metrics()
+    other = other_than_reference = total = 0
+    furthest = 0.0
+    within = codes = examples = 0
+    batch = min(settings.training.batch, 50)
+    exact = reference(network)
+    for x, target in track(list(data.test(batch)), "test set", transient=True):
+        ours, expected = network(x), exact(x.double()).float()
+        theirs = torch.from_numpy(session.run(x.contiguous().numpy()))
+        here.update(ours, target)
+        there.update(theirs, target)
+        furthest = max(furthest, float((expected - theirs).abs().max()))
+        if data.labels:
+            chosen = theirs.argmax(1)
+            other += int((ours.argmax(1) != chosen).sum())
+            other_than_reference += int((expected.argmax(1) != chosen).sum())
+            total += target.numel()
+        if examples < CODES:
+            near, count = code_agreement(network, session, x)
+            within, codes, examples = within + near, codes + count, examples + len(x)
+    found: dict[str, Any] = {
+        "pytorch": {name: float(value) for name, value in here.compute().items()},
+        "runtime": {name: float(value) for name, value in there.compute().items()},
+        "codes_within_one": within / codes,
+        "furthest_from_reference": furthest,
+    }
+    if data.labels:
+        found |= {
+            "other_class": other,
+            "other_class_than_reference": other_than_reference,
+            "classes_compared": total,
+        }
+    return found
+
+
+def code_agreement(
+    network: torch.nn.Module, session: runtime.Session, x: torch.Tensor
+) -> tuple[int, int]:
+    """Return how many codes of a batch are at most one apart, and of how many."""
+    theirs: dict[tuple[float, tuple[int, ...]], list[np.ndarray]] = {}
+    for tensor, array in session.trace_codes(x.contiguous().numpy()).items():
+        if (q := session.graph.quantization.get(tensor)) is not None:
+            theirs.setdefault((q.scale, array.shape), []).append(array.astype(np.int64))
+    within = total = 0
+
+    def look(module: Any, _: Any, y: torch.Tensor) -> None:
+        nonlocal within, total
+        code = torch.round(y / module.scale) + module.zero_point
+        key = (float(module.scale), tuple(code.shape))
+        distances = [np.abs(code.numpy() - other) for other in theirs[key]]
+        within += max(int((d <= 1).sum()) for d in distances)
+        total += code.numel()
+
+    quantizers = [m for m in network.modules() if isinstance(m, ActivationQuantizer)]
+    hooks = [m.register_forward_hook(look) for m in quantizers]
+    network(x)
+    for hook in hooks:
+        hook.remove()
+    return within, total
+
+
+def speed(
+    plain: torch.nn.Module, packed: Path, shape: tuple[int, ...], threads: int
+) -> dict[str, float]:
+    """Return PyTorch's time over the runtime's, in turns: median and 10th to 90th percentile."""
+    torch.set_num_threads(threads)
+    x = torch.randn(1, *shape)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(plain.to(memory_format=torch.contiguous_format), x)
+        frozen = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
+        session, array = runtime.load(packed, threads=threads), x.numpy()
+        engines: list[Callable[[], Any]] = [lambda: frozen(x), lambda: session.run(array)]
+        for engine in engines:
+            turn(engine)
+        times = np.array([[turn(engine) for engine in engines] for _ in range(ROUNDS)])
+    low, middle, high = np.percentile(times[:, 0] / times[:, 1], [10, 50, 90])
+    return {
+        "ratio": float(middle),
+        "ratio_low": float(low),
+        "ratio_high": float(high),
+        "milliseconds": float(np.median(times[:, 1]) * 1e3),
+    }
+
+
+def turn(engine: Callable[[], Any]) -> float:
+    """Run an engine for a while; returns the median time of a run in seconds."""
+    # The other engine's threads may still be spinning.
+    time.sleep(0.03)
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        engine()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def main() -> None:
+    """Measure all runs that are finished and were not measured before."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    options = parser.parse_args()
+    console.print(describe())
+    for summary in sorted(options.runs.rglob("summary.json")):
+        folder = summary.parent
+        quantized = "layers" in json.loads(summary.read_text())
+        if not quantized or (folder / "runtime.json").exists():
+            continue
+        result = measure(folder, options.data) | {"machine": describe()}
+        (folder / "runtime.json").write_text(json.dumps(result, indent=1) + "\n")
+        console.print(folder.relative_to(options.runs), result["pytorch"], result["runtime"])
+
+
+if __name__ == "__main__":
+    main()
