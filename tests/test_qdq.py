@@ -223,6 +223,19 @@ def test_moving_values_keeps_the_quantization(path):
     )
 
 
+@pytest.mark.parametrize("agree", [True, False])
+def test_joining_tensors_that_agree_only_moves_codes(path, agree):
+    net = QuantizedNet(shape=("batch", 4, 8, 8))
+    x = net.pair("x", 0.1, 128)
+    y = net.pair(net.conv(x), 0.1, 128 if agree else 120)
+    joined = net.node("Concat", x, y, axis=1)
+    graph, _ = check(net.model(net.pair(net.conv(joined, channels=8), 0.4, 128)), path, 0.4)
+    (join,) = (node for node in graph.nodes if node.op == "Concat")
+    found = graph.quantization
+    assert found[join.inputs[1]].zero_point == (128 if agree else 120)
+    assert (found[join.outputs[0]] == found[join.inputs[0]]) == agree
+
+
 def test_functions_and_what_is_not_said(path):
     net = QuantizedNet(shape=("batch", 4, 8, 8))
     x = net.pair("x", 0.03, 128)

@@ -1,0 +1,212 @@
+"""Figures and tables of docs/training.md from the logs of the training runs.
+
+    python -m benchmarks.training_report --archive runs     copies logs to docs/training/ first
+    python -m benchmarks.training_report
+
+Logs there are those of `benchmarks.training_runs` and `benchmarks.training_runtime`, but each row
+of `iterations.csv` is the mean of twenty. Tables replace those in docs/training.md, each between a
+comment with its name and one with `end`; runs that are not there have no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402
+
+DOCS = Path(__file__).parents[1] / "docs"
+LOGS = DOCS / "training"
+PAGE = DOCS / "training.md"
+TOGETHER = 20
+
+METHODS = {
+    "": "STLQ, 15 %",
+    "-without_select": "without select",
+    "-flightnn": "per-filter selection (as FLightNN), 15 %",
+    "-log": "plain log",
+    "-apot": "APoT",
+    "-uniform": "uniform (LSQ)",
+}
+
+
+def archive(runs: Path) -> None:
+    """Copy the logs of finished runs."""
+    for summary in sorted(runs.rglob("summary.json")):
+        target = LOGS / summary.parent.relative_to(runs)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("settings.json", "summary.json", "epochs.csv", "runtime.json"):
+            if (summary.parent / name).exists():
+                shutil.copy(summary.parent / name, target / name)
+        settings = json.loads((target / "settings.json").read_text())
+        settings["weights"] = None  # a path of the machine that it ran on
+        (target / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+        with (summary.parent / "iterations.csv").open(newline="") as file:
+            header, *rows = csv.reader(file)
+        with (target / "iterations.csv").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            for begin in range(0, len(rows), TOGETHER):
+                part = [[float(value) for value in row] for row in rows[begin : begin + TOGETHER]]
+                means = [sum(column) / len(part) for column in zip(*part, strict=True)]
+                writer.writerow([int(part[-1][0]), *(f"{mean:.5g}" for mean in means[1:])])
+
+
+def load(name: str, file: str) -> dict[str, Any] | None:
+    """Return a JSON file of a run, None if there is none."""
+    path = LOGS / name / file
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def iterations(name: str) -> dict[str, list[float]]:
+    """Return the columns of a run's log."""
+    with (LOGS / name / "iterations.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) for row in rows] for key in rows[0]}
+
+
+def curves(cases: dict[str, str], title: str, float_top1: float, axes: Any) -> None:
+    """Draw training accuracy and non-zero ratio of runs against iterations."""
+    other = axes.twinx()
+    for number, (label, name) in enumerate(cases.items()):
+        log = iterations(name)
+        axes.plot(log["iteration"], smooth(log["top1"]), color=f"C{number}", label=label)
+        other.plot(log["iteration"], log["nzr"], color=f"C{number}", linestyle=":")
+    axes.axhline(float_top1, color="grey", linewidth=0.8, label="float, training")
+    axes.set(title=title, xlabel="iteration", ylabel="training accuracy (lines)")
+    other.set(ylabel="non-zero ratio (dots)", ylim=(0, None))
+    axes.legend(loc="lower right", fontsize="small")
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Return running means of five values."""
+    return [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1])
+            for i in range(len(values))]  # fmt: skip
+
+
+def figure(path: Path, cases: Callable[[int], dict[str, str]]) -> None:
+    """Draw a figure of one panel for 5 bits and one for 4, of those runs that are there."""
+    panels = {}
+    for bits in (5, 4):
+        found = {k: n for k, n in cases(bits).items() if (LOGS / n / "summary.json").exists()}
+        if len(found) > 1:
+            panels[bits] = found
+    if not panels:
+        return
+    float_log = iterations("cifar10-float")["top1"][-20:]
+    drawn, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for axis, (bits, found) in zip(axes[0], panels.items(), strict=True):
+        curves(found, f"W{bits}A{bits}, ResNet-20, CIFAR-10", sum(float_log) / len(float_log), axis)
+    drawn.tight_layout()
+    drawn.savefig(path, metadata={"Date": None})
+
+
+def percent(value: float) -> str:
+    """Return a share as a percentage of two decimals."""
+    return f"{100 * value:.2f}"
+
+
+def row(label: str, name: str) -> str | None:
+    """Return a row of the table of CIFAR-10, None if the run is not there."""
+    summary, packed = load(name, "summary.json"), load(name, "runtime.json")
+    if summary is None:
+        return None
+    cells = [label, percent(summary["top1"]), percent(summary["nzr"])]
+    cells += [f"{summary['bits_per_weight']:.2f}"]
+    if packed is None:
+        cells += ["", "", "", "", ""]
+    else:
+        cells += [
+            percent(packed["runtime"]["top1"]),
+            f"{packed['other_class']} / {packed['other_class_than_reference']}",
+            f"{packed['bytes']:,}",
+            *(f"{packed[f'speed_{n}']['ratio']:.1f}" for n in (1, 2)),
+        ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| case | top-1 | NZR % | bits per weight | in the runtime | other class than PyTorch"
+    " / reference | bytes | times as fast as PyTorch, 1 thread | 2 threads |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+)
+
+
+def tables() -> dict[str, str]:
+    """Return the tables by name."""
+    cases = {
+        "bits": [
+            (f"W{bits}A{activation_bits} + 15 %", f"table/w{bits}a{activation_bits}")
+            for bits in (5, 4, 3)
+            for activation_bits in (8, 5)
+        ],
+        "ratios": [
+            (f"W4A8 + {ratio} %", "table/w4a8" + ("" if ratio == 15 else f"-{ratio}"))
+            for ratio in (0, 5, 15, 30, 100)
+        ],
+        "methods": [
+            (f"W{bits}A5, {label}", f"table/w{bits}a5{suffix}")
+            for bits in (4, 3)
+            for suffix, label in METHODS.items()
+        ],
+        "figures": [
+            (f"W{bits}A{bits}, {label}", f"figure/w{bits}a{bits}{suffix}")
+            for bits in (5, 4)
+            for suffix, label in (
+                ("", "select, 15 %"),
+                ("-tile", "select per tile, 15 %"),
+                ("-without", "without select"),
+            )
+        ],
+    }
+    found = {}
+    for name, rows in cases.items():
+        lines = [line for label, run in rows if (line := row(label, run)) is not None]
+        found[name] = HEADER + "\n".join(lines) + "\n" if lines else "Not run yet.\n"
+    return found
+
+
+def main() -> None:
+    """Make all figures and tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--archive", type=Path, metavar="RUNS")
+    options = parser.parse_args()
+    if options.archive:
+        archive(options.archive)
+    pyplot.rcParams["svg.hashsalt"] = "logshift"  # the same names in every run
+    figure(
+        LOGS / "select.svg",
+        lambda bits: {
+            "with select, 15 %": f"figure/w{bits}a{bits}",
+            "without select": f"figure/w{bits}a{bits}-without",
+        },
+    )
+    figure(
+        LOGS / "tile.svg",
+        lambda bits: {
+            "per element": f"figure/w{bits}a{bits}",
+            "per tile of 16": f"figure/w{bits}a{bits}-tile",
+        },
+    )
+    text = PAGE.read_text()
+    for name, table in tables().items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(
+            lambda found, t=table: found[1] + "\n" + t + "\n" + found[2], text
+        )
+        assert count == 1, f"docs/training.md has no place for the table {name}"
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
