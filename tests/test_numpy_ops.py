@@ -555,9 +555,8 @@ def test_reduce(op, shape, data):
     keep = data.draw(st.integers(0, 1))
     x = values(shape)
     x = np.abs(x) + F(0.1) if op == "ReduceLogSum" else x
-    noop = (
-        data.draw(st.integers(0, 1)) if axes else 0
-    )  # without axes versions of onnxruntime differ
+    # Without axes versions of onnxruntime differ.
+    noop = data.draw(st.integers(0, 1)) if axes else 0
     compare(op, x, ints(*axes), rtol=1e-4, keepdims=keep, noop_with_empty_axes=noop)
     compare(op, x, rtol=1e-4, keepdims=keep)
     if axes:
