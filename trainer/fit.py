@@ -83,7 +83,8 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
     Raises
     ------
     RunError
-        If `out` holds a run and `resume` is false, or one with other settings.
+        If `out` holds a run and `resume` is false, or one with other settings or a checkpoint that
+        cannot be read; if batches cannot be made; if the loss is no number.
     """
     training = settings.training
     if training.batch % (training.accumulate * training.devices * training.nodes):
@@ -118,7 +119,10 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
     network = network.to(fabric.device)
     optimiser = make_optimiser(network, training)
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=fabric.device, weights_only=True)
+        try:
+            saved = torch.load(checkpoint, map_location=fabric.device, weights_only=True)
+        except Exception as error:  # of many kinds
+            raise RunError(f"{checkpoint} cannot be read: {error}; remove it") from error
         if saved["settings"] != _comparable(settings):
             raise RunError(
                 f"{checkpoint} is of a run with other settings; choose another folder, or the "

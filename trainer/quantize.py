@@ -214,10 +214,18 @@ class Placement:
         self.network, self.config, self.kept = network, config, kept
         self.nodes = list(network.graph.nodes)
         self.claimed: set[fx.Node] = set()
+        self.kinds: dict[fx.Node, str] = {}
         self.found: dict[fx.Node, set[str]] = {}
+        for node in self.nodes:  # in order, so that `_kind` finds those of its inputs
+            self.kind(node)
 
     def kind(self, node: fx.Node) -> str:
         """Return what an operator is: layer, norm, add, relu, point, move, resize or other."""
+        if node not in self.kinds:
+            self.kinds[node] = self._kind(node)
+        return self.kinds[node]
+
+    def _kind(self, node: fx.Node) -> str:
         if node.op in ("placeholder", "output", "get_attr"):
             return node.op
         if node.op == "call_module":

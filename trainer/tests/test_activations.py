@@ -125,6 +125,22 @@ def test_tensors_joined_by_moves_share_a_quantizer():
     assert all(q.ready for q in network.get_submodule(QUANTIZERS).values())
 
 
+def test_deep_networks_are_prepared_in_no_time():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(80))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = F.relu(layer(x) + x)
+            return x
+
+    # Each Add has two ways back to the input: looked at one by one, there are 2^80.
+    network = prepare(Deep(), Config())
+    assert len(points(network)) == 80  # but for the last sum, which is the output
+
+
 def test_activations_can_stay_float():
     network = prepare(Residual(), Config(activation_bits=32))
     assert points(network) == []

@@ -95,6 +95,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
 
 
+def test_a_checkpoint_that_cannot_be_read(blobs, models, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"nothing")
+    with pytest.raises(RunError, match="checkpoint.pt cannot be read"):
+        fit(settings(), blobs, tmp_path, resume=True)
+
+
 def test_other_settings_are_another_run(blobs, models, tmp_path):
     fit(settings(training={"epochs": 1}), blobs, tmp_path)
     with pytest.raises(RunError, match="other settings"):
