@@ -170,6 +170,7 @@ class FileDataSet(DataSet):
 
 def middle(x: Tensor, size: int) -> Tensor:
     """Return the middle of (C, H, W), (C, size, size), with zeros around what is smaller."""
-    wider, higher = size - x.shape[2], size - x.shape[1]
-    left, top = wider // 2, higher // 2
-    return F.pad(x, (left, wider - left, top, higher - top)).contiguous()
+    _, height, width = x.shape
+    left, top = (width - size) // 2, (height - size) // 2  # negative: so many zeros
+    edges = (-left, size - width + left, -top, size - height + top)
+    return F.pad(x, edges).contiguous()
