@@ -180,6 +180,20 @@ def test_a_run_that_goes_on_and_ranks_see_the_same(case):
         assert any(x.shape == y.shape and torch.equal(x, y) for y in tested)
 
 
+def test_augmentation_follows_from_seed_and_epoch_apart_from_the_order(case):
+    name, root, options = case
+    data = open_data(name, root, options)
+
+    def whatever_order(epoch, seed):
+        x, _ = next(data.train(epoch, data.size, seed))
+        return x.flatten(1).abs().double().sum(1).sort().values
+
+    first = whatever_order(0, 1)
+    torch.testing.assert_close(whatever_order(0, 1), first)
+    for other in (whatever_order(1, 1), whatever_order(0, 2)):
+        assert (other != first).any()
+
+
 def test_worker_processes_read_the_same(case):
     name, root, options = case
     alone = open_data(name, root, options)
