@@ -20,6 +20,9 @@ DATA_SETS = {
     "low_light": "low_light:LowLight",
 }
 
+# Packages that are not named as what is imported.
+_PACKAGES = {"PIL": "pillow"}
+
 
 def open_data(name: str, root: Path | str, options: dict[str, Any] | None = None) -> DataSet:
     """Open a data set.
@@ -44,11 +47,12 @@ def open_data(name: str, root: Path | str, options: dict[str, Any] | None = None
     module, _, attribute = DATA_SETS[name].partition(":")
     try:
         constructor = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"data set {name} needs the package {error.name}: pip install logshift-trainer[{name}]"
-        ) from error
-    try:
         return constructor(Path(root), **(options or {}))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise DataError(
+            f"data set {name} needs a package that is not installed: "
+            f"pip install {_PACKAGES.get(package, package)}"
+        ) from error
     except TypeError as error:
         raise DataError(f"data_options of {name}: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -71,7 +72,7 @@ class DataSet(ABC):
 
     @abstractmethod
     def calibration(self, count: int) -> Tensor:
-        """Return `count` training inputs, or all if there are fewer, as the test set has them."""
+        """Return `count` training inputs, or all if there are fewer, not augmented."""
 
 
 def order(size: int, epoch: int, seed: int) -> Tensor:
@@ -101,7 +102,10 @@ class _Examples(Dataset):
     def __getitem__(self, index: int) -> Batch:
         # A worker process, another rank or a run that goes on draws the same for an example.
         random = None if self.seed is None else np.random.default_rng([*self.seed, index])
-        return self.data.example(self.items[index], random)
+        try:
+            return self.data.example(self.items[index], random)
+        except DataError as error:
+            raise DataError(f"example {index}: {error}") from error
 
 
 class FileDataSet(DataSet):
@@ -116,6 +120,7 @@ class FileDataSet(DataSet):
     """
 
     test_batch: int | None = None  # at most; 1 where pictures differ in size
+    calibration_size: int | None = None  # the middle is taken; where they differ or are large
 
     def __init__(self, train: Sequence[Any], test: Sequence[Any], workers: int) -> None:
         self.train_items, self.test_items, self.workers = train, test, workers
@@ -135,18 +140,37 @@ class FileDataSet(DataSet):
             for step in range(start, self.steps(batch))
         ]
         examples = _Examples(self, self.train_items, (seed, epoch))
-        yield from DataLoader(examples, batch_sampler=batches, num_workers=self.workers)
+        yield from self._load(examples, batches)
 
     def test(self, batch: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Yield the test set; see `DataSet.test`."""
         indices = list(range(rank, len(self.test_items), ranks))
         batch = min(batch, self.test_batch or batch)
         batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
-        examples = _Examples(self, self.test_items, None)
-        yield from DataLoader(examples, batch_sampler=batches, num_workers=self.workers)
+        yield from self._load(_Examples(self, self.test_items, None), batches)
+
+    def _load(self, examples: _Examples, batches: list[list[int]]) -> DataLoader:
+        # With a generator of its own it draws nothing from the one that networks draw from.
+        return DataLoader(
+            examples,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            generator=torch.Generator(),
+        )
 
     def calibration(self, count: int) -> Tensor:
         """Return training inputs that are not augmented; see `DataSet.calibration`."""
         step = max(1, self.size // count)
         items = self.train_items[::step][:count]
-        return torch.stack([self.example(item, None)[0] for item in items])
+        inputs = [self.example(item, None)[0] for item in items]
+        if self.calibration_size:
+            inputs = [middle(x, self.calibration_size) for x in inputs]
+        return torch.stack(inputs)
+
+
+def middle(x: Tensor, size: int) -> Tensor:
+    """Return the middle of (C, H, W), (C, size, size), with zeros around what is smaller."""
+    _, height, width = x.shape
+    left, top = (width - size) // 2, (height - size) // 2  # negative: so many zeros
+    edges = (-left, size - width + left, -top, size - height + top)
+    return F.pad(x, edges).contiguous()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from logshift.trainer.data.base import DataError
+
 
 def pack(mosaic: np.ndarray) -> np.ndarray:
     """Return the four planes of a mosaic.
@@ -39,7 +41,14 @@ def augment(
     Returns
     -------
     raw, picture : arrays of shape (4, size, size) and (3, 2 * size, 2 * size)
+
+    Raises
+    ------
+    DataError
+        If they are smaller.
     """
+    if size > min(raw.shape[1:]):
+        raise DataError(f"planes of {raw.shape[1]}x{raw.shape[2]} are smaller than a crop, {size}")
     top = random.integers(0, raw.shape[1] - size + 1)
     left = random.integers(0, raw.shape[2] - size + 1)
     raw = raw[:, top : top + size, left : left + size]

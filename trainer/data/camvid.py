@@ -44,6 +44,7 @@ class CamVid(FileDataSet):
         "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
     )
     shape = (3, 360, 480)
+    preprocessing = pictures.preprocessing([360, 480], [360, 480])
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class CamVid(FileDataSet):
     def _items(root: Path, split: str) -> list[tuple[Any, Any]]:
         table = root / f"camvid-{split}.parquet"
         if table.is_file():
-            return list(zip(*columns(table, "image", "annotation"), strict=True))
+            return list(zip(*columns(table, "image", "annotation", layout=LAYOUT), strict=True))
         images = sorted((root / split).glob("*.png"))
         if not images:
             raise layout_error(root, f"no {table.name} and no pictures in {split}/", LAYOUT)
@@ -72,7 +73,7 @@ class CamVid(FileDataSet):
 
     def example(self, item: Any, random: np.random.Generator | None) -> Batch:
         """Return a picture and the classes of its pixels, 255 for those that do not count."""
-        picture, labels = pictures.read(item[0]), pictures.read(item[1], "P")
+        picture, labels = pictures.read_labelled(*item)
         if random is None:
             pixels, classes = pictures.to_tensor(picture), pictures.to_tensor(labels)
         else:

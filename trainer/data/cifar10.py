@@ -41,14 +41,7 @@ class Cifar10(DataSet):
 
     labels = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
     shape = (3, 32, 32)
-    preprocessing = {
-        "resize": 32,
-        "crop": [32, 32],
-        "mean": list(pictures.MEAN),
-        "std": list(pictures.STD),
-        "channel_order": "RGB",
-        "interpolation": "bilinear",
-    }
+    preprocessing = pictures.preprocessing(32, [32, 32])
 
     def __init__(self, root: Path) -> None:
         batches = root / "cifar-10-batches-py"
@@ -100,11 +93,22 @@ def _input(pixels: Tensor) -> Tensor:
 
 
 def _parquet(path: Path) -> tuple[Tensor, Tensor]:
-    images, labels = columns(path, "image", "label")
-    pixels = [pictures.to_tensor(pictures.read(image)) for image in images]
-    if any(p.shape != (3, 32, 32) for p in pixels):
-        raise DataError(f"{path}: there are pictures that are not 32x32")
-    return torch.stack(pixels), torch.tensor(labels, dtype=torch.int64)
+    images, labels = columns(path, "image", "label", layout=LAYOUT)
+    pixels = []
+    for row, image in enumerate(images):
+        try:
+            pixels.append(pictures.to_tensor(pictures.read(image)))
+        except DataError as error:
+            raise DataError(f"{path}, row {row}: {error}") from error
+    if not pixels or any(p.shape != (3, 32, 32) for p in pixels):
+        raise DataError(f"{path}: there are pictures that are not 32x32, or none at all")
+    return torch.stack(pixels), _targets(path, labels, len(pixels))
+
+
+def _targets(path: Path, labels: list[int], count: int) -> Tensor:
+    if len(labels) != count or not all(label in range(10) for label in labels):
+        raise DataError(f"{path}: labels are not {count} integers from 0 to 9")
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -126,8 +130,11 @@ def _original(path: Path) -> tuple[Tensor, Tensor]:
     try:
         content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels = np.asarray(content[b"data"], np.uint8).reshape(-1, 3, 32, 32)
-        return torch.from_numpy(pixels.copy()), torch.tensor(content[b"labels"])
+        targets = _targets(path, content[b"labels"], len(pixels))
+        return torch.from_numpy(pixels.copy()), targets
     except FileNotFoundError:
         raise layout_error(path.parent.parent, f"no {path.name}", LAYOUT) from None
-    except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # damaged pickles raise many kinds
         raise DataError(f"{path}: not a batch of CIFAR-10: {error}") from error

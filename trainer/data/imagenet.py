@@ -43,14 +43,8 @@ class ImageNet(FileDataSet):
         super().__init__(train, test, workers)
         self.crop = size
         self.shape = (3, size, size)
-        self.preprocessing = {
-            "resize": round(size * 256 / 224),
-            "crop": [size, size],
-            "mean": list(pictures.MEAN),
-            "std": list(pictures.STD),
-            "channel_order": "RGB",
-            "interpolation": "bilinear",
-        }
+        self.resize = round(size * 256 / 224)
+        self.preprocessing = pictures.preprocessing(self.resize, [size, size])
 
     def _files(self, root: Path, folder: Path) -> list[tuple[Path, int]]:
         suffixes = {".jpeg", ".jpg", ".png"}
@@ -69,7 +63,7 @@ class ImageNet(FileDataSet):
         path, number = item
         picture = pictures.read(path)
         if random is None:
-            picture = pictures.shorter_side(picture, round(self.crop * 256 / 224))
+            picture = pictures.shorter_side(picture, self.resize)
             pixels = pictures.to_tensor(pictures.centre_crop(picture, self.crop))
         else:
             picture = pictures.random_resized_crop(picture, self.crop, random)

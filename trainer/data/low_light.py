@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from logshift.trainer.data import bayer, pictures
-from logshift.trainer.data.base import Batch, FileDataSet, layout_error
+from logshift.trainer.data.base import Batch, DataError, FileDataSet, layout_error
 from logshift.trainer.data.tables import columns
 
 LAYOUT = """\
@@ -51,15 +51,17 @@ class LowLight(FileDataSet):
     Raises
     ------
     DataError
-        If it is not there.
+        If it is not there, or crops are odd.
     """
 
     def __init__(
         self, root: Path, workers: int = 0, crop: int = 128, test_crop: int = 224, repeat: int = 1
     ) -> None:
+        if crop % 2 or test_crop % 2:
+            raise DataError(f"crops of {crop} and {test_crop}: both must be even")
         sources: list[Any]
         if root.is_file():
-            (sources,) = columns(root, "image")
+            (sources,) = columns(root, "image", layout=LAYOUT)
         else:
             suffixes = {".jpg", ".jpeg", ".png"}
             sources = sorted(p for p in root.glob("*") if p.suffix.lower() in suffixes)

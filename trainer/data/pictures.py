@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +34,56 @@ def read(source: Path | bytes, mode: str = "RGB") -> Image.Image:
     """
     try:
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if mode == "P":
-            return picture if picture.mode in ("P", "L") else picture.convert("L")
-        return picture.convert(mode)
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"cannot read a picture: {error}") from error
+        picture.load()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # the last for broken PNG
+        name = "a picture" if isinstance(source, bytes) else source
+        raise DataError(f"cannot read {name}: {error}") from error
+    if mode == "P":
+        return picture if picture.mode in ("P", "L") else picture.convert("L")
+    return picture.convert(mode)
+
+
+def read_labelled(picture: Path | bytes, labels: Path | bytes) -> tuple[Image.Image, Image.Image]:
+    """Read a picture and its label map.
+
+    Parameters
+    ----------
+    picture, labels : Path or bytes
+
+    Raises
+    ------
+    DataError
+        If one is no picture, or they differ in size.
+    """
+    read_picture, read_labels = read(picture), read(labels, "P")
+    if read_picture.size != read_labels.size:
+        name = "a label map" if isinstance(labels, bytes) else labels
+        raise DataError(f"{name} is {read_labels.size}, its picture {read_picture.size} pixels")
+    return read_picture, read_labels
+
+
+def preprocessing(resize: int | list[int] | None, crop: list[int]) -> dict[str, Any]:
+    """Return how pictures become inputs, in the terms of the packed file.
+
+    Parameters
+    ----------
+    resize : int or list of int or None
+        Length of the shorter side; or height and width; or what just covers the crop.
+    crop : list of int
+        Height and width.
+    """
+    return {
+        "resize": resize,
+        "crop": crop,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "channel_order": "RGB",
+        "interpolation": "bilinear",
+    }
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Return (pixels / 255 - MEAN) / STD, float32, channels last in memory.
+    """Return (pixels / 255 - MEAN) / STD, float32.
 
     Parameters
     ----------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import rawpy
 import torch
 
 from logshift.trainer.data import bayer
-from logshift.trainer.data.base import Batch, FileDataSet, layout_error
+from logshift.trainer.data.base import Batch, DataError, FileDataSet, layout_error
 
 LAYOUT = """\
 Sony/short/*.ARW
@@ -26,17 +25,23 @@ _MOST = 300.0  # times that an exposure is amplified
 
 def read_short(path: Path) -> np.ndarray:
     """Return a short exposure's mosaic less the black level, float32 (H, W), white is 1."""
-    with rawpy.imread(str(path)) as raw:
-        mosaic = raw.raw_image_visible.astype(np.float32)
+    try:
+        with rawpy.imread(str(path)) as raw:
+            mosaic = raw.raw_image_visible.astype(np.float32)
+    except rawpy.LibRawError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
     return np.maximum(mosaic - _BLACK, 0) / (_WHITE - _BLACK)
 
 
 def read_long(path: Path) -> np.ndarray:
     """Return a long exposure developed by LibRaw, float32 (H, W, 3) in 0 to 1."""
-    with rawpy.imread(str(path)) as raw:
-        developed = raw.postprocess(
-            use_camera_wb=True, half_size=False, no_auto_bright=True, output_bps=16
-        )
+    try:
+        with rawpy.imread(str(path)) as raw:
+            developed = raw.postprocess(
+                use_camera_wb=True, half_size=False, no_auto_bright=True, output_bps=16
+            )
+    except rawpy.LibRawError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
     return developed.astype(np.float32) / 65535
 
 
@@ -77,11 +82,16 @@ class Sony(FileDataSet):
     ) -> None:
         train, test = (self._items(root, split) for split in ("train", "test"))
         super().__init__(train, test, workers)
-        self.crop, self.short = crop, short
-        self.long = lru_cache(kept)(long)
+        self.crop, self.short, self.long, self.kept = crop, short, long, kept
+        self.calibration_size = crop
+        self._pictures: dict[Path, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker process is sent: not the pictures that this one keeps."""
+        return self.__dict__ | {"_pictures": {}}
 
     @staticmethod
-    def _items(root: Path, split: str) -> list[tuple[Path, Path]]:
+    def _items(root: Path, split: str) -> list[tuple[Path, Path, float]]:
         names = root / f"Sony_{split}_list.txt"
         if not names.is_file():
             raise layout_error(root, f"no {names.name}", LAYOUT)
@@ -96,17 +106,33 @@ class Sony(FileDataSet):
             for path in (short, long):
                 if not path.is_file():
                     raise layout_error(root, f"no {path.relative_to(root)}", LAYOUT)
-            items.append((short, long))
+            try:
+                ratio = min(_exposure(long) / _exposure(short), _MOST)
+            except (ValueError, ZeroDivisionError):
+                fault = f"{names.name} has the line {line!r} without exposure times"
+                raise layout_error(root, fault, LAYOUT) from None
+            items.append((short, long, ratio))
+        if not items:
+            raise layout_error(root, f"{names.name} is empty", LAYOUT)
         return items
 
     def example(self, item: Any, random: np.random.Generator | None) -> Batch:
         """Return an amplified short exposure (4, H / 2, W / 2) and the long one (3, H, W)."""
-        ratio = min(_exposure(item[1]) / _exposure(item[0]), _MOST)
-        raw = np.minimum(bayer.pack(self.short(item[0])) * np.float32(ratio), 1)
-        picture = self.long(item[1]).transpose(2, 0, 1)
+        short, long, ratio = item
+        raw = np.minimum(bayer.pack(self.short(short)) * np.float32(ratio), 1)
+        picture = self._picture(long).transpose(2, 0, 1)
         if random is not None:
             raw, picture = bayer.augment(raw, picture, self.crop, random)
         return torch.from_numpy(raw), torch.from_numpy(np.ascontiguousarray(picture))
+
+    def _picture(self, path: Path) -> np.ndarray:
+        """Return a long exposure; the last ones that were used are kept."""
+        picture = self._pictures.pop(path, None)
+        self._pictures[path] = self.long(path) if picture is None else picture
+        picture = self._pictures[path]
+        while len(self._pictures) > self.kept:
+            del self._pictures[next(iter(self._pictures))]
+        return picture
 
 
 def _exposure(path: Path) -> float:

@@ -53,6 +53,8 @@ class Voc(FileDataSet):
         super().__init__(train, test, workers)
         self.crop = crop
         self.shape = (3, crop, crop)
+        self.calibration_size = crop
+        self.preprocessing = pictures.preprocessing(None, [crop, crop])
 
     def _items(self, root: Path, names: Path, labels: str) -> list[tuple[Path, Path]]:
         if not names.is_file():
@@ -65,11 +67,13 @@ class Voc(FileDataSet):
                 if not path.is_file():
                     raise layout_error(root, f"no {path.relative_to(root)}", LAYOUT)
             items.append((picture, label))
+        if not items:
+            raise layout_error(root, f"{names.relative_to(root)} is empty", LAYOUT)
         return items
 
     def example(self, item: Any, random: np.random.Generator | None) -> Batch:
         """Return a picture and the classes of its pixels, 255 for those that do not count."""
-        picture, labels = pictures.read(item[0]), pictures.read(item[1], "P")
+        picture, labels = pictures.read_labelled(*item)
         if random is None:
             pixels, classes = pictures.to_tensor(picture), pictures.to_tensor(labels)
         else:

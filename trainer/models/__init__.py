@@ -10,9 +10,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from logshift.trainer.models.deeplab import deeplab_mobilenet_v2, deeplab_resnet50
+from logshift.trainer.models.deeplab import (
+    deeplab_mobilenet_v2,
+    deeplab_resnet50,
+    deeplab_resnet101,
+)
 from logshift.trainer.models.mobilenet_v2 import mobilenet_v2
-from logshift.trainer.models.resnet import resnet18, resnet50
+from logshift.trainer.models.resnet import resnet18, resnet34, resnet50, resnet101
 from logshift.trainer.models.resnet_cifar import resnet20, resnet56
 from logshift.trainer.models.sid import sid_unet
 
@@ -22,22 +26,29 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20_cifar": resnet20,
     "resnet56_cifar": resnet56,
     "resnet18": resnet18,
+    "resnet34": resnet34,
     "resnet50": resnet50,
+    "resnet101": resnet101,
     "mobilenet_v2": mobilenet_v2,
     "deeplab_mobilenet_v2": deeplab_mobilenet_v2,
     "deeplab_resnet50": deeplab_resnet50,
+    "deeplab_resnet101": deeplab_resnet101,
     "sid_unet": sid_unet,
 }
 
 # Names that other trainers' files use, and torchvision's.
 _RENAMED = {"module.": "", "linear.": "fc."}
 
+_CLASSIFIERS = ("fc.", "classifier.")
+
 
 class ModelError(ValueError):
     """Weights that cannot be read or do not fit."""
 
 
-def load_weights(model: nn.Module, path: Path | str, *, part: str = "") -> None:
+def load_weights(
+    model: nn.Module, path: Path | str, *, part: str = "", skip_classifier: bool = False
+) -> None:
     """Load weights into a network.
 
     Parameters
@@ -50,6 +61,8 @@ def load_weights(model: nn.Module, path: Path | str, *, part: str = "") -> None:
     part : str
         Name of the submodule that the file is of, such as "backbone"; tensors of the file that it
         does not have, a classifier's, are left out then.
+    skip_classifier : bool
+        Whether a classifier for another number of classes is left as it is.
 
     Raises
     ------
@@ -66,12 +79,20 @@ def load_weights(model: nn.Module, path: Path | str, *, part: str = "") -> None:
     except Exception as error:  # both libraries raise many kinds
         raise ModelError(f"{path}: cannot be read: {error}") from error
     for field in ("state_dict", "model", "network"):
-        state = state.get(field, state)
+        if isinstance(state, dict):
+            state = state.get(field, state)
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ModelError(f"{path}: cannot be read: it holds no state dictionary")
     found = {_torchvision(name): tensor for name, tensor in state.items()}
     target = model.get_submodule(part)
     expected = target.state_dict()
     if part:
         found = {name: tensor for name, tensor in found.items() if name in expected}
+    if skip_classifier:
+        for name in [n for n in expected if n in found and n.startswith(_CLASSIFIERS)]:
+            here, there = expected[name].shape, found[name].shape
+            if len(here) == len(there) and here[0] != there[0] and here[1:] == there[1:]:
+                del expected[name], found[name]
     faults = _faults(found, expected)
     if faults:
         raise ModelError(f"{path} does not fit {type(target).__name__}: {'; '.join(faults)}")

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logshift.trainer.models.mobilenet_v2 import LOW_LEVEL, mobilenet_v2
-from logshift.trainer.models.resnet import resnet50
+from logshift.trainer.models.resnet import ResNet, resnet50, resnet101
+
+# Dilations of the pyramid's 3x3 branches by output stride.
+_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
 
 
 def conv_bn_relu(channels_in: int, channels_out: int, kernel: int = 1) -> nn.Sequential:
@@ -64,31 +67,39 @@ class Aspp(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ at output stride 16.
+    """DeepLabV3+.
 
     Parameters
     ----------
     backbone : nn.Module
         A dilated `MobileNetV2` or `ResNet`; its classifier is not used and removed.
     channels_low, channels_high : int
-        Channels of its features of stride 4 and 16.
+        Channels of its features of stride 4 and of `output_stride`.
     classes : int
     width : int
         Channels of the pyramid and the decoder.
+    output_stride : int
+        16 or 8, that of the backbone.
     """
 
     def __init__(
-        self, backbone: nn.Module, channels_low: int, channels_high: int, classes: int, width: int
+        self,
+        backbone: nn.Module,
+        channels_low: int,
+        channels_high: int,
+        classes: int,
+        width: int,
+        output_stride: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.aspp = Aspp(channels_high, width, (6, 12, 18))
+        self.aspp = Aspp(channels_high, width, _RATES[output_stride])
         self.low = conv_bn_relu(channels_low, 48)
         self.decoder = nn.Sequential(separable(width + 48, width), separable(width, width))
         self.classifier = nn.Conv2d(width, classes, 1)
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the backbone's features of stride 4 and 16."""
+        """Return the backbone's features of stride 4 and of the output stride."""
         backbone: Any = self.backbone
         return backbone.features(x)
 
@@ -113,15 +124,27 @@ class _OverMobileNet(DeepLabV3Plus):
         return low, x
 
 
-def deeplab_mobilenet_v2(classes: int = 21, width: int = 256) -> DeepLabV3Plus:
+def deeplab_mobilenet_v2(
+    classes: int = 21, width: int = 256, output_stride: int = 16
+) -> DeepLabV3Plus:
     """Return DeepLabV3+ over MobileNetV2, without its last convolution; untrained."""
-    backbone = mobilenet_v2(output_stride=16)
+    backbone = mobilenet_v2(output_stride=output_stride)
     del backbone.features[-1], backbone.classifier, backbone.avgpool
-    return _OverMobileNet(backbone, 24, 320, classes, width)
+    return _OverMobileNet(backbone, 24, 320, classes, width, output_stride)
 
 
-def deeplab_resnet50(classes: int = 21, width: int = 256) -> DeepLabV3Plus:
+def deeplab_resnet50(classes: int = 21, width: int = 256, output_stride: int = 16) -> DeepLabV3Plus:
     """Return DeepLabV3+ over ResNet-50; untrained."""
-    backbone = resnet50(dilated=True)
+    return _over_resnet(resnet50(output_stride=output_stride), classes, width, output_stride)
+
+
+def deeplab_resnet101(
+    classes: int = 21, width: int = 256, output_stride: int = 16
+) -> DeepLabV3Plus:
+    """Return DeepLabV3+ over ResNet-101; untrained."""
+    return _over_resnet(resnet101(output_stride=output_stride), classes, width, output_stride)
+
+
+def _over_resnet(backbone: ResNet, classes: int, width: int, output_stride: int) -> DeepLabV3Plus:
     del backbone.fc, backbone.avgpool
-    return DeepLabV3Plus(backbone, 256, 2048, classes, width)
+    return DeepLabV3Plus(backbone, 256, 2048, classes, width, output_stride)

@@ -64,7 +64,7 @@ class MobileNetV2(nn.Module):
     ----------
     classes : int
     output_stride : int
-        32, or 16: the last stride becomes a dilation, for segmentation.
+        32; or 16 or 8: later strides become dilations, for segmentation.
     """
 
     def __init__(self, classes: int = 1000, output_stride: int = 32) -> None:

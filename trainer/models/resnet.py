@@ -56,8 +56,8 @@ class ResNet(nn.Module):
     blocks : list of int
         Blocks of each of the four stages.
     classes : int
-    dilated : bool
-        Whether the last stage keeps its input's size and dilates instead, for segmentation.
+    output_stride : int
+        32; or with `Bottleneck` 16 or 8: later strides become dilations, for segmentation.
     """
 
     def __init__(
@@ -65,23 +65,25 @@ class ResNet(nn.Module):
         block: type[BasicBlock] | type[Bottleneck],
         blocks: list[int],
         classes: int = 1000,
-        dilated: bool = False,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        channels = 64
+        channels, reached, dilation = 64, 4, 1
         for stage, count in enumerate(blocks):
             width, layers = 64 * 2**stage, nn.Sequential()
-            last = dilated and stage == 3
             for number in range(count):
-                stride = 2 if number == 0 and stage > 0 and not last else 1
+                stride = 2 if number == 0 and stage > 0 else 1
+                used = dilation
+                if stride == 2 and reached == output_stride:
+                    # This block still sees the undilated input.
+                    stride, dilation = 1, 2 * dilation
+                reached *= stride
                 if block is Bottleneck:
-                    # The first block still sees the undilated input.
-                    dilation = 2 if last and number > 0 else 1
-                    layers.append(Bottleneck(channels, width, stride, dilation))
+                    layers.append(Bottleneck(channels, width, stride, used))
                     channels = 4 * width
                 else:
                     layers.append(BasicBlock(channels, width, stride))
@@ -113,6 +115,16 @@ def resnet18(classes: int = 1000) -> ResNet:
     return ResNet(BasicBlock, [2, 2, 2, 2], classes)
 
 
-def resnet50(classes: int = 1000, dilated: bool = False) -> ResNet:
+def resnet34(classes: int = 1000) -> ResNet:
+    """Return an untrained ResNet-34, 21.8 million parameters."""
+    return ResNet(BasicBlock, [3, 4, 6, 3], classes)
+
+
+def resnet50(classes: int = 1000, output_stride: int = 32) -> ResNet:
     """Return an untrained ResNet-50, 25.6 million parameters; see `ResNet`."""
-    return ResNet(Bottleneck, [3, 4, 6, 3], classes, dilated)
+    return ResNet(Bottleneck, [3, 4, 6, 3], classes, output_stride)
+
+
+def resnet101(classes: int = 1000, output_stride: int = 32) -> ResNet:
+    """Return an untrained ResNet-101, 44.5 million parameters; see `ResNet`."""
+    return ResNet(Bottleneck, [3, 4, 23, 3], classes, output_stride)

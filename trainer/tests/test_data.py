@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import struct
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +13,12 @@ import torch
 from PIL import Image
 
 from logshift.trainer.data import DATA_SETS, DataError, bayer, open_data
+from logshift.trainer.data.base import middle
 from logshift.trainer.data.low_light import darkened
+from logshift.trainer.data.pictures import normalise, to_tensor
 from logshift.trainer.data.sony import Sony
+from logshift.trainer.data.sony import read_long as develop
+from logshift.trainer.data.sony import read_short as read_mosaic
 
 
 def picture(seed, height=32, width=32):
@@ -147,8 +153,14 @@ def test_batches(case):
     same(tested, list(data.test(2)))
     if name not in ("voc", "camvid", "sony"):
         assert tested[0][0].shape[1:] == data.shape
-    if name != "voc":  # whose pictures differ in size
-        assert len(data.calibration(3)) == 3
+
+    inputs = data.calibration(3)
+    assert inputs.dtype == torch.float32 and len(inputs) == 3 and len(data.calibration(99)) > 4
+    assert torch.equal(inputs, data.calibration(3))
+    if name in ("voc", "sony"):  # whose pictures differ in size, or are large
+        assert inputs.shape[1:] == SHAPES[name][0]
+    else:
+        assert inputs.shape[1:] == tested[0][0].shape[1:]
 
 
 def test_a_run_that_goes_on_and_ranks_see_the_same(case):
@@ -168,11 +180,59 @@ def test_a_run_that_goes_on_and_ranks_see_the_same(case):
         assert any(x.shape == y.shape and torch.equal(x, y) for y in tested)
 
 
-def test_worker_processes_read_the_same(tmp_path):
-    options = make_camvid(tmp_path)
-    alone = open_data("camvid", tmp_path, options)
-    helped = open_data("camvid", tmp_path, options | {"workers": 2})
-    same(list(alone.train(0, 3, seed=1)), list(helped.train(0, 3, seed=1)))
+def test_augmentation_follows_from_seed_and_epoch_apart_from_the_order(case):
+    name, root, options = case
+    data = open_data(name, root, options)
+
+    def whatever_order(epoch, seed):
+        x, _ = next(data.train(epoch, data.size, seed))
+        return x.flatten(1).abs().double().sum(1).sort().values
+
+    first = whatever_order(0, 1)
+    torch.testing.assert_close(whatever_order(0, 1), first)
+    for other in (whatever_order(1, 1), whatever_order(0, 2)):
+        assert (other != first).any()
+
+
+def test_worker_processes_read_the_same(case):
+    name, root, options = case
+    alone = open_data(name, root, options)
+    workers = {} if name == "cifar10" else {"workers": 2}  # that is in memory
+    helped = open_data(name, root, options | workers)
+    epoch = list(alone.train(0, 3, seed=1))
+    same(epoch, list(helped.train(0, 3, seed=1)))
+    # What processes that are not forked would be sent.
+    same(epoch, list(pickle.loads(pickle.dumps(alone)).train(0, 3, seed=1)))
+
+
+def test_sony_keeps_the_long_exposures_used_last(tmp_path):
+    make_sony(tmp_path)
+    read = []
+    data = Sony(tmp_path, workers=0, kept=2, long=lambda path: read.append(path) or read_long(path))
+    files = [long for _, long, _ in data.train_items[:3]]
+    for number in (0, 1, 0, 2, 0, 1):  # 1 is the one not used for longest when 2 comes
+        np.testing.assert_array_equal(data._picture(files[number]), read_long(files[number]))
+    assert read == [files[0], files[1], files[2], files[1]]
+
+
+def test_worker_processes_are_not_sent_the_long_exposures_that_are_kept(tmp_path):
+    options = make_sony(tmp_path)
+    data = open_data("sony", tmp_path, options)
+    before = len(pickle.dumps(data))
+    data.calibration(4)
+    assert len(data._pictures) == 4
+    assert len(pickle.dumps(data)) == before
+
+
+def test_reading_draws_nothing_from_the_random_numbers_of_networks(case):
+    name, root, options = case
+    data = open_data(name, root, options)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    next(data.train(0, 2, seed=1))
+    next(data.test(1))
+    data.calibration(2)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_is_not_there(case, tmp_path_factory):
@@ -182,6 +242,170 @@ def test_what_is_not_there(case, tmp_path_factory):
         open_data(name, empty, options)
     with pytest.raises(DataError, match="data_options"):
         open_data(name, root, {"nonsense": 1})
+
+
+def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rawpy", None)
+    monkeypatch.delitem(sys.modules, "logshift.trainer.data.sony")
+    with pytest.raises(DataError, match="sony needs .* not installed: pip install rawpy$"):
+        open_data("sony", tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    make_low_light(tmp_path)
+    open_data("low_light", tmp_path)  # a folder needs none
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(DataError, match="pip install pyarrow$"):
+        open_data("low_light", tmp_path / "a.parquet")
+
+
+def table(path, image, label):
+    pq.write_table(pa.table({"image": image, "label": label}), path)
+
+
+PNG = encoded(picture(1))
+
+
+@pytest.mark.parametrize("image, label, message", [
+    ([PNG, PNG[:200]], [1, 2], "cifar10-test.parquet, row 1: cannot read a picture"),
+    ([PNG, b"text"], [1, 2], "row 1: cannot read a picture"),
+    ([PNG, None], [1, 2], r"(?s)has no image in row 1; expected\n"),
+    ([{"path": "a"}], [1], "has no image in row 0"),
+    ([PNG, PNG], [1, 10], "labels are not 2 integers from 0 to 9"),
+    ([encoded(picture(1, 31))], [1], "not 32x32"),
+])  # fmt: skip
+def test_malformed_tables(tmp_path, image, label, message):
+    make_cifar10(tmp_path)
+    table(tmp_path / "cifar10-test.parquet", image, label)
+    with pytest.raises(DataError, match=message):
+        open_data("cifar10", tmp_path)
+
+
+def test_files_that_are_no_table_or_lack_a_column(tmp_path):
+    make_cifar10(tmp_path)
+    test = tmp_path / "cifar10-test.parquet"
+    pq.write_table(pa.table({"picture": [PNG]}), test)
+    with pytest.raises(DataError, match="has no column image but picture; expected\n"):
+        open_data("cifar10", tmp_path)
+    test.write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="cifar10-test.parquet cannot be read"):
+        open_data("cifar10", tmp_path)
+    test.unlink()
+    with pytest.raises(DataError, match="no cifar10-test.parquet; expected\n"):
+        open_data("cifar10", tmp_path)
+
+
+def test_pictures_may_be_structures_with_bytes(tmp_path):
+    make_cifar10(tmp_path)
+    plain = next(open_data("cifar10", tmp_path).test(5))
+    images = [{"bytes": encoded(picture(i)), "path": None} for i in range(5)]
+    table(tmp_path / "cifar10-test.parquet", images, list(range(5)))
+    same([plain], [next(open_data("cifar10", tmp_path).test(5))])
+
+
+def test_malformed_folders(tmp_path):
+    options = make_voc(tmp_path)
+    folder = tmp_path / "VOCdevkit/VOC2012"
+    labels = folder / "SegmentationClass/p8.png"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:60])
+    with pytest.raises(DataError, match=r"example 0: cannot read .*p8\.png"):
+        list(open_data("voc", tmp_path, options).test(1))
+    label_map(1, 20, 30, 21).save(labels)
+    with pytest.raises(DataError, match=r"p8\.png is \(30, 20\), its picture \(58, 40\) pixels"):
+        list(open_data("voc", tmp_path, options).test(1))
+    labels.unlink()
+    with pytest.raises(
+        DataError, match=r"no VOCdevkit/VOC2012/SegmentationClass/p8\.png; expected"
+    ):
+        open_data("voc", tmp_path, options)
+    labels.write_bytes(whole)
+    (folder / "ImageSets/Segmentation/train.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"train\.txt is empty; expected"):
+        open_data("voc", tmp_path, options)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("./Sony/short/a.ARW ./Sony/long/00000_00_10s.ARW", "without exposure times"),
+    ("./Sony/short/b_0s.ARW ./Sony/long/00000_00_10s.ARW", "without exposure times"),
+    ("./Sony/short/a.ARW", "has the line"),
+    ("./Sony/short/c.ARW ./Sony/long/00000_00_10s.ARW", "no Sony/short/c.ARW"),
+    ("", "is empty"),
+])  # fmt: skip
+def test_malformed_lists_of_sony(tmp_path, line, message):
+    options = make_sony(tmp_path)
+    for name in ("a.ARW", "b_0s.ARW"):
+        (tmp_path / "Sony/short" / name).touch()
+    (tmp_path / "Sony_test_list.txt").write_text(line + "\n")
+    with pytest.raises(DataError, match=f"(?s){message}.*expected\n"):
+        open_data("sony", tmp_path, options)
+
+
+def test_crops_that_do_not_fit(tmp_path):
+    options = make_sony(tmp_path)
+    with pytest.raises(DataError, match="planes of 16x24 are smaller than a crop, 64"):
+        next(open_data("sony", tmp_path, options | {"crop": 64}).train(0, 2, seed=1))
+    with pytest.raises(DataError, match="must be even"):
+        open_data("low_light", tmp_path, {"crop": 15})
+
+
+def test_voc_takes_the_larger_training_set_if_it_is_there(tmp_path):
+    options = make_voc(tmp_path)
+    folder = tmp_path / "VOCdevkit/VOC2012"
+    (folder / "SegmentationClassAug").mkdir()
+    for i in range(3):
+        value = Image.fromarray(np.full((40, 50 + i), 20, np.uint8))
+        value.save(folder / f"SegmentationClassAug/p{i}.png")
+    (folder / "ImageSets/Segmentation/trainaug.txt").write_text("p0\np1\np2\n")
+    data = open_data("voc", tmp_path, options)
+    assert data.size == 3
+    _, target = next(data.train(0, 3, seed=1))
+    assert set(target.unique().tolist()) <= {20, 255}
+    assert len(list(data.test(1))) == 4  # as before
+
+
+def test_camvid_in_folders_is_the_same(tmp_path):
+    options = make_camvid(tmp_path)
+    folders = tmp_path / "folders"
+    for split in ("train", "test"):
+        rows = pq.read_table(tmp_path / f"camvid-{split}.parquet").to_pylist()
+        for name in (split, f"{split}annot"):
+            (folders / name).mkdir(parents=True)
+        for i, row in enumerate(rows):
+            Image.open(io.BytesIO(row["image"])).save(folders / split / f"{i}.png")
+            (folders / f"{split}annot" / f"{i}.png").write_bytes(row["annotation"])
+    here, there = open_data("camvid", tmp_path, options), open_data("camvid", folders, options)
+    same(list(here.train(0, 3, seed=1)), list(there.train(0, 3, seed=1)))
+    same(list(here.test(2)), list(there.test(2)))
+    (folders / "testannot/1.png").unlink()
+    with pytest.raises(DataError, match=r"no testannot/1\.png; expected"):
+        open_data("camvid", folders, options)
+
+
+def test_imagenet_tests_on_the_middle(tmp_path):
+    options = make_imagenet(tmp_path)
+    data = open_data("imagenet", tmp_path, options)
+    assert data.labels == ("n01", "n02")
+    tested = list(data.test(4))
+    assert tested[0][1].tolist() == [0, 0, 1, 1]
+    image = Image.open(tmp_path / "val/n01/0.JPEG").resize((46, 37), Image.Resampling.BILINEAR)
+    expected = normalise(to_tensor(image.crop((7, 2, 39, 34))))
+    assert torch.equal(tested[0][0][0], expected)
+
+
+def test_low_light_keeps_every_fifth_picture_for_testing(tmp_path):
+    options = make_low_light(tmp_path)
+    data = open_data("low_light", tmp_path, options | {"repeat": 2})
+    assert data.size == 2 * 9
+    files = sorted(tmp_path.glob("*.png"))
+    for (_, target), file in zip(data.test(1), files[::5], strict=True):
+        whole = to_tensor(Image.open(file)).float() / 255
+        assert torch.equal(target[0], whole[:, 4:36, 9:41])
+    assert {path for _, path in data.train_items} == set(files) - set(files[::5])
+
+
+def test_the_middle_of_inputs():
+    x = torch.arange(1.0, 16).view(1, 3, 5)
+    assert middle(x, 3).tolist() == [[[2, 3, 4], [7, 8, 9], [12, 13, 14]]]
+    assert middle(x, 4)[0].tolist() == [[0] * 4, [1, 2, 3, 4], [6, 7, 8, 9], [11, 12, 13, 14]]
 
 
 def test_unknown_data_set(tmp_path):
@@ -202,6 +426,18 @@ def test_cifar10_in_its_original_files(tmp_path):
     assert target.tolist() == [3, 1, 2]
     value = (pixels[0, 0] / 255 - 0.485) / 0.229
     assert float(x[0, 0, 0, 0]) == pytest.approx(value, rel=1e-5)
+    # As Python 2 with an old NumPy wrote them.
+    old = pickle.dumps(content, protocol=2).replace(b"numpy._core.", b"numpy.core.")
+    (folder / "test_batch").write_bytes(old)
+    same([(x, target)], list(open_data("cifar10", tmp_path).test(3)))
+    for damaged, message in (
+        (old[:100], "not a batch"),
+        (pickle.dumps({b"data": pixels, b"labels": [3, 1]}), "labels are not 3 integers"),
+        (pickle.dumps([1]), "not a batch"),
+    ):
+        (folder / "test_batch").write_bytes(damaged)
+        with pytest.raises(DataError, match=f"test_batch: .*{message}"):
+            open_data("cifar10", tmp_path)
     (folder / "test_batch").write_bytes(pickle.dumps(print))
     with pytest.raises(DataError, match="print is not part of CIFAR-10"):
         open_data("cifar10", tmp_path)
@@ -260,3 +496,56 @@ def test_sony_amplifies_by_the_ratio_of_exposures(tmp_path):
     short = read_short(tmp_path / "00000_00_0.1s.ARW")
     np.testing.assert_allclose(x[0].numpy(), np.minimum(bayer.pack(short) * 100, 1), rtol=1e-6)
     assert target.shape == (1, 3, 32, 48)
+
+
+def dng(mosaic):
+    """Return the bytes of a raw picture that LibRaw reads: TIFF, 16 bits, not compressed."""
+    height, width = mosaic.shape
+    pixels = mosaic.astype("<u2").tobytes()
+    short, long = "H", "I"
+    matrix = struct.pack("<18i", *(n for i in range(9) for n in (int(i % 4 == 0), 1)))
+    fields = [  # tag, type, count, bytes
+        (256, 4, 1, long, width), (257, 4, 1, long, height), (258, 3, 1, short, 16),
+        (259, 3, 1, short, 1), (262, 3, 1, short, 32803), (271, 2, 5, None, b"Made\0"),
+        (272, 2, 3, None, b"Up\0"), (273, 4, 1, long, 0), (277, 3, 1, short, 1),
+        (278, 4, 1, long, height), (279, 4, 1, long, len(pixels)),
+        (33421, 3, 2, None, struct.pack("<2H", 2, 2)), (33422, 1, 4, None, bytes([0, 1, 1, 2])),
+        (50706, 1, 4, None, bytes([1, 4, 0, 0])), (50708, 2, 8, None, b"Made Up\0"),
+        (50714, 4, 1, long, 512), (50717, 4, 1, long, 16383), (50721, 10, 9, None, matrix),
+        (50728, 5, 3, None, struct.pack("<6I", 1, 1, 1, 1, 1, 1)), (50778, 3, 1, short, 21),
+    ]  # fmt: skip
+    values = {f[0]: f[4] if f[3] is None else struct.pack(f"<{f[3]}", f[4]) for f in fields}
+    after = 8 + 2 + 12 * len(fields) + 4
+    values[273] = struct.pack("<I", after + sum(len(v) for v in values.values() if len(v) > 4))
+    entries = apart = b""
+    for tag, kind, count, *_ in fields:
+        value = values[tag]
+        if len(value) > 4:
+            place, apart = struct.pack("<I", after + len(apart)), apart + value
+        else:
+            place = value.ljust(4, b"\0")
+        entries += struct.pack("<HHI", tag, kind, count) + place
+    head = b"II*\0" + struct.pack("<IH", 8, len(fields))
+    return head + entries + bytes(4) + apart + pixels
+
+
+def test_sony_reads_raw_files(tmp_path):
+    make_sony(tmp_path)
+    grey = np.full((64, 96), 512 + 100, np.uint16)
+    grey[0, 0], grey[0, 1], grey[1, 0] = 16383, 0, 512  # white, below black, black
+    for path in tmp_path.glob("Sony/short/*.ARW"):
+        path.write_bytes(dng(grey))
+    bright = np.full((64, 96), 512 + 4000, np.uint16)
+    for path in tmp_path.glob("Sony/long/*.ARW"):
+        path.write_bytes(dng(bright))
+    x, target = next(Sony(tmp_path, workers=0).test(1))
+    assert x.shape == (1, 4, 32, 48) and target.shape == (1, 3, 64, 96)
+    assert x[0, :, 0, 0].tolist() == pytest.approx([1, 0, 100 * 100 / 15871, 0], rel=1e-6)
+    assert x[0, :, 5:, 5:].unique().tolist() == pytest.approx([100 * 100 / 15871], rel=1e-6)
+    # The same everywhere, and brighter than linear light, as it has a gamma.
+    centre = target[0, :, 8:-8, 8:-8]
+    assert float(centre.amax() - centre.amin()) < 0.02 and float(centre.min()) > 4000 / 15871
+    for read in (read_mosaic, develop):
+        (tmp_path / "bad.ARW").write_bytes(b"nothing")
+        with pytest.raises(DataError, match=r"cannot read .*bad\.ARW"):
+            read(tmp_path / "bad.ARW")
