@@ -39,16 +39,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 # Names that other trainers' files use, and torchvision's.
 _RENAMED = {"module.": "", "linear.": "fc."}
 
-_CLASSIFIERS = ("fc.", "classifier.")
-
 
 class ModelError(ValueError):
     """Weights that cannot be read or do not fit."""
 
 
-def load_weights(
-    model: nn.Module, path: Path | str, *, part: str = "", skip_classifier: bool = False
-) -> None:
+def load_weights(model: nn.Module, path: Path | str, *, part: str = "") -> None:
     """Load weights into a network.
 
     Parameters
@@ -61,8 +57,6 @@ def load_weights(
     part : str
         Name of the submodule that the file is of, such as "backbone"; tensors of the file that it
         does not have, a classifier's, are left out then.
-    skip_classifier : bool
-        Whether a classifier for another number of classes is left as it is.
 
     Raises
     ------
@@ -88,11 +82,6 @@ def load_weights(
     expected = target.state_dict()
     if part:
         found = {name: tensor for name, tensor in found.items() if name in expected}
-    if skip_classifier:
-        for name in [n for n in expected if n in found and n.startswith(_CLASSIFIERS)]:
-            here, there = expected[name].shape, found[name].shape
-            if len(here) == len(there) and here[0] != there[0] and here[1:] == there[1:]:
-                del expected[name], found[name]
     faults = _faults(found, expected)
     if faults:
         raise ModelError(f"{path} does not fit {type(target).__name__}: {'; '.join(faults)}")

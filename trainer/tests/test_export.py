@@ -64,7 +64,8 @@ def test_weights_lie_on_the_grid_exactly(tmp_path, bits, activation_bits):
 @pytest.mark.parametrize("activation_bits", [5, 8, 32])
 def test_the_file_computes_what_pytorch_does(tmp_path, name, shape, activation_bits):
     torch.manual_seed(1)
-    options = {"width": 8} if name in ("deeplab_mobilenet_v2", "sid_unet") else {}
+    small = {"mobilenet_v2": {"classes": 20}, "resnet20_cifar": {}}
+    options = small.get(name, {"width": 8})
     network = prepare(MODELS[name](**options), Config(activation_bits=activation_bits))
     network = trained_looking(network, shape)
     export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, *shape))

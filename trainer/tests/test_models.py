@@ -175,27 +175,6 @@ def test_weights_of_a_part(tmp_path):
     assert torch.equal(loaded, backbone.features[3].conv[0][0].weight)
 
 
-def test_a_classifier_for_other_classes_is_skipped_if_asked(tmp_path):
-    torch.manual_seed(1)
-    for name, layer in (("resnet18", "fc"), ("mobilenet_v2", "classifier.1")):
-        theirs, ours = MODELS[name](classes=7), MODELS[name](classes=5)
-        torch.save({"model": theirs.state_dict()}, tmp_path / "a.pth")
-        with pytest.raises(ModelError, match=rf"shape {layer}.weight \(7, .*instead of \(5, "):
-            load_weights(ours, tmp_path / "a.pth")
-        kept = ours.get_submodule(layer).weight.detach().clone()
-        load_weights(ours, tmp_path / "a.pth", skip_classifier=True)
-        assert torch.equal(ours.get_submodule(layer).weight, kept)
-        loaded, there = ours.state_dict(), theirs.state_dict()
-        assert all(torch.equal(loaded[n], t) for n, t in there.items() if layer not in n)
-        # One that fits is loaded, and whatever else does not fit is still an error.
-        same = MODELS[name](classes=7)
-        load_weights(same, tmp_path / "a.pth", skip_classifier=True)
-        assert torch.equal(same.get_submodule(layer).weight, theirs.get_submodule(layer).weight)
-    torch.save({"fc.weight": torch.zeros(7, 3)}, tmp_path / "b.pth")
-    with pytest.raises(ModelError, match=r"missing conv1.*shape fc.weight \(7, 3\)"):
-        load_weights(MODELS["resnet18"](), tmp_path / "b.pth", skip_classifier=True)
-
-
 def test_weights_that_do_not_fit(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1), "odd": torch.zeros(1)}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(b"nothing")
