@@ -143,9 +143,9 @@ def grid(layer: Any) -> tuple[Tensor, Tensor]:
     assert isinstance(quantizer, LogQuantizer)
     with torch.no_grad():
         rows = quantizer.layout.rows(layer.weight).double()
-        unit = quantizer.alpha.double() / _scale(quantizer)
-        integers = torch.round(rows / unit).int()
-    return integers, quantizer.alpha.detach().flatten()
+        alpha = quantizer.magnitude()
+        integers = torch.round(rows / (alpha.double() / _scale(quantizer))).int()
+    return integers, alpha.flatten()
 
 
 def _scale(quantizer: LogQuantizer) -> float:
@@ -175,7 +175,7 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
             shifted = (0.0 if bias is None else bias) - norm.running_mean.double()
             bias = shifted * factor[:, 0] + norm.bias.double()
             _remove(network, after[name])
-        alpha = alpha.float()
+        alpha = alpha.float().clamp_min(1e-30)  # of float32 it might be zero
         if isinstance(quantizer, LogQuantizer):
             unit = alpha.double() / _scale(quantizer)
             grids[f"{name}.weight"] = {

@@ -113,9 +113,10 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
     network = build(settings, data)
     quantization = settings.quantization
     state: dict[str, Any] = {"iteration": 0, "epoch": 0, "seconds": 0.0, "epochs": []}
-    if not checkpoint.exists() and quantization is not None:
+    codes = quantization is not None and quantization.activation_bits != 32
+    if codes and not checkpoint.exists():
         inputs = data.calibration(training.calibration)
-        quantize.calibrate(network, inputs.split(64))
+        quantize.calibrate(network, inputs.split(min(training.batch, 64)))
     network = network.to(fabric.device)
     optimiser = make_optimiser(network, training)
     if checkpoint.exists():

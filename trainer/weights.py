@@ -59,7 +59,7 @@ class WeightQuantizer(nn.Module):
     Attributes
     ----------
     alpha : Parameter of shape (O, 1)
-        Real value of the largest level of a word, per output channel, learned.
+        Real value of the largest level of a word, per output channel, learned; see `magnitude`.
     regulariser : float32 Tensor
         l2 norm of the errors that are to shrink, in the last forward pass; see `stlq.TwoWords`.
     second_words : int64 Tensor
@@ -74,6 +74,10 @@ class WeightQuantizer(nn.Module):
         self.bits = bits
         self.regulariser = torch.zeros(())
         self.second_words = torch.zeros((), dtype=torch.int64)
+
+    def magnitude(self) -> Tensor:
+        """Return |alpha|, positive: where a channel's weights have died, steps go past zero."""
+        return self.alpha.abs().clamp_min(1e-30)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied: not the graph behind the regulariser."""
@@ -129,8 +133,8 @@ class LogQuantizer(WeightQuantizer):
     def refresh(self, weight: Tensor) -> None:
         """Choose the weights with the largest |alpha * r1|."""
         rows = self.layout.rows(weight)
-        r1 = stlq.split(rows, self.alpha, self.bits, self.clip, self.shift)[3]
-        error = r1 * self.alpha
+        alpha = self.magnitude()
+        error = stlq.split(rows, alpha, self.bits, self.clip, self.shift)[3] * alpha
         self.second.copy_(stlq.select(error, self.ratio, self.granularity, self.tile))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class LogQuantizer(WeightQuantizer):
         }[self.regular]
         rows = self.layout.rows(weight.float())
         quantized, self.regulariser, self.second_words = stlq.TwoWords.apply(
-            rows, self.alpha, self.second, regular, self.bits, self.clip, self.shift
+            rows, self.magnitude(), self.second, regular, self.bits, self.clip, self.shift
         )
         return self.layout.weight(quantized)
 
@@ -200,7 +204,7 @@ class LevelQuantizer(WeightQuantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weight, of the shape of `weight`."""
         rows = self.layout.rows(weight.float())
-        return self.layout.weight(_Nearest.apply(rows, self.alpha, self.levels))
+        return self.layout.weight(_Nearest.apply(rows, self.magnitude(), self.levels))
 
 
 def uniform_levels(bits: int) -> list[float]:

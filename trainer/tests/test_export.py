@@ -83,6 +83,21 @@ def test_the_file_computes_what_pytorch_does(tmp_path, name, shape, activation_b
     assert np.sqrt(np.mean((there - here) ** 2)) < limit * spread
 
 
+def test_an_alpha_that_went_past_zero(tmp_path):
+    torch.manual_seed(1)
+    network = prepare(MODELS["resnet20_cifar"](), Config(activation_bits=32)).eval()
+    _, layer, quantizer = next(weight_quantizers(network))
+    with torch.no_grad():
+        before = layer.weight.clone()
+        quantizer.alpha[3] *= -1
+        assert torch.equal(layer.weight, before)
+        quantizer.alpha[4] = 0
+        assert torch.isfinite(layer.weight).all()
+    export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 32, 32))
+    record = metadata(onnx.load(tmp_path / "a.onnx"))["weights"]["conv1.weight"]
+    assert all(alpha > 0 for alpha in record["alpha"])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_exported_and_the_original_still_trains(tmp_path, method):
     torch.manual_seed(1)
