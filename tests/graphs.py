@@ -174,7 +174,9 @@ def resizes(draw):
         ),
     }
     if draw(st.booleans()):
-        scales = st.sampled_from([1.0, 1.5, 2.0, float(np.float32(3.3))])  # as ONNX has them
+        # Float32 holds them and most quotients: where one is rounded, other engines break ties
+        # between two pixels otherwise.
+        scales = st.sampled_from([1.0, 1.5, 2.0, 3.25])
         attributes["scales"] = [draw(scales) for _ in range(2)]
     else:
         attributes["sizes"] = [draw(st.integers(1, 20)) for _ in range(2)]
