@@ -16,6 +16,7 @@ from logshift.trainer.config import Config
 from logshift.trainer.export import Pair, deployed
 from logshift.trainer.quantize import Placement
 from logshift.trainer.stlq import exponent_levels
+from logshift.trainer.weights import Layout
 
 
 class Convolution(nn.Module):
@@ -48,18 +49,10 @@ class Convolution(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.s_x, self.s_r, self.pair, self.clamp = layer, s_x, s_r, pair, clamp
-        outputs = len(unit)
-        bias = torch.zeros(outputs) if layer.bias is None else layer.bias.detach()
-        axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
-        shape = [1] * layer.weight.ndim
-        shape[axis] = -1
-        units = unit.view(shape)
-        if axis and layer.groups > 1:
-            units = unit.view(layer.groups, -1).repeat_interleave(
-                len(layer.weight) // layer.groups, 0
-            )
-            units = units.view(len(layer.weight), -1, 1, 1)
-        layer.weight = nn.Parameter((layer.weight.detach().double() / units).round())
+        bias = torch.zeros(len(unit)) if layer.bias is None else layer.bias.detach()
+        layout = Layout(layer)
+        integers = (layout.rows(layer.weight.detach().double()) / unit[:, None]).round()
+        layer.weight = nn.Parameter(layout.weight(integers))
         layer.bias = None
         s_y, z_y = (1.0, 0) if pair is None else (pair.scale, pair.zero_point)
         ends = (-1, 1, 1) if layer.weight.ndim == 4 else (-1,)

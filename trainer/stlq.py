@@ -8,6 +8,7 @@ Weights are matrices of shape (O, K), one output channel a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -173,17 +174,37 @@ def search_alpha(w: Tensor, bits: int, clip: int, shift: int, ratio: float) -> T
     -------
     float32 Tensor of shape (O, 1), positive (1 for a channel of zeros).
     """
-    largest = w.abs().amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
     chosen = int(ratio * w.shape[1])
-    best, alpha = torch.full_like(largest, torch.inf), largest
-    for octave in ALPHA_OCTAVES:
-        candidate = (largest * 2.0**-octave).clamp_min(1e-30)
-        relative, _, q0, r1 = split(w, candidate, bits, clip, shift)
+
+    def error(alpha: Tensor) -> Tensor:
+        relative, _, q0, r1 = split(w, alpha, bits, clip, shift)
         one = (relative - q0).square()
         two = (relative - q0 - nearest_level(r1, bits) * 2.0**-shift).square()
         gain = (one - two).clamp_min(0).topk(chosen, 1).values.sum(1, keepdim=True)
-        error = (one.sum(1, keepdim=True) - gain) * candidate.square()
-        alpha = torch.where(error < best, candidate, alpha)
-        best = torch.minimum(error, best)
+        return (one.sum(1, keepdim=True) - gain) * alpha.square()
+
+    return best_alpha(w, error)
+
+
+def best_alpha(w: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the candidate for alpha of least error in each channel.
+
+    Parameters
+    ----------
+    w : float32 Tensor of shape (O, K)
+    error : callable
+        From alpha to the squared error of each channel, both of shape (O, 1).
+
+    Returns
+    -------
+    float32 Tensor of shape (O, 1), positive (1 for a channel of zeros).
+    """
+    largest = w.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    best, alpha = torch.full_like(largest, torch.inf), largest
+    for octave in ALPHA_OCTAVES:
+        candidate = (largest * 2.0**-octave).clamp_min(1e-30)
+        found = error(candidate)
+        alpha = torch.where(found < best, candidate, alpha)
+        best = torch.minimum(found, best)
     return alpha

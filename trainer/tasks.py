@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-IGNORED = 255  # label of pixels that do not count
+from logshift.trainer.data.pictures import VOID
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Segmentation(Task):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the cross entropy of (N, classes, H, W) against (N, H, W)."""
         return F.cross_entropy(
-            output, target, ignore_index=IGNORED, label_smoothing=self.label_smoothing
+            output, target, ignore_index=VOID, label_smoothing=self.label_smoothing
         )
 
     def measure(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the share of pixels that is right."""
-        counted = target != IGNORED
+        counted = target != VOID
         right = (output.argmax(1) == target) & counted
         return right.sum() / counted.sum().clamp_min(1)
 
@@ -84,8 +84,8 @@ class Segmentation(Task):
         """Return the mean IoU over all pictures together, and the share of pixels that is right."""
         return MetricCollection(
             {
-                "miou": MulticlassJaccardIndex(self.classes, ignore_index=IGNORED),
-                "pixels": MulticlassAccuracy(self.classes, average="micro", ignore_index=IGNORED),
+                "miou": MulticlassJaccardIndex(self.classes, ignore_index=VOID),
+                "pixels": MulticlassAccuracy(self.classes, average="micro", ignore_index=VOID),
             }
         )
 

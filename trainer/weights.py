@@ -16,8 +16,6 @@ from logshift.trainer import stlq
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
-METHODS = ("stlq", "without_select", "log", "flightnn", "apot", "uniform")
-
 
 # A magnitude is a sum of one value of each term, zero or a power of two.
 _APOT_EXPONENTS = {2: [[0]], 3: [[0, 1, 2]], 4: [[0, 1, 3], [2]], 5: [[0, 2, 4], [1, 3, 5]]}
@@ -139,11 +137,10 @@ class LogQuantizer(WeightQuantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weight, of the shape of `weight`."""
-        regular = {
-            "rest": ~self.second,
-            "all": torch.ones_like(self.second),
-            "none": torch.zeros_like(self.second),
-        }[self.regular]
+        if self.regular == "rest":
+            regular = ~self.second
+        else:
+            regular = torch.full_like(self.second, self.regular == "all")
         rows = self.layout.rows(weight.float())
         quantized, self.regulariser, self.second_words = stlq.TwoWords.apply(
             rows, self.magnitude(), self.second, regular, self.bits, self.clip, self.shift
@@ -186,20 +183,13 @@ class LevelQuantizer(WeightQuantizer):
     def __init__(self, layer: Layer, bits: int, levels: list[float]) -> None:
         super().__init__(layer, bits)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.alpha = nn.Parameter(self._search(self.layout.rows(layer.weight.detach())))
+        rows = self.layout.rows(layer.weight.detach())
 
-    def _search(self, rows: Tensor) -> Tensor:
-        """Find alpha by the same search as `stlq.search_alpha`."""
-        largest = rows.abs().amax(1, keepdim=True)
-        largest = torch.where(largest > 0, largest, 1.0)
-        best, alpha = torch.full_like(largest, torch.inf), largest
-        for octave in stlq.ALPHA_OCTAVES:
-            candidate = (largest * 2.0**-octave).clamp_min(1e-30)
-            quantized = _Nearest.apply(rows, candidate, self.levels)
-            error = (quantized - rows).square().sum(1, keepdim=True)
-            alpha = torch.where(error < best, candidate, alpha)
-            best = torch.minimum(error, best)
-        return alpha
+        def error(alpha: Tensor) -> Tensor:
+            quantized = _Nearest.apply(rows, alpha, self.levels)
+            return (quantized - rows).square().sum(1, keepdim=True)
+
+        self.alpha = nn.Parameter(stlq.best_alpha(rows, error))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weight, of the shape of `weight`."""

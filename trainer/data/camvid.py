@@ -73,10 +73,5 @@ class CamVid(FileDataSet):
 
     def example(self, item: Any, random: np.random.Generator | None) -> Batch:
         """Return a picture and the classes of its pixels, 255 for those that do not count."""
-        picture, labels = pictures.read_labelled(*item)
-        if random is None:
-            pixels, classes = pictures.to_tensor(picture), pictures.to_tensor(labels)
-        else:
-            pixels, classes = pictures.scaled_crop(picture, labels, self.scale, self.crop, random)
-        classes = classes.masked_fill(classes >= _VOID, pictures.VOID)
-        return pictures.normalise(pixels), classes.long()
+        x, classes = pictures.segmented(item, self.scale, self.crop, random)
+        return x, classes.masked_fill(classes >= _VOID, pictures.VOID)

@@ -62,6 +62,34 @@ def read_labelled(picture: Path | bytes, labels: Path | bytes) -> tuple[Image.Im
     return read_picture, read_labels
 
 
+def segmented(
+    item: tuple[Path | bytes, Path | bytes],
+    scale: tuple[float, float],
+    size: tuple[int, int],
+    random: np.random.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the input and the classes of its pixels, augmented if there is a generator.
+
+    Parameters
+    ----------
+    item : tuple
+        A picture and its label map, as for `read_labelled`.
+    scale, size, random
+        As for `scaled_crop`.
+
+    Returns
+    -------
+    x : float32 Tensor of shape (3, H, W)
+    classes : int64 Tensor of shape (H, W)
+    """
+    picture, labels = read_labelled(*item)
+    if random is None:
+        pixels, classes = to_tensor(picture), to_tensor(labels)
+    else:
+        pixels, classes = scaled_crop(picture, labels, scale, size, random)
+    return normalise(pixels), classes.long()
+
+
 def preprocessing(resize: int | list[int] | None, crop: list[int]) -> dict[str, Any]:
     """Return how pictures become inputs, in the terms of the packed file.
 

@@ -73,10 +73,4 @@ class Voc(FileDataSet):
 
     def example(self, item: Any, random: np.random.Generator | None) -> Batch:
         """Return a picture and the classes of its pixels, 255 for those that do not count."""
-        picture, labels = pictures.read_labelled(*item)
-        if random is None:
-            pixels, classes = pictures.to_tensor(picture), pictures.to_tensor(labels)
-        else:
-            size = (self.crop, self.crop)
-            pixels, classes = pictures.scaled_crop(picture, labels, (0.5, 2.0), size, random)
-        return pictures.normalise(pixels), classes.long()
+        return pictures.segmented(item, (0.5, 2.0), (self.crop, self.crop), random)

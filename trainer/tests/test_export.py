@@ -1,6 +1,7 @@
 """Exported files: the grid to the bit, batch norms folded, outputs as in PyTorch."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -10,11 +11,10 @@ import torch
 from conftest import trained_looking
 from onnx import numpy_helper
 
-from logshift.trainer.config import Config
+from logshift.trainer.config import Config, Method
 from logshift.trainer.export import export_onnx, grid
 from logshift.trainer.models import MODELS
 from logshift.trainer.quantize import prepare, weight_quantizers
-from logshift.trainer.weights import METHODS
 
 
 def metadata(model):
@@ -98,7 +98,7 @@ def test_an_alpha_that_went_past_zero(tmp_path):
     assert all(alpha > 0 for alpha in record["alpha"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_is_exported_and_the_original_still_trains(tmp_path, method):
     torch.manual_seed(1)
     network = prepare(MODELS["resnet20_cifar"](), Config(method=method, activation_bits=32))

@@ -1,5 +1,7 @@
 """Weight quantizers as parametrizations: layouts, methods, levels."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from logshift.trainer import stlq
-from logshift.trainer.config import Config, LayerConfig
+from logshift.trainer.config import Config, LayerConfig, Method
 from logshift.trainer.quantize import (
     PrepareError,
     non_zero_ratio,
@@ -16,7 +18,7 @@ from logshift.trainer.quantize import (
     regulariser,
     weight_quantizers,
 )
-from logshift.trainer.weights import METHODS, Layout, apot_levels, uniform_levels
+from logshift.trainer.weights import Layout, apot_levels, uniform_levels
 
 LAYERS = [
     nn.Conv2d(6, 8, (3, 2)),
@@ -57,7 +59,7 @@ def small():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_trains(method, bits):
     network = prepare(small(), Config(method=method, weight_bits=bits, activation_bits=32))
     x = torch.randn(2, 3, 8, 8)
