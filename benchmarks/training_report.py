@@ -1,6 +1,6 @@
 """Figures and tables of docs/training.md from the logs of the training runs.
 
-    python -m benchmarks.training_report --archive runs     copies logs to docs/training/ first
+    python -m benchmarks.training_report --archive runs     copies logs and panels there first
     python -m benchmarks.training_report
 
 Logs there are those of `benchmarks.training_runs` and `benchmarks.training_runtime`, but each row
@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import matplotlib
@@ -23,6 +24,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
+
+from benchmarks import training_panels  # noqa: E402
+from benchmarks.training_runs import SEEDS  # noqa: E402
+from logshift.trainer.data.camvid import CamVid  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
 LOGS = DOCS / "training"
@@ -47,6 +52,9 @@ def archive(runs: Path) -> None:
         for name in ("settings.json", "summary.json", "epochs.csv", "runtime.json"):
             if (summary.parent / name).exists():
                 shutil.copy(summary.parent / name, target / name)
+        panels = summary.parent / training_panels.PANELS
+        if panels.exists():
+            shutil.copytree(panels, target / panels.name, dirs_exist_ok=True)
         settings = json.loads((target / "settings.json").read_text())
         settings["weights"] = None  # a path of the machine that it ran on
         (target / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -57,8 +65,8 @@ def archive(runs: Path) -> None:
             writer.writerow(header)
             for begin in range(0, len(rows), TOGETHER):
                 part = [[float(value) for value in row] for row in rows[begin : begin + TOGETHER]]
-                means = [sum(column) / len(part) for column in zip(*part, strict=True)]
-                writer.writerow([int(part[-1][0]), *(f"{mean:.5g}" for mean in means[1:])])
+                means = [mean(column) for column in zip(*part, strict=True)]
+                writer.writerow([int(part[-1][0]), *(f"{value:.5g}" for value in means[1:])])
 
 
 def load(name: str, file: str) -> dict[str, Any] | None:
@@ -89,8 +97,7 @@ def curves(cases: dict[str, str], title: str, float_top1: float, axes: Any) -> N
 
 def smooth(values: list[float]) -> list[float]:
     """Return running means of five values."""
-    return [sum(values[max(0, i - 4) : i + 1]) / len(values[max(0, i - 4) : i + 1])
-            for i in range(len(values))]  # fmt: skip
+    return [mean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
 
 
 def figure(path: Path, cases: Callable[[int], dict[str, str]]) -> None:
@@ -105,61 +112,78 @@ def figure(path: Path, cases: Callable[[int], dict[str, str]]) -> None:
     float_log = iterations("cifar10-float")["top1"][-20:]
     drawn, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
     for axis, (bits, found) in zip(axes[0], panels.items(), strict=True):
-        curves(found, f"W{bits}A{bits}, ResNet-20, CIFAR-10", sum(float_log) / len(float_log), axis)
+        curves(found, f"W{bits}A{bits}, ResNet-20, CIFAR-10", mean(float_log), axis)
     drawn.tight_layout()
     drawn.savefig(path, metadata={"Date": None})
 
 
-def percent(value: float) -> str:
-    """Return a share as a percentage of two decimals."""
-    return f"{100 * value:.2f}"
+def percent(values: list[float], factor: float = 100) -> str:
+    """Return the mean of shares in percent, with the standard deviation if there are several."""
+    text = f"{factor * mean(values):.2f}"
+    return text if len(values) == 1 else f"{text} ± {factor * stdev(values):.2f}"
 
 
-def row(label: str, name: str) -> str | None:
-    """Return a row of the table of CIFAR-10, None if the run is not there."""
-    summary, packed = load(name, "summary.json"), load(name, "runtime.json")
-    if summary is None:
+def row(label: str, names: list[str]) -> str | None:
+    """Return a row of a table of CIFAR-10 for a case's runs, None if one of them is not there."""
+    found = [load(name, "summary.json") for name in names]
+    summaries = [summary for summary in found if summary is not None]
+    if len(summaries) < len(names):
         return None
-    cells = [label, percent(summary["top1"]), percent(summary["nzr"])]
-    cells += [f"{summary['bits_per_weight']:.2f}"]
-    if packed is None:
-        cells += ["", "", "", "", ""]
-    else:
-        cells += [
-            percent(packed["runtime"]["top1"]),
-            f"{packed['other_class']} / {packed['other_class_than_reference']}",
-            f"{packed['bytes']:,}",
-            *(f"{packed[f'speed_{n}']['ratio']:.1f}" for n in (1, 2)),
-        ]
+    cells = [label, percent([s["top1"] for s in summaries])]
+    cells += [f"{100 * mean([s['nzr'] for s in summaries]):.2f}"]
+    cells += [f"{mean([s['bits_per_weight'] for s in summaries]):.2f}"]
+    packed = [p for name in names if (p := load(name, "runtime.json")) is not None]
+    if len(packed) < len(names):
+        return "| " + " | ".join([*cells, "", "", "", "", "", ""]) + " |"
+
+    def share(part: str, whole: str) -> str:
+        return f"{sum(p[part] for p in packed):,} of {sum(p[whole] for p in packed):,}"
+
+    cells += [
+        percent([p["runtime"]["top1"] for p in packed]),
+        share("other_class", "classes_compared"),
+        share("other_class_than_reference", "classes_compared_with_reference"),
+        f"{mean([p['bytes'] for p in packed]):,.0f}",
+        *(f"{mean([p[f'speed_{n}']['ratio'] for p in packed]):.1f}" for n in (1, 2)),
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
 HEADER = (
     "| case | top-1 | NZR % | bits per weight | in the runtime | other class than PyTorch"
-    " / reference | bytes | times as fast as PyTorch, 1 thread | 2 threads |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    " | than the reference | bytes | times as fast as PyTorch, 1 thread | 2 threads |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
 
 
 def tables() -> dict[str, str]:
     """Return the tables by name."""
+
+    def seeds(case: str) -> list[str]:
+        return [f"table/{case}/seed{seed}" for seed in SEEDS]
+
     cases = {
         "bits": [
-            (f"W{bits}A{activation_bits} + 15 %", f"table/w{bits}a{activation_bits}")
+            (f"W{bits}A{activation_bits} + 15 %", seeds(f"w{bits}a{activation_bits}"))
             for bits in (5, 4, 3)
             for activation_bits in (8, 5)
         ],
         "ratios": [
-            (f"W4A8 + {ratio} %", "table/w4a8" + ("" if ratio == 15 else f"-{ratio}"))
+            (f"W4A8 + {ratio} %", seeds("w4a8" + ("" if ratio == 15 else f"-{ratio}")))
             for ratio in (0, 5, 15, 30, 100)
         ],
         "methods": [
-            (f"W{bits}A5, {label}", f"table/w{bits}a5{suffix}")
+            (f"W{bits}A5, {label}", seeds(f"w{bits}a5{suffix}"))
             for bits in (4, 3)
             for suffix, label in METHODS.items()
         ],
+        "longer": [
+            (f"W{bits}A{activation_bits} + 15 %", [f"longer/w{bits}a{activation_bits}"])
+            for bits in (4, 3)
+            for activation_bits in (8, 5)
+        ],
         "figures": [
-            (f"W{bits}A{bits}, {label}", f"figure/w{bits}a{bits}{suffix}")
+            (f"W{bits}A{bits}, {label}", [f"figure/w{bits}a{bits}{suffix}"])
             for bits in (5, 4)
             for suffix, label in (
                 ("", "select, 15 %"),
@@ -170,9 +194,39 @@ def tables() -> dict[str, str]:
     }
     found = {}
     for name, rows in cases.items():
-        lines = [line for label, run in rows if (line := row(label, run)) is not None]
+        lines = [line for label, runs in rows if (line := row(label, runs)) is not None]
         found[name] = HEADER + "\n".join(lines) + "\n" if lines else "Not run yet.\n"
+    found["camvid"] = table_of_pictures(
+        "camvid", {"miou": ("mIoU %", 100), "pixels": ("pixels %", 100)}
+    )
+    found["low-light"] = table_of_pictures(
+        "low-light", {"psnr": ("PSNR dB", 1), "ssim": ("SSIM %", 100)}
+    )
     return found
+
+
+PICTURES = {"float": "-float", "W4A8 + 15 %": "/w4a8", "W3A8 + 15 %": "/w3a8"}
+
+
+def table_of_pictures(task: str, measures: dict[str, tuple[str, float]]) -> str:
+    """Return the table of segmentation or low light."""
+    names = [name for name, _ in measures.values()]
+    head = ["case", *names, *(f"{name}, runtime" for name in names), "codes within one %", "bytes"]
+    head += ["times as fast as PyTorch, 1 thread", "2 threads"]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    for label, suffix in PICTURES.items():
+        summary, packed = load(task + suffix, "summary.json"), load(task + suffix, "runtime.json")
+        if summary is None:
+            continue
+        cells = [label, *(percent([summary[key]], by) for key, (_, by) in measures.items())]
+        if packed is None:
+            cells += [""] * (len(head) - len(cells))
+        else:
+            cells += [percent([packed["runtime"][key]], by) for key, (_, by) in measures.items()]
+            cells += [f"{100 * packed['codes_within_one']:.4f}", f"{packed['bytes']:,}"]
+            cells += [f"{packed[f'speed_{n}']['ratio']:.1f}" for n in (1, 2)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "Not run yet.\n"
 
 
 def main() -> None:
@@ -197,6 +251,11 @@ def main() -> None:
             "per tile of 16": f"figure/w{bits}a{bits}-tile",
         },
     )
+    for task, labels in (("camvid", CamVid.labels), ("low-light", ())):
+        folders = {label: LOGS / f"{task}{suffix}" for label, suffix in PICTURES.items()}
+        there = {k: f for k, f in folders.items() if (f / training_panels.PANELS).exists()}
+        if there:
+            training_panels.draw(LOGS / f"{task}.jpg", there, labels)
     text = PAGE.read_text()
     for name, table in tables().items():
         begin = text.index(mark := f"<!-- {name} -->\n") + len(mark)

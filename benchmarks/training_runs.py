@@ -36,28 +36,45 @@ class Run:
     begins: str = ""
 
 
-def _cifar(name: str, epochs: int, **quantization: object) -> Run:
-    changes = [f"quantization.{key}={value}" for key, value in quantization.items()]
-    return Run(name, "resnet20-cifar10", (f"training.epochs={epochs}", *changes), "cifar10-float")
+def _cifar(name: str, epochs: int, seed: int = 1, **quantization: object) -> Run:
+    changes = [f"training.epochs={epochs}", f"training.seed={seed}"]
+    changes += [f"quantization.{key}={value}" for key, value in quantization.items()]
+    return Run(name, "resnet20-cifar10", tuple(changes), "cifar10-float")
+
+
+# lambda with which the non-zero ratio comes down when nothing is selected; found by short runs.
+WITHOUT_SELECT = {3: 0.01, 4: 0.02, 5: 0.1}
+SEEDS = (1, 2, 3)
+
+
+def compared() -> dict[str, dict[str, object]]:
+    """Return the cases of the table, by name: what each has in its quantization."""
+    found: dict[str, dict[str, object]] = {}
+    for bits in (5, 4, 3):
+        for activation_bits in (8, 5):
+            words = {"weight_bits": bits, "activation_bits": activation_bits}
+            found[f"w{bits}a{activation_bits}"] = words
+    for percent in (0, 5, 30, 100):
+        found[f"w4a8-{percent}"] = {"residual_ratio": percent / 100}
+    for bits in (4, 3):
+        for method in ("without_select", "log", "flightnn", "apot", "uniform"):
+            case = {"weight_bits": bits, "activation_bits": 5, "method": method}
+            if method == "without_select":
+                case["regularisation"] = WITHOUT_SELECT[bits]
+            found[f"w{bits}a5-{method}"] = case
+    return found
 
 
 def cases() -> list[Run]:
     """Return all runs, those that others begin with first."""
     found = [Run("cifar10-float", "resnet20-cifar10-float", begins="resnet20-cifar10.safetensors")]
-    # The table.
-    for bits in (3, 4, 5):
-        for activation_bits in (5, 8):
-            name = f"table/w{bits}a{activation_bits}"
-            found.append(_cifar(name, 3, weight_bits=bits, activation_bits=activation_bits))
-    for percent in (0, 5, 30, 100):
-        found.append(_cifar(f"table/w4a8-{percent}", 3, residual_ratio=percent / 100))
-    for bits in (3, 4):
-        for method in ("without_select", "log", "flightnn", "apot", "uniform"):
-            extra = {"regularisation": WITHOUT_SELECT[bits]} if method == "without_select" else {}
-            name = f"table/w{bits}a5-{method}"
-            case = {"weight_bits": bits, "activation_bits": 5, "method": method, **extra}
-            found.append(_cifar(name, 3, **case))
-    # Figures 1 and 2.
+    for recipe, name in (("deeplab-camvid", "camvid"), ("sid-low-light", "low-light")):
+        found.append(Run(f"{name}-float", f"{recipe}-float"))
+        for bits in (4, 3):
+            change = (f"quantization.weight_bits={bits}",)
+            found.append(Run(f"{name}/w{bits}a8", recipe, change, f"{name}-float"))
+    for name in ("w4a8", "w4a5", "w3a8", "w3a5"):
+        found.append(_cifar(f"longer/{name}", 3, **compared()[name]))
     for bits in (4, 5):
         words = {"weight_bits": bits, "activation_bits": bits}
         found += [
@@ -68,17 +85,11 @@ def cases() -> list[Run]:
             ),
             _cifar(f"figure/w{bits}a{bits}-tile", 10, granularity="tile", **words),
         ]  # fmt: skip
-    # Segmentation and low light.
-    for recipe, name in (("deeplab-camvid", "camvid"), ("sid-low-light", "low-light")):
-        found.append(Run(f"{name}-float", f"{recipe}-float"))
-        for bits in (4, 3):
-            change = (f"quantization.weight_bits={bits}",)
-            found.append(Run(f"{name}/w{bits}a8", recipe, change, f"{name}-float"))
+    for seed in SEEDS:
+        found += [
+            _cifar(f"table/{name}/seed{seed}", 1, seed, **case) for name, case in compared().items()
+        ]
     return found
-
-
-# lambda with which the non-zero ratio comes down when nothing is selected; found by short runs.
-WITHOUT_SELECT = {3: 0.01, 4: 0.02, 5: 0.1}
 
 
 def data_of(name: str, root: Path) -> Path:

@@ -2,10 +2,12 @@
 
     python -m benchmarks.training_runtime --data DIRECTORY --runs runs
 
-Every finished quantized run of `benchmarks.training_runs` gets `model.stlq` and `runtime.json`,
-unless it has them already. The test set goes through PyTorch's quantized network and through the
-runtime; speed is that of the runtime against the float network in PyTorch, frozen and optimised, in
-turns, batch 1.
+Every finished run of `benchmarks.training_runs` whose weights a packed file can hold gets
+`model.stlq` and `runtime.json`, unless it has them already. The test set goes through PyTorch's
+quantized network and through the runtime, the first part of it also through
+`logshift.trainer.reference`; speed is that of the runtime against the float network in PyTorch,
+frozen and optimised, in turns, batch 1. Runs for segmentation and low light also get the pictures
+of a few test examples, float ones through PyTorch.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import training_panels
 from benchmarks.machine import describe
 from benchmarks.training_runs import data_of
 from logshift import converter, runtime
@@ -34,20 +37,33 @@ from logshift.trainer.settings import Settings
 from logshift.trainer.tasks import TASKS
 
 CALIBRATION = 64
-CODES = 200  # test examples whose codes are compared
+CODES = {"classification": 200, "segmentation": 16, "enhancement": 16}  # examples compared so
+EXACT = {"classification": 2000, "segmentation": 16, "enhancement": 16}  # float64 takes long
+SHOWN = {"camvid": (30, 110, 200), "low_light": (2, 41, 77)}  # test examples, chosen blindly
+UNPACKABLE = ("apot", "uniform")
 ROUNDS, SECONDS = 15, 0.1
 
 console = Console()
 
 
-def measure(folder: Path, root: Path) -> dict[str, Any]:
-    """Convert the network of a run and compare; returns what `runtime.json` holds."""
+def opened(folder: Path, root: Path) -> tuple[Settings, DataSet]:
+    """Return settings and data set of a run."""
     settings = Settings.model_validate_json((folder / "settings.json").read_text())
     data = open_data(settings.data, data_of(settings.data, root), settings.data_options)
-    network = build(settings.model_copy(update={"weights": None}), data)
+    return settings.model_copy(update={"weights": None}), data
+
+
+def trained(folder: Path, settings: Settings, data: DataSet) -> torch.nn.Module:
+    """Return the network that a run has trained."""
+    network = build(settings, data)
     state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     network.load_state_dict(state["network"])
-    network.eval()
+    return network.eval()
+
+
+def measure(folder: Path, root: Path) -> dict[str, Any]:
+    """Convert the network of a run and compare; returns what `runtime.json` holds."""
+    settings, data = opened(folder, root)
     packed = folder / "model.stlq"
     report = converter.convert(
         folder / "model.onnx", packed, calibration=data.calibration(CALIBRATION).numpy()
@@ -56,12 +72,26 @@ def measure(folder: Path, root: Path) -> dict[str, Any]:
     result = {
         "bytes": report.file_bytes,
         "bits_per_weight": report.bits_per_weight,
-        **compare(network, session, data, settings),
+        **compare(trained(folder, settings, data), session, data, settings),
     }
-    plain = build(settings.model_copy(update={"weights": None, "quantization": None}), data)
+    if settings.data in SHOWN:
+        training_panels.save(folder, data, SHOWN[settings.data], session.run)
+    plain = build(settings.model_copy(update={"quantization": None}), data)
     for threads in (1, 2):
         result[f"speed_{threads}"] = speed(plain.eval(), packed, data.shape, threads)
     return result
+
+
+def show_float(folder: Path, root: Path) -> None:
+    """Keep what a float run makes of the examples that are shown."""
+    settings, data = opened(folder, root)
+    network = trained(folder, settings, data)
+
+    @torch.no_grad()
+    def predict(x: np.ndarray) -> np.ndarray:
+        return network(torch.from_numpy(x)).numpy()
+
+    training_panels.save(folder, data, SHOWN[settings.data], predict)
 
 
 @torch.no_grad()
@@ -73,23 +103,25 @@ def compare(
     here, there = task.metrics(), task.metrics()
     other = other_than_reference = total = 0
     furthest = 0.0
-    within = codes = examples = 0
+    within = codes = examples = exactly = 0
     batch = min(settings.training.batch, 50)
     exact = reference(network)
     for x, target in track(list(data.test(batch)), "test set", transient=True):
-        ours, expected = network(x), exact(x.double()).float()
+        ours = network(x)
         theirs = torch.from_numpy(session.run(x.contiguous().numpy()))
         here.update(ours, target)
         there.update(theirs, target)
-        furthest = max(furthest, float((expected - theirs).abs().max()))
-        if data.labels:
-            chosen = theirs.argmax(1)
-            other += int((ours.argmax(1) != chosen).sum())
-            other_than_reference += int((expected.argmax(1) != chosen).sum())
-            total += target.numel()
-        if examples < CODES:
+        other += int((ours.argmax(1) != theirs.argmax(1)).sum())
+        total += target.numel()
+        if examples < EXACT[settings.task]:
+            expected = exact(x.double()).float()
+            furthest = max(furthest, float((expected - theirs).abs().max()))
+            other_than_reference += int((expected.argmax(1) != theirs.argmax(1)).sum())
+            exactly += target.numel()
+        if examples < CODES[settings.task]:
             near, count = code_agreement(network, session, x)
-            within, codes, examples = within + near, codes + count, examples + len(x)
+            within, codes = within + near, codes + count
+        examples += len(x)
     found: dict[str, Any] = {
         "pytorch": {name: float(value) for name, value in here.compute().items()},
         "runtime": {name: float(value) for name, value in there.compute().items()},
@@ -101,6 +133,7 @@ def compare(
             "other_class": other,
             "other_class_than_reference": other_than_reference,
             "classes_compared": total,
+            "classes_compared_with_reference": exactly,
         }
     return found
 
@@ -177,12 +210,16 @@ def main() -> None:
     console.print(describe())
     for summary in sorted(options.runs.rglob("summary.json")):
         folder = summary.parent
-        quantized = "layers" in json.loads(summary.read_text())
-        if not quantized or (folder / "runtime.json").exists():
-            continue
-        result = measure(folder, options.data) | {"machine": describe()}
-        (folder / "runtime.json").write_text(json.dumps(result, indent=1) + "\n")
-        console.print(folder.relative_to(options.runs), result["pytorch"], result["runtime"])
+        settings = Settings.model_validate_json((folder / "settings.json").read_text())
+        if settings.quantization is None:
+            if settings.data in SHOWN and not (folder / training_panels.PANELS).exists():
+                show_float(folder, options.data)
+        elif settings.quantization.method not in UNPACKABLE:
+            if not (folder / "runtime.json").exists():
+                result = measure(folder, options.data) | {"machine": describe()}
+                (folder / "runtime.json").write_text(json.dumps(result, indent=1) + "\n")
+                name = folder.relative_to(options.runs)
+                console.print(name, result["pytorch"], result["runtime"])
 
 
 if __name__ == "__main__":
