@@ -102,9 +102,11 @@ class ActivationQuantizer(nn.Module):
             return x
         if not self.ready:
             return x
-        # A scale that training pushed to or below zero would divide by it.
-        scale = self.scale.clamp_min(1e-8)
-        return _FakeQuantize.apply(x, scale, self.zero_point, self.top)
+        return _FakeQuantize.apply(x, self.positive_scale(), self.zero_point, self.top)
+
+    def positive_scale(self) -> Tensor:
+        """Return the scale, or the least one if training has pushed it to or below zero."""
+        return self.scale.clamp_min(1e-8)
 
     def observe(self) -> None:
         """Let values pass from now on, and remember some of them."""

@@ -30,7 +30,7 @@ class Pair(nn.Module):
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
-        self.scale = float(quantizer.scale.detach().clamp_min(1e-8))
+        self.scale = float(quantizer.positive_scale().detach())
         self.zero_point = int(quantizer.zero_point)
         self.top = int(quantizer.top)
 
@@ -85,6 +85,10 @@ def export_onnx(
         )
     model = onnx.load(str(partial))
     names = {i.name for i in model.graph.initializer}
+    for node in model.graph.node:
+        # torch.fx calls layers without the modules around them, so that their names lack these.
+        if len(node.input) > 1 and node.input[1] in names and node.input[1].endswith(".weight"):
+            node.name = f"/{node.input[1].removesuffix('.weight').replace('.', '/')}/{node.op_type}"
     metadata: dict[str, Any] = {"weights": {k: v for k, v in grids.items() if k in names}}
     if labels:
         metadata["labels"] = list(labels)

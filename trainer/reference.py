@@ -2,7 +2,8 @@
 
 A network in PyTorch rounds every sum to float32, so that now and then a value next to the middle
 between two codes becomes the other one. Here convolutions and averages are exact integers, and what
-follows is rounded as `docs/quantization.md` section 4 has it; everything else is float64.
+follows, and what lies between pixels, is rounded as `docs/quantization.md` section 4 has it;
+everything else is float64.
 """
 
 from __future__ import annotations
@@ -93,6 +94,45 @@ class Average(nn.Module):
         return _coded(acc * scale + self.pair.zero_point, self.pair, (-torch.inf, torch.inf))
 
 
+class Bilinear(nn.Module):
+    """Interpolation with integer weights: section 4, Resize, mode linear.
+
+    Parameters
+    ----------
+    s_x : float
+        Scale of the input and of the output.
+    align_corners : bool
+    """
+
+    def __init__(self, s_x: float, align_corners: bool) -> None:
+        super().__init__()
+        self.s_x, self.align_corners = s_x, align_corners
+
+    def forward(self, x: Tensor, size: Any, scale_factor: Any) -> Tensor:
+        """Return what `torch.nn.functional.interpolate` would, in codes rounded half up."""
+        c = (x / self.s_x).round()
+        for axis in (2, 3):
+            count = x.shape[axis]
+            if size is not None:
+                wanted = int(size if isinstance(size, int) else size[axis - 2])
+                scale = wanted / count
+            else:
+                pair = isinstance(scale_factor, tuple | list)
+                scale = float(scale_factor[axis - 2] if pair else scale_factor)
+                wanted = int(count * scale)
+            i = torch.arange(wanted, dtype=torch.float64)
+            if self.align_corners:
+                v = i * (count - 1) / max(wanted - 1, 1)
+            else:
+                v = (i + 0.5) / scale - 0.5
+            v = v.clamp(0, count - 1)
+            i0 = v.floor().long()
+            w1 = ((v - i0) * 2048).round().view([-1 if a == axis else 1 for a in range(4)])
+            i1 = (i0 + 1).clamp(max=count - 1)
+            c = (2048 - w1) * c.index_select(axis, i0) + w1 * c.index_select(axis, i1)
+        return (c / 2**22 + 0.5).floor() * self.s_x
+
+
 def _coded(y: Tensor, pair: Pair | None, clamp: tuple[float, float]) -> Tensor:
     low, high = clamp
     if pair is None:
@@ -125,6 +165,8 @@ def reference(network: nn.Module) -> nn.Module:
             _replace_layer(plain, kinds, node, grids.get(f"{node.target}.weight"))
         elif kinds.target(node) is nn.AdaptiveAvgPool2d:
             _replace_average(plain, kinds, node)
+        elif kinds.target(node) is nn.functional.interpolate:
+            _replace_interpolate(plain, kinds, node)
     plain.graph.eliminate_dead_code()
     plain.recompile()
     return plain
@@ -204,3 +246,15 @@ def _replace_average(network: fx.GraphModule, kinds: Placement, node: fx.Node) -
     with network.graph.inserting_after(user):
         call = network.graph.call_module(name, (node.args[0],))
     user.replace_all_uses_with(call)
+
+
+def _replace_interpolate(network: fx.GraphModule, kinds: Placement, node: fx.Node) -> None:
+    s_x = _source(network, kinds, node.all_input_nodes[0])
+    if s_x is None or node.kwargs.get("mode") != "bilinear":
+        return
+    name = f"{node.name}_packed"
+    network.add_module(name, Bilinear(s_x, bool(node.kwargs["align_corners"])))
+    with network.graph.inserting_after(node):
+        inputs = (node.args[0], node.kwargs["size"], node.kwargs["scale_factor"])
+        call = network.graph.call_module(name, inputs)
+    node.replace_all_uses_with(call)

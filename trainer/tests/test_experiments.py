@@ -3,8 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
-from test_data import make_cifar10
+import torch
+from PIL import Image
+from test_data import make_camvid, make_cifar10, make_low_light
 
 from logshift.trainer import settings
 from logshift.trainer.data import open_data
@@ -32,17 +35,18 @@ def finished(tmp_path_factory):
     make_cifar10(data)
     small = ["training.epochs=1", "training.batch=4", "training.threads=1"]
     pictures = open_data("cifar10", data)
-    for name, changes in (("table/w4a8", []), ("table/w4a8-0", ["quantization.residual_ratio=0"])):
+    none = "quantization.residual_ratio=0"
+    for name, changes in (("longer/w4a8", []), ("table/w4a8-0/seed1", [none])):
         fit(settings.read("resnet20-cifar10", small + changes), pictures, out / name)
     training_runtime.ROUNDS, training_runtime.SECONDS = 2, 0.01
-    result = training_runtime.measure(out / "table/w4a8", data)
-    (out / "table/w4a8/runtime.json").write_text(json.dumps(result))
+    result = training_runtime.measure(out / "longer/w4a8", data)
+    (out / "longer/w4a8/runtime.json").write_text(json.dumps(result))
     return out, result
 
 
 def test_a_run_is_measured_in_the_runtime(finished):
     out, result = finished
-    assert (out / "table/w4a8/model.stlq").stat().st_size == result["bytes"]
+    assert (out / "longer/w4a8/model.stlq").stat().st_size == result["bytes"]
     assert result["furthest_from_reference"] == 0
     assert result["other_class_than_reference"] == 0
     assert result["classes_compared"] == 5
@@ -59,15 +63,52 @@ def test_the_report_is_made_of_the_logs(finished, tmp_path, monkeypatch):
     shutil.copy(training_report.PAGE, tmp_path / "training.md")
     monkeypatch.setattr(training_report, "LOGS", tmp_path / "training")
     monkeypatch.setattr(training_report, "PAGE", tmp_path / "training.md")
-    training_report.archive(out)
-    monkeypatch.setattr("sys.argv", ["training_report"])
+    monkeypatch.setattr("sys.argv", ["training_report", "--archive", str(out)])
     training_report.main()
     text = (tmp_path / "training.md").read_text()
-    lines = text[text.index("<!-- bits -->") :].splitlines()
-    line = next(x for x in lines if x.startswith("| W4A8 + 15 %"))
-    (other,) = (x for x in lines if x.startswith("| W4A8 + 0 %"))
-    assert f"{result['bytes']:,}" in line and "0 / 0" in line
-    assert other.split("|")[3].strip() == "0.00"
+    table = text[text.index("<!-- longer -->") : text.index("<!-- bits -->")]
+    line = next(x for x in table.splitlines() if x.startswith("| W4A8 + 15 %"))
+    assert f"{result['bytes']:,}" in line and "0 of 5" in line
+    # Cases of which a seed is missing are not there.
+    assert "W4A8 + 0 %" not in text
+    for seed in (2, 3):
+        shutil.copytree(out / "table/w4a8-0/seed1", out / f"table/w4a8-0/seed{seed}")
+    training_report.main()
+    text = (tmp_path / "training.md").read_text()
+    (line,) = (x for x in text.splitlines() if x.startswith("| W4A8 + 0 %"))
+    top1, nzr = (cell.strip() for cell in line.split("|")[2:4])
+    assert top1.endswith("0 ± 0.00") and nzr == "0.00"
     training_report.main()
     assert (tmp_path / "training.md").read_text() == text
-    assert "weights" in (tmp_path / "training/table/w4a8/settings.json").read_text()
+    assert "weights" in (tmp_path / "training/longer/w4a8/settings.json").read_text()
+
+
+@pytest.mark.parametrize("name, make", [("camvid", make_camvid), ("low_light", make_low_light)])
+def test_panels_show_inputs_truth_and_outputs(name, make, tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import training_panels
+
+    (tmp_path / "data").mkdir()
+    options = make(tmp_path / "data")
+    data = open_data(name, tmp_path / "data", options)
+    x, truth = data.example(data.test_items[1], None)
+
+    def right(_):  # a network that makes no mistakes
+        if data.labels:
+            return (truth == torch.arange(len(data.labels))[:, None, None]).float()[None].numpy()
+        return truth[None].numpy()
+
+    runs = {"float": tmp_path / "a", "W4": tmp_path / "b"}
+    for folder in runs.values():
+        folder.mkdir()
+        training_panels.save(folder, data, (1,), right)
+    (shown,) = (tmp_path / "a/panels").glob("1-input.*")
+    (expected,) = (tmp_path / "a/panels").glob("1-truth.*")
+    (output,) = (tmp_path / "a/panels").glob("1-output.*")
+    assert Image.open(shown).size == Image.open(output).size == tuple(truth.shape[:-3:-1])
+    counted = np.asarray(Image.open(expected)) < 255
+    same = np.asarray(Image.open(output)) == np.asarray(Image.open(expected))
+    assert same[counted].all() and counted.any()
+    training_panels.draw(tmp_path / "figure.jpg", runs, data.labels)
+    width, height = Image.open(tmp_path / "figure.jpg").size
+    assert width > 2 * height  # four columns, one row

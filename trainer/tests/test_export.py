@@ -31,6 +31,9 @@ def test_weights_lie_on_the_grid_exactly(tmp_path, bits, activation_bits):
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert not [n for n in model.graph.node if n.op_type == "BatchNormalization"]
+    names = [n.name for n in model.graph.node]
+    assert len(set(names)) == len(names)
+    assert {"/layer2/0/downsample/0/Conv", "/fc/Gemm"} <= set(names)
     written = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     about = metadata(model)
     assert about["labels"] == ["x", "y"]

@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import trained_looking
+from torch import nn
 
 from logshift.trainer.activations import ActivationQuantizer
 from logshift.trainer.config import Config
@@ -18,24 +20,56 @@ from logshift.trainer.reference import reference
 converter = pytest.importorskip("logshift.converter", reason="needs the package logshift")
 runtime = pytest.importorskip("logshift.runtime")
 
+
+class Resizing(nn.Module):
+    """Interpolates by a factor and to a size, with and without corners aligned."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        x = F.interpolate(F.relu(self.a(x)), scale_factor=1.5, mode="bilinear", align_corners=True)
+        return F.interpolate(self.b(x), size=(29, 23), mode="bilinear")
+
+
 NETWORKS = {
     "resnet20_cifar": ((3, 32, 32), {"shortcut": "pad"}),
     "mobilenet_v2": ((3, 32, 32), {"classes": 20}),
     "deeplab_mobilenet_v2": ((3, 48, 64), {"classes": 11, "width": 16}),
     "sid_unet": ((4, 32, 32), {"width": 8}),
+    "resizing": ((3, 22, 18), {}),
 }
 
 
-def hand_over(name, config, tmp_path):
+# Together they have every width of words, a residual shift, and codes of 5 and 8 bits.
+CONFIGS = {
+    "w4a8": Config(),
+    "w3a5": Config(weight_bits=3, activation_bits=5),
+    "w4a5-shift2": Config(activation_bits=5, residual_shift=2, residual_ratio=0.3),
+    "w5a8": Config(weight_bits=5, residual_ratio=0.3),
+}
+
+
+CASES = [(n, c) for n in ("resnet20_cifar", "sid_unet", "resizing") for c in CONFIGS]
+CASES += [("mobilenet_v2", "w4a8"), ("mobilenet_v2", "w4a5-shift2")]  # these take longer
+CASES += [("deeplab_mobilenet_v2", "w4a8"), ("deeplab_mobilenet_v2", "w3a5")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def handed_over(request, tmp_path_factory):
+    """A network, its session in the runtime, inputs, and its configuration."""
+    name, config = request.param
     torch.manual_seed(1)
     shape, options = NETWORKS[name]
-    network = trained_looking(prepare(MODELS[name](**options), config), shape)
-    export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, *shape))
-    x = torch.randn(4, *shape)
-    converter.convert(
-        tmp_path / "a.onnx", tmp_path / "a.stlq", calibration=x.numpy(), progress=False
+    network = trained_looking(
+        prepare((MODELS | {"resizing": Resizing})[name](**options), CONFIGS[config]), shape
     )
-    return network, runtime.load(tmp_path / "a.stlq"), x
+    folder = tmp_path_factory.mktemp(name)
+    export_onnx(network, folder / "a.onnx", torch.zeros(1, *shape))
+    x = torch.randn(4, *shape)
+    converter.convert(folder / "a.onnx", folder / "a.stlq", calibration=x.numpy(), progress=False)
+    return network, runtime.load(folder / "a.stlq"), x, CONFIGS[config]
 
 
 def differences(network, session, x):
@@ -69,11 +103,8 @@ def differences(network, session, x):
     return torch.cat(found), output.numpy()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("bits, activation_bits", [(4, 8), (3, 5)])
-def test_codes_and_outputs_agree(name, bits, activation_bits, tmp_path):
-    config = Config(weight_bits=bits, activation_bits=activation_bits)
-    network, session, x = hand_over(name, config, tmp_path)
+def test_codes_and_outputs_agree(handed_over):
+    network, session, x, _ = handed_over
     difference, output = differences(network, session, x)
     assert (difference <= 1).float().mean() >= 0.999
     assert (difference == 0).float().mean() >= 0.99
@@ -82,24 +113,18 @@ def test_codes_and_outputs_agree(name, bits, activation_bits, tmp_path):
     assert np.abs(there - output).max() < 0.01 * np.abs(output).max()
 
 
-@pytest.mark.parametrize("name", ["resnet20_cifar", "mobilenet_v2", "sid_unet"])
-@pytest.mark.parametrize("activation_bits", [5, 8])
-def test_the_runtime_computes_the_reference_to_the_bit(name, activation_bits, tmp_path):
-    config = Config(weight_bits=4, activation_bits=activation_bits)
-    network, session, x = hand_over(name, config, tmp_path)
+def test_the_runtime_computes_the_reference_to_the_bit(handed_over):
+    network, session, x, _ = handed_over
     with torch.no_grad():
         expected = reference(network)(x.double()).float().numpy()
     np.testing.assert_array_equal(session.run(x.numpy()), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet20_cifar", "mobilenet_v2", "sid_unet"])
-@pytest.mark.parametrize("bits, shift", [(3, 0), (4, 2), (5, 0)])
-def test_integers_are_the_trainers(name, bits, shift, tmp_path):
-    config = Config(weight_bits=bits, residual_shift=shift, residual_ratio=0.3)
-    network, session, _ = hand_over(name, config, tmp_path)
+def test_integers_are_the_trainers(handed_over):
+    network, session, _, config = handed_over
     found = {}
     for words in (n.weights for n in session.graph.nodes if n.weights is not None):
-        assert (words.bits, words.residual_shift) == (bits, shift)
+        assert (words.bits, words.residual_shift) == (config.weight_bits, config.residual_shift)
         found.setdefault(words.first.size, []).append(words.integers())
     # Batch norms may have turned signs and erased channels.
     for name, layer, _ in weight_quantizers(network):
