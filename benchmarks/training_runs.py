@@ -18,6 +18,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -36,7 +37,7 @@ class Run:
     begins: str = ""
 
 
-def _cifar(name: str, epochs: int, seed: int = 1, **quantization: object) -> Run:
+def _cifar(name: str, epochs: int, seed: int = 1, **quantization: Any) -> Run:
     changes = [f"training.epochs={epochs}", f"training.seed={seed}"]
     changes += [f"quantization.{key}={value}" for key, value in quantization.items()]
     return Run(name, "resnet20-cifar10", tuple(changes), "cifar10-float")
@@ -47,20 +48,22 @@ WITHOUT_SELECT = {3: 0.01, 4: 0.02, 5: 0.1}
 SEEDS = (1, 2, 3)
 
 
-def compared() -> dict[str, dict[str, object]]:
+def compared() -> dict[str, dict[str, Any]]:
     """Return the cases of the table, by name: what each has in its quantization."""
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for bits in (5, 4, 3):
         for activation_bits in (8, 5):
-            words = {"weight_bits": bits, "activation_bits": activation_bits}
-            found[f"w{bits}a{activation_bits}"] = words
+            found[f"w{bits}a{activation_bits}"] = {
+                "weight_bits": bits,
+                "activation_bits": activation_bits,
+            }
     for percent in (0, 5, 30, 100):
         found[f"w4a8-{percent}"] = {"residual_ratio": percent / 100}
     for bits in (4, 3):
         for method in ("without_select", "log", "flightnn", "apot", "uniform"):
-            case = {"weight_bits": bits, "activation_bits": 5, "method": method}
+            case: dict[str, Any] = {"weight_bits": bits, "activation_bits": 5, "method": method}
             if method == "without_select":
-                case["regularisation"] = WITHOUT_SELECT[bits]
+                case |= {"regularisation": WITHOUT_SELECT[bits]}
             found[f"w{bits}a5-{method}"] = case
     return found
 
