@@ -256,10 +256,21 @@ def test_demo_names_what_is_on_the_pictures(capsys, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the extra `converter`")
     out = tmp_path / "demo.stlq"
     record = json.loads(output(capsys, "demo", "--out", out, "--json"))
-    assert record["right"] > 0.5 * len(record["pictures"]) > 0
-    assert record["same_as_float"] > 0.8
-    assert record["packed_bytes"] == out.stat().st_size < record["onnx_bytes"] / 5
-    assert "right" in output(capsys, "demo")
+    four, three, plain = record["networks"]
+    assert [n["network"] for n in record["networks"]] == ["4 bits", "3 bits", "float32"]
+    assert out.stat().st_size == four["bytes"] > three["bytes"]
+    assert four["bytes"] < 250_000 and four["bits_per_weight"] > three["bits_per_weight"]
+    # What the command for one network says.
+    pictures = cli.DEMO / "pictures"
+    answers = json.loads(output(capsys, "run", out, pictures, "--json"))
+    for answer, shown in zip(answers, four["pictures"], strict=True):
+        assert answer["top"][0]["label"] == shown["label"]
+        assert answer["top"][0]["score"] == shown["score"]
+    for network in (four, three, plain):
+        right = [p["truth"] == p["label"] for p in network["pictures"]]
+        assert network["right"] == sum(right) > 0.5 * len(right) > 0
+    text = output(capsys, "demo")
+    assert f"{four['right']} of 6" in text and f"{three['bytes']:,}" in text
 
 
 def test_warmup(capsys):
