@@ -5,7 +5,8 @@
 
 Logs there are those of `benchmarks.training_runs` and `benchmarks.training_runtime`, but each row
 of `iterations.csv` is the mean of twenty. Tables replace those in docs/training.md, each between a
-comment with its name and one with `end`; runs that are not there have no row.
+comment with its name and one with `end`. Cases without a run have no row; those with several, of
+other seeds, have their mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -124,11 +125,11 @@ def percent(values: list[float], factor: float = 100) -> str:
 
 
 def row(label: str, names: list[str]) -> str | None:
-    """Return a row of a table of CIFAR-10 for a case's runs, None if one of them is not there."""
-    found = [load(name, "summary.json") for name in names]
-    summaries = [summary for summary in found if summary is not None]
-    if len(summaries) < len(names):
+    """Return a row of a table of CIFAR-10 for those of a case's runs that are there, if any."""
+    found = {name: summary for name in names if (summary := load(name, "summary.json")) is not None}
+    if not found:
         return None
+    names, summaries = list(found), list(found.values())
     cells = [label, percent([s["top1"] for s in summaries])]
     cells += [f"{100 * mean([s['nzr'] for s in summaries]):.2f}"]
     cells += [f"{mean([s['bits_per_weight'] for s in summaries]):.2f}"]

@@ -39,6 +39,7 @@ class Run:
 
 def _cifar(name: str, epochs: int, seed: int = 1, **quantization: Any) -> Run:
     changes = [f"training.epochs={epochs}", f"training.seed={seed}"]
+    changes += ["training.precision=bf16-mixed"]
     changes += [f"quantization.{key}={value}" for key, value in quantization.items()]
     return Run(name, "resnet20-cifar10", tuple(changes), "cifar10-float")
 
@@ -46,6 +47,12 @@ def _cifar(name: str, epochs: int, seed: int = 1, **quantization: Any) -> Run:
 # lambda with which the non-zero ratio comes down when nothing is selected; found by short runs.
 WITHOUT_SELECT = {3: 0.01, 4: 0.02, 5: 0.1}
 SEEDS = (1, 2, 3)
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait spin otherwise, and take other runs' cores
+    # glibc keeps memory that is freed instead of getting large tensors from the kernel each time.
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}
 
 
 def compared() -> dict[str, dict[str, Any]]:
@@ -114,8 +121,7 @@ def start(run: Run, data: Path, out: Path, threads: int) -> str:
     for change in (*run.changes, f"training.threads={threads}"):
         command += ["--set", change]
     folder.mkdir(parents=True, exist_ok=True)
-    # Threads that wait spin otherwise, and take the cores from the other runs.
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | ENVIRONMENT
     with (folder / "output.txt").open("w") as output:
         code = subprocess.call(command, stdout=output, stderr=output, env=environment)
     return "done" if code == 0 else f"failed, see {folder / 'output.txt'}"

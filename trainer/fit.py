@@ -109,10 +109,13 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(training.seed)
-    task = TASKS[settings.task](len(data.labels), training.label_smoothing)
+    weights = None
+    if training.balance_classes:
+        weights = (1 / torch.log(1.02 + data.class_shares())).float().to(fabric.device)
+    task = TASKS[settings.task](len(data.labels), training.label_smoothing, weights)
     network = build(settings, data)
     quantization = settings.quantization
-    state: dict[str, Any] = {"iteration": 0, "epoch": 0, "seconds": 0.0, "epochs": []}
+    state: dict[str, Any] = {"iteration": 0, "epoch": 0, "seconds": 0.0, "measured": {}}
     codes = quantization is not None and quantization.activation_bits != 32
     if codes and not checkpoint.exists():
         inputs = data.calibration(training.calibration)
@@ -198,19 +201,23 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
                 )
                 if state["iteration"] % training.checkpoint_every == 0:
                     save()
-            measured = evaluate(fabric, model, data, task, training.batch)
             state["epoch"] += 1
-            state["epochs"] = [*state["epochs"], measured]
-            if log:
-                values = measured | {"seconds": state["seconds"]}
-                log.add("epoch", state["epoch"], values, state["iteration"])
+            if state["epoch"] % training.measure_every == 0 or state["epoch"] == training.epochs:
+                if fabric.world_size > 1:  # batch norms have seen other examples on each
+                    cpu = {name: value.cpu() for name, value in network.state_dict().items()}
+                    network.load_state_dict(fabric.broadcast(cpu))
+                measured = evaluate(fabric, network, data, task, training.batch)
+                state["measured"] = measured
+                if log:
+                    values = measured | {"seconds": state["seconds"]}
+                    log.add("epoch", state["epoch"], values, state["iteration"])
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+                console.print(f"epoch {state['epoch']}/{training.epochs}  {shown}")
             save()
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
-            console.print(f"epoch {state['epoch']}/{training.epochs}  {shown}")
     if log:
         log.close()
     summary = {
-        **state["epochs"][-1],
+        **state["measured"],
         "epochs": training.epochs,
         "iterations": state["iteration"],
         "training_seconds": round(state["seconds"]),
@@ -265,14 +272,15 @@ def _step(
 
 @torch.no_grad()
 def evaluate(
-    fabric: Fabric, model: nn.Module, data: DataSet, task: Task, batch: int
+    fabric: Fabric, network: nn.Module, data: DataSet, task: Task, batch: int
 ) -> dict[str, float]:
-    """Measure a network on the test set.
+    """Measure a network on the test set, in float32 whatever precision it is trained in.
 
     Parameters
     ----------
     fabric : Fabric
-    model : nn.Module
+    network : nn.Module
+        Not the one that Fabric has set up, which rounds as in training.
     data : DataSet
     task : Task
     batch : int
@@ -283,10 +291,10 @@ def evaluate(
     dict of float
         Measures by name.
     """
-    model.eval()
+    network.eval()
     metrics = task.metrics().to(fabric.device)
     for x, target in data.test(batch, fabric.global_rank, fabric.world_size):
-        metrics.update(model(fabric.to_device(x)).float(), fabric.to_device(target))
+        metrics.update(network(fabric.to_device(x)), fabric.to_device(target))
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
@@ -328,5 +336,13 @@ def learning_rate(done: float, training: Training) -> float:
 
 def _comparable(settings: Settings) -> str:
     """Return what must be the same for a run to go on: not threads, not where the weights were."""
-    training = {"threads", "checkpoint_every", "accelerator", "devices", "nodes", "accumulate"}
+    training = {
+        "threads",
+        "checkpoint_every",
+        "measure_every",
+        "accelerator",
+        "devices",
+        "nodes",
+        "accumulate",
+    }
     return settings.model_dump_json(exclude={"weights": True, "training": training})

@@ -41,6 +41,9 @@ class Training(BaseModel):
     momentum, weight_decay : float
         Decay holds for weights alone, not for alpha, scales, biases and normalisation.
     label_smoothing : float
+    balance_classes : bool
+        Weigh classes in the loss by 1 / log(1.02 + share of pixels), as ENet does (Paszke et al.,
+        2016); for segmentation.
     freeze_batch_norm : bool
         Keep the statistics of the float network.
     calibration : int
@@ -55,6 +58,8 @@ class Training(BaseModel):
     seed : int
     checkpoint_every : int
         Steps between checkpoints; there is also one after every epoch.
+    measure_every : int
+        Epochs between measurements on the test set; there is always one at the end.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +73,7 @@ class Training(BaseModel):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    balance_classes: bool = False
     freeze_batch_norm: bool = False
     calibration: int = Field(default=512, ge=1)
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
@@ -77,6 +83,7 @@ class Training(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     seed: int = 1
     checkpoint_every: int = Field(default=200, ge=1)
+    measure_every: int = Field(default=1, ge=1)
 
 
 class Settings(BaseModel):

@@ -22,10 +22,13 @@ class Task:
     ----------
     classes : int
     label_smoothing : float
+    weights : float32 Tensor of shape (classes,), optional
+        Of the classes in the loss.
     """
 
     classes: int = 0
     label_smoothing: float = 0.0
+    weights: Tensor | None = None
 
     main = ""  # name of the measure that a result is known by
 
@@ -49,7 +52,7 @@ class Classification(Task):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the cross entropy of logits (N, classes) against class numbers (N,)."""
-        return F.cross_entropy(output, target, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(output, target, self.weights, label_smoothing=self.label_smoothing)
 
     def measure(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the share that is right."""
@@ -71,7 +74,11 @@ class Segmentation(Task):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the cross entropy of (N, classes, H, W) against (N, H, W)."""
         return F.cross_entropy(
-            output, target, ignore_index=VOID, label_smoothing=self.label_smoothing
+            output,
+            target,
+            self.weights,
+            ignore_index=VOID,
+            label_smoothing=self.label_smoothing,
         )
 
     def measure(self, output: Tensor, target: Tensor) -> Tensor:

@@ -74,6 +74,10 @@ class DataSet(ABC):
     def calibration(self, count: int) -> Tensor:
         """Return `count` training inputs, or all if there are fewer, not augmented."""
 
+    def class_shares(self) -> Tensor:
+        """Return the share of each class in the training targets, float64, summing to 1."""
+        raise DataError(f"{type(self).__name__} cannot tell the shares of its classes")
+
 
 def order(size: int, epoch: int, seed: int) -> Tensor:
     """Return a permutation that follows from epoch and seed."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from logshift.trainer.data import pictures
 from logshift.trainer.data.base import Batch, FileDataSet, layout_error
@@ -75,3 +76,7 @@ class CamVid(FileDataSet):
         """Return a picture and the classes of its pixels, 255 for those that do not count."""
         x, classes = pictures.segmented(item, self.scale, self.crop, random)
         return x, classes.masked_fill(classes >= _VOID, pictures.VOID)
+
+    def class_shares(self) -> Tensor:
+        """Return the shares of pixels; see `DataSet.class_shares`."""
+        return pictures.class_shares(self.train_items, len(self.labels))

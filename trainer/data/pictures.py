@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from rich.progress import track
 from torch import Tensor
 
 from logshift.trainer.data.base import DataError
@@ -88,6 +90,26 @@ def segmented(
     else:
         pixels, classes = scaled_crop(picture, labels, scale, size, random)
     return normalise(pixels), classes.long()
+
+
+def class_shares(items: Sequence[tuple[Path | bytes, Path | bytes]], classes: int) -> Tensor:
+    """Return the share of each class in label maps; labels from `classes` on do not count.
+
+    Parameters
+    ----------
+    items : sequence of tuple
+        As for `segmented`.
+    classes : int
+
+    Returns
+    -------
+    float64 Tensor of shape (classes,)
+    """
+    total = torch.zeros(classes, dtype=torch.float64)
+    for _, labels in track(items, "shares of classes", transient=True):
+        counts = to_tensor(read(labels, "P")).flatten().bincount(minlength=classes)
+        total += counts[:classes]
+    return total / total.sum()
 
 
 def preprocessing(resize: int | list[int] | None, crop: list[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from logshift.trainer.data import pictures
 from logshift.trainer.data.base import Batch, FileDataSet, layout_error
@@ -74,3 +75,7 @@ class Voc(FileDataSet):
     def example(self, item: Any, random: np.random.Generator | None) -> Batch:
         """Return a picture and the classes of its pixels, 255 for those that do not count."""
         return pictures.segmented(item, (0.5, 2.0), (self.crop, self.crop), random)
+
+    def class_shares(self) -> Tensor:
+        """Return the shares of pixels; see `DataSet.class_shares`."""
+        return pictures.class_shares(self.train_items, len(self.labels))

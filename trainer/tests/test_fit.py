@@ -9,10 +9,12 @@ import sys
 import onnx
 import pytest
 import torch
-from test_data import make_cifar10
+from conftest import Blobs, small
+from test_data import make_camvid, make_cifar10
 from typer.testing import CliRunner
 
 from logshift.trainer import cli
+from logshift.trainer.data import DataError, open_data
 from logshift.trainer.fit import RunError, fit
 from logshift.trainer.settings import RECIPES, Settings, SettingsError, read, recipes
 
@@ -61,6 +63,47 @@ def test_without_quantization_a_float_network_is_trained(blobs, models, tmp_path
     assert set(rows(tmp_path / "iterations.csv")[0]) == {"iteration", "loss", "top1", "lr"}
     model = onnx.load(tmp_path / "model.onnx")
     assert not [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+
+
+def test_mixed_precision_is_for_training_alone(blobs, monkeypatch, tmp_path):
+    seen = set()
+
+    class Looking(torch.nn.Sequential):
+        def forward(self, x):
+            seen.add((self.training, torch.is_autocast_enabled("cpu")))
+            return super().forward(x)
+
+    monkeypatch.setattr("logshift.trainer.fit.MODELS", {"small": lambda **o: Looking(*small(**o))})
+    chosen = settings(training={"precision": "bf16-mixed"})
+    summary = fit(chosen.model_copy(update={"quantization": None}), blobs, tmp_path)
+    assert seen - {(False, False)} == {(True, True)}  # the first is exported, too
+    assert summary["top1"] > 0.8
+
+
+def test_measured_now_and_then_and_at_the_end(blobs, models, tmp_path):
+    summary = fit(settings(training={"measure_every": 2}), blobs, tmp_path)
+    assert [int(r["epoch"]) for r in rows(tmp_path / "epochs.csv")] == [2, 3]
+    assert float(rows(tmp_path / "epochs.csv")[1]["top1"]) == pytest.approx(summary["top1"])
+
+
+def test_classes_are_weighed_by_their_shares(tmp_path):
+    options = make_camvid(tmp_path)
+    data = open_data("camvid", tmp_path, options)
+    labels = torch.cat([target for _, target in (data.example(i, None) for i in data.train_items)])
+    shares = torch.stack([(labels == c).sum() for c in range(11)]) / (labels < 11).sum()
+    torch.testing.assert_close(data.class_shares(), shares.double())
+
+    chosen = read("deeplab-camvid-float", ["training.epochs=1", "training.batch=4"])
+    chosen = chosen.model_copy(update={"data_options": options})
+    losses = []
+    for balance in (True, False):
+        training = chosen.training.model_copy(update={"balance_classes": balance, "threads": 1})
+        out = tmp_path / str(balance)
+        fit(chosen.model_copy(update={"training": training}), data, out)
+        losses.append(float(rows(out / "iterations.csv")[0]["loss"]))
+    assert losses[0] != losses[1]
+    with pytest.raises(DataError, match="shares of its classes"):
+        Blobs().class_shares()
 
 
 class Stopped(Exception):
