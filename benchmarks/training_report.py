@@ -203,7 +203,66 @@ def tables() -> dict[str, str]:
     found["low-light"] = table_of_pictures(
         "low-light", {"psnr": ("PSNR dB", 1), "ssim": ("SSIM %", 100)}
     )
+    found["claims"] = table_of_claims()
+    found["time"] = table_of_time()
     return found
+
+
+def table_of_claims() -> str:
+    """Return the table of what was asked and what was measured, in points of each measure."""
+    claims = [
+        ("W4A8 + 15 % below float, top-1", "at most 0.2", "cifar10-float", "longer/w4a8"),
+        ("W4A5 + 15 % below float, top-1", "at most 0.5", "cifar10-float", "longer/w4a5"),
+        ("W3A5 + 15 % below float, top-1", "at most 1.0", "cifar10-float", "longer/w3a5"),
+        *(
+            claim
+            for bits in (5, 4)
+            for claim in (
+                (
+                    f"W{bits}A{bits}, with select above without, top-1",
+                    "at least 0.5",
+                    f"figure/w{bits}a{bits}",
+                    f"figure/w{bits}a{bits}-without",
+                ),
+                (
+                    f"W{bits}A{bits}, per tile below per element, top-1",
+                    "at most 1.0",
+                    f"figure/w{bits}a{bits}",
+                    f"figure/w{bits}a{bits}-tile",
+                ),
+            )
+        ),
+        ("CamVid, W4A8 + 15 % below float, mIoU", "at most 1.0", "camvid-float", "camvid/w4a8"),
+        ("low light, W4A8 + 15 % below float, dB", "at most 0.3", "low-light-float",
+         "low-light/w4a8"),
+    ]  # fmt: skip
+    lines = ["| | asked | measured | NZR % |", "| --- | --- | --- | --- |"]
+    for label, asked, *names in claims:
+        found = [s for name in names if (s := load(name, "summary.json")) is not None]
+        if len(found) < 2:
+            continue
+        (measure, factor), *_ = (
+            (key, by) for key, by in (("top1", 100), ("miou", 100), ("psnr", 1)) if key in found[0]
+        )
+        difference = factor * (found[0][measure] - found[1][measure])
+        nzr = " and ".join(f"{100 * s['nzr']:.1f}" for s in found if "nzr" in s)
+        lines.append(f"| {label} | {asked} | {difference:.2f} | {nzr} |")
+    return "\n".join(lines) + "\n"
+
+
+def table_of_time() -> str:
+    """Return the table of how long the runs took, by group."""
+    seconds: dict[tuple[str, str], list[int]] = {}
+    for path in sorted(LOGS.rglob("summary.json")):
+        summary = json.loads(path.read_text())
+        group = path.relative_to(LOGS).parts[0]
+        seconds.setdefault((group, summary["machine"]), []).append(summary["training_seconds"])
+    lines = ["| runs | number | hours of training | each on |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| `{group}` | {len(values)} | {sum(values) / 3600:.1f} | {machine} |"
+        for (group, machine), values in seconds.items()
+    ]
+    return "\n".join(lines) + "\n"
 
 
 PICTURES = {"float": "-float", "W4A8 + 15 %": "/w4a8", "W3A8 + 15 %": "/w3a8"}
