@@ -37,9 +37,11 @@ class Run:
     begins: str = ""
 
 
-def _cifar(name: str, epochs: int, seed: int = 1, **quantization: Any) -> Run:
+def _cifar(
+    name: str, epochs: int, seed: int = 1, precision: str = "bf16-mixed", **quantization: Any
+) -> Run:
     changes = [f"training.epochs={epochs}", f"training.seed={seed}"]
-    changes += ["training.precision=bf16-mixed"]
+    changes += [f"training.precision={precision}"]
     changes += [f"quantization.{key}={value}" for key, value in quantization.items()]
     return Run(name, "resnet20-cifar10", tuple(changes), "cifar10-float")
 
@@ -85,7 +87,7 @@ def cases() -> list[Run]:
             change = (f"quantization.weight_bits={bits}",)
             found.append(Run(f"{name}/w{bits}a8", recipe, change, f"{name}-float"))
     for name in ("w4a8", "w4a5", "w3a8", "w3a5"):
-        found.append(_cifar(f"longer/{name}", 3, **compared()[name]))
+        found.append(_cifar(f"longer/{name}", 3, precision="32-true", **compared()[name]))
     for bits in (4, 5):
         words = {"weight_bits": bits, "activation_bits": bits}
         found += [
@@ -111,9 +113,13 @@ def data_of(name: str, root: Path) -> Path:
 def start(run: Run, data: Path, out: Path, threads: int) -> str:
     """Run the command for a run; returns what became of it."""
     folder = out / run.name
+    wanted = settings.read(run.recipe, run.changes)
     if (folder / "summary.json").exists():
-        return "done before"
-    name = settings.read(run.recipe).data
+        done = settings.Settings.model_validate_json((folder / "settings.json").read_text())
+        training = done.training.model_copy(update={"threads": wanted.training.threads})
+        same = done.model_copy(update={"weights": wanted.weights, "training": training}) == wanted
+        return "done before" if same else f"done before with other settings: remove {folder}"
+    name = wanted.data
     weights = data / run.begins if "." in run.begins else out / run.begins / "checkpoint.pt"
     command = [sys.executable, "-m", "logshift.trainer.cli", run.recipe, "--resume"]
     command += ["--data", str(data_of(name, data)), "--out", str(folder)]

@@ -72,12 +72,14 @@ class Metadata:
     ----------
     weights : dict of the name of a weight initializer to WeightRecord
     scales : dict of the name of a scale initializer to its value before rounding to float32
+    keep_float : set of the names of weight initializers that stay float32
     preprocessing : Preprocessing, optional
     labels : list of str, optional
     """
 
     weights: dict[str, WeightRecord] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
+    keep_float: frozenset[str] = frozenset()
     preprocessing: Preprocessing | None = None
     labels: list[str] | None = None
 
@@ -98,9 +100,13 @@ def read(model: onnx.ModelProto) -> Metadata:
         preprocessing, labels = record.get("preprocessing"), record.get("labels")
         if labels is not None and not all(isinstance(label, str) for label in labels):
             raise ValueError("labels must be strings")
+        kept = record.get("keep_float", [])
+        if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+            raise ValueError("keep_float must be a list of strings")
         return Metadata(
             {name: WeightRecord(**weight) for name, weight in record.get("weights", {}).items()},
             {name: float(scale) for name, scale in record.get("scales", {}).items()},
+            frozenset(kept),
             None if preprocessing is None else Preprocessing.from_manifest(preprocessing),
             None if labels is None else list(labels),
         )

@@ -109,7 +109,8 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     known = metadata.read(original)
     original, quantization = qdq.strip(original, known)
     # What is known of weights and tensors is known by their names, and of weights as they are.
-    proto = _simplified(original, _RENAMING if quantization or known.weights else ())
+    named = quantization or known.weights or known.keep_float
+    proto = _simplified(original, _RENAMING if named else ())
     return Model(original, proto, inputs, size, quantization, known)
 
 

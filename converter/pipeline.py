@@ -232,8 +232,13 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     fuse(graph)
     names = [node.name or node.output[0] for node in model.proto.graph.node]
     settings.check_names(dict.fromkeys([node.name for node in graph.nodes] + names))
+    kept = {
+        node.name or node.output[0]
+        for node in model.proto.graph.node
+        if not model.metadata.keep_float.isdisjoint(node.input[1:2])
+    }
     for node in graph.nodes:
-        node.keeps_weight = settings.keeps_float(node.name)
+        node.keeps_weight = node.name in kept or settings.keeps_float(node.name)
     settle(graph)
     place(graph, lambda node: node.keeps_weight or settings.activation_bits_of(node.name) == 32)
     saturate(graph)

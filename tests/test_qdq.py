@@ -472,3 +472,21 @@ def test_preprocessing_and_labels_come_along(tmp_path):
     report = convert(tmp_path / "net.onnx", tmp_path / "two.stlq", calibration=pixels,
                      labels=list("vwxyz"))  # fmt: skip
     assert packed_format.read(tmp_path / "two.stlq").labels == list("vwxyz")
+
+
+def test_weights_that_shall_stay_float(path):
+    net = QuantizedNet(shape=("batch", 4, 8, 8))
+    x = net.pair("x", 0.03, 128)
+    x = net.pair(net.node("Relu", net.conv(x, words=False)), 0.05)
+    y = net.conv(x)
+    model = net.model(y)
+    weight = next(node.input[1] for node in model.graph.node if node.op_type == "Conv")
+    helper.set_model_props(
+        model, {metadata.KEY: json.dumps({"weights": net.records, "keep_float": [weight]})}
+    )
+    convert(model, path, calibration=noise(8, (4, 8, 8)))
+    float_conv, packed_conv = (node for node in packed_format.read(path).nodes if node.op == "Conv")
+    assert float_conv.weights is None and packed_conv.weights is not None
+    helper.set_model_props(model, {metadata.KEY: json.dumps({"keep_float": weight})})
+    with pytest.raises(ConversionError, match="keep_float must be a list of strings"):
+        convert(model, path, calibration=noise(8, (4, 8, 8)))

@@ -39,8 +39,11 @@ def _gradients(
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    """Return the function compiled, or as it is if this machine has no C++ compiler."""
-    if not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    """Return the function compiled, or as it is if this machine has no C++ compiler.
+
+    Compiling for a GPU needs one too.
+    """
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return function
     return torch.compile(function, dynamic=True)
 

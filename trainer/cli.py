@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -68,7 +69,8 @@ def train(
     except (SettingsError, DataError, ModelError, PrepareError, RunError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    _show(summary, out)
+    if rank_zero_only.rank == 0:
+        _show(summary, out)
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from logshift.trainer.activations import ActivationQuantizer
-from logshift.trainer.quantize import non_zero_ratio, weight_quantizers
+from logshift.trainer.quantize import non_zero_ratio, quantizable, weight_quantizers
 from logshift.trainer.stlq import exponent_levels
-from logshift.trainer.weights import LogQuantizer, WeightQuantizer
+from logshift.trainer.weights import Layout, LogQuantizer, WeightQuantizer
 
 OPSET = 17
 
@@ -62,12 +62,13 @@ def export_onnx(
     path : Path or str
         Where to write.
     example : Tensor of shape (1, C, H, W)
-        An input; batch size, height and width stay free in the file where the network allows it.
+        An input; only the batch size stays free in the file.
     labels : tuple of str
         Class names for the metadata.
     preprocessing : dict, optional
         How a picture becomes the input, for the metadata.
     """
+    kept = [] if not isinstance(network, fx.GraphModule) else _kept(network)
     network, grids = deployed(network)
     path = Path(path)
     partial = path.with_suffix(".partial")
@@ -90,6 +91,8 @@ def export_onnx(
         if len(node.input) > 1 and node.input[1] in names and node.input[1].endswith(".weight"):
             node.name = f"/{node.input[1].removesuffix('.weight').replace('.', '/')}/{node.op_type}"
     metadata: dict[str, Any] = {"weights": {k: v for k, v in grids.items() if k in names}}
+    if kept:
+        metadata["keep_float"] = [f"{name}.weight" for name in kept]
     if labels:
         metadata["labels"] = list(labels)
     if preprocessing:
@@ -162,8 +165,11 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
     """Make weights plain and fold batch norms; returns the grids by name of the weight."""
     grids: dict[str, dict[str, Any]] = {}
     after = _norms(network)
-    for name, layer, quantizer in list(weight_quantizers(network)):
-        layout = quantizer.layout
+    quantizers = {name: quantizer for name, _, quantizer in weight_quantizers(network)}
+    for name in quantizable(network):
+        layer: Any = network.get_submodule(name)
+        quantizer = quantizers.get(name)
+        layout = Layout(layer)
         if isinstance(quantizer, LogQuantizer):
             integers, alpha = grid(layer)
             integers, alpha = integers.double(), alpha.double()[:, None]
@@ -173,11 +179,14 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
         bias = None if layer.bias is None else layer.bias.double()
         if name in after:
             norm: Any = network.get_submodule(after[name])
-            factor = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt())[:, None]
+            gain, offset = norm.weight, norm.bias
+            if gain is None:  # not affine
+                gain, offset = torch.ones(len(alpha)), torch.zeros(len(alpha))
+            factor = (gain.double() / (norm.running_var.double() + norm.eps).sqrt())[:, None]
             integers = integers * factor.sign()
             alpha = torch.where(factor == 0, 1.0, alpha * factor.abs())
             shifted = (0.0 if bias is None else bias) - norm.running_mean.double()
-            bias = shifted * factor[:, 0] + norm.bias.double()
+            bias = shifted * factor[:, 0] + offset.double()
             _remove(network, after[name])
         alpha = alpha.float().clamp_min(1e-30)  # of float32 it might be zero
         if isinstance(quantizer, LogQuantizer):
@@ -196,6 +205,12 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
         setattr(network.get_submodule(parent), attribute, plain)
     network.recompile()
     return grids
+
+
+def _kept(network: fx.GraphModule) -> list[str]:
+    """Return the layers whose weights stay float, of a network that has quantized ones."""
+    quantized = {name for name, _, _ in weight_quantizers(network)}
+    return [name for name in quantizable(network) if name not in quantized] if quantized else []
 
 
 def _plain(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -54,7 +54,7 @@ def build(settings: Settings, data: DataSet) -> nn.Module:
         options["classes"] = len(data.labels)
     try:
         model = MODELS[settings.model](**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise RunError(f"model_options of {settings.model}: {error}") from error
     if settings.weights is not None:
         load_weights(model, settings.weights, part=settings.weights_part)
@@ -92,19 +92,26 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
             f"training.batch is {training.batch}; it must be a multiple of accumulate * devices * "
             f"nodes, {training.accumulate * training.devices * training.nodes}"
         )
-    fabric = Fabric(
-        accelerator=training.accelerator,
-        devices=training.devices,
-        num_nodes=training.nodes,
-        precision=training.precision,
-    )
-    fabric.launch()
+    try:
+        fabric = Fabric(
+            accelerator=training.accelerator,
+            devices=training.devices,
+            num_nodes=training.nodes,
+            precision=training.precision,
+        )
+        fabric.launch()
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"training.accelerator {training.accelerator!r} with {training.devices} devices and "
+            f"precision {training.precision}: {error}"
+        ) from error
     if training.threads:
         torch.set_num_threads(training.threads)
     first = fabric.global_rank == 0
     console = Console(quiet=not first, stderr=True)
     checkpoint = out / CHECKPOINT
-    if checkpoint.exists() and not resume:
+    going_on = fabric.broadcast(checkpoint.exists())  # all processes see one folder, at one time
+    if going_on and not resume:
         raise RunError(f"{out} holds a run: go on with --resume, or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
 
@@ -117,12 +124,12 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
     quantization = settings.quantization
     state: dict[str, Any] = {"iteration": 0, "epoch": 0, "seconds": 0.0, "measured": {}}
     codes = quantization is not None and quantization.activation_bits != 32
-    if codes and not checkpoint.exists():
+    if codes and not going_on:
         inputs = data.calibration(training.calibration)
         quantize.calibrate(network, inputs.split(min(training.batch, 64)))
     network = network.to(fabric.device)
     optimiser = make_optimiser(network, training)
-    if checkpoint.exists():
+    if going_on:
         try:
             saved = torch.load(checkpoint, map_location=fabric.device, weights_only=True)
         except Exception as error:  # of many kinds
@@ -134,6 +141,7 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
             )
         network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
+        fabric.strategy.precision.load_state_dict(saved["precision"])
         state = saved["state"]
         console.print(f"going on from step {state['iteration']}")
     elif first:
@@ -149,6 +157,7 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
                     "settings": _comparable(settings),
                     "network": network.state_dict(),
                     "optimiser": optimiser.state_dict(),
+                    "precision": fabric.strategy.precision.state_dict(),
                     "state": state,
                 },
                 partial,
@@ -196,7 +205,7 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
                 progress.update(
                     bar,
                     advance=1,
-                    description=f"{task.main} {values[task.main]:.3f}",
+                    description=f"{task.learning} {values[task.learning]:.3f}",
                     refresh=False,
                 )
                 if state["iteration"] % training.checkpoint_every == 0:
@@ -247,9 +256,9 @@ def _step(
     task: Task,
     settings: Settings,
 ) -> dict[str, float]:
-    """Make one step of the optimiser; returns what is logged of it."""
+    """Make one step of the optimiser; returns what is logged of it, means over all devices."""
     parts = settings.training.accumulate
-    total = {"loss": 0.0, task.main: 0.0}
+    total = {"loss": 0.0, task.learning: 0.0}
     if settings.quantization is not None:
         total |= {"regulariser": 0.0, "nzr": 0.0}
     optimiser.zero_grad()
@@ -259,7 +268,7 @@ def _step(
             output = model(x)
             loss = task.loss(output, target)
             total["loss"] += float(loss.detach()) / parts
-            total[task.main] += float(task.measure(output.detach(), target)) / parts
+            total[task.learning] += float(task.measure(output.detach(), target)) / parts
             if settings.quantization is not None:
                 pull = quantize.regulariser(network)
                 loss = loss + settings.quantization.regularisation * pull
@@ -267,6 +276,9 @@ def _step(
                 total["nzr"] += quantize.non_zero_ratio(network) / parts
             fabric.backward(loss / parts)
     optimiser.step()
+    if fabric.world_size > 1:
+        means = fabric.all_reduce(torch.tensor(list(total.values())), reduce_op="mean")
+        total = dict(zip(total, means.tolist(), strict=True))
     return total
 
 
@@ -320,7 +332,9 @@ def make_optimiser(network: nn.Module, training: Training) -> torch.optim.Optimi
     ]
     if training.optimiser == "adam":
         return torch.optim.Adam(groups, lr=training.lr)
-    return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=True)
+    return torch.optim.SGD(
+        groups, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0
+    )
 
 
 def learning_rate(done: float, training: Training) -> float:

@@ -29,6 +29,8 @@ class Log:
 
     def _shorten(self, name: str, done: int) -> None:
         path = self._path(name)
+        if done == 0:  # its columns may be others
+            path.unlink(missing_ok=True)
         if not path.exists():
             return
         with path.open(newline="") as file:

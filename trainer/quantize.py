@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class PrepareError(ValueError):
 
 
 NORMS = (nn.BatchNorm2d,)
+_DROPOUTS: dict[Any, Any] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}
 RELUS = {nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.clamp}
 RELUS |= {"relu", "relu_", "clamp"}
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -56,7 +58,7 @@ POINTS = {  # one rounding after each
     *("sigmoid", "tanh"),
 }
 RESHAPES = {  # those of the moves that leave every value in its place in memory
-    *(nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, torch.flatten, torch.reshape),
+    *(nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, torch.flatten, torch.reshape),
     *(torch.squeeze, torch.unsqueeze, "flatten", "reshape", "view", "squeeze", "unsqueeze"),
     "contiguous",
 }
@@ -101,6 +103,8 @@ def prepare(model: nn.Module, config: Config = Config()) -> fx.GraphModule:  # n
             f"{type(model).__name__} cannot be traced by torch.fx: {error}; its forward must not "
             "branch on values or shapes of tensors (torch.fx.wrap keeps a function whole)"
         ) from error
+    _check_norms(network)
+    _dropouts(network)
     layers = quantizable(network)
     if not layers:
         raise PrepareError(
@@ -116,6 +120,8 @@ def prepare(model: nn.Module, config: Config = Config()) -> fx.GraphModule:  # n
             layer: Any = network.get_submodule(name)
             quantizer = _weight_quantizer(layer, config, special)
             parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+    if len(kept) == len(layers):
+        raise PrepareError(f"keep_float leaves no layer to quantize of {', '.join(layers)}")
     if config.activation_bits != 32:
         Placement(network, config, kept).insert()
         network.recompile()
@@ -177,10 +183,29 @@ def quantizable(network: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(n for n in calls if isinstance(network.get_submodule(n), LAYERS)))
 
 
+def _check_norms(network: fx.GraphModule) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, NORMS) and module.running_mean is None:
+            raise PrepareError(f"{name}: a batch norm without running statistics cannot be packed")
+
+
+def _dropouts(network: fx.GraphModule) -> None:
+    """Make modules of functional dropouts, of which tracing keeps the mode of that moment."""
+    for node in list(network.graph.nodes):
+        if (kind := _DROPOUTS.get(node.target)) is not None:
+            p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            name = f"{node.name}_module"
+            network.add_module(name, kind(p))
+            with network.graph.inserting_after(node):
+                call = network.graph.call_module(name, node.args[:1])
+            node.replace_all_uses_with(call)
+            network.graph.erase_node(node)
+    network.recompile()
+
+
 def _match_patterns(config: Config, layers: list[str]) -> None:
     for pattern, special in config.layers.items():
-        one = Config(layers={pattern: LayerConfig(keep_float=True)})
-        if not any(one.of_layer(name, 1, 3).keep_float for name in layers):
+        if not any(fnmatchcase(name, pattern) for name in layers):
             raise PrepareError(
                 f"layers: {pattern!r} ({special!r}) matches no layer; there are {', '.join(layers)}"
             )
@@ -220,7 +245,10 @@ class Placement:
             self.kind(node)
 
     def kind(self, node: fx.Node) -> str:
-        """Return what an operator is: layer, norm, add, relu, point, move, resize or other."""
+        """Return what an operator is: layer, kept, norm, add, relu, point, move, resize or other.
+
+        A kept layer is one with float weights.
+        """
         if node not in self.kinds:
             self.kinds[node] = self._kind(node)
         return self.kinds[node]
@@ -231,7 +259,7 @@ class Placement:
         if node.op == "call_module":
             module = self.network.get_submodule(str(node.target))
             if isinstance(module, LAYERS):
-                return "float" if node.target in self.kept else "layer"
+                return "kept" if node.target in self.kept else "layer"
             if isinstance(module, NORMS):
                 return "norm"
         target = self.target(node)
@@ -258,13 +286,12 @@ class Placement:
     def fused_end(self, node: fx.Node) -> fx.Node:
         """Return the last operator that is fused to this one."""
         after = {"layer": ("norm", "add", "relu"), "norm": ("add", "relu"), "add": ("relu",)}
+        after["kept"] = after["layer"]
         kind = self.kind(node)
         while len(node.users) == 1:
             user = next(iter(node.users))
             then = self.kind(user)
             if then not in after.get(kind, ()) or user in self.claimed:
-                break
-            if then == "norm" and kind != "layer":
                 break
             self.claimed.add(user)
             node, kind = user, then
@@ -275,7 +302,7 @@ class Placement:
         ends = []
         # Of two convolutions that are added the later one is fused with the Add.
         for node in reversed(self.nodes):
-            if self.kind(node) == "layer":
+            if self.kind(node) in ("layer", "kept"):
                 ends.append(self.fused_end(node))
         for node in self.nodes:
             kind = self.kind(node)
@@ -324,6 +351,7 @@ class Placement:
         if hasattr(self.network, QUANTIZERS):
             raise PrepareError(f"the network has a {QUANTIZERS!r} of its own; rename it")
         quantizers = nn.ModuleDict()
+        device = next(self.network.parameters()).device
         self.network.add_module(QUANTIZERS, quantizers)
         for node in sorted(rounded, key=self.nodes.index):
             origin = root(node)
@@ -332,7 +360,7 @@ class Placement:
                 bits: int = self.config.activation_bits
                 if node.op == "placeholder" or "codes" not in self.uses(node):
                     bits = max(bits, self.config.input_bits)
-                quantizers[node.name] = ActivationQuantizer(bits)
+                quantizers[node.name] = ActivationQuantizer(bits).to(device)
             with self.network.graph.inserting_after(node):
                 call = self.network.graph.call_module(f"{QUANTIZERS}.{names[origin]}", (node,))
             node.replace_all_uses_with(call, lambda user, call=call: user is not call)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from logshift.trainer.config import Config
@@ -163,9 +164,9 @@ def reference(network: nn.Module) -> nn.Module:
     for node in list(plain.graph.nodes):
         if node.op == "call_module" and kinds.kind(node) == "layer":
             _replace_layer(plain, kinds, node, grids.get(f"{node.target}.weight"))
-        elif kinds.target(node) is nn.AdaptiveAvgPool2d:
+        elif _is_global_average(plain, kinds, node):
             _replace_average(plain, kinds, node)
-        elif kinds.target(node) is nn.functional.interpolate:
+        elif kinds.target(node) is F.interpolate:
             _replace_interpolate(plain, kinds, node)
     plain.graph.eliminate_dead_code()
     plain.recompile()
@@ -230,9 +231,25 @@ def _bounds(network: fx.GraphModule, kinds: Placement, node: fx.Node) -> tuple[f
         module: Any = network.get_submodule(str(node.target))
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             return module.min_val, module.max_val
-    if kinds.target(node) is nn.functional.relu6:
+    target = kinds.target(node)
+    if target is F.relu6:
         return 0.0, 6.0
-    return 0.0, torch.inf
+    defaults = {F.hardtanh: (-1.0, 1.0), torch.clamp: (None, None), "clamp": (None, None)}
+    if target not in defaults:
+        return 0.0, torch.inf
+    low, high = (*node.args[1:3], *defaults[target][len(node.args[1:3]) :])
+    low = node.kwargs.get("min_val", node.kwargs.get("min", low))
+    high = node.kwargs.get("max_val", node.kwargs.get("max", high))
+    return -torch.inf if low is None else low, torch.inf if high is None else high
+
+
+def _is_global_average(network: fx.GraphModule, kinds: Placement, node: fx.Node) -> bool:
+    size: Any = None
+    if kinds.target(node) is nn.AdaptiveAvgPool2d:
+        size = network.get_submodule(str(node.target)).output_size
+    elif kinds.target(node) is F.adaptive_avg_pool2d:
+        size = node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
+    return size in (1, (1, 1), [1, 1])
 
 
 def _replace_average(network: fx.GraphModule, kinds: Placement, node: fx.Node) -> None:

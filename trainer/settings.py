@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +82,7 @@ class Training(BaseModel):
     devices: int = Field(default=1, ge=1)
     nodes: int = Field(default=1, ge=1)
     threads: int | None = Field(default=None, ge=1)
-    seed: int = 1
+    seed: int = Field(default=1, ge=0)
     checkpoint_every: int = Field(default=200, ge=1)
     measure_every: int = Field(default=1, ge=1)
 
@@ -131,7 +132,7 @@ def read(recipe: str, changes: Iterable[str] = ()) -> Settings:
     recipe : str
         A TOML file, or the name of a packaged recipe.
     changes : iterable of str
-        `key=value`, such as `quantization.weight_bits=3`; values as in TOML, or plain strings.
+        `key=value`, such as `quantization.weight_bits=3`; both as in TOML, or values plain strings.
 
     Returns
     -------
@@ -170,12 +171,21 @@ def _apply(values: dict[str, Any], change: str) -> None:
     if not equals:
         raise SettingsError(f"{change!r} is not of the form key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        new = tomllib.loads(f"{name} = {text}")
     except tomllib.TOMLDecodeError:
-        value = text
-    *groups, key = name.split(".")
-    for group in groups:
-        values = values.setdefault(group, {})
-        if not isinstance(values, dict):
-            raise SettingsError(f"{change!r}: {group} is a value, not a group of settings")
-    values[key] = value
+        try:
+            new = tomllib.loads(f"{name} = {json.dumps(text)}")
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{change!r}: {name} is no key: {error}") from error
+    _merge(values, new, change)
+
+
+def _merge(values: dict[str, Any], new: dict[str, Any], change: str) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict):
+            below = values.setdefault(key, {})
+            if not isinstance(below, dict):
+                raise SettingsError(f"{change!r}: {key} is a value, not a group of settings")
+            _merge(below, value, change)
+        else:
+            values[key] = value

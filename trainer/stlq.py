@@ -16,7 +16,6 @@ from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 5
 MAX_TILE = 256
-GRANULARITIES = ("element", "tile", "filter")
 
 # alpha candidates are max|w| * 2^-g: one octave moves every level onto the next, the rest of the
 # range only trades clipping of the largest weights against resolution of the smallest.
@@ -83,7 +82,7 @@ class TwoWords(torch.autograd.Function):
     """Quantized weights, the l2 norm of the regularised r1, and the number of second words.
 
     Gradients are straight-through: W's is that of w where w is not clipped. That of the norm takes
-    q0 for a constant, so that it pulls w to the grid.
+    q0 and alpha for constants, so that it pulls w to the grid.
 
     The norm is that of alpha * r1 / 2^(L-1), in units of the layer's root mean square alpha. In
     units of each channel's own grid, channels that training has given up, whose alpha is next to

@@ -30,7 +30,7 @@ class Task:
     label_smoothing: float = 0.0
     weights: Tensor | None = None
 
-    main = ""  # name of the measure that a result is known by
+    learning = ""  # name of the measure of training batches
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the loss of a batch."""
@@ -48,7 +48,7 @@ class Task:
 class Classification(Task):
     """Cross entropy; the share of examples whose most probable class is right."""
 
-    main = "top1"
+    learning = "top1"
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the cross entropy of logits (N, classes) against class numbers (N,)."""
@@ -69,7 +69,7 @@ class Classification(Task):
 class Segmentation(Task):
     """Cross entropy of every pixel; mean intersection over union of the classes."""
 
-    main = "miou"
+    learning = "pixels"
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the cross entropy of (N, classes, H, W) against (N, H, W)."""
@@ -100,7 +100,7 @@ class Segmentation(Task):
 class Enhancement(Task):
     """Mean absolute error; peak signal-to-noise ratio and structural similarity."""
 
-    main = "psnr"
+    learning = "psnr"
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the mean absolute error of pictures (N, 3, H, W) in 0 to 1."""

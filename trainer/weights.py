@@ -124,7 +124,7 @@ class LogQuantizer(WeightQuantizer):
         self.clip, self.shift, self.regular = clip, shift, regular
         rows = self.layout.rows(layer.weight.detach())
         self.alpha = nn.Parameter(stlq.search_alpha(rows, bits, clip, shift, ratio))
-        self.register_buffer("second", torch.zeros(rows.shape, dtype=torch.bool))
+        self.register_buffer("second", torch.zeros_like(rows, dtype=torch.bool))
         self.refresh(layer.weight)
 
     @torch.no_grad()
@@ -182,8 +182,8 @@ class LevelQuantizer(WeightQuantizer):
 
     def __init__(self, layer: Layer, bits: int, levels: list[float]) -> None:
         super().__init__(layer, bits)
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
         rows = self.layout.rows(layer.weight.detach())
+        self.register_buffer("levels", torch.tensor(levels, device=rows.device), persistent=False)
 
         def error(alpha: Tensor) -> Tensor:
             quantized = _Nearest.apply(rows, alpha, self.levels)

@@ -20,9 +20,6 @@ DATA_SETS = {
     "low_light": "low_light:LowLight",
 }
 
-# Packages that are not named as what is imported.
-_PACKAGES = {"PIL": "pillow"}
-
 
 def open_data(name: str, root: Path | str, options: dict[str, Any] | None = None) -> DataSet:
     """Open a data set.
@@ -51,8 +48,7 @@ def open_data(name: str, root: Path | str, options: dict[str, Any] | None = None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise DataError(
-            f"data set {name} needs a package that is not installed: "
-            f"pip install {_PACKAGES.get(package, package)}"
+            f"data set {name} needs a package that is not installed: pip install {package}"
         ) from error
     except TypeError as error:
         raise DataError(f"data_options of {name}: {error}") from error

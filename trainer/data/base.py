@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 Batch = tuple[Tensor, Tensor]
 
@@ -103,13 +103,18 @@ class _Examples(Dataset):
     def __init__(self, data: FileDataSet, items: Sequence[Any], seed: tuple[int, int] | None):
         self.data, self.items, self.seed = data, items, seed
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | DataError:
         # A worker process, another rank or a run that goes on draws the same for an example.
         random = None if self.seed is None else np.random.default_rng([*self.seed, index])
         try:
             return self.data.example(self.items[index], random)
-        except DataError as error:
-            raise DataError(f"example {index}: {error}") from error
+        except DataError as error:  # which a worker process would dress up if it were raised there
+            return DataError(f"example {index}: {error}")
+
+
+def _batch(examples: list[Any]) -> Any:
+    error = next((e for e in examples if isinstance(e, DataError)), None)
+    return error or default_collate(examples)
 
 
 class FileDataSet(DataSet):
@@ -153,14 +158,19 @@ class FileDataSet(DataSet):
         batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
         yield from self._load(_Examples(self, self.test_items, None), batches)
 
-    def _load(self, examples: _Examples, batches: list[list[int]]) -> DataLoader:
+    def _load(self, examples: _Examples, batches: list[list[int]]) -> Iterator[Batch]:
         # With a generator of its own it draws nothing from the one that networks draw from.
-        return DataLoader(
+        loader = DataLoader(
             examples,
             batch_sampler=batches,
             num_workers=self.workers,
+            collate_fn=_batch,
             generator=torch.Generator(),
         )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
     def calibration(self, count: int) -> Tensor:
         """Return training inputs that are not augmented; see `DataSet.calibration`."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from logshift.trainer.data.base import layout_error
 
 
@@ -29,9 +32,6 @@ def columns(path: Path, *names: str, layout: str) -> list[list[Any]]:
     DataError
         If the file cannot be read, or a column or a value is missing.
     """
-    import pyarrow as pa  # here, as folders of pictures can be read without
-    import pyarrow.parquet as pq
-
     folder = path.parent
     if not path.is_file():
         raise layout_error(folder, f"no {path.name}", layout)

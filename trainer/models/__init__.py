@@ -78,7 +78,13 @@ def load_weights(model: nn.Module, path: Path | str, *, part: str = "") -> None:
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelError(f"{path}: cannot be read: it holds no state dictionary")
     found = {_torchvision(name): tensor for name, tensor in state.items()}
-    target = model.get_submodule(part)
+    try:
+        target = model.get_submodule(part)
+    except AttributeError:
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise ModelError(
+            f"weights_part {part!r} is no part of the model, such as {parts}"
+        ) from None
     expected = target.state_dict()
     if part:
         found = {name: tensor for name, tensor in found.items() if name in expected}

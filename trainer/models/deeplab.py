@@ -92,6 +92,8 @@ class DeepLabV3Plus(nn.Module):
         output_stride: int,
     ) -> None:
         super().__init__()
+        if output_stride not in _RATES:
+            raise ValueError(f"output_stride is {output_stride}; it must be 8 or 16")
         self.backbone = backbone
         self.aspp = Aspp(channels_high, width, _RATES[output_stride])
         self.low = conv_bn_relu(channels_low, 48)

@@ -69,6 +69,8 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, classes: int = 1000, output_stride: int = 32) -> None:
         super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride is {output_stride}; it must be 8, 16 or 32")
         blocks: list[nn.Module] = [conv_bn_relu6(3, 32, 3, 2, 1)]
         channels, reached, dilation = 32, 2, 1
         for expansion, channels_out, count, group_stride in _GROUPS:

@@ -102,6 +102,8 @@ class ResNetCifar(nn.Module):
 
     def __init__(self, blocks: int = 3, classes: int = 10, shortcut: str = "conv") -> None:
         super().__init__()
+        if shortcut not in ("conv", "pad"):
+            raise ValueError(f"shortcut is {shortcut!r}; it must be 'conv' or 'pad'")
         self.shortcut = shortcut
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)

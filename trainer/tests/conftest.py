@@ -47,6 +47,7 @@ def small(classes=4):
         nn.BatchNorm2d(8),
         nn.ReLU(),
         nn.Flatten(),
+        nn.Dropout(0.1),
         nn.Linear(128, classes),
     )
 
@@ -57,6 +58,8 @@ def trained_looking(network, shape):
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.5
+            if not module.affine:
+                continue
             size = module.weight.shape
             with torch.no_grad():
                 sign = torch.randn(size, generator=random).sign()

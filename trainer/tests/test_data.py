@@ -249,12 +249,15 @@ def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "logshift.trainer.data.sony")
     with pytest.raises(DataError, match="sony needs .* not installed: pip install rawpy$"):
         open_data("sony", tmp_path)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    make_low_light(tmp_path)
-    open_data("low_light", tmp_path)  # a folder needs none
-    (tmp_path / "a.parquet").touch()
-    with pytest.raises(DataError, match="pip install pyarrow$"):
-        open_data("low_light", tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_workers_are_plain(tmp_path, workers):
+    options = make_voc(tmp_path) | {"workers": workers}
+    for path in (tmp_path / "VOCdevkit/VOC2012/JPEGImages").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"^example \d: cannot read"):
+        list(open_data("voc", tmp_path, options).train(0, 2, 1))
 
 
 def table(path, image, label):

@@ -10,7 +10,15 @@ import onnx
 import pytest
 import torch
 from conftest import Blobs, small
-from test_data import make_camvid, make_cifar10
+from test_data import (
+    make_camvid,
+    make_cifar10,
+    make_imagenet,
+    make_sony,
+    make_voc,
+    read_long,
+    read_short,
+)
 from typer.testing import CliRunner
 
 from logshift.trainer import cli
@@ -51,7 +59,7 @@ def test_a_run_learns_and_leaves_everything(blobs, models, tmp_path):
     assert float(iterations[-1]["loss"]) < float(iterations[0]["loss"])
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert set(summary["layers"]) == {"0", "3", "7"}
+    assert set(summary["layers"]) == {"0", "3", "8"}
     assert Settings.model_validate_json((tmp_path / "settings.json").read_text()) == settings()
     onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
 
@@ -110,11 +118,26 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [2, 5, 7])
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
-    blobs, models, tmp_path, monkeypatch, after
-):
-    chosen = settings(training={"checkpoint_every": 1})
+def test_lambda_pulls_errors_to_the_grid(blobs, models, tmp_path):
+    left = []
+    for strength in (0, 0.1):
+        fit(settings(quantization={"regularisation": strength}), blobs, tmp_path / str(strength))
+        left.append(float(rows(tmp_path / str(strength) / "iterations.csv")[-1]["regulariser"]))
+    assert left[1] < 0.5 * left[0]
+
+
+def test_second_words_are_chosen_anew(blobs, models, tmp_path):
+    found = []
+    for refresh in (1, 100):
+        fit(settings(quantization={"refresh": refresh}), blobs, tmp_path / str(refresh))
+        state = parameters(tmp_path / str(refresh))
+        found.append([value for name, value in state.items() if name.endswith(".second")])
+    assert not all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("after, every", [(2, 1), (5, 1), (7, 3), (7, 100)])
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(blobs, models, tmp_path, after, every):
+    chosen = settings(training={"checkpoint_every": every})
     fit(chosen, blobs, tmp_path / "whole")
 
     class Stopping(type(blobs)):
@@ -134,8 +157,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
     fit(chosen, blobs, tmp_path / "parts", resume=True)
     whole, parts = parameters(tmp_path / "whole"), parameters(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    for name in ("iterations.csv",):
-        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
+    logs = [tmp_path / folder / "iterations.csv" for folder in ("whole", "parts")]
+    assert logs[0].read_text() == logs[1].read_text()
+
+
+def test_a_run_that_begins_again_has_new_logs(blobs, models, tmp_path):
+    fit(settings(), blobs, tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    fit(settings().model_copy(update={"quantization": None}), blobs, tmp_path)
+    found = rows(tmp_path / "iterations.csv")
+    assert len(found) == 12 and set(found[0]) == {"iteration", "loss", "top1", "lr"}
 
 
 def test_a_checkpoint_that_cannot_be_read(blobs, models, tmp_path):
@@ -166,6 +197,7 @@ def test_accumulation_makes_the_same_steps(blobs, models, tmp_path):
         ({"training": {"batch": 128}}, "there are 64 examples"),
         ({"model": "large"}, "'large' is none of small"),
         ({"model_options": {"depth": 3}}, "model_options of small"),
+        ({"training": {"accelerator": "nothing"}}, "accelerator 'nothing'"),
     ],
 )
 def test_runs_that_cannot_start(blobs, models, tmp_path, changes, message):
@@ -246,10 +278,55 @@ def test_packaged_recipes_are_valid(name):
 
 def test_settings_that_cannot_be_read(tmp_path):
     (tmp_path / "a.toml").write_text("task = ")
+    dotted = 'quantization.layers."layer1.0.conv1".weight_bits=5'
+    chosen = read("resnet20-cifar10", [dotted, "data=other data"])
+    assert chosen.quantization.layers["layer1.0.conv1"].weight_bits == 5
+    assert chosen.data == "other data"
     for recipe, changes, message in (
+        ("resnet20-cifar10", ["a b=1"], "a b is no key"),
+        ("resnet20-cifar10", ["training.seed=-1"], "training.seed"),
         (str(tmp_path / "a.toml"), [], "a.toml"),
         ("resnet20-cifar10", ["lr"], "key=value"),
         ("resnet20-cifar10", ["model.depth=1"], "model is a value"),
     ):
         with pytest.raises(SettingsError, match=message):
             read(recipe, changes)
+
+
+SQUARES = {  # which the U-Net can halve four times
+    "crop": 16,
+    "short": lambda path: read_short(path)[:, :32],
+    "long": lambda path: read_long(path)[:, :32],
+}
+
+
+@pytest.mark.parametrize(
+    "recipe, make, options",
+    [
+        ("resnet18-imagenet", make_imagenet, {}),
+        pytest.param("deeplab-voc", make_voc, {}, marks=pytest.mark.slow),
+        ("sid-sony", make_sony, SQUARES),
+    ],
+)
+def test_recipes_for_sets_that_are_not_here_take_a_step(recipe, make, options, tmp_path):
+    options = make(tmp_path) | options
+    changes = ["epochs=1", "batch=4", "calibration=4", "precision='32-true'", "accumulate=1"]
+    chosen = read(recipe, [f"training.{change}" for change in changes])
+    summary = fit(chosen, open_data(chosen.data, tmp_path, options), tmp_path / "out")
+    assert summary["iterations"] >= 1 and summary["nzr"] > 0.05
+    onnx.checker.check_model(onnx.load(tmp_path / "out/model.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("resnet20_cifar", {"shortcut": "padd"}, "shortcut"),
+        ("mobilenet_v2", {"output_stride": 4}, "output_stride"),
+        ("resnet50", {"output_stride": 4}, "output_stride"),
+        ("deeplab_mobilenet_v2", {"output_stride": 32}, "output_stride"),
+    ],
+)
+def test_options_that_a_model_does_not_take(blobs, name, options, message, tmp_path):
+    chosen = settings(model=name, model_options=options)
+    with pytest.raises(RunError, match=f"model_options of {name}: {message}"):
+        fit(chosen, blobs, tmp_path)

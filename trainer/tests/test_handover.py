@@ -11,7 +11,7 @@ from conftest import trained_looking
 from torch import nn
 
 from logshift.trainer.activations import ActivationQuantizer
-from logshift.trainer.config import Config
+from logshift.trainer.config import Config, LayerConfig
 from logshift.trainer.export import export_onnx, grid
 from logshift.trainer.models import MODELS
 from logshift.trainer.quantize import prepare, weight_quantizers
@@ -33,13 +33,33 @@ class Resizing(nn.Module):
         return F.interpolate(self.b(x), size=(29, 23), mode="bilinear")
 
 
+class Clamping(nn.Module):
+    """Bounds of all kinds, pools to one pixel and to four, dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+        self.norm, self.pool = nn.BatchNorm2d(8, affine=False), nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.clamp(self.norm(self.a(x)), -0.2, max=0.7)
+        x = F.hardtanh(self.b(x), -0.1, 0.4)
+        x = F.dropout(self.c(x).clamp(min=0.05), 0.5, self.training)
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
 NETWORKS = {
     "resnet20_cifar": ((3, 32, 32), {"shortcut": "pad"}),
     "mobilenet_v2": ((3, 32, 32), {"classes": 20}),
     "deeplab_mobilenet_v2": ((3, 48, 64), {"classes": 11, "width": 16}),
     "sid_unet": ((4, 32, 32), {"width": 8}),
     "resizing": ((3, 22, 18), {}),
+    "clamping": ((3, 16, 16), {}),
 }
+
+
+OTHERS = {"resizing": Resizing, "clamping": Clamping}
 
 
 # Together they have every width of words, a residual shift, and codes of 5 and 8 bits.
@@ -52,6 +72,7 @@ CONFIGS = {
 
 
 CASES = [(n, c) for n in ("resnet20_cifar", "sid_unet", "resizing") for c in CONFIGS]
+CASES += [("clamping", "w4a8"), ("clamping", "w3a5")]
 CASES += [("mobilenet_v2", "w4a8"), ("mobilenet_v2", "w4a5-shift2")]  # these take longer
 CASES += [("deeplab_mobilenet_v2", "w4a8"), ("deeplab_mobilenet_v2", "w3a5")]
 
@@ -62,9 +83,7 @@ def handed_over(request, tmp_path_factory):
     name, config = request.param
     torch.manual_seed(1)
     shape, options = NETWORKS[name]
-    network = trained_looking(
-        prepare((MODELS | {"resizing": Resizing})[name](**options), CONFIGS[config]), shape
-    )
+    network = trained_looking(prepare((MODELS | OTHERS)[name](**options), CONFIGS[config]), shape)
     folder = tmp_path_factory.mktemp(name)
     export_onnx(network, folder / "a.onnx", torch.zeros(1, *shape))
     x = torch.randn(4, *shape)
@@ -131,6 +150,24 @@ def test_integers_are_the_trainers(handed_over):
         ours = grid(layer)[0].numpy()
         theirs = (w.reshape(len(ours), -1) for w in found[ours.size] if len(w) == len(ours))
         assert any(_same(ours, w) for w in theirs), name
+
+
+def test_layers_that_are_kept_stay_float(tmp_path):
+    torch.manual_seed(1)
+    kept = LayerConfig(keep_float=True)
+    network = prepare(MODELS["resnet20_cifar"](), Config(first=kept, layers={"layer2.0.*": kept}))
+    network = trained_looking(network, (3, 32, 32))
+    export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 32, 32))
+    x = torch.randn(4, 3, 32, 32)
+    converter.convert(
+        tmp_path / "a.onnx", tmp_path / "a.stlq", calibration=x.numpy(), progress=False
+    )
+    session = runtime.load(tmp_path / "a.stlq")
+    floats = [n for n in session.graph.nodes if n.op == "Conv" and n.weights is None]
+    assert len(floats) == 4
+    difference, output = differences(network, session, x)
+    assert (difference <= 1).float().mean() >= 0.999
+    assert np.abs(session.run(x.numpy()) - output).max() < 0.01 * np.abs(output).max()
 
 
 def _same(ours, theirs):

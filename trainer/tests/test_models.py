@@ -187,3 +187,5 @@ def test_weights_that_do_not_fit(tmp_path):
     for name in ("b.pth", "c.pth", "d.pth", "e.pth", "none.pth"):
         with pytest.raises(ModelError, match=f"{name}: cannot be read"):
             load_weights(model, tmp_path / name)
+    with pytest.raises(ModelError, match="'body' is no part of the model, such as conv1, bn1"):
+        load_weights(model, tmp_path / "a.pth", part="body")

@@ -5,6 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -149,12 +150,46 @@ def test_layers_may_differ():
     "model, config, message",
     [
         (nn.Sequential(nn.ReLU()), Config(), "no Conv2d"),
+        (small(), Config(layers={"*": LayerConfig(keep_float=True)}), "leaves no layer"),
+        (
+            nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, track_running_stats=False)),
+            Config(),
+            "1: a batch norm without",
+        ),
         (small(), Config(layers={"conv*": LayerConfig(weight_bits=3)}), "matches no layer"),
     ],
 )
 def test_what_cannot_be_prepared(model, config, message):
     with pytest.raises(PrepareError, match=message):
         prepare(model, config)
+
+
+def test_a_kept_layer_is_rounded_after_what_is_fused_to_it():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+    )  # fmt: skip
+    kept = LayerConfig(keep_float=True)
+    network = prepare(model, Config(first=kept, layers={"3": kept}))
+    called = [str(n.target) for n in network.graph.nodes if n.op == "call_module"]
+    # Nobody needs codes before the layer that computes on codes.
+    assert [name.split(".")[0] for name in called] == [*"01234", "activation_quantizers", "5"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_dropout_follows_the_mode(training):
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 64, 1)
+
+        def forward(self, x):
+            return F.dropout(self.conv(x), 0.9, self.training)
+
+    network = prepare(Dropping().train(training), Config(activation_bits=32))
+    x = torch.ones(1, 1, 8, 8)
+    assert (network.eval()(x) != 0).all()
+    assert 0.8 < (network.train()(x) == 0).float().mean() < 0.97
 
 
 def test_a_network_that_branches_on_values():
