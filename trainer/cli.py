@@ -69,10 +69,10 @@ def train(
     except (SettingsError, DataError, ModelError, PrepareError, RunError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    if rank_zero_only.rank == 0:
-        _show(summary, out)
+    _show(summary, out)
 
 
+@rank_zero_only
 def _show(summary: dict[str, Any], out: Path) -> None:
     table = Table("measure", "value", title=str(out / "model.onnx"))
     for key, value in summary.items():

@@ -277,7 +277,7 @@ def _step(
             fabric.backward(loss / parts)
     optimiser.step()
     if fabric.world_size > 1:
-        means = fabric.all_reduce(torch.tensor(list(total.values())), reduce_op="mean")
+        means: Any = fabric.all_reduce(torch.tensor(list(total.values())), reduce_op="mean")
         total = dict(zip(total, means.tolist(), strict=True))
     return total
 

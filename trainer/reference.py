@@ -234,10 +234,15 @@ def _bounds(network: fx.GraphModule, kinds: Placement, node: fx.Node) -> tuple[f
     target = kinds.target(node)
     if target is F.relu6:
         return 0.0, 6.0
-    defaults = {F.hardtanh: (-1.0, 1.0), torch.clamp: (None, None), "clamp": (None, None)}
+    defaults: dict[object, list[Any]] = {
+        F.hardtanh: [-1.0, 1.0],
+        torch.clamp: [None, None],
+        "clamp": [None, None],
+    }
     if target not in defaults:
         return 0.0, torch.inf
-    low, high = (*node.args[1:3], *defaults[target][len(node.args[1:3]) :])
+    given: list[Any] = list(node.args[1:3])
+    low, high = given + defaults[target][len(given) :]
     low = node.kwargs.get("min_val", node.kwargs.get("min", low))
     high = node.kwargs.get("max_val", node.kwargs.get("max", high))
     return -torch.inf if low is None else low, torch.inf if high is None else high
