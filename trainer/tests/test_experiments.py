@@ -76,11 +76,14 @@ def test_the_report_is_made_of_the_logs(finished, tmp_path, monkeypatch):
     assert "W4A8 + 5 %" not in text  # of which there is no run
     (line,) = (x for x in text.splitlines() if x.startswith("| W4A8 + 0 %"))
     assert "±" not in line
+    shutil.copytree(out / "longer/w4a8", out / "cifar10-float")
     for seed in (2, 3):
         shutil.copytree(out / "table/w4a8-0/seed1", out / f"table/w4a8-0/seed{seed}")
     training_report.main()
     text = (tmp_path / "training.md").read_text()
     (line,) = (x for x in text.splitlines() if x.startswith("| W4A8 + 0 %"))
+    assert "| W4A8 + 15 % below float, top-1 | at most 0.2 | 0.00 | " in text
+    assert "| `table` | 3 | " in text
     top1, nzr = (cell.strip() for cell in line.split("|")[2:4])
     assert top1.endswith("0 ± 0.00") and nzr == "0.00"
     training_report.main()
