@@ -3,11 +3,12 @@
     python -m benchmarks.training_runtime --data DIRECTORY --runs runs
 
 Every finished run of `benchmarks.training_runs` whose weights a packed file can hold gets
-`model.stlq` and `runtime.json`, unless it has them already. The test set goes through PyTorch's
+`model.stlq` and `runtime.json`, unless it has them already: the test set goes through PyTorch's
 quantized network and through the runtime, the first part of it also through
-`logshift.trainer.reference`; speed is that of the runtime against the float network in PyTorch,
-frozen and optimised, in turns, batch 1. Runs for segmentation and low light also get the pictures
-of a few test examples, float ones through PyTorch.
+`logshift.trainer.reference`. Runs for segmentation and low light also get the pictures of a few
+test examples, float ones through PyTorch. Then all are timed, which wants a machine that does
+nothing else: the runtime against the float network in PyTorch, frozen and optimised, in turns,
+batch 1.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def trained(folder: Path, settings: Settings, data: DataSet) -> torch.nn.Module:
 
 
 def measure(folder: Path, root: Path) -> dict[str, Any]:
-    """Convert the network of a run and compare; returns what `runtime.json` holds."""
+    """Convert the network of a run and compare; returns what `runtime.json` holds at first."""
     settings, data = opened(folder, root)
     packed = folder / "model.stlq"
     report = converter.convert(
@@ -76,10 +77,14 @@ def measure(folder: Path, root: Path) -> dict[str, Any]:
     }
     if settings.data in SHOWN:
         training_panels.save(folder, data, SHOWN[settings.data], session.run)
-    plain = build(settings.model_copy(update={"quantization": None}), data)
-    for threads in (1, 2):
-        result[f"speed_{threads}"] = speed(plain.eval(), packed, data.shape, threads)
     return result
+
+
+def speeds(folder: Path, root: Path) -> dict[str, Any]:
+    """Time the packed network of a run on 1 and 2 threads; returns what is added to the result."""
+    settings, data = opened(folder, root)
+    plain = build(settings.model_copy(update={"quantization": None}), data).eval()
+    return {f"speed_{n}": speed(plain, folder / "model.stlq", data.shape, n) for n in (1, 2)}
 
 
 def show_float(folder: Path, root: Path) -> None:
@@ -201,6 +206,11 @@ def turn(engine: Callable[[], Any]) -> float:
     return float(np.median(times))
 
 
+def write(folder: Path, result: dict[str, Any]) -> None:
+    """Write `runtime.json`."""
+    (folder / "runtime.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure all runs that are finished and were not measured before."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -208,6 +218,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     options = parser.parse_args()
     console.print(describe())
+    measured = []
     for summary in sorted(options.runs.rglob("summary.json")):
         folder = summary.parent
         settings = Settings.model_validate_json((folder / "settings.json").read_text())
@@ -217,9 +228,14 @@ def main() -> None:
         elif settings.quantization.method not in UNPACKABLE:
             if not (folder / "runtime.json").exists():
                 result = measure(folder, options.data) | {"machine": describe()}
-                (folder / "runtime.json").write_text(json.dumps(result, indent=1) + "\n")
+                write(folder, result)
                 name = folder.relative_to(options.runs)
                 console.print(name, result["pytorch"], result["runtime"])
+            measured.append(folder)
+    for folder in track(measured, "timing", console=console):
+        result = json.loads((folder / "runtime.json").read_text())
+        if "speed_1" not in result:
+            write(folder, result | speeds(folder, options.data))
 
 
 if __name__ == "__main__":

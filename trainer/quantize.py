@@ -239,6 +239,7 @@ class Placement:
         self.network, self.config, self.kept = network, config, kept
         self.nodes = list(network.graph.nodes)
         self.claimed: set[fx.Node] = set()
+        self.float_ends: set[fx.Node] = set()  # what is fused to kept layers
         self.kinds: dict[fx.Node, str] = {}
         self.found: dict[fx.Node, set[str]] = {}
         for node in self.nodes:  # in order, so that `_kind` finds those of its inputs
@@ -288,12 +289,15 @@ class Placement:
         after = {"layer": ("norm", "add", "relu"), "norm": ("add", "relu"), "add": ("relu",)}
         after["kept"] = after["layer"]
         kind = self.kind(node)
+        is_float = kind == "kept"
         while len(node.users) == 1:
             user = next(iter(node.users))
             then = self.kind(user)
             if then not in after.get(kind, ()) or user in self.claimed:
                 break
             self.claimed.add(user)
+            if is_float:
+                self.float_ends.add(user)
             node, kind = user, then
         return node
 
@@ -321,6 +325,8 @@ class Placement:
             self.found[node] = set()
             for user in node.users:
                 kind = self.kind(user)
+                if user in self.float_ends:
+                    continue
                 if kind in ("layer", "norm", "add", "relu", "point"):
                     self.found[node].add("codes")
                 elif kind == "output":

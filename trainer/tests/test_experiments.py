@@ -44,6 +44,7 @@ def finished(tmp_path_factory):
         fit(chosen, pictures, out / name)
     training_runtime.ROUNDS, training_runtime.SECONDS = 2, 0.01
     result = training_runtime.measure(out / "longer/w4a8", data)
+    result |= training_runtime.speeds(out / "longer/w4a8", data)
     (out / "longer/w4a8/runtime.json").write_text(json.dumps(result))
     return out, result
 
