@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 from benchmarks import training_panels  # noqa: E402
-from benchmarks.training_runs import SEEDS  # noqa: E402
+from benchmarks.training_runs import LONGER, SEEDS  # noqa: E402
 from logshift.trainer.data.camvid import CamVid  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -68,6 +68,11 @@ def archive(runs: Path) -> None:
                 part = [[float(value) for value in row] for row in rows[begin : begin + TOGETHER]]
                 means = [mean(column) for column in zip(*part, strict=True)]
                 writer.writerow([int(part[-1][0]), *(f"{value:.5g}" for value in means[1:])])
+
+
+def seeds(case: str) -> list[str]:
+    """Return the runs of a case of the compared ones."""
+    return [f"table/{case}/seed{seed}" for seed in SEEDS]
 
 
 def load(name: str, file: str) -> dict[str, Any] | None:
@@ -118,8 +123,8 @@ def figure(path: Path, cases: Callable[[int], dict[str, str]]) -> None:
     drawn.savefig(path, metadata={"Date": None})
 
 
-def percent(values: list[float], factor: float = 100) -> str:
-    """Return the mean of shares in percent, with the standard deviation if there are several."""
+def spread(values: list[float], factor: float = 100) -> str:
+    """Return the mean, of shares in percent, with the standard deviation if there are several."""
     text = f"{factor * mean(values):.2f}"
     return text if len(values) == 1 else f"{text} ± {factor * stdev(values):.2f}"
 
@@ -130,7 +135,7 @@ def row(label: str, names: list[str]) -> str | None:
     if not found:
         return None
     names, summaries = list(found), list(found.values())
-    cells = [label, percent([s["top1"] for s in summaries])]
+    cells = [label, spread([s["top1"] for s in summaries])]
     cells += [f"{100 * mean([s['nzr'] for s in summaries]):.2f}"]
     cells += [f"{mean([s['bits_per_weight'] for s in summaries]):.2f}"]
     packed = [p for name in names if (p := load(name, "runtime.json")) is not None]
@@ -141,7 +146,7 @@ def row(label: str, names: list[str]) -> str | None:
         return f"{sum(p[part] for p in packed):,} of {sum(p[whole] for p in packed):,}"
 
     cells += [
-        percent([p["runtime"]["top1"] for p in packed]),
+        spread([p["runtime"]["top1"] for p in packed]),
         share("other_class", "classes_compared"),
         share("other_class_than_reference", "classes_compared_with_reference"),
         f"{mean([p['bytes'] for p in packed]):,.0f}",
@@ -165,10 +170,6 @@ HEADER = (
 
 def tables() -> dict[str, str]:
     """Return the tables by name."""
-
-    def seeds(case: str) -> list[str]:
-        return [f"table/{case}/seed{seed}" for seed in SEEDS]
-
     cases = {
         "bits": [
             (f"W{bits}A{activation_bits} + 15 %", seeds(f"w{bits}a{activation_bits}"))
@@ -185,9 +186,8 @@ def tables() -> dict[str, str]:
             for suffix, label in METHODS.items()
         ],
         "longer": [
-            (f"W{bits}A{activation_bits} + 15 %", [f"longer/w{bits}a{activation_bits}"])
-            for bits in (4, 3)
-            for activation_bits in (8, 5)
+            (f"{case.upper()} + 15 %, {epochs} epochs", [f"longer/{case}-{epochs}"])
+            for case, epochs in LONGER
         ],
         "figures": [
             (f"W{bits}A{bits}, {label}", [f"figure/w{bits}a{bits}{suffix}"])
@@ -216,34 +216,42 @@ def tables() -> dict[str, str]:
 
 def table_of_claims() -> str:
     """Return the table of targets and what was measured, in points of each measure."""
-    claims = []
+    claims, select = [], "with select above without"
     for case, target in (("w4a8", "at most 0.2"), ("w4a5", "at most 0.5"), ("w3a5", "at most 1.0")):
         label = f"{case.upper()} + 15 % below float, top-1"
-        for runs in (f"longer/{case}", f"table/{case}/seed1"):
-            claims.append((label, target, "cifar10-float", runs))
+        claims.append((label, target, ["cifar10-float"], seeds(case)))
+        for longer, epochs in LONGER:
+            if longer == case:
+                claims.append((label, target, ["cifar10-float"], [f"longer/{case}-{epochs}"]))
     for bits in (5, 4):
         run, name = f"figure/w{bits}a{bits}", f"W{bits}A{bits}"
         claims += [
-            (f"{name}, with select above without, top-1", "at least 0.5", run, f"{run}-without"),
-            (f"{name}, per tile below per element, top-1", "at most 1.0", run, f"{run}-tile"),
+            (f"{name}, {select}, top-1", "at least 0.5", [run], [f"{run}-without"]),
+            (f"{name}, per tile below per element, top-1", "at most 1.0", [run], [f"{run}-tile"]),
         ]
+    for case in ("w4a5", "w3a5"):
+        label = f"{case.upper()}, {select}, top-1"
+        claims.append((label, "at least 0.5", seeds(case), seeds(f"{case}-without_select")))
     w4 = "W4A8 + 15 % below float"
     claims += [
-        (f"CamVid, {w4}, mIoU", "at most 1.0", "camvid-float", "camvid/w4a8"),
-        (f"low light, {w4}, dB", "at most 0.3", "low-light-float", "low-light/w4a8"),
+        (f"CamVid, {w4}, mIoU", "at most 1.0", ["camvid-float"], ["camvid/w4a8"]),
+        (f"low light, {w4}, dB", "at most 0.3", ["low-light-float"], ["low-light/w4a8"]),
     ]
-    lines = ["| | target | measured | epochs | NZR % |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| | target | measured | epochs | runs | NZR % |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
     for label, target, *names in claims:
-        found = [s for name in names if (s := load(name, "summary.json")) is not None]
-        if len(found) < 2:
+        first, second = ([s for n in group if (s := load(n, "summary.json"))] for group in names)
+        if not first or not second:
             continue
         (measure, factor), *_ = (
-            (key, by) for key, by in (("top1", 100), ("miou", 100), ("psnr", 1)) if key in found[0]
+            (key, by) for key, by in (("top1", 100), ("miou", 100), ("psnr", 1)) if key in first[0]
         )
-        difference = factor * (found[0][measure] - found[1][measure])
-        nzr = " and ".join(f"{100 * s['nzr']:.1f}" for s in found if "nzr" in s)
-        epochs = found[1]["epochs"]
-        lines.append(f"| {label} | {target} | {difference:.2f} | {epochs} | {nzr} |")
+        above = first * len(second) if len(names[0]) == 1 else first
+        pairs = zip(above, second, strict=False)  # by seed
+        difference = spread([a[measure] - b[measure] for a, b in pairs], factor)
+        nzr = [f"{100 * mean([s['nzr'] for s in g]):.1f}" for g in (first, second) if "nzr" in g[0]]
+        cells = [label, target, difference, f"{second[0]['epochs']}", f"{len(second)}"]
+        lines.append("| " + " | ".join([*cells, " and ".join(nzr)]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -269,20 +277,21 @@ def table_of_pictures(task: str, measures: dict[str, tuple[str, float]]) -> str:
     """Return the table of segmentation or low light."""
     names = [name for name, _ in measures.values()]
     head = ["case", *names, "NZR %", *(f"{name}, runtime" for name in names)]
-    head += ["codes within one %", "furthest from the reference", "bytes"]
+    head += ["codes within one %", "PyTorch in float64 %", "furthest from the reference", "bytes"]
     head += ["times as fast as PyTorch, 1 thread", "2 threads"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for label, suffix in PICTURES.items():
         summary, packed = load(task + suffix, "summary.json"), load(task + suffix, "runtime.json")
         if summary is None:
             continue
-        cells = [label, *(percent([summary[key]], by) for key, (_, by) in measures.items())]
+        cells = [label, *(spread([summary[key]], by) for key, (_, by) in measures.items())]
         cells.append(f"{100 * summary['nzr']:.2f}" if "nzr" in summary else "")
         if packed is None:
             cells += [""] * (len(head) - len(cells))
         else:
-            cells += [percent([packed["runtime"][key]], by) for key, (_, by) in measures.items()]
-            cells += [f"{100 * packed['codes_within_one']:.4f}"]
+            cells += [spread([packed["runtime"][key]], by) for key, (_, by) in measures.items()]
+            agreement = (packed.get(f"codes_within_one{of}") for of in ("", "_of_float64"))
+            cells += ["" if share is None else f"{100 * share:.2f}" for share in agreement]
             cells += [f"{packed['furthest_from_reference']:g}", f"{packed['bytes']:,}"]
             cells += faster([packed])
         lines.append("| " + " | ".join(cells) + " |")

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.nn.utils import parametrize
 
 from benchmarks import training_panels
 from benchmarks.machine import describe
@@ -73,11 +74,27 @@ def measure(folder: Path, root: Path) -> dict[str, Any]:
     result = {
         "bytes": report.file_bytes,
         "bits_per_weight": report.bits_per_weight,
-        **compare(trained(folder, settings, data), session, data, settings),
+        **compare(
+            trained(folder, settings, data),
+            in_float64(trained(folder, settings, data)),
+            session,
+            data,
+            settings,
+        ),
     }
     if settings.data in SHOWN:
         training_panels.save(folder, data, SHOWN[settings.data], session.run)
     return result
+
+
+def in_float64(network: torch.nn.Module) -> torch.nn.Module:
+    """Return the network with what lies between its quantizers in float64, for float64 inputs."""
+    for module in list(network.modules()):
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+        elif isinstance(module, ActivationQuantizer):
+            module.register_forward_hook(lambda module, x, y: y.double())
+    return network.double()
 
 
 def speeds(folder: Path, root: Path) -> dict[str, Any]:
@@ -101,14 +118,18 @@ def show_float(folder: Path, root: Path) -> None:
 
 @torch.no_grad()
 def compare(
-    network: torch.nn.Module, session: runtime.Session, data: DataSet, settings: Settings
+    network: torch.nn.Module,
+    doubled: torch.nn.Module,
+    session: runtime.Session,
+    data: DataSet,
+    settings: Settings,
 ) -> dict[str, Any]:
-    """Run the test set through both; returns both measures and how far they agree."""
+    """Run the test set through PyTorch and runtime; returns measures and how far they agree."""
     task = TASKS[settings.task](len(data.labels))
     here, there = task.metrics(), task.metrics()
     other = other_than_reference = total = 0
     furthest = 0.0
-    within = codes = examples = exactly = 0
+    within = within_float64 = total_codes = examples = exactly = 0
     batch = min(settings.training.batch, 50)
     exact = reference(network)
     for x, target in track(list(data.test(batch)), "test set", transient=True):
@@ -124,49 +145,62 @@ def compare(
             other_than_reference += int((expected.argmax(1) != theirs.argmax(1)).sum())
             exactly += target.numel()
         if examples < CODES[settings.task]:
-            near, count = code_agreement(network, session, x)
-            within, codes = within + near, codes + count
+            found = codes(network, x)
+            within += near(found, packed_codes(session, x))
+            within_float64 += near(found, codes(doubled, x.double()))
+            total_codes += sum(code.size for _, code in found)
         examples += len(x)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "pytorch": {name: float(value) for name, value in here.compute().items()},
         "runtime": {name: float(value) for name, value in there.compute().items()},
-        "codes_within_one": within / codes,
+        "codes_within_one": within / total_codes,
+        "codes_within_one_of_float64": within_float64 / total_codes,
         "furthest_from_reference": furthest,
     }
     if data.labels:
-        found |= {
+        result |= {
             "other_class": other,
             "other_class_than_reference": other_than_reference,
             "classes_compared": total,
             "classes_compared_with_reference": exactly,
         }
-    return found
+    return result
 
 
-def code_agreement(
-    network: torch.nn.Module, session: runtime.Session, x: torch.Tensor
-) -> tuple[int, int]:
-    """Return how many codes of a batch are at most one apart, and of how many."""
-    theirs: dict[tuple[float, tuple[int, ...]], list[np.ndarray]] = {}
-    for tensor, array in session.trace_codes(x.contiguous().numpy()).items():
-        if (q := session.graph.quantization.get(tensor)) is not None:
-            theirs.setdefault((q.scale, array.shape), []).append(array.astype(np.int64))
-    within = total = 0
+Codes = list[tuple[tuple[float, tuple[int, ...]], np.ndarray]]  # with scale and shape as keys
+
+
+@torch.no_grad()
+def codes(network: torch.nn.Module, x: torch.Tensor) -> Codes:
+    """Return the codes of all activations that a network in PyTorch quantizes."""
+    found: Codes = []
 
     def look(module: Any, _: Any, y: torch.Tensor) -> None:
-        nonlocal within, total
         code = torch.round(y / module.scale) + module.zero_point
-        key = (float(module.scale), tuple(code.shape))
-        distances = [np.abs(code.numpy() - other) for other in theirs[key]]
-        within += max(int((d <= 1).sum()) for d in distances)
-        total += code.numel()
+        found.append(((float(module.scale), tuple(code.shape)), code.numpy()))
 
     quantizers = [m for m in network.modules() if isinstance(m, ActivationQuantizer)]
     hooks = [m.register_forward_hook(look) for m in quantizers]
     network(x)
     for hook in hooks:
         hook.remove()
-    return within, total
+    return found
+
+
+def packed_codes(session: runtime.Session, x: torch.Tensor) -> Codes:
+    """Return the codes of all tensors in the runtime."""
+    traced = session.trace_codes(x.contiguous().numpy())
+    scales = {tensor: q.scale for tensor, q in session.graph.quantization.items()}
+    return [((scales[t], a.shape), a) for t, a in traced.items() if t in scales]
+
+
+def near(found: Codes, others: Codes) -> int:
+    """Return how many codes are at most one apart, of those tensors with equal keys agree best."""
+
+    def best(key: Any, code: np.ndarray) -> int:
+        return max(int((abs(code - other) <= 1).sum()) for k, other in others if k == key)
+
+    return sum(best(key, code) for key, code in found)
 
 
 def speed(
