@@ -6,9 +6,9 @@ Every finished run of `benchmarks.training_runs` whose weights a packed file can
 `model.stlq` and `runtime.json`, unless it has them already: the test set goes through PyTorch's
 quantized network and through the runtime, the first part of it also through
 `logshift.trainer.reference`. Runs for segmentation and low light also get the pictures of a few
-test examples, float ones through PyTorch. Then those of the first seed are timed, which wants a machine that
-does nothing else: the runtime against the float network in PyTorch, frozen and optimised, in
-turns, batch 1.
+test examples, float ones through PyTorch. Then those of the first seed are timed, which wants a
+machine that does nothing else: the runtime against the float network in PyTorch, frozen and
+optimised, in turns, batch 1.
 """
 
 from __future__ import annotations
