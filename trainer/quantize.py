@@ -324,9 +324,9 @@ class Placement:
         if node not in self.found:
             self.found[node] = set()
             for user in node.users:
-                kind = self.kind(user)
                 if user in self.float_ends:
                     continue
+                kind = self.kind(user)
                 if kind in ("layer", "norm", "add", "relu", "point"):
                     self.found[node].add("codes")
                 elif kind == "output":

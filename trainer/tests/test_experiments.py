@@ -37,25 +37,26 @@ def finished(tmp_path_factory):
     small = ["training.epochs=1", "training.batch=4", "training.threads=1"]
     pictures = open_data("cifar10", data)
     none = "quantization.residual_ratio=0"
-    for name, changes in (("longer/w4a8", []), ("table/w4a8-0/seed1", [none])):
+    for name, changes in (("longer/w4a8-3", []), ("table/w4a8-0/seed1", [none])):
         chosen = settings.read("resnet20-cifar10", small + changes)
         torch.save(MODELS[chosen.model](shortcut="pad").state_dict(), out / "float.pt")
         chosen = chosen.model_copy(update={"weights": out / "float.pt"})
         fit(chosen, pictures, out / name)
     training_runtime.ROUNDS, training_runtime.SECONDS = 2, 0.01
-    result = training_runtime.measure(out / "longer/w4a8", data)
-    result |= training_runtime.speeds(out / "longer/w4a8", data)
-    (out / "longer/w4a8/runtime.json").write_text(json.dumps(result))
+    result = training_runtime.measure(out / "longer/w4a8-3", data)
+    result |= training_runtime.speeds(out / "longer/w4a8-3", data)
+    (out / "longer/w4a8-3/runtime.json").write_text(json.dumps(result))
     return out, result
 
 
 def test_a_run_is_measured_in_the_runtime(finished):
     out, result = finished
-    assert (out / "longer/w4a8/model.stlq").stat().st_size == result["bytes"]
+    assert (out / "longer/w4a8-3/model.stlq").stat().st_size == result["bytes"]
     assert result["furthest_from_reference"] == 0
     assert result["other_class_than_reference"] == 0
     assert result["classes_compared"] == 5
     assert result["codes_within_one"] > 0.99
+    assert result["codes_within_one_of_float64"] > 0.99
     assert result["speed_1"]["ratio"] > 0
     assert result["runtime"]["top1"] == pytest.approx(result["pytorch"]["top1"], abs=0.21)
 
@@ -77,7 +78,7 @@ def test_the_report_is_made_of_the_logs(finished, tmp_path, monkeypatch):
     assert "W4A8 + 5 %" not in text  # of which there is no run
     (line,) = (x for x in text.splitlines() if x.startswith("| W4A8 + 0 %"))
     assert "±" not in line
-    shutil.copytree(out / "longer/w4a8", out / "cifar10-float")
+    shutil.copytree(out / "longer/w4a8-3", out / "cifar10-float")
     for seed in (2, 3):
         shutil.copytree(out / "table/w4a8-0/seed1", out / f"table/w4a8-0/seed{seed}")
     training_report.main()
@@ -89,7 +90,7 @@ def test_the_report_is_made_of_the_logs(finished, tmp_path, monkeypatch):
     assert top1.endswith("0 ± 0.00") and nzr == "0.00"
     training_report.main()
     assert (tmp_path / "training.md").read_text() == text
-    archived = json.loads((tmp_path / "training/longer/w4a8/settings.json").read_text())
+    archived = json.loads((tmp_path / "training/longer/w4a8-3/settings.json").read_text())
     assert archived["weights"] is None
 
 
