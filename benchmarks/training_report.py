@@ -124,7 +124,7 @@ def figure(path: Path, cases: Callable[[int], dict[str, str]]) -> None:
 
 
 def spread(values: list[float], factor: float = 100) -> str:
-    """Return the mean, of shares in percent, with the standard deviation if there are several."""
+    """Return the mean times a factor, with the standard deviation if there are several values."""
     text = f"{factor * mean(values):.2f}"
     return text if len(values) == 1 else f"{text} ± {factor * stdev(values):.2f}"
 
@@ -216,42 +216,40 @@ def tables() -> dict[str, str]:
 
 def table_of_claims() -> str:
     """Return the table of targets and what was measured, in points of each measure."""
-    claims, select = [], "with select above without"
+    select, w4 = "with select above without", "W4A8 + 15 % below float"
+    claims: list[tuple[str, str, list[tuple[str, str]]]] = []  # with the runs that are compared
     for case, target in (("w4a8", "at most 0.2"), ("w4a5", "at most 0.5"), ("w3a5", "at most 1.0")):
-        label = f"{case.upper()} + 15 % below float, top-1"
-        claims.append((label, target, ["cifar10-float"], seeds(case)))
-        for longer, epochs in LONGER:
-            if longer == case:
-                claims.append((label, target, ["cifar10-float"], [f"longer/{case}-{epochs}"]))
+        longer = [[f"longer/{case}-{epochs}"] for name, epochs in LONGER if name == case]
+        for runs in (seeds(case), *longer):
+            label = f"{case.upper()} + 15 % below float, top-1"
+            claims.append((label, target, [("cifar10-float", run) for run in runs]))
     for bits in (5, 4):
         run, name = f"figure/w{bits}a{bits}", f"W{bits}A{bits}"
-        claims += [
-            (f"{name}, {select}, top-1", "at least 0.5", [run], [f"{run}-without"]),
-            (f"{name}, per tile below per element, top-1", "at most 1.0", [run], [f"{run}-tile"]),
-        ]
+        tile = f"{name}, per tile below per element, top-1"
+        claims.append((f"{name}, {select}, top-1", "at least 0.5", [(run, f"{run}-without")]))
+        claims.append((tile, "at most 1.0", [(run, f"{run}-tile")]))
     for case in ("w4a5", "w3a5"):
-        label = f"{case.upper()}, {select}, top-1"
-        claims.append((label, "at least 0.5", seeds(case), seeds(f"{case}-without_select")))
-    w4 = "W4A8 + 15 % below float"
+        pairs = list(zip(seeds(case), seeds(f"{case}-without_select"), strict=True))
+        claims.append((f"{case.upper()}, {select}, top-1", "at least 0.5", pairs))
     claims += [
-        (f"CamVid, {w4}, mIoU", "at most 1.0", ["camvid-float"], ["camvid/w4a8"]),
-        (f"low light, {w4}, dB", "at most 0.3", ["low-light-float"], ["low-light/w4a8"]),
+        (f"CamVid, {w4}, mIoU", "at most 1.0", [("camvid-float", "camvid/w4a8")]),
+        (f"low light, {w4}, dB", "at most 0.3", [("low-light-float", "low-light/w4a8")]),
     ]
     lines = ["| | target | measured | epochs | runs | NZR % |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
-    for label, target, *names in claims:
-        first, second = ([s for n in group if (s := load(n, "summary.json"))] for group in names)
-        if not first or not second:
+    for label, target, names in claims:
+        loaded = [[load(name, "summary.json") for name in pair] for pair in names]
+        found = [(above, below) for above, below in loaded if above and below]
+        if not found:
             continue
         (measure, factor), *_ = (
-            (key, by) for key, by in (("top1", 100), ("miou", 100), ("psnr", 1)) if key in first[0]
+            (m, by) for m, by in (("top1", 100), ("miou", 100), ("psnr", 1)) if m in found[0][0]
         )
-        above = first * len(second) if len(names[0]) == 1 else first
-        pairs = zip(above, second, strict=False)  # by seed
-        difference = spread([a[measure] - b[measure] for a, b in pairs], factor)
-        nzr = [f"{100 * mean([s['nzr'] for s in g]):.1f}" for g in (first, second) if "nzr" in g[0]]
-        cells = [label, target, difference, f"{second[0]['epochs']}", f"{len(second)}"]
-        lines.append("| " + " | ".join([*cells, " and ".join(nzr)]) + " |")
+        difference = spread([above[measure] - below[measure] for above, below in found], factor)
+        sides = [side for side in zip(*found, strict=True) if "nzr" in side[0]]
+        nzr = " and ".join(f"{100 * mean([s['nzr'] for s in side]):.1f}" for side in sides)
+        epochs = found[0][1]["epochs"]
+        lines.append(f"| {label} | {target} | {difference} | {epochs} | {len(found)} | {nzr} |")
     return "\n".join(lines) + "\n"
 
 
