@@ -81,7 +81,7 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, engine in engines.items():
-            times[name].append(engine.turn(seconds))
+            times[name].append(float(np.median(engine.turn(seconds))))
             time.sleep(_PAUSE)
     return {
         name: {

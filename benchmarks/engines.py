@@ -136,45 +136,53 @@ class Engine:
     """
 
     def __init__(
-        self, name: str, path: Path, threads: int, shape: tuple[int, ...], numba_cache: str
+        self,
+        name: str,
+        path: Path,
+        threads: int,
+        shape: tuple[int, ...],
+        numba_cache: str | None = None,
     ) -> None:
         command = [sys.executable, "-m", "benchmarks.engines", name, str(path.resolve())]
         command += ["--threads", str(threads), "--shape", *map(str, shape)]
-        environment = os.environ | {"NUMBA_CACHE_DIR": numba_cache}
+        environment = os.environ | ({"NUMBA_CACHE_DIR": numba_cache} if numba_cache else {})
         repository = Path(__file__).resolve().parent.parent
         begin = time.perf_counter()
         self._process = subprocess.Popen(
             command, env=environment, cwd=repository, text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        inside = self._receive()
+        inside = self.answer()
         self.start: dict[str, float] = {"start": time.perf_counter() - begin, **inside}
 
-    def _receive(self) -> Any:
+    def ask(self, question: str) -> None:
+        """Send a question, see `serve`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{question}\n")
+
+    def answer(self) -> Any:
+        """Wait for the answer to a question."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError("an engine's process ended; its message is above")
         return json.loads(line)
 
-    def _ask(self, question: str) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{question}\n")
-        return self._receive()
-
-    def turn(self, seconds: float) -> float:
-        """Run for about this long; return the median time of one run, in seconds."""
-        return self._ask(str(seconds))
+    def turn(self, seconds: float) -> list[float]:
+        """Run for about this long; return the time of each run, in seconds."""
+        self.ask(str(seconds))
+        return self.answer()
 
     def close(self) -> int:
         """End the process; return its peak resident memory in bytes."""
-        peak = self._ask("end")
+        self.ask("end")
+        peak = self.answer()
         self._process.communicate()
         return peak
 
 
 def serve(name: str, path: Path, threads: int, shape: list[int]) -> None:
-    """Load, run once, then answer: a number of seconds with a median time, "end" with memory."""
+    """Load, run once, then answer: a number of seconds with times of runs, "end" with memory."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever an engine prints goes elsewhere
 
@@ -198,7 +206,7 @@ def serve(name: str, path: Path, threads: int, shape: list[int]) -> None:
             start = time.perf_counter()
             run(x)
             times.append(time.perf_counter() - start)
-        answer(float(np.median(times)))
+        answer(times)
 
 
 def _peak_memory() -> int:

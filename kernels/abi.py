@@ -1,8 +1,13 @@
 """How a kernel is called: argument records, the one native signature, and the registry.
 
-Every kernel is compiled to `void kernel(record *arguments, intp thread, intp threads)`. It does its
-thread's share of the work, never allocates, never raises and never checks: whatever an argument
-record says has been validated when the record was made.
+Every kernel is compiled to
+
+    void kernel(record *arguments, intp first_part, intp end_part, intp parts, intp slot)
+
+and does those of the `parts` equal parts of the work that begin at `first_part` and end before
+`end_part`; who does which, and when, is its caller's business. `slot` says which scratch memory it
+may use: no two calls at the same time have the same. A kernel never allocates, never raises and
+never checks: whatever an argument record says has been validated when the record was made.
 
 Code tensors lie in memory as (N, H, W, C), C contiguous, with a border of the zero point around
 each picture; a `TENSOR` record describes the whole buffer, `top` and `left` say where the picture
@@ -68,7 +73,7 @@ CONV = _record(
     block=_I, existing=_I,  # channels per block of the packed weights, and those that exist
     z_r=_I, m_r=_F, lo=_F, hi=_F,
     has_residual=_I, float_output=_I,
-    scratch=_P, scratch_size=_I,  # bytes per thread
+    scratch=_P, scratch_size=_I,  # bytes per slot
     # Byte-dot kernels: microkernel, its pixels, and its twin for single pixels or 0; SEGMENTs of
     # all blocks (microkernels); runs of blocks that one call takes (dot.CHUNK).
     tile=_P, pixels=_I, single=_P, segments=_P, x_step=_I, chunks=_P, chunk_count=_I,
@@ -176,9 +181,9 @@ def floats(tensor):
 
 
 @njit(inline="always")
-def share(work, thread, threads):
-    """Begin and end of a thread's share of `work` items."""
-    return work * thread // threads, work * (thread + 1) // threads
+def share(work, first_part, end_part, parts):
+    """Begin and end of some of the `parts` equal parts of `work` items."""
+    return work * first_part // parts, work * end_part // parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +211,7 @@ class Kernel:
     preferred : callable(layer.Layer) -> bool, or None
         Whether "auto" takes it for a convolution that it supports; None if always.
     scratch : callable(argument record) -> int, or None
-        Bytes of scratch memory it needs per thread.
+        Bytes of scratch memory it needs per slot.
     looks_up : bool
         Whether a convolution passes its output codes through the table of its arguments.
     """
@@ -237,7 +242,7 @@ class Kernel:
 
 @cache
 def _compiled(function: Callable[..., None], record: np.dtype) -> Any:
-    signature = types.void(types.CPointer(from_dtype(record)), types.intp, types.intp)
+    signature = types.void(types.CPointer(from_dtype(record)), *[types.intp] * 4)
     return cfunc(signature, cache=True, error_model="numpy")(function)
 
 

@@ -39,7 +39,7 @@ CHUNK = np.dtype([(n, np.int64) for n in ("block", "blocks", "segment", "weights
 # Bytes of weights in a chunk: they stay in the first-level cache while pixels go by.
 _CHUNK_WEIGHTS = 16384
 
-# Per thread: a TILE record, tables of addresses, and a tile of outputs for a block not full.
+# Per slot: a TILE record, tables of addresses, and a tile of outputs for a block not full.
 _TABLE = 8 * 32
 _SCRATCH = 256 + 4 * _TABLE + 4 * 28 * 64
 assert TILE.itemsize <= 256 and all(k.pixels <= 32 for k in MICROKERNELS.values())
@@ -317,10 +317,10 @@ def single_pixels(a, t, valid, scratch):
     t.x, t.y, t.r = x, y, r
 
 
-def _conv_tiles(arguments, thread, threads):
+def _conv_tiles(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     block, pixels = a.block, a.pixels
-    scratch = a.scratch + np.uintp(thread * a.scratch_size)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
     t = carray(as_pointer(scratch), 1, TILE)[0]
     t.x = scratch + np.uintp(256)
     t.y, t.r = t.x + np.uintp(_TABLE), t.x + np.uintp(2 * _TABLE)
@@ -334,7 +334,7 @@ def _conv_tiles(arguments, thread, threads):
     strips = (total + pixels - 1) // pixels
     x_column = a.stride_w * a.x.c
     y_column, r_column = a.step_w * a.y.c * size, a.step_w * a.r.c
-    begin, end = share(a.chunk_count * strips, thread, threads)
+    begin, end = share(a.chunk_count * strips, first_part, end_part, parts)
     item = begin
     while item < end:
         chunk = chunks[item // strips]
@@ -348,7 +348,7 @@ def _conv_tiles(arguments, thread, threads):
         pixel = item % strips * pixels
         j, i, n = pixel % a.width, pixel // a.width % a.height, pixel // (a.width * a.height)
         x_next = y_next = r_next = 0
-        begins = True  # a row of outputs, or the thread's share
+        begins = True  # a row of outputs, or the call's part
         while item < last:
             valid = min(pixels, total - pixel)
             for q in range(valid):

@@ -85,7 +85,7 @@ def _targets(a, number):
     pack=_pack_blocks,
     scratch=lambda record: 4 * _PIXELS * _BLOCK,
 )  # fmt: skip
-def _conv(arguments, thread, threads):
+def _conv(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y, r = floats(a.x).ravel(), floats(a.y).ravel(), floats(a.r).ravel()
     b = carray(as_pointer(a.b), a.channels, np.float32)
@@ -93,11 +93,11 @@ def _conv(arguments, thread, threads):
     blocks = (out_group + _BLOCK - 1) // _BLOCK
     size = a.kernel_h * a.kernel_w * in_group * _BLOCK
     w = carray(as_pointer(a.weights), a.group * blocks * size, np.float32)
-    scratch = a.scratch + np.uintp(thread * a.scratch_size)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
     acc = carray(as_pointer(scratch), _PIXELS * _BLOCK, np.float32)
     pixels = a.n * a.height * a.width
     strips = (pixels + _PIXELS - 1) // _PIXELS
-    begin, end = share(a.group * blocks * strips, thread, threads)
+    begin, end = share(a.group * blocks * strips, first_part, end_part, parts)
     for item in range(begin, end):
         first, index = item % strips * _PIXELS, item // strips
         g, o0 = index // blocks, index % blocks * _BLOCK
@@ -132,15 +132,15 @@ def _pack_depthwise(layer: FloatLayer) -> Packed:
     pack=_pack_depthwise,
     scratch=lambda record: 4 * record["channels"],
 )  # fmt: skip
-def _conv_depthwise(arguments, thread, threads):
+def _conv_depthwise(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y, r = floats(a.x).ravel(), floats(a.y).ravel(), floats(a.r).ravel()
     b = carray(as_pointer(a.b), a.channels, np.float32)
     channels = np.uintp(a.channels)
     w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.float32)
-    scratch = a.scratch + np.uintp(thread * a.scratch_size)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
     acc = carray(as_pointer(scratch), a.channels, np.float32)
-    begin, end = share(a.n * a.height * a.width, thread, threads)
+    begin, end = share(a.n * a.height * a.width, first_part, end_part, parts)
     for item in range(begin, end):
         first = _input_start(a, item)
         for c in range(channels):
@@ -179,11 +179,11 @@ def _raise_to_taps(y, q, x, p, step, taps, channels, hi):
 
 
 @register("float_pool_max", "portable", abi.FLOAT_POOL)
-def _pool_max(arguments, thread, threads):
+def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
     channels, lo, hi = np.uintp(a.channels), a.lo, a.hi
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
@@ -203,11 +203,11 @@ def _pool_max(arguments, thread, threads):
 
 
 @register("float_pool_average", "portable", abi.FLOAT_POOL)
-def _pool_average(arguments, thread, threads):
+def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
     channels, lo, hi = np.uintp(a.channels), a.lo, a.hi
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
@@ -231,21 +231,21 @@ def _pool_average(arguments, thread, threads):
 
 
 @njit(error_model="numpy")
-def _binary(arguments, operation, thread, threads):
+def _binary(arguments, operation, first_part, end_part, parts):
     a = carray(arguments, 1)[0]
     x, r, y = floats(a.x).ravel(), floats(a.r).ravel(), floats(a.y).ravel()
     lo, hi = a.lo, a.hi
     # Rows, or else pixels, are taken whole.
     whole = a.x_step_w * a.x_step_c * a.r_step_w * a.r_step_c == 1
-    parts = 1 if whole else a.width
+    stretches = 1 if whole else a.width
     count = np.uintp(a.width * a.channels if whole else a.channels)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = _pixel(a.x, n * a.x_step_n, a.x.top + i * a.x_step_h, a.x.left)
         s = _pixel(a.r, n * a.r_step_n, a.r.top + i * a.r_step_h, a.r.left)
         q = _pixel(a.y, n, a.y.top + i, a.y.left)
-        for _ in range(parts):
+        for _ in range(stretches):
             if a.x_step_c == 1 and a.r_step_c == 1:
                 for c in range(count):
                     y[q + c] = clamp(operation(x[p + c], r[s + c]), lo, hi)
@@ -267,26 +267,26 @@ def _binary(arguments, operation, thread, threads):
 
 
 @register("float_add", "portable", abi.FLOAT_BINARY)
-def _add(arguments, thread, threads):
-    _binary(arguments, float_math.add, thread, threads)
+def _add(arguments, first_part, end_part, parts, slot):
+    _binary(arguments, float_math.add, first_part, end_part, parts)
 
 
 @register("float_sub", "portable", abi.FLOAT_BINARY)
-def _sub(arguments, thread, threads):
-    _binary(arguments, float_math.sub, thread, threads)
+def _sub(arguments, first_part, end_part, parts, slot):
+    _binary(arguments, float_math.sub, first_part, end_part, parts)
 
 
 @register("float_mul", "portable", abi.FLOAT_BINARY)
-def _mul(arguments, thread, threads):
-    _binary(arguments, float_math.mul, thread, threads)
+def _mul(arguments, first_part, end_part, parts, slot):
+    _binary(arguments, float_math.mul, first_part, end_part, parts)
 
 
 @register("float_copy", "portable", abi.COPY)
-def _copy(arguments, thread, threads):
+def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
     channels, step = np.uintp(a.channels), np.uintp(a.stride_c)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         for j in range(a.width):
@@ -302,11 +302,11 @@ def _copy(arguments, thread, threads):
 
 
 @register("float_fill", "portable", abi.FLOAT_FILL)
-def _fill(arguments, thread, threads):
+def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     y = floats(a.y).ravel()
     value, count = a.value, np.uintp(a.width * a.channels)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         q = _pixel(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
         for j in range(count):
@@ -314,7 +314,7 @@ def _fill(arguments, thread, threads):
 
 
 @register("float_resize", "portable", abi.RESIZE)
-def _resize(arguments, thread, threads):
+def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
     row0 = carray(as_pointer(a.row_index0), a.height, np.int64)
@@ -324,7 +324,7 @@ def _resize(arguments, thread, threads):
     column1 = carray(as_pointer(a.column_index1), a.width, np.int64)
     column_weight = carray(as_pointer(a.column_weight), a.width, np.float32)
     channels, one = np.uintp(a.channels), np.float32(1)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         v1 = row_weight[i]
@@ -348,16 +348,16 @@ def _resize(arguments, thread, threads):
 
 
 @register("float_depth_to_space", "portable", abi.DEPTH_TO_SPACE)
-def _depth_to_space(arguments, thread, threads):
+def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    rearrange(a, floats(a.x).ravel(), floats(a.y).ravel(), thread, threads)
+    rearrange(a, floats(a.x).ravel(), floats(a.y).ravel(), first_part, end_part, parts)
 
 
 @njit(error_model="numpy")
-def _apply(a, function, thread, threads):
+def _apply(a, function, first_part, end_part, parts):
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
     alpha, beta, count = a.alpha, a.beta, np.uintp(a.width * a.channels)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = _pixel(a.x, n, a.x.top + i, a.x.left)
@@ -367,34 +367,34 @@ def _apply(a, function, thread, threads):
 
 
 @register("float_unary", "portable", abi.FLOAT_UNARY)
-def _unary(arguments, thread, threads):
+def _unary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     # A loop for each: with the choice inside, none would become vectors.
     if a.function == 0:
-        _apply(a, float_math.clamp, thread, threads)
+        _apply(a, float_math.clamp, first_part, end_part, parts)
     elif a.function == 1:
-        _apply(a, float_math.leaky_relu, thread, threads)
+        _apply(a, float_math.leaky_relu, first_part, end_part, parts)
     elif a.function == 2:
-        _apply(a, float_math.sigmoid_of, thread, threads)
+        _apply(a, float_math.sigmoid_of, first_part, end_part, parts)
     elif a.function == 3:
-        _apply(a, float_math.hard_sigmoid, thread, threads)
+        _apply(a, float_math.hard_sigmoid, first_part, end_part, parts)
     elif a.function == 4:
-        _apply(a, float_math.hard_swish, thread, threads)
+        _apply(a, float_math.hard_swish, first_part, end_part, parts)
     elif a.function == 5:
-        _apply(a, float_math.silu, thread, threads)
+        _apply(a, float_math.silu, first_part, end_part, parts)
     elif a.function == 6:
-        _apply(a, float_math.tanh_of, thread, threads)
+        _apply(a, float_math.tanh_of, first_part, end_part, parts)
     elif a.function == 7:
-        _apply(a, float_math.elu, thread, threads)
+        _apply(a, float_math.elu, first_part, end_part, parts)
 
 
 @register("to_channels_last", "portable", abi.TO_CHANNELS_LAST)
-def _to_channels_last(arguments, thread, threads):
+def _to_channels_last(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
     y = floats(a.y).ravel()
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = np.uintp(n) * channels * plane + np.uintp(i * a.width)

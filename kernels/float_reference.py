@@ -22,9 +22,9 @@ def _pack_conv(layer: FloatLayer) -> Packed:
 
 
 @register("float_conv", "reference", abi.FLOAT_CONV, supports=lambda layer: True, pack=_pack_conv)
-def _conv(arguments, thread, threads):
+def _conv(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y, r = floats(a.x), floats(a.y), floats(a.r)
     in_group, out_group = a.x.c // a.group, a.channels // a.group
@@ -51,9 +51,9 @@ def _conv(arguments, thread, threads):
 
 
 @register("float_pool_max", "reference", abi.FLOAT_POOL)
-def _pool_max(arguments, thread, threads):
+def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = floats(a.x), floats(a.y)
     for n in range(a.n):
@@ -71,9 +71,9 @@ def _pool_max(arguments, thread, threads):
 
 
 @register("float_pool_average", "reference", abi.FLOAT_POOL)
-def _pool_average(arguments, thread, threads):
+def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = floats(a.x), floats(a.y)
     for n in range(a.n):
@@ -97,9 +97,9 @@ def _pool_average(arguments, thread, threads):
 
 
 @njit
-def _binary(arguments, operation, thread):
+def _binary(arguments, operation, first_part):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, r, y = floats(a.x), floats(a.r), floats(a.y)
     for n in range(a.n):
@@ -123,24 +123,24 @@ def _binary(arguments, operation, thread):
 
 
 @register("float_add", "reference", abi.FLOAT_BINARY)
-def _add(arguments, thread, threads):
-    _binary(arguments, float_math.add, thread)
+def _add(arguments, first_part, end_part, parts, slot):
+    _binary(arguments, float_math.add, first_part)
 
 
 @register("float_sub", "reference", abi.FLOAT_BINARY)
-def _sub(arguments, thread, threads):
-    _binary(arguments, float_math.sub, thread)
+def _sub(arguments, first_part, end_part, parts, slot):
+    _binary(arguments, float_math.sub, first_part)
 
 
 @register("float_mul", "reference", abi.FLOAT_BINARY)
-def _mul(arguments, thread, threads):
-    _binary(arguments, float_math.mul, thread)
+def _mul(arguments, first_part, end_part, parts, slot):
+    _binary(arguments, float_math.mul, first_part)
 
 
 @register("float_copy", "reference", abi.COPY)
-def _copy(arguments, thread, threads):
+def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = floats(a.x), floats(a.y)
     for n in range(a.n):
@@ -156,9 +156,9 @@ def _copy(arguments, thread, threads):
 
 
 @register("float_fill", "reference", abi.FLOAT_FILL)
-def _fill(arguments, thread, threads):
+def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     y = floats(a.y)
     for n in range(a.n):
@@ -169,9 +169,9 @@ def _fill(arguments, thread, threads):
 
 
 @register("float_resize", "reference", abi.RESIZE)
-def _resize(arguments, thread, threads):
+def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = floats(a.x), floats(a.y)
     row0 = carray(as_pointer(a.row_index0), a.height, np.int64)
@@ -197,16 +197,16 @@ def _resize(arguments, thread, threads):
 
 
 @register("float_depth_to_space", "reference", abi.DEPTH_TO_SPACE)
-def _depth_to_space(arguments, thread, threads):
+def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread == 0:
+    if first_part == 0:
         rearrange(a, floats(a.x), floats(a.y))
 
 
 @register("float_unary", "reference", abi.FLOAT_UNARY)
-def _unary(arguments, thread, threads):
+def _unary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = floats(a.x), floats(a.y)
     for n in range(a.n):
@@ -220,9 +220,9 @@ def _unary(arguments, thread, threads):
 
 
 @register("to_channels_last", "reference", abi.TO_CHANNELS_LAST)
-def _to_channels_last(arguments, thread, threads):
+def _to_channels_last(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x = carray(as_pointer(a.x.data), (a.n, a.channels, a.height, a.width), np.float32)
     y = floats(a.y)

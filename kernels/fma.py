@@ -218,10 +218,10 @@ def _partial_block(a, t, spare, valid, scratch):
             y[c] = outputs[np.uintp(q * a.block) + c]
 
 
-def _conv(arguments, thread, threads):
+def _conv(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     pixels = a.pixels
-    scratch = a.scratch + np.uintp(thread * a.scratch_size)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
     t = carray(as_pointer(scratch), 1, FLOAT_TILE)[0]
     spare = scratch + np.uintp(_RECORD)
     table = spare + np.uintp(_outputs(a.pixels, a.block))
@@ -236,7 +236,7 @@ def _conv(arguments, thread, threads):
     total = a.n * a.height * a.width
     strips = (total + pixels - 1) // pixels
     panel_items = a.panel * a.chunk_count
-    begin, end = share(strips * a.chunk_count, thread, threads)
+    begin, end = share(strips * a.chunk_count, first_part, end_part, parts)
     item, tabulated = begin, -1
     while item < end:
         panel = item // panel_items
@@ -289,9 +289,9 @@ def _small_picture(a, t, chunk, n, table, scratch):
             call_tile(a.single, scratch)
 
 
-def _conv_window(arguments, thread, threads):
+def _conv_window(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    scratch = a.scratch + np.uintp(thread * a.scratch_size)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
     t = carray(as_pointer(scratch), 1, FLOAT_TILE)[0]
     table = scratch + np.uintp(_RECORD)
     t.segments = a.segments
@@ -306,7 +306,7 @@ def _conv_window(arguments, thread, threads):
     chunks = carray(as_pointer(a.chunks), a.chunk_count, CHUNK)
     rows, columns = 2, a.pixels // 2
     if a.height < rows or a.width < columns:
-        begin, end = share(a.n * a.chunk_count, thread, threads)
+        begin, end = share(a.n * a.chunk_count, first_part, end_part, parts)
         for item in range(begin, end):
             chunk = chunks[item % a.chunk_count]
             t.blocks = chunk.blocks
@@ -315,7 +315,7 @@ def _conv_window(arguments, thread, threads):
             _small_picture(a, t, chunk, item // a.chunk_count, table, scratch)
         return
     down, across = (a.height + rows - 1) // rows, (a.width + columns - 1) // columns
-    begin, end = share(a.n * down * across, thread, threads)
+    begin, end = share(a.n * down * across, first_part, end_part, parts)
     for item in range(begin, end):
         n, tile = item // (down * across), item % (down * across)
         # The last ones overlap those before.

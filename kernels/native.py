@@ -1,15 +1,18 @@
-"""What Numba has no word for: addresses as arrays, calls through addresses, atomics."""
+"""What Numba has no word for: addresses as arrays, calls through addresses, atomics, waiting."""
 
 from __future__ import annotations
 
-import os
+import ctypes
+import platform
+import sys
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
+_i32, _i64 = ir.IntType(32), ir.IntType(64)
 
 
 @intrinsic
@@ -24,17 +27,17 @@ def as_pointer(typingctx, address):
 
 
 @intrinsic
-def call_kernel(typingctx, function, arguments, thread, threads):
-    """Call the kernel at an address: void (arguments, thread, threads), see `abi.Kernel`."""
-    signature = types.void(types.intp, types.intp, types.intp, types.intp)
+def call_kernel(typingctx, function, arguments, first_part, end_part, parts, slot):
+    """Call the kernel at an address, see `abi`."""
+    signature = types.void(*[types.intp] * 6)
 
     def codegen(context, builder, signature, args):
-        function, arguments, thread, threads = args
+        function, arguments, *rest = args
         word = arguments.type
         pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word])
+        kind = ir.FunctionType(ir.VoidType(), [pointer, *[word] * 4])
         target = builder.inttoptr(function, kind.as_pointer())
-        builder.call(target, [builder.inttoptr(arguments, pointer), thread, threads])
+        builder.call(target, [builder.inttoptr(arguments, pointer), *rest])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -54,38 +57,156 @@ def call_tile(typingctx, function, arguments):
     return signature, codegen
 
 
+# --- atomics --------------------------------------------------------------------------------------
+
+
+def _word(builder, address):
+    return builder.inttoptr(address, _i64.as_pointer())
+
+
 @intrinsic
 def atomic_add(typingctx, address, value):
-    """Add to the int64 at an address; returns the value before."""
+    """Add to the int64 at an address, sequentially consistent; returns the value before."""
     signature = types.int64(types.uintp, types.int64)
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+        return builder.atomic_rmw("add", _word(builder, args[0]), args[1], "seq_cst")
+
+    return signature, codegen
+
+
+@intrinsic
+def atomic_exchange(typingctx, address, value):
+    """Set the int64 at an address, sequentially consistent; returns the value before."""
+    signature = types.int64(types.uintp, types.int64)
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("xchg", _word(builder, args[0]), args[1], "seq_cst")
+
+    return signature, codegen
+
+
+@intrinsic
+def atomic_replace(typingctx, address, expected, value):
+    """Set the int64 at an address if it is `expected`, sequentially consistent; returns whether."""
+    signature = types.boolean(types.uintp, types.int64, types.int64)
+
+    def codegen(context, builder, signature, args):
+        pointer = _word(builder, args[0])
+        result = builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(result, 1)
 
     return signature, codegen
 
 
 @intrinsic
 def atomic_load(typingctx, address):
-    """Read the int64 at an address, not before anything that is written before it."""
+    """Read the int64 at an address; what is read later is not older (acquire)."""
     signature = types.int64(types.uintp)
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.load_atomic(pointer, "acquire", 8)
+        return builder.load_atomic(_word(builder, args[0]), "acquire", 8)
 
     return signature, codegen
 
 
 @intrinsic
-def yield_thread(typingctx):
-    """Let another runnable thread have this core."""
+def atomic_store(typingctx, address, value):
+    """Set the int64 at an address; whoever reads it sees what was written before (release)."""
+    signature = types.void(types.uintp, types.int64)
+
+    def codegen(context, builder, signature, args):
+        builder.store_atomic(args[1], _word(builder, args[0]), "release", 8)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+# --- waiting --------------------------------------------------------------------------------------
+
+_FUTEX = {"x86_64": 202, "i686": 240, "aarch64": 98, "armv7l": 240, "riscv64": 98, "ppc64le": 221}
+_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # both private to the process
+_UL_COMPARE_AND_WAIT, _ULF_WAKE_ALL = 1, 0x100  # macOS
+_POLL = 100  # microseconds between looks where a system has no such call
+
+if sys.platform == "win32":
+    _synch = ctypes.WinDLL("api-ms-win-core-synch-l1-2-0")
+    for _name in ("WaitOnAddress", "WakeByAddressAll"):
+        _address = ctypes.cast(getattr(_synch, _name), ctypes.c_void_p).value
+        llvm.add_symbol(_name, _address)
+
+
+def _call(builder, result, name, arguments):
+    """Call a function of the C library."""
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, arguments)
+
+
+@intrinsic
+def wait_at(typingctx, address, value):
+    """Sleep until the lower half of the int64 at an address is no longer that of `value`.
+
+    Sleeps only if it is when the call begins; may return early. Whoever changes it must call
+    `wake_at`.
+    """
+    signature = types.void(types.uintp, types.int64)
+
+    def codegen(context, builder, signature, args):
+        address, value = args
+        low = builder.trunc(value, _i32)
+        zero = _i64(0)
+        machine = platform.machine()
+        if sys.platform == "linux" and machine in _FUTEX:
+            words = [_i64(_FUTEX[machine]), address, _i64(_FUTEX_WAIT), builder.zext(low, _i64)]
+            _call(builder, _i64, "syscall", [*words, zero, zero, zero])
+        elif sys.platform == "darwin":
+            words = [_i32(_UL_COMPARE_AND_WAIT), address, builder.zext(low, _i64), _i32(0)]
+            _call(builder, _i32, "__ulock_wait", words)
+        elif sys.platform == "win32":
+            expected = cgutils.alloca_once_value(builder, low)
+            words = [address, builder.ptrtoint(expected, _i64), _i64(4), _i32(0xFFFFFFFF)]
+            _call(builder, _i32, "WaitOnAddress", words)
+        else:
+            _call(builder, _i32, "usleep", [_i32(_POLL)])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def wake_at(typingctx, address, count):
+    """Wake threads that sleep in `wait_at`; at least `count` of them, as far as there are any."""
+    signature = types.void(types.uintp, types.int64)
+
+    def codegen(context, builder, signature, args):
+        address, count = args
+        zero = _i64(0)
+        machine = platform.machine()
+        if sys.platform == "linux" and machine in _FUTEX:
+            words = [_i64(_FUTEX[machine]), address, _i64(_FUTEX_WAKE), count, zero, zero, zero]
+            _call(builder, _i64, "syscall", words)
+        elif sys.platform == "darwin":
+            words = [_i32(_UL_COMPARE_AND_WAIT | _ULF_WAKE_ALL), address, zero]
+            _call(builder, _i32, "__ulock_wake", words)
+        elif sys.platform == "win32":
+            _call(builder, ir.VoidType(), "WakeByAddressAll", [address])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Tell the core that this thread waits: it does less, and leaves more to its sibling."""
     signature = types.void()
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
+        machine = platform.machine().lower()
+        if machine in ("x86_64", "amd64", "i686"):
+            _call(builder, ir.VoidType(), "llvm.x86.sse2.pause", [])
+        elif machine in ("aarch64", "arm64"):
+            _call(builder, ir.VoidType(), "llvm.aarch64.hint", [_i32(1)])  # yield
         return context.get_dummy_value()
 
     return signature, codegen

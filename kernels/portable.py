@@ -157,7 +157,7 @@ def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
 
 
 @njit(error_model="numpy")
-def _conv_blocks(a, w, acc, start, thread, threads):
+def _conv_blocks(a, w, acc, start, first_part, end_part, parts):
     """Convolve as `abi.CONV` says, weights packed by `_pack_blocks`, in the type of `acc`."""
     block = a.block
     x, r = codes(a.x).ravel(), codes(a.r).ravel()
@@ -173,7 +173,7 @@ def _conv_blocks(a, w, acc, start, thread, threads):
     joined = a.dilation_w == 1 and a.group == 1
     runs = 1 if joined else a.kernel_w
     run = a.kernel_w * in_group if joined else in_group
-    begin, end = share(a.group * blocks * strips, thread, threads)
+    begin, end = share(a.group * blocks * strips, first_part, end_part, parts)
     for item in range(begin, end):
         strip = item % strips
         index = item // strips
@@ -256,14 +256,14 @@ def _add_taps(x, p, step, w, q, taps, channels, acc):
 
 
 @njit(error_model="numpy")
-def _depthwise(a, w, thread, threads):
+def _depthwise(a, w, first_part, end_part, parts, slot):
     x, r = codes(a.x).ravel(), codes(a.r).ravel()
     y, y_float = codes(a.y).ravel(), floats(a.y).ravel()
     start = carray(as_pointer(a.offset), a.channels, np.int32)
     m = carray(as_pointer(a.m), a.channels, np.float32)
     b = carray(as_pointer(a.b), a.channels, np.float32)
-    acc = carray(as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), a.channels, np.int32)
-    begin, end = share(a.n * a.height, thread, threads)
+    acc = carray(as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), a.channels, np.int32)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         for j in range(a.width):
@@ -287,10 +287,10 @@ def _depthwise(a, w, thread, threads):
     pack=lambda layer: _pack_depthwise(layer, np.int16),
     scratch=lambda record: 4 * record["channels"],
 )  # fmt: skip
-def _conv_depthwise(arguments, thread, threads):
+def _conv_depthwise(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.int16)
-    _depthwise(a, w, thread, threads)
+    _depthwise(a, w, first_part, end_part, parts, slot)
 
 
 @register(
@@ -299,10 +299,10 @@ def _conv_depthwise(arguments, thread, threads):
     pack=lambda layer: _pack_depthwise(layer, np.int32),
     scratch=lambda record: 4 * record["channels"],
 )  # fmt: skip
-def _conv_depthwise_wide(arguments, thread, threads):
+def _conv_depthwise_wide(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.int32)
-    _depthwise(a, w, thread, threads)
+    _depthwise(a, w, first_part, end_part, parts, slot)
 
 
 @register(
@@ -311,16 +311,16 @@ def _conv_depthwise_wide(arguments, thread, threads):
     pack=lambda layer: _pack_blocks(layer, np.float32),
     scratch=lambda record: 4 * _PIXELS * 32,
 )  # fmt: skip
-def _conv_float32(arguments, thread, threads):
+def _conv_float32(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     k = a.kernel_h * a.kernel_w * (a.x.c // a.group)
     blocks = (a.channels // a.group + a.block - 1) // a.block
     w = carray(as_pointer(a.weights), a.group * blocks * k * a.block, np.float32)
     acc = carray(
-        as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), _PIXELS * 32, np.float32
+        as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), _PIXELS * 32, np.float32
     )
     start = carray(as_pointer(a.offset), a.channels, np.float32)
-    _conv_blocks(a, w, acc, start, thread, threads)
+    _conv_blocks(a, w, acc, start, first_part, end_part, parts)
 
 
 @register(
@@ -329,16 +329,16 @@ def _conv_float32(arguments, thread, threads):
     pack=lambda layer: _pack_blocks(layer, np.float64),
     scratch=lambda record: 8 * _PIXELS * 32,
 )  # fmt: skip
-def _conv_float64(arguments, thread, threads):
+def _conv_float64(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     k = a.kernel_h * a.kernel_w * (a.x.c // a.group)
     blocks = (a.channels // a.group + a.block - 1) // a.block
     w = carray(as_pointer(a.weights), a.group * blocks * k * a.block, np.float64)
     acc = carray(
-        as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), _PIXELS * 32, np.float64
+        as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), _PIXELS * 32, np.float64
     )
     start = carray(as_pointer(a.offset), a.channels, np.float64)
-    _conv_blocks(a, w, acc, start, thread, threads)
+    _conv_blocks(a, w, acc, start, first_part, end_part, parts)
 
 
 # --- everything else ----------------------------------------------------------------------------
@@ -372,11 +372,11 @@ def _raise_to_taps(y, q, x, p, step, taps, channels):
 
 
 @register("pool_max", "portable", abi.POOL)
-def _pool_max(arguments, thread, threads):
+def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     channels = np.uintp(a.channels)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
@@ -394,14 +394,14 @@ def _pool_max(arguments, thread, threads):
 
 
 @register("pool_average", "portable", abi.POOL, scratch=lambda record: 4 * record["channels"])
-def _pool_average(arguments, thread, threads):
+def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     m = carray(as_pointer(a.m), a.kernel_h * a.kernel_w + 1, np.float32)
-    acc = carray(as_pointer(a.scratch + np.uintp(thread * a.scratch_size)), a.channels, np.int32)
+    acc = carray(as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), a.channels, np.int32)
     channels = np.uintp(a.channels)
     b, lo, hi = a.b, a.lo, a.hi
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
@@ -476,7 +476,7 @@ def _multiply_run(a, x, p, r, s, y, q, count):
 
 
 @njit(error_model="numpy")
-def _binary(a, multiply, thread, threads):
+def _binary(a, multiply, first_part, end_part, parts, slot):
     """Add or multiply all rows, or parts of rows where what is repeated must be written out."""
     x, y, r = codes(a.x).ravel(), codes(a.y).ravel(), codes(a.r).ravel()
     channels = a.channels
@@ -485,10 +485,10 @@ def _binary(a, multiply, thread, threads):
     x_whole = a.x.c == channels and a.x_width == a.width
     r_whole = a.r.c == channels and a.r_width == a.width
     pixels = a.width if x_whole and r_whole else a.pixels
-    part = a.scratch + np.uintp(thread * a.scratch_size)
+    part = a.scratch + np.uintp(slot * a.scratch_size)
     x_row = carray(as_pointer(part), pixels * channels, np.uint8)
     r_row = carray(as_pointer(part + np.uintp(pixels * channels)), pixels * channels, np.uint8)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p, s = _start(a.x, a.x_height, n, i), _start(a.r, a.r_height, n, i)
@@ -519,19 +519,19 @@ def _binary_scratch(record):
 
 
 @register("add", "portable", abi.BINARY, scratch=_binary_scratch)
-def _add(arguments, thread, threads):
+def _add(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    _binary(a, False, thread, threads)
+    _binary(a, False, first_part, end_part, parts, slot)
 
 
 @register("multiply", "portable", abi.BINARY, scratch=_binary_scratch)
-def _multiply(arguments, thread, threads):
+def _multiply(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    _binary(a, True, thread, threads)
+    _binary(a, True, first_part, end_part, parts, slot)
 
 
 @register("copy", "portable", abi.COPY)
-def _copy(arguments, thread, threads):
+def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     table = carray(as_pointer(a.table), 256, np.uint8)
@@ -539,7 +539,7 @@ def _copy(arguments, thread, threads):
     joined = a.stride_w == 1 and a.channels == a.x.c and a.channels == a.y.c
     pixels = 1 if joined else a.width
     channels, step = np.uintp(a.width * a.channels // pixels), np.uintp(a.stride_c)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         for j in range(pixels):
@@ -558,7 +558,7 @@ def _copy(arguments, thread, threads):
 
 
 @register("gather", "portable", abi.GATHER)
-def _gather(arguments, thread, threads):
+def _gather(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     indices = carray(as_pointer(a.indices), a.channels, np.int32)
@@ -566,7 +566,7 @@ def _gather(arguments, thread, threads):
     one, two = np.uintp(1), np.uintp(2)
     pairs = channels // two if a.interleaved else np.uintp(0)
     first, second = np.uintp(indices[0]), np.uintp(indices[min(1, a.channels - 1)])
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = _pixel(a.x, n, a.x.top + i, a.x.left)
@@ -585,14 +585,14 @@ _TABLES = 64  # that stay in the first-level cache together: 16 KB
 
 
 @register("lookup_channels", "portable", abi.CHANNEL_LOOKUP)
-def _lookup_channels(arguments, thread, threads):
+def _lookup_channels(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     tables = carray(as_pointer(a.tables), a.channels * 256, np.uint8)
     channels, tables_held = np.uintp(a.channels), np.uintp(_TABLES)
     rows = a.n * a.height
     blocks = (a.channels + _TABLES - 1) // _TABLES
-    begin, end = share(rows * blocks, thread, threads)
+    begin, end = share(rows * blocks, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item % rows // a.height, item % rows % a.height
         first = np.uintp(item // rows * _TABLES)
@@ -608,12 +608,12 @@ def _lookup_channels(arguments, thread, threads):
 
 
 @register("fill", "portable", abi.FILL)
-def _fill(arguments, thread, threads):
+def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     y = codes(a.y).ravel()
     value = np.uint8(a.value)
     count = np.uintp(a.width * a.channels)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         q = _pixel(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
         for j in range(count):
@@ -621,7 +621,7 @@ def _fill(arguments, thread, threads):
 
 
 @register("resize", "portable", abi.RESIZE)
-def _resize(arguments, thread, threads):
+def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     row0 = carray(as_pointer(a.row_index0), a.height, np.int64)
@@ -631,7 +631,7 @@ def _resize(arguments, thread, threads):
     column1 = carray(as_pointer(a.column_index1), a.width, np.int64)
     column_weight = carray(as_pointer(a.column_weight), a.width, np.int64)
     channels = np.uintp(a.channels)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         v1 = np.int32(row_weight[i])
@@ -656,12 +656,12 @@ def _resize(arguments, thread, threads):
 
 
 @njit(error_model="numpy")
-def rearrange(a, x, y, thread, threads):
+def rearrange(a, x, y, first_part, end_part, parts):
     """Do what DepthToSpace does with tensors of any type."""
     size, block_first = a.blocksize, a.block_first != 0
     channels, blocks = np.uintp(a.channels), np.uintp(size * size)
     run = np.uintp(size) * channels
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = _pixel(a.x, n, a.x.top + i // size, a.x.left)
@@ -680,9 +680,9 @@ def rearrange(a, x, y, thread, threads):
 
 
 @register("depth_to_space", "portable", abi.DEPTH_TO_SPACE)
-def _depth_to_space(arguments, thread, threads):
+def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    rearrange(a, codes(a.x).ravel(), codes(a.y).ravel(), thread, threads)
+    rearrange(a, codes(a.x).ravel(), codes(a.y).ravel(), first_part, end_part, parts)
 
 
 @njit(inline="always", error_model="numpy")
@@ -701,15 +701,15 @@ _ROW_PART = 64  # pixels that are quantized channel by channel before their code
 @register(
     "quantize", "portable", abi.QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"]
 )
-def _quantize(arguments, thread, threads):
+def _quantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
     y = codes(a.y).ravel()
     size, part_size = a.scratch_size, np.uintp(_ROW_PART)
-    part = carray(as_pointer(a.scratch + np.uintp(thread * size)), size, np.uint8)
+    part = carray(as_pointer(a.scratch + np.uintp(slot * size)), size, np.uint8)
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
     scale, zero_point, top = a.scale, np.float32(a.zero_point), np.float32(a.top)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
@@ -733,13 +733,13 @@ def _quantize(arguments, thread, threads):
 
 
 @register("dequantize", "portable", abi.DEQUANTIZE)
-def _dequantize(arguments, thread, threads):
+def _dequantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = codes(a.x).ravel()
     y = carray(as_pointer(a.y.data), a.n * a.channels * a.height * a.width, np.float32)
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
     scale, zero_point = a.scale, np.int32(a.zero_point)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = _pixel(a.x, n, a.x.top + i, a.x.left)
@@ -751,12 +751,12 @@ def _dequantize(arguments, thread, threads):
 
 
 @register("to_channels_first", "portable", abi.TO_CHANNELS_FIRST)
-def _to_channels_first(arguments, thread, threads):
+def _to_channels_first(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = floats(a.x).ravel()
     y = carray(as_pointer(a.y.data), a.n * a.channels * a.height * a.width, np.float32)
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
-    begin, end = share(a.n * a.height, thread, threads)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = _pixel(a.x, n, a.x.top + i, a.x.left)

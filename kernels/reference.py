@@ -1,7 +1,7 @@
 """The definition of every kernel, in plain loops: readable, obviously right, never fast.
 
 A quantized convolution here is what the method says it is: codes shifted and added, no product
-with a weight anywhere. One thread does all the work.
+with a weight anywhere. Whoever has the first part does all the work.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def _pack_conv(layer: Layer) -> Packed:
 
 
 @register("conv", "reference", abi.CONV, supports=lambda layer: True, pack=_pack_conv)
-def _conv(arguments, thread, threads):
+def _conv(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y, y_float, r = codes(a.x), codes(a.y), floats(a.y), codes(a.r)
     in_group = a.x.c // a.group
@@ -82,9 +82,9 @@ def _conv(arguments, thread, threads):
 
 
 @register("pool_max", "reference", abi.POOL)
-def _pool_max(arguments, thread, threads):
+def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = codes(a.x), codes(a.y)
     for n in range(a.n):
@@ -102,9 +102,9 @@ def _pool_max(arguments, thread, threads):
 
 
 @register("pool_average", "reference", abi.POOL)
-def _pool_average(arguments, thread, threads):
+def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = codes(a.x), codes(a.y)
     m = carray(as_pointer(a.m), a.kernel_h * a.kernel_w + 1, np.float32)
@@ -140,9 +140,9 @@ def _repeated(tensor, picture, height, width, n, i, j, c):
 
 
 @register("add", "reference", abi.BINARY)
-def _add(arguments, thread, threads):
+def _add(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y, r = codes(a.x), codes(a.y), codes(a.r)
     for n in range(a.n):
@@ -158,9 +158,9 @@ def _add(arguments, thread, threads):
 
 
 @register("multiply", "reference", abi.BINARY)
-def _multiply(arguments, thread, threads):
+def _multiply(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y, r = codes(a.x), codes(a.y), codes(a.r)
     for n in range(a.n):
@@ -175,9 +175,9 @@ def _multiply(arguments, thread, threads):
 
 
 @register("copy", "reference", abi.COPY)
-def _copy(arguments, thread, threads):
+def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = codes(a.x), codes(a.y)
     table = carray(as_pointer(a.table), 256, np.uint8)
@@ -197,9 +197,9 @@ def _copy(arguments, thread, threads):
 
 
 @register("gather", "reference", abi.GATHER)
-def _gather(arguments, thread, threads):
+def _gather(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = codes(a.x), codes(a.y)
     indices = carray(as_pointer(a.indices), a.channels, np.int32)
@@ -212,9 +212,9 @@ def _gather(arguments, thread, threads):
 
 
 @register("lookup_channels", "reference", abi.CHANNEL_LOOKUP)
-def _lookup_channels(arguments, thread, threads):
+def _lookup_channels(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = codes(a.x), codes(a.y)
     tables = carray(as_pointer(a.tables), (a.channels, 256), np.uint8)
@@ -227,9 +227,9 @@ def _lookup_channels(arguments, thread, threads):
 
 
 @register("fill", "reference", abi.FILL)
-def _fill(arguments, thread, threads):
+def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     y = codes(a.y)
     for n in range(a.n):
@@ -240,9 +240,9 @@ def _fill(arguments, thread, threads):
 
 
 @register("resize", "reference", abi.RESIZE)
-def _resize(arguments, thread, threads):
+def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x, y = codes(a.x), codes(a.y)
     row0 = carray(as_pointer(a.row_index0), a.height, np.int64)
@@ -279,16 +279,16 @@ def rearrange(a, x, y):
 
 
 @register("depth_to_space", "reference", abi.DEPTH_TO_SPACE)
-def _depth_to_space(arguments, thread, threads):
+def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread == 0:
+    if first_part == 0:
         rearrange(a, codes(a.x), codes(a.y))
 
 
 @register("quantize", "reference", abi.QUANTIZE)
-def _quantize(arguments, thread, threads):
+def _quantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x = carray(as_pointer(a.x.data), (a.n, a.channels, a.height, a.width), np.float32)
     y = codes(a.y)
@@ -305,9 +305,9 @@ def _quantize(arguments, thread, threads):
 
 
 @register("dequantize", "reference", abi.DEQUANTIZE)
-def _dequantize(arguments, thread, threads):
+def _dequantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x = codes(a.x)
     y = carray(as_pointer(a.y.data), (a.n, a.channels, a.height, a.width), np.float32)
@@ -320,9 +320,9 @@ def _dequantize(arguments, thread, threads):
 
 
 @register("to_channels_first", "reference", abi.TO_CHANNELS_FIRST)
-def _to_channels_first(arguments, thread, threads):
+def _to_channels_first(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if thread != 0:
+    if first_part != 0:
         return
     x = floats(a.x)
     y = carray(as_pointer(a.y.data), (a.n, a.channels, a.height, a.width), np.float32)

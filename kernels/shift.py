@@ -327,11 +327,11 @@ def _convolution(adder: Adder) -> Callable[..., None]:
     words = pixels // 4
     panel_bytes = _panel_bytes(adder)
 
-    def convolution(arguments, thread, threads):
+    def convolution(arguments, first_part, end_part, parts, slot):
         a = carray(arguments, 1)[0]
         size = 4 if a.float_output else 1
         # Scratch memory: tables of addresses, tiles of codes, the panel, sums.
-        x_at = a.scratch + np.uintp(thread * a.scratch_size)
+        x_at = a.scratch + np.uintp(slot * a.scratch_size)
         y_at, r_at = x_at + np.uintp(8 * pixels), x_at + np.uintp(16 * pixels)
         tile_at = x_at + np.uintp(32 * pixels)
         residual_at = tile_at + np.uintp(PIECE * pixels)
@@ -356,7 +356,7 @@ def _convolution(adder: Adder) -> Callable[..., None]:
         b = carray(as_pointer(a.b), a.channels, np.float32)
         total = a.n * a.height * a.width
         strips = (total + pixels - 1) // pixels
-        item, end = share(strips * a.set_count * pieces, thread, threads)
+        item, end = share(strips * a.set_count * pieces, first_part, end_part, parts)
         while item < end:
             # Pieces that read the same panel.
             first = item % pieces
@@ -367,7 +367,7 @@ def _convolution(adder: Adder) -> Callable[..., None]:
             valid = min(pixels, total - pixel)
             _addresses(a, pixel, pixels, x0, o0, x, y, r, size)
             for block in range(a.blocks):
-                chunk, chunk_end = share(a.chunk_count, block, a.blocks)
+                chunk, chunk_end = share(a.chunk_count, block, block + 1, a.blocks)
                 for k in range(chunk, chunk_end):
                     rows = panel_at + np.uintp(chunks[k].row * lanes)
                     gather(x_at, chunks[k].offset, rows, vector, pixel_vectors, lanes, digits)

@@ -10,7 +10,7 @@ direct way has 36. All of it is integers. Codes of at most T become numbers in [
 where both axes add: with 2T added to the former they are uint8 up to T = 63. Weights become at most
 nine times the largest |W|, which at 3 bits is int8; `_supports` looks at the integers themselves.
 
-A thread transforms the codes of a strip of tiles once; a microkernel then takes a few tiles at a
+A call transforms the codes of a strip of tiles once; a microkernel then takes a few tiles at a
 time through the 16 positions of the transform and one block of output channels, and back.
 """
 
@@ -40,7 +40,7 @@ _TILES = 6  # per call
 _VECTOR = 32  # channels that are transformed together
 # Bytes of transformed codes in a strip: they share the second-level cache with a block's weights.
 _STRIP = 2**18
-_HEAD = 256  # bytes of a thread's scratch memory for a TILE record
+_HEAD = 256  # bytes of a slot's scratch memory for a TILE record
 _TABLE = 9 * _TILES  # addresses per call: see `_prepare`
 assert TILE.itemsize <= _HEAD and all(
     k.pixels == _TILES for k in MICROKERNELS.values() if k.kind == "winograd"
@@ -245,9 +245,9 @@ def _prepare(a, first, count, u, tables, beyond, size):
                 table[call, 5 * _TILES + 4 * q + p] = r
 
 
-def _conv_winograd(arguments, thread, threads):
+def _conv_winograd(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    scratch = a.scratch + np.uintp(thread * a.scratch_size)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
     t = carray(as_pointer(scratch), 1, TILE)[0]
     size = fill_in(a, t)
     t.blocks = _POSITIONS
@@ -259,11 +259,11 @@ def _conv_winograd(arguments, thread, threads):
     tiles = a.n * ((a.height + 1) // 2) * ((a.width + 1) // 2)
     calls = (tiles + _TILES - 1) // _TILES
     strips = (calls + largest - 1) // largest
-    begin, end = share(strips * a.chunk_count, thread, threads)
+    begin, end = share(strips * a.chunk_count, first_part, end_part, parts)
     prepared = -1
     for item in range(begin, end):
         strip, block = item // a.chunk_count, item % a.chunk_count
-        first, last = share(calls, strip, strips)
+        first, last = share(calls, strip, strip + 1, strips)
         if strip != prepared:
             _prepare(a, first, last - first, u, tables, beyond, size)
             prepared = strip

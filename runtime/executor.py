@@ -1,12 +1,19 @@
-"""Running a program of kernels on a team of threads.
+"""Running a program of kernels on a team of threads, none of which waits for one that is not running.
 
-A program is an int64 array (steps, 3): the address of a kernel, that of its argument record, and
-how many threads the step is worth. All threads walk through it together, in native code without the
-interpreter's lock, and meet at a barrier around every step that is shared; Python is entered once
-per run, not once per layer.
+A program is an int64 array (steps, 4): the address of a kernel, that of its argument record, how
+many threads the step is worth, and how many parts each of these should find. It is executed in
+native code without the interpreter's lock; Python is entered once per run, not once per layer.
 
-Workers wait for the next program in native code for a moment, then go to sleep: run after run finds
-them awake, and an idle process burns no core.
+The parts of a step that is shared lie in as many *homes* as threads are meant to do it. A thread
+claims parts of its own home, most of them at once, and when there are none left, parts of others'
+homes, from the other end. So on idle cores every thread does its home, as if the work had been
+dealt out, while a thread that has been put to sleep, or has not woken up yet, holds nothing but
+what it is in the middle of. Whoever does the last part of a step goes on with the steps behind
+it, up to the next one that is shared: steps too small to share stay on that thread.
+
+A thread that finds nothing to do spins for a moment, and then sleeps in the kernel until a step
+is published. Everything is in one native call, so that an interrupt or an exception in the
+interpreter never leaves a team behind that is half in use.
 
 Numba's own threading layers are not used: one is not safe to call from several threads, another
 not after `fork`, and the one that is both is not installed everywhere.
@@ -16,8 +23,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from functools import cache
-from queue import SimpleQueue
 
 import numpy as np
 from numba import carray, njit, types
@@ -26,178 +33,235 @@ from logshift.kernels.memory import aligned
 from logshift.kernels.native import (
     as_pointer,
     atomic_add,
+    atomic_exchange,
     atomic_load,
+    atomic_replace,
+    atomic_store,
     call_kernel,
-    yield_thread,
+    pause,
+    wait_at,
+    wake_at,
 )
 
-_SPINS = 2000  # loads of a word before a waiting thread offers its core to others
-_YIELDS = 200  # how often a worker without a program does so before it goes to sleep
+MAX_THREADS = 256
 
-# What a team shares, each int64 in a cache line of its own: how many have arrived at the barrier,
-# which meeting it is; which program it is, where it lies and how many steps need the workers;
-# whether a program is about to come; how many workers sleep, or are about to.
-_ARRIVED, _MEETING, _JOB, _PROGRAM, _STEPS, _EXPECTED, _ASLEEP = range(0, 7 * 64, 64)
+# Columns of a program.
+KERNEL, ARGUMENTS, HOMES, PARTS = range(4)
+MAX_PARTS = 255  # of a home
+
+_SPIN = 100e-6  # seconds that a thread without work spins before it sleeps
+
+# What a team shares, each int64 in a cache line of its own, by their offsets.
+#
+# _PUBLISHED: number of the step that is being done << 18, its homes << 8, parts of each; no homes
+#   between programs. Its lower half is what workers sleep on.
+# _STEP: kernel and arguments of that step. Written before it is published, and not again before
+#   all of its parts are done: who reads them and then claims a part has read the right ones.
+# _DONE: how many of its parts are done.
+# _PROGRAM: address, number of steps, and next step of the program: they belong to whoever did the
+#   last part of a step, or to the caller before the first.
+# _BUSY: whether a caller has the team. _ASLEEP: how many workers sleep, or are about to.
+# _CALLER_ASLEEP: whether the caller sleeps, which it does on this word.
+# _CLAIMS: one for each home: number of the step << 16, first part unclaimed << 8, end of those.
+#   If that is an older step, all of the home's parts are unclaimed.
+_PUBLISHED, _STEP, _DONE, _PROGRAM, _BUSY, _ASLEEP, _CALLER_ASLEEP, _CLAIMS = range(0, 8 * 64, 64)
+_ALONE = 0  # in place of a team's address
 
 _PROGRAM_TYPE = types.int64[:, ::1]
 
 
-@njit(inline="always")
-def _set(address, value):
-    carray(as_pointer(address), 1, np.int64)[0] = value
-
-
 @njit(error_model="numpy")
-def _walk(program, thread, threads, words):
-    steps = program.shape[0]
-    for step in range(steps):
-        parts = min(program[step, 2], threads)
-        if thread < parts:
-            call_kernel(program[step, 0], program[step, 1], thread, parts)
-        # One thread's steps in a row need no meeting.
-        if parts == 1 and (step + 1 == steps or min(program[step + 1, 2], threads) == 1):
-            continue
-        meeting = atomic_load(words + _MEETING)
-        if atomic_add(words + _ARRIVED, 1) == threads - 1:
-            atomic_add(words + _ARRIVED, -threads)
-            atomic_add(words + _MEETING, 1)
-            continue
-        spins = 0
-        while atomic_load(words + _MEETING) == meeting:
-            spins += 1
-            if spins > _SPINS:
-                yield_thread()
+def _claim(claims, number, parts, own):
+    """Claim unclaimed parts of a home; returns the first << 8 and how many, 0 if there are none.
 
-
-@njit(error_model="numpy")
-def _steps_shared(program):
-    """Count the steps up to the last one that is worth more than one thread."""
-    steps = program.shape[0]
-    while steps > 0 and program[steps - 1, 2] == 1:
-        steps -= 1
-    return steps
-
-
-@njit(
-    types.intp(_PROGRAM_TYPE, types.uintp),
-    nogil=True, cache=True, error_model="numpy",
-)  # fmt: skip
-def _announce(program, words):
-    """Keep workers from falling asleep; returns how many do, or -1 if they are not needed."""
-    if _steps_shared(program) == 0:
-        return -1
-    atomic_add(words + _EXPECTED, 1)
-    return atomic_add(words + _ASLEEP, 0)
-
-
-@njit(
-    types.void(_PROGRAM_TYPE, types.intp, types.uintp),
-    nogil=True, cache=True, error_model="numpy",
-)  # fmt: skip
-def _execute(program, threads, words):
-    if threads > 1:
-        _set(words + _PROGRAM, program.ctypes.data)
-        _set(words + _STEPS, _steps_shared(program))
-        atomic_add(words + _JOB, 1)
-        _set(words + _EXPECTED, 0)
-    _walk(program, 0, threads, words)
-
-
-@njit(
-    types.int64(types.intp, types.intp, types.int64, types.uintp),
-    nogil=True, cache=True, error_model="numpy",
-)  # fmt: skip
-def _serve(thread, threads, served, words):
-    """Execute programs as they come; returns the last one's number when none did for a while.
-
-    The caller must then wait for a call, and enter the time it does in _ASLEEP.
+    Acquire when the claim is read, so that nothing of the step is read before; the exchange
+    orders all of it before whatever is claimed later.
     """
-    spins = 0
     while True:
-        job = atomic_load(words + _JOB)
-        if job != served:
-            # Steps behind the last shared one are not looked at: the program may be gone by then.
-            shape = (atomic_load(words + _STEPS), 3)
-            program = carray(as_pointer(np.uintp(atomic_load(words + _PROGRAM))), shape, np.int64)
-            _walk(program, thread, threads, words)
-            served = job
-            spins = 0
-        spins += 1
-        if spins > _SPINS:
-            yield_thread()
-        if spins > _SPINS + _YIELDS:
-            atomic_add(words + _ASLEEP, 1)
-            # Whoever announces a program from here on sees a sleeper, and calls.
-            if atomic_add(words + _EXPECTED, 0) == 0 and atomic_add(words + _JOB, 0) == served:
-                return served
-            atomic_add(words + _ASLEEP, -1)
-            spins = 0
+        claim = atomic_load(claims)
+        step, first, end = claim >> 16, (claim >> 8) & 255, claim & 255
+        if step < number:
+            first, end = 0, parts
+        elif step > number or first == end:
+            return 0
+        # Of its own a thread takes three quarters at first: few claims when nobody is late, and
+        # something left for the others when it is.
+        count = (3 * (end - first) + 3) // 4 if own else (end - first + 1) // 2
+        left = (first + count) << 8 | end if own else first << 8 | (end - count)
+        if atomic_replace(claims, claim, number << 16 | left):
+            return (first if own else end - count) << 8 | count
 
 
-@njit(types.void(types.uintp), cache=True)
-def _wake(words):
-    atomic_add(words + _ASLEEP, -1)
+@njit(error_model="numpy")
+def _work(team, published, slot):
+    """Do what can be claimed of a published step; returns whether that was the last of it."""
+    homes, parts, number = (published >> 8) & 1023, published & 255, published >> 18
+    done = 0
+    for i in range(homes):
+        home = (slot + i) % homes
+        claims = team + np.uintp(_CLAIMS + 64 * home)
+        while True:
+            # Before the claim, which proves that they are this step's.
+            kernel = atomic_load(team + np.uintp(_STEP))
+            arguments = atomic_load(team + np.uintp(_STEP + 8))
+            claim = _claim(claims, number, parts, i == 0 and slot < homes)
+            if claim == 0:
+                break
+            first, count = home * parts + (claim >> 8), claim & 255
+            call_kernel(kernel, arguments, first, first + count, homes * parts, slot)
+            done += count
+    # Sequentially consistent: whoever adds up to all has seen what the others computed.
+    return done > 0 and atomic_add(team + np.uintp(_DONE), done) + done == homes * parts
+
+
+@njit(error_model="numpy")
+def _go_on(team, slot, caller):
+    """Do steps up to the next one that is shared, and publish that, or that there is none."""
+    own = carray(as_pointer(team + np.uintp(_PROGRAM)), 3, np.int64)
+    program = carray(as_pointer(np.uintp(own[0])), (own[1], 4), np.int64)
+    step = own[2]
+    while step < own[1] and program[step, HOMES] == 1:
+        call_kernel(program[step, KERNEL], program[step, ARGUMENTS], 0, 1, 1, slot)
+        step += 1
+    number = (atomic_load(team + np.uintp(_PUBLISHED)) >> 18) + 1
+    homes = parts = 0
+    if step < own[1]:
+        own[2] = step + 1
+        homes, parts = program[step, HOMES], program[step, PARTS]
+        atomic_store(team + np.uintp(_DONE), 0)
+        atomic_store(team + np.uintp(_STEP), program[step, KERNEL])
+        atomic_store(team + np.uintp(_STEP + 8), program[step, ARGUMENTS])
+    # Sequentially consistent, as is what sleepers do: either they see this step, or are seen.
+    atomic_exchange(team + np.uintp(_PUBLISHED), number << 18 | homes << 8 | parts)
+    if not caller and atomic_load(team + np.uintp(_CALLER_ASLEEP)) != 0:
+        if atomic_exchange(team + np.uintp(_CALLER_ASLEEP), 0) != 0:
+            wake_at(team + np.uintp(_CALLER_ASLEEP), 1)
+    if homes > 1:
+        asleep = atomic_load(team + np.uintp(_ASLEEP))
+        if asleep > 0:
+            wake_at(team + np.uintp(_PUBLISHED), min(asleep, homes - 1))
+
+
+@njit(error_model="numpy")
+def _changed(team, published, spins):
+    """Spin until something else is published; returns whether it was."""
+    for _ in range(spins):
+        if atomic_load(team + np.uintp(_PUBLISHED)) != published:
+            return True
+        pause()
+    return False
+
+
+@njit(
+    types.void(_PROGRAM_TYPE, types.uintp, types.intp),
+    nogil=True, cache=True, error_model="numpy",
+)  # fmt: skip
+def _execute(program, team, spins):
+    """Execute a program as its caller; alone, if there is no team or somebody else has it."""
+    if team == _ALONE or not atomic_replace(team + np.uintp(_BUSY), 0, 1):
+        for step in range(program.shape[0]):
+            call_kernel(program[step, KERNEL], program[step, ARGUMENTS], 0, 1, 1, 0)
+        return
+    own = carray(as_pointer(team + np.uintp(_PROGRAM)), 3, np.int64)
+    own[0], own[1], own[2] = program.ctypes.data, program.shape[0], 0
+    _go_on(team, 0, True)
+    while True:
+        published = atomic_load(team + np.uintp(_PUBLISHED))
+        if (published >> 8) & 1023 == 0:
+            break
+        if _work(team, published, 0):
+            _go_on(team, 0, True)
+        elif not _changed(team, published, spins):
+            atomic_exchange(team + np.uintp(_CALLER_ASLEEP), 1)
+            if atomic_load(team + np.uintp(_PUBLISHED)) == published:
+                wait_at(team + np.uintp(_CALLER_ASLEEP), 1)
+            atomic_exchange(team + np.uintp(_CALLER_ASLEEP), 0)
+    atomic_store(team + np.uintp(_BUSY), 0)
+
+
+@njit(
+    types.void(types.uintp, types.intp, types.intp),
+    nogil=True, cache=True, error_model="numpy",
+)  # fmt: skip
+def _serve(team, slot, spins):
+    """Take part in programs as they come, for ever."""
+    while True:
+        published = atomic_load(team + np.uintp(_PUBLISHED))
+        if _work(team, published, slot):
+            _go_on(team, slot, False)
+        elif not _changed(team, published, spins):
+            atomic_add(team + np.uintp(_ASLEEP), 1)
+            wait_at(team + np.uintp(_PUBLISHED), published)
+            atomic_add(team + np.uintp(_ASLEEP), -1)
+
+
+@njit(types.void(types.intp), cache=True)
+def _pauses(count):
+    for _ in range(count):
+        pause()
+
+
+@cache
+def _spins() -> int:
+    """Return how many looks at a word take _SPIN seconds."""
+    count, best = 1000, float("inf")
+    for _ in range(5):  # the shortest: the others may have been interrupted
+        start = time.perf_counter()
+        _pauses(count)
+        best = min(best, time.perf_counter() - start)
+    return max(1, int(count * _SPIN / best))
 
 
 class Team:
-    """A caller and `threads - 1` workers; one program at a time."""
+    """A caller and `threads - 1` workers; one program at a time.
+
+    Workers are started when the first program comes that they are of use for, and again after a
+    fork, which none survives.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._start()
+        self._hiring = threading.Lock()
+        self._gather()
 
-    def _start(self) -> None:
-        self._pid = os.getpid()
-        self._busy = threading.Lock()
-        self._words = aligned((7 * 8,), np.int64)
+    def _gather(self) -> None:
+        self._pid, self._hired = os.getpid(), self.threads == 1
+        self._words = aligned((_CLAIMS // 8 + 8 * self.threads,), np.int64)
         self._words[:] = 0
-        self._address = self._words.ctypes.data
-        self._calls: SimpleQueue[None] = SimpleQueue()
-        self._workers = 0
+        self._address = _ALONE if self.threads == 1 else self._words.ctypes.data
 
     def _hire(self) -> None:
-        while self._workers < self.threads - 1:
-            thread = self._workers + 1
-            threading.Thread(
-                target=_work, args=(self._calls, thread, self.threads, self._words),
-                name=f"logshift-{thread}", daemon=True,
-            ).start()  # fmt: skip
-            self._workers = thread
+        with self._hiring:
+            if self._hired:
+                return
+            for slot in range(1, self.threads):
+                worker = threading.Thread(
+                    target=_serve, args=(self._address, slot, _spins()),
+                    name=f"logshift-{slot}", daemon=True,
+                )  # fmt: skip
+                try:
+                    worker.start()
+                except RuntimeError:  # no more threads are to be had: the others do the work
+                    break
+            self._hired = True
 
     def run(self, program: np.ndarray) -> None:
         """Execute a program; returns when every step is done.
 
         If the team is busy with another caller's program, this one runs on its caller's thread
         alone: the result is the same, and nobody waits for anybody.
+
+        Parameters
+        ----------
+        program : int64 array of shape (steps, 4)
+            See the module; no step is worth more threads than there are.
         """
-        if os.getpid() != self._pid:  # workers do not survive a fork
-            self._start()
-        if self.threads == 1 or not self._busy.acquire(blocking=False):
-            _execute(program, 1, 0)
-            return
-        busy = self._busy
-        try:
-            asleep = _announce(program, self._address)
-            if asleep < 0:
-                _execute(program, 1, 0)
-                return
+        if os.getpid() != self._pid:
+            self._hiring = threading.Lock()  # another thread may have held it
+            self._gather()
+        if not self._hired:
             self._hire()
-            for _ in range(asleep):
-                self._calls.put(None)
-            _execute(program, self.threads, self._address)
-        except BaseException:  # an interrupt before the native code: nothing comes any more
-            self._words[_EXPECTED // 8] = 0
-            raise
-        finally:
-            busy.release()
-
-
-def _work(calls: SimpleQueue[None], thread: int, threads: int, words: np.ndarray) -> None:
-    address, served = words.ctypes.data, 0
-    while True:
-        served = _serve(thread, threads, served, address)
-        calls.get()
-        _wake(address)
+        _execute(program, self._address, _spins())
 
 
 @cache

@@ -37,6 +37,7 @@ _RESIZE_ONE = 2048  # weights of linear resizing of codes are integers of this
 # as so many of them.
 _SHARE = 2**18
 _ELEMENT = 16
+_PARTS = 16  # of a thread's share that others may take over
 
 # Bytes of a part of a row that is computed at once where a tensor is repeated along it: long enough
 # for the loops, short enough for the first-level cache.
@@ -171,7 +172,8 @@ class Step:
     node: Node
     kernel: Kernel
     arguments: np.ndarray  # one record
-    threads: int  # that it is worth
+    homes: int  # threads that it is worth
+    parts: int  # into which each one's share of it may be cut
     keep: list[np.ndarray] = field(default_factory=list)  # arrays whose addresses it holds
 
 
@@ -285,8 +287,9 @@ class Plan:
                 "not enough memory for this input size; use a smaller batch or picture"
             ) from None
         self.program = np.array(
-            [(s.kernel.address, s.arguments.ctypes.data, s.threads) for s in self.steps], np.int64
-        ).reshape(len(self.steps), 3)
+            [(s.kernel.address, s.arguments.ctypes.data, s.homes, s.parts) for s in self.steps],
+            np.int64,
+        ).reshape(len(self.steps), 4)
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -692,8 +695,9 @@ class Plan:
             size = -(-int(chosen.scratch(arguments[0])) // ALIGNMENT) * ALIGNMENT
             self._scratch.append((arguments, size))
         total = work * math.prod(fields[key] for key in ("n", "height", "width", "channels"))
-        threads = max(1, min(total // _SHARE, self._threads))
-        self.steps.append(Step(node, chosen, arguments, threads, arrays))
+        homes = max(1, min(total // _SHARE, self._threads))
+        parts = max(1, min(total // homes // _SHARE, _PARTS))
+        self.steps.append(Step(node, chosen, arguments, homes, parts, arrays))
 
     def _sizes(self, name: str) -> dict[str, Any]:
         n, c, h, w = (*self.shapes[name], 1, 1)[:4]

@@ -23,7 +23,6 @@ from logshift.runtime.plan import NumpyStep, Plan, prepare
 from logshift.runtime.table import text_table
 
 _SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
-_MAX_THREADS = 256
 
 Progress = Callable[[int, int, str], None]
 
@@ -127,9 +126,9 @@ class Session:
 
     def __init__(self, graph: Graph, *, threads: int | None = None, kernels: str = "auto") -> None:
         if threads is None:
-            threads = min(executor.default_threads(), _MAX_THREADS)
-        if type(threads) is not int or not 1 <= threads <= _MAX_THREADS:
-            raise InputError(f"threads is {threads!r}; it must be from 1 to {_MAX_THREADS}")
+            threads = min(executor.default_threads(), executor.MAX_THREADS)
+        if type(threads) is not int or not 1 <= threads <= executor.MAX_THREADS:
+            raise InputError(f"threads is {threads!r}; it must be from 1 to {executor.MAX_THREADS}")
         self.graph, self.threads, self.kernels = graph, threads, _family(kernels)
         self._preprocessing = (
             None

@@ -45,7 +45,7 @@ def program(kernel, arguments, threads):
         size = -(-int(kernel.scratch(arguments[0])) // 64) * 64
         scratch = aligned((size * threads,), np.uint8)
         arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
-    row = [[kernel.address, arguments.ctypes.data, threads]]
+    row = [[kernel.address, arguments.ctypes.data, threads, 3]]
     return np.array(row, np.int64), scratch
 
 

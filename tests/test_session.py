@@ -117,7 +117,7 @@ def test_a_step_gets_as_many_threads_as_it_is_worth(monkeypatch):
 
     def threads_of(share):
         monkeypatch.setattr(plan, "_SHARE", share)
-        return [step.threads for step in session._plan(session._arrays(pictures())).steps]
+        return [step.homes for step in session._plan(session._arrays(pictures())).steps]
 
     a = 12 * 10 * 8 * 27  # multiplications
     assert threads_of(10**9) == [1] * 5
