@@ -210,3 +210,46 @@ def pause(typingctx):
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic
+def give_way(typingctx):
+    """Let another thread that waits for this core have it."""
+    signature = types.void()
+
+    def codegen(context, builder, signature, args):
+        name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
+        _call(builder, _i32, name, [])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+# The numbers of clocks, by the system: time that passes, and time that this thread has had a core.
+_CLOCKS = {"linux": (1, 3), "darwin": (6, 16)}
+
+
+def _read_clock(index):
+    @intrinsic
+    def read(typingctx):
+        signature = types.int64()
+
+        def codegen(context, builder, signature, args):
+            if sys.platform not in _CLOCKS:
+                return _i64(0)
+            time = cgutils.alloca_once(builder, ir.ArrayType(_i64, 2))
+            place = builder.ptrtoint(time, _i64)
+            _call(builder, _i32, "clock_gettime", [_i32(_CLOCKS[sys.platform][index]), place])
+            seconds, nanoseconds = (
+                builder.load(builder.gep(time, [_i32(0), _i32(i)])) for i in range(2)
+            )
+            return builder.add(builder.mul(seconds, _i64(10**9)), nanoseconds)
+
+        return signature, codegen
+
+    return read
+
+
+# Nanoseconds; 0 where a system has no such clocks.
+clock = _read_clock(0)
+thread_clock = _read_clock(1)

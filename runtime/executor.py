@@ -38,7 +38,10 @@ from logshift.kernels.native import (
     atomic_replace,
     atomic_store,
     call_kernel,
+    clock,
+    give_way,
     pause,
+    thread_clock,
     wait_at,
     wake_at,
 )
@@ -51,6 +54,13 @@ MAX_PARTS = 255  # of a home
 
 _SPIN = 100e-6  # seconds that a thread without work spins before it sleeps
 
+# In nanoseconds: what a thread waits for others in the middle of a program only if these have been
+# put to sleep; for how long the machine then counts as shared, and a thread that lost its core as
+# one that has to share it; how long a thread may have a core that it shares until it offers it to
+# others, at first and at the least; how often it looks.
+_LATE, _PERIOD, _RECENTLY = 500_000, 200_000_000, 20_000_000
+_TURN, _SHORTEST_TURN, _LOOK = 2_000_000, 300_000, 250_000
+
 # What a team shares, each int64 in a cache line of its own, by their offsets.
 #
 # _PUBLISHED: number of the step that is being done << 18, its homes << 8, parts of each; no homes
@@ -62,9 +72,17 @@ _SPIN = 100e-6  # seconds that a thread without work spins before it sleeps
 #   last part of a step, or to the caller before the first.
 # _BUSY: whether a caller has the team. _ASLEEP: how many workers sleep, or are about to.
 # _CALLER_ASLEEP: whether the caller sleeps, which it does on this word.
+# _SHARED: which time it is that the machine counts as shared, or 0 while it does not; until when,
+#   by the clock; how often it has been.
 # _CLAIMS: one for each home: number of the step << 16, first part unclaimed << 8, end of those.
 #   If that is an older step, all of the home's parts are unclaimed.
-_PUBLISHED, _STEP, _DONE, _PROGRAM, _BUSY, _ASLEEP, _CALLER_ASLEEP, _CLAIMS = range(0, 8 * 64, 64)
+# Behind these, for each slot, what only its thread writes, its turn: when it began, 0 if it must
+#   begin anew, and what time the thread had had by then; when it last looked, and last lost its
+#   core; how long turns are, and which _SHARED that is for.
+(
+    _PUBLISHED, _STEP, _DONE, _PROGRAM, _BUSY, _ASLEEP, _CALLER_ASLEEP, _SHARED, _CLAIMS
+) = range(0, 9 * 64, 64)  # fmt: skip
+_BEGAN, _HAD, _LOOKED, _LOST, _LENGTH, _OF = range(6)
 _ALONE = 0  # in place of a team's address
 
 _PROGRAM_TYPE = types.int64[:, ::1]
@@ -93,14 +111,82 @@ def _claim(claims, number, parts, own):
 
 
 @njit(error_model="numpy")
-def _work(team, published, slot):
+def _turn(team, threads, slot):
+    address = team + np.uintp(_CLAIMS + 64 * (threads + slot))
+    return carray(as_pointer(address), 6, np.int64)
+
+
+@njit(error_model="numpy")
+def _count_as_shared(team, now):
+    shared = carray(as_pointer(team + np.uintp(_SHARED)), 3, np.int64)
+    shared[1] = now + _PERIOD
+    if shared[0] == 0:
+        shared[2] += 1
+        atomic_store(team + np.uintp(_SHARED), shared[2])
+
+
+@njit(error_model="numpy")
+def _begin_turn(turn):
+    turn[_BEGAN], turn[_HAD] = clock(), thread_clock()
+    turn[_LOOKED] = turn[_BEGAN]
+
+
+@njit(error_model="numpy")
+def _holds_up_others(team, threads, slot, now):
+    """Whether there are threads that need not share their cores, and so lose by waiting."""
+    for other in range(threads):
+        if other != slot and now - _turn(team, threads, other)[_LOST] > _RECENTLY:
+            return True
+    return False
+
+
+@njit(error_model="numpy")
+def _offer_core(team, threads, slot, shared):
+    """At the end of a turn, offer the core to others, before it is taken away.
+
+    A thread that is put to sleep between parts holds up nobody, but what it loses by that it does
+    not get back, while a thread that waits for others does.
+    """
+    turn, now = _turn(team, threads, slot), clock()
+    if now > carray(as_pointer(team + np.uintp(_SHARED)), 2, np.int64)[1]:
+        atomic_store(team + np.uintp(_SHARED), 0)
+    elif turn[_OF] != shared:
+        turn[_OF], turn[_LENGTH] = shared, _TURN
+        _begin_turn(turn)
+    elif turn[_BEGAN] == 0:
+        _begin_turn(turn)
+    elif now - turn[_LOOKED] > _LOOK:
+        turn[_LOOKED] = now
+        had = thread_clock() - turn[_HAD]
+        lost = now - turn[_BEGAN] - had > _LOOK
+        if lost:  # the turn was too long
+            turn[_LENGTH] = max(_SHORTEST_TURN, min(turn[_LENGTH], had) * 3 // 4)
+        elif had < turn[_LENGTH]:
+            return
+        elif _holds_up_others(team, threads, slot, now):
+            give_way()
+        _begin_turn(turn)
+        if lost or turn[_BEGAN] - now > _LOOK:
+            turn[_LOST] = turn[_BEGAN]
+            _count_as_shared(team, turn[_BEGAN])
+
+
+@njit(error_model="numpy")
+def _work(team, published, threads, slot):
     """Do what can be claimed of a published step; returns whether that was the last of it."""
     homes, parts, number = (published >> 8) & 1023, published & 255, published >> 18
     done = 0
+    shared = atomic_load(team + np.uintp(_SHARED))
     for i in range(homes):
         home = (slot + i) % homes
         claims = team + np.uintp(_CLAIMS + 64 * home)
         while True:
+            if shared != 0:
+                # Others need not wait for what is done.
+                if done > 0 and atomic_add(team + np.uintp(_DONE), done) + done == homes * parts:
+                    return True
+                done = 0
+                _offer_core(team, threads, slot, shared)
             # Before the claim, which proves that they are this step's.
             kernel = atomic_load(team + np.uintp(_STEP))
             arguments = atomic_load(team + np.uintp(_STEP + 8))
@@ -152,16 +238,25 @@ def _changed(team, published, spins):
     return False
 
 
+@njit(error_model="numpy")
+def _was_late(team, start):
+    now = clock()
+    if now - start > _LATE:
+        _count_as_shared(team, now)
+
+
 @njit(
-    types.void(_PROGRAM_TYPE, types.uintp, types.intp),
+    types.void(_PROGRAM_TYPE, types.uintp, types.intp, types.intp),
     nogil=True, cache=True, error_model="numpy",
 )  # fmt: skip
-def _execute(program, team, spins):
+def _execute(program, team, threads, spins):
     """Execute a program as its caller; alone, if there is no team or somebody else has it."""
     if team == _ALONE or not atomic_replace(team + np.uintp(_BUSY), 0, 1):
         for step in range(program.shape[0]):
             call_kernel(program[step, KERNEL], program[step, ARGUMENTS], 0, 1, 1, 0)
         return
+    turn = _turn(team, threads, 0)
+    turn[_BEGAN] = 0
     own = carray(as_pointer(team + np.uintp(_PROGRAM)), 3, np.int64)
     own[0], own[1], own[2] = program.ctypes.data, program.shape[0], 0
     _go_on(team, 0, True)
@@ -169,30 +264,38 @@ def _execute(program, team, spins):
         published = atomic_load(team + np.uintp(_PUBLISHED))
         if (published >> 8) & 1023 == 0:
             break
-        if _work(team, published, 0):
+        if _work(team, published, threads, 0):
             _go_on(team, 0, True)
         elif not _changed(team, published, spins):
+            start = clock()
             atomic_exchange(team + np.uintp(_CALLER_ASLEEP), 1)
             if atomic_load(team + np.uintp(_PUBLISHED)) == published:
                 wait_at(team + np.uintp(_CALLER_ASLEEP), 1)
             atomic_exchange(team + np.uintp(_CALLER_ASLEEP), 0)
+            _was_late(team, start)
+            turn[_BEGAN] = 0
     atomic_store(team + np.uintp(_BUSY), 0)
 
 
 @njit(
-    types.void(types.uintp, types.intp, types.intp),
+    types.void(types.uintp, types.intp, types.intp, types.intp),
     nogil=True, cache=True, error_model="numpy",
 )  # fmt: skip
-def _serve(team, slot, spins):
+def _serve(team, threads, slot, spins):
     """Take part in programs as they come, for ever."""
+    turn = _turn(team, threads, slot)
     while True:
         published = atomic_load(team + np.uintp(_PUBLISHED))
-        if _work(team, published, slot):
+        if _work(team, published, threads, slot):
             _go_on(team, slot, False)
         elif not _changed(team, published, spins):
+            start = clock()
             atomic_add(team + np.uintp(_ASLEEP), 1)
             wait_at(team + np.uintp(_PUBLISHED), published)
             atomic_add(team + np.uintp(_ASLEEP), -1)
+            if (published >> 8) & 1023 != 0:
+                _was_late(team, start)
+            turn[_BEGAN] = 0
 
 
 @njit(types.void(types.intp), cache=True)
@@ -226,7 +329,7 @@ class Team:
 
     def _gather(self) -> None:
         self._pid, self._hired = os.getpid(), self.threads == 1
-        self._words = aligned((_CLAIMS // 8 + 8 * self.threads,), np.int64)
+        self._words = aligned((_CLAIMS // 8 + 16 * self.threads,), np.int64)
         self._words[:] = 0
         self._address = _ALONE if self.threads == 1 else self._words.ctypes.data
 
@@ -236,7 +339,7 @@ class Team:
                 return
             for slot in range(1, self.threads):
                 worker = threading.Thread(
-                    target=_serve, args=(self._address, slot, _spins()),
+                    target=_serve, args=(self._address, self.threads, slot, _spins()),
                     name=f"logshift-{slot}", daemon=True,
                 )  # fmt: skip
                 try:
@@ -261,7 +364,7 @@ class Team:
             self._gather()
         if not self._hired:
             self._hire()
-        _execute(program, self._address, _spins())
+        _execute(program, self._address, self.threads, _spins())
 
 
 @cache
