@@ -2,12 +2,13 @@
 
     python -m benchmarks.neighbours --json neighbours.json
 
-Four cases, on two threads:
+Five cases, on two threads:
 
 - beside 0, 1, 2 and 4 busy processes of one thread each: median and 90th percentile of a run, every
   engine a process of its own, in turns;
 - in one process, run after run in turns with an ONNX Runtime session of default options, whose
   threads go on spinning after a run;
+- one thread against two, on a quiet machine;
 - two processes that run without pause: what they do together, over what one does alone;
 - a network that is nothing but twenty steps, through `Session.run`.
 
@@ -85,6 +86,22 @@ def beside_busy_processes(
     for engine in engines.values():
         engine.close()
     return rows
+
+
+def scaling(path: Path, shape: tuple[int, ...], rounds: int, seconds: float) -> dict[str, float]:
+    """Compare one thread with two on a quiet machine, in turns.
+
+    Returns
+    -------
+    dict
+        Median seconds with one and with two threads, "ratio" of these: median of rounds.
+    """
+    engines = [Engine("logshift", path, threads, shape) for threads in (1, 2)]
+    times = np.array([[np.median(e.turn(seconds)) for e in engines] for _ in range(rounds)])
+    for engine in engines:
+        engine.close()
+    one, two = np.median(times, axis=0).tolist()
+    return {"one": one, "two": two, "ratio": float(np.median(times[:, 0] / times[:, 1]))}
 
 
 def in_one_process(files: Files, shape: tuple[int, ...], runs: int) -> dict[str, float]:
@@ -211,6 +228,8 @@ def main() -> None:
             for r in rows
         ]  # fmt: skip
         print(f"\n{model}, {_THREADS} threads\n{text_table(lines, left=2)}", flush=True)
+        found["scaling"] = r = scaling(files.packed, shape, a.rounds, a.seconds)
+        print(f"two threads are {r['ratio']:.2f} times as fast as one")
         if "onnxruntime int8" in names:
             found["in_one_process"] = r = in_one_process(files, shape, 30 * a.rounds)
             print(

@@ -212,6 +212,9 @@ class Kernel:
         Whether "auto" takes it for a convolution that it supports; None if always.
     scratch : callable(argument record) -> int, or None
         Bytes of scratch memory it needs per slot.
+    pieces : callable(argument record) -> int, or None
+        Pieces of its work within which something is prepared once, so that they are better not
+        cut; None if it may be cut anywhere.
     looks_up : bool
         Whether a convolution passes its output codes through the table of its arguments.
     """
@@ -227,6 +230,7 @@ class Kernel:
     available: Callable[[], bool] = lambda: True
     preferred: Callable[[Any], bool] | None = None
     scratch: Callable[[Any], int] | None = None
+    pieces: Callable[[Any], int] | None = None
     looks_up: bool = False
 
     @property

@@ -316,9 +316,7 @@ def _conv_float32(arguments, first_part, end_part, parts, slot):
     k = a.kernel_h * a.kernel_w * (a.x.c // a.group)
     blocks = (a.channels // a.group + a.block - 1) // a.block
     w = carray(as_pointer(a.weights), a.group * blocks * k * a.block, np.float32)
-    acc = carray(
-        as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), _PIXELS * 32, np.float32
-    )
+    acc = carray(as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), _PIXELS * 32, np.float32)
     start = carray(as_pointer(a.offset), a.channels, np.float32)
     _conv_blocks(a, w, acc, start, first_part, end_part, parts)
 
@@ -334,9 +332,7 @@ def _conv_float64(arguments, first_part, end_part, parts, slot):
     k = a.kernel_h * a.kernel_w * (a.x.c // a.group)
     blocks = (a.channels // a.group + a.block - 1) // a.block
     w = carray(as_pointer(a.weights), a.group * blocks * k * a.block, np.float64)
-    acc = carray(
-        as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), _PIXELS * 32, np.float64
-    )
+    acc = carray(as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), _PIXELS * 32, np.float64)
     start = carray(as_pointer(a.offset), a.channels, np.float64)
     _conv_blocks(a, w, acc, start, first_part, end_part, parts)
 

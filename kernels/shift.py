@@ -238,6 +238,11 @@ def _pack(adder: Adder, layer: Layer) -> Packed:
     )
 
 
+def _panels(adder: Adder, record: np.void) -> int:
+    pixels = int(record["n"]) * int(record["height"]) * int(record["width"])
+    return -(-pixels // adder.pixels)
+
+
 # --- the kernel ---------------------------------------------------------------------------------
 
 
@@ -442,5 +447,6 @@ for _adder in ADDERS.values():
         "conv", "shift", abi.CONV, _adder.name,
         supports=partial(_supports, _adder), pack=partial(_pack, _adder),
         cost=partial(_cost, _adder), available=partial(getattr, _adder, "available"),
-        scratch=partial(_scratch, _adder), preferred=partial(_preferred, _adder),
+        scratch=partial(_scratch, _adder), pieces=partial(_panels, _adder),
+        preferred=partial(_preferred, _adder),
     )(_convolution(_adder))  # fmt: skip

@@ -161,6 +161,19 @@ def _scratch(record: np.void) -> int:
     return _HEAD + per_call * _largest_strip(channels) + 4 * int(record["channels"])
 
 
+@register_jitable
+def _strips(n, height, width, channels):
+    """Return how many calls of the microkernel there are per block of channels, and strips."""
+    calls = (n * ((height + 1) // 2) * ((width + 1) // 2) + _TILES - 1) // _TILES
+    largest = _largest_strip(channels)
+    return calls, (calls + largest - 1) // largest
+
+
+def _pieces(record: np.void) -> int:
+    sizes = (int(record[key]) for key in ("n", "height", "width"))
+    return _strips(*sizes, int(record["x"]["c"]))[1]
+
+
 def _differences(b, x):
     """B^T x, along one axis."""
     return b.sub(x[0], x[2]), b.add(x[1], x[2]), b.sub(x[2], x[1]), b.sub(x[1], x[3])
@@ -256,9 +269,7 @@ def _conv_winograd(arguments, first_part, end_part, parts, slot):
     tables = u + np.uintp(largest * _group_bytes(a.x.c))
     beyond = tables + np.uintp(largest * 8 * _TABLE)
     chunks = carray(as_pointer(a.chunks), a.chunk_count, CHUNK)
-    tiles = a.n * ((a.height + 1) // 2) * ((a.width + 1) // 2)
-    calls = (tiles + _TILES - 1) // _TILES
-    strips = (calls + largest - 1) // largest
+    calls, strips = _strips(a.n, a.height, a.width, a.x.c)
     begin, end = share(strips * a.chunk_count, first_part, end_part, parts)
     prepared = -1
     for item in range(begin, end):
@@ -285,5 +296,5 @@ for _tile in MICROKERNELS.values():
             "conv", "dot", abi.CONV, _tile.name,
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),
             cost=partial(_cost, _tile), available=partial(_available, _tile),
-            scratch=_scratch, looks_up=True,
+            scratch=_scratch, pieces=_pieces, looks_up=True,
         )(_conv_winograd)  # fmt: skip

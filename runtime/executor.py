@@ -1,4 +1,4 @@
-"""Running a program of kernels on a team of threads, none of which waits for one that is not running.
+"""Running programs on a team of threads, none of which waits for one that is not running.
 
 A program is an int64 array (steps, 4): the address of a kernel, that of its argument record, how
 many threads the step is worth, and how many parts each of these should find. It is executed in

@@ -37,6 +37,7 @@ _RESIZE_ONE = 2048  # weights of linear resizing of codes are integers of this
 # as so many of them.
 _SHARE = 2**18
 _ELEMENT = 16
+_DEPTHWISE = 4  # as long as so many others takes one of a depthwise convolution
 _PARTS = 16  # of a thread's share that others may take over
 
 # Bytes of a part of a row that is computed at once where a tensor is repeated along it: long enough
@@ -696,8 +697,10 @@ class Plan:
             self._scratch.append((arguments, size))
         total = work * math.prod(fields[key] for key in ("n", "height", "width", "channels"))
         homes = max(1, min(total // _SHARE, self._threads))
-        parts = max(1, min(total // homes // _SHARE, _PARTS))
-        self.steps.append(Step(node, chosen, arguments, homes, parts, arrays))
+        parts = min(total // homes // _SHARE, _PARTS)
+        if chosen.pieces is not None:
+            parts = min(parts, chosen.pieces(arguments[0]) // homes)
+        self.steps.append(Step(node, chosen, arguments, homes, max(1, parts), arrays))
 
     def _sizes(self, name: str) -> dict[str, Any]:
         n, c, h, w = (*self.shapes[name], 1, 1)[:4]
@@ -744,7 +747,8 @@ class Plan:
             shape = conv.layer.weights.shape
             self._step(
                 node, conv.kernel.op, abi.CONV if on_codes else abi.FLOAT_CONV,
-                chosen=conv.kernel, tensors=tensors, work=math.prod(shape[1:]),
+                chosen=conv.kernel, tensors=tensors,
+                work=math.prod(shape[1:]) * (_DEPTHWISE if conv.layer.is_depthwise else 1),
                 n=n, height=height, width=width, channels=c,
                 kernel_h=shape[1], kernel_w=shape[2], stride_h=stride_h, stride_w=stride_w,
                 dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],

@@ -1,0 +1,214 @@
+"""The team of threads: every part of every step is done once, in order, whoever is late."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import carray, cfunc, types
+
+from logshift.kernels.native import as_pointer, atomic_add, atomic_load, pause
+from logshift.runtime import executor
+
+_NONE, _ALL = -1, -2  # of the slots
+_SIGNATURE = types.void(types.CPointer(types.int64), *[types.intp] * 4)
+
+
+@cfunc(_SIGNATURE)
+def count(arguments, first_part, end_part, parts, slot):
+    """Count each part, and parts that come before all of the step before are done.
+
+    arguments: address of the counts of parts, of the step's sum and of that of the step before,
+    how many parts that has, address of the mistakes, of who did each part; a slot, or _ALL, and what it
+    waits for: an address of a word that is no longer 0, or 0 for all other parts to be done.
+    """
+    a = carray(arguments, 8)
+    patience = 10**9
+    while a[6] in (slot, _ALL) and patience > 0:
+        others = parts - (end_part - first_part)
+        if atomic_load(np.uintp(a[7])) != 0 if a[7] else atomic_load(np.uintp(a[1])) >= others:
+            break
+        pause()
+        patience -= 1
+    if a[3] > 0 and atomic_load(np.uintp(a[2])) != a[3]:
+        atomic_add(np.uintp(a[4]), 1)
+    who = carray(as_pointer(np.uintp(a[5])), parts, np.int64)
+    for part in range(first_part, end_part):
+        who[part] = slot
+        atomic_add(np.uintp(a[0] + 8 * part), 1)
+    atomic_add(np.uintp(a[1]), end_part - first_part)
+
+
+class Steps:
+    """A program of `count`, and what it finds."""
+
+    def __init__(self, shapes, waits=(_NONE, 0)):
+        self.counts = [np.zeros(homes * parts, np.int64) for homes, parts in shapes]
+        self.who = [np.full(homes * parts, -1, np.int64) for homes, parts in shapes]
+        self.sums, self.mistakes = np.zeros(len(shapes), np.int64), np.zeros(1, np.int64)
+        # A step for one thread is called with one part, whatever it could be cut into.
+        self.counts, self.who = (
+            [a[:1] if homes == 1 else a for a, (homes, _) in zip(arrays, shapes, strict=True)]
+            for arrays in (self.counts, self.who)
+        )
+        address, before = self.sums.ctypes.data, [0, *map(len, self.counts)]
+        self.arguments = np.array([
+            (c.ctypes.data, address + 8 * i, address + 8 * (i - 1), before[i],
+             self.mistakes.ctypes.data, w.ctypes.data, *waits)
+            for i, (c, w) in enumerate(zip(self.counts, self.who, strict=True))
+        ], np.int64)  # fmt: skip
+        rows = [
+            (count.address, row.ctypes.data, homes, parts)
+            for row, (homes, parts) in zip(self.arguments, shapes, strict=True)
+        ]
+        self.program = np.array(rows, np.int64).reshape(-1, 4)
+
+    def run(self, team):
+        for array in (*self.counts, self.sums):
+            array[:] = 0
+        team.run(self.program)
+        assert self.mistakes[0] == 0
+        for counts in self.counts:
+            assert (counts == 1).all()
+
+
+def programs(threads):
+    alone = st.just((1, 1))
+    shared = st.tuples(st.integers(2, max(2, threads)), st.sampled_from([1, 2, 3, 16, 255]))
+    return st.lists(st.one_of(alone, shared) if threads > 1 else alone, max_size=12)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_every_part_is_done_once_and_in_order(data):
+    threads = data.draw(st.sampled_from([1, 2, 3, 8]))
+    steps = Steps(data.draw(programs(threads)))
+    for seconds in (0, 0, 0.0005, 0):  # workers that spin, and that sleep
+        time.sleep(seconds)
+        steps.run(executor.team(threads))
+
+
+def test_many_runs_on_more_threads_than_cores():
+    threads = 2 * (os.cpu_count() or 1) + 1
+    steps = Steps([(threads, 2), (1, 1), (2, 7), (threads, 16), (1, 1), (1, 1), (threads, 1)])
+    for _ in range(300):
+        steps.run(executor.team(threads))
+
+
+def test_a_late_thread_holds_only_what_it_is_doing():
+    """The worker does not go on before the caller has done all the rest: its home as well."""
+    steps = Steps([(2, 16)], waits=(1, 0))
+    for _ in range(5):
+        steps.run(executor.team(2))
+        assert (steps.who[0] == 1).sum() <= 12
+
+
+def test_a_late_caller_holds_only_what_it_is_doing():
+    """Workers do the caller's home, and the steps behind that are for one thread."""
+    steps = Steps([(3, 16), (1, 1), (3, 3), (1, 1)], waits=(0, 0))
+    for _ in range(5):
+        steps.run(executor.team(3))
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_a_team_without_workers_does_everything(threads, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    team = executor.Team(threads)
+    steps = Steps([(threads, 16), (1, 1), (threads, 3)])
+    steps.run(team)
+    assert all((who == 0).all() for who in steps.who)
+
+
+def test_callers_of_one_team_do_not_wait_for_each_other():
+    """One is held up in the middle until another one's program is done."""
+    team, other = executor.team(2), Steps([(2, 4), (1, 1)])
+    held = Steps([(2, 4)], waits=(_ALL, other.sums[1:].ctypes.data))
+    caller = threading.Thread(target=team.run, args=(held.program,))
+    caller.start()
+    time.sleep(0.02)
+    team.run(other.program)
+    assert other.sums.tolist() == [1, 1]  # whole steps: alone
+    caller.join(60)
+    assert not caller.is_alive()
+
+
+def test_a_team_works_after_a_fork():
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork")
+    steps, team = Steps([(3, 4), (1, 1), (3, 2)]), executor.team(3)
+    steps.run(team)
+    child = os.fork()
+    if child == 0:
+        try:
+            steps.run(team)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    steps.run(team)
+
+
+def test_waiting_threads_burn_no_core():
+    team = executor.team(4)
+    steps = Steps([(4, 4)] * 3)
+    steps.run(team)
+    time.sleep(0.05)  # until they sleep
+    start = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - start < 0.1
+
+
+_INTERRUPTED = """
+    import _thread, sys, threading, time
+    import numpy as np
+    sys.path.insert(0, {tests!r})
+    from test_executor import Steps
+    from logshift.runtime import executor
+
+    team, interrupts = executor.team(2), 0
+    steps = Steps([(2, 8), (1, 1), (2, 8)] * 200)
+    steps.run(team)
+    print("ready", flush=True)
+    while interrupts < 20:
+        try:
+            while True:
+                steps.run(team)
+        except KeyboardInterrupt:
+            interrupts += 1
+            print("again", flush=True)
+    steps.run(team)
+    busy = team._words[executor._BUSY // 8]
+    assert busy == 0, busy
+    print("done", flush=True)
+"""
+
+
+def test_interrupts_leave_the_team_in_order():
+    if os.name == "nt":
+        pytest.skip("signals cannot be sent to one process there")
+    code = textwrap.dedent(_INTERRUPTED).format(tests=os.path.dirname(__file__))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(20):
+            time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "again\n"
+        output, errors = process.communicate(timeout=60)
+        assert output == "done\n", errors
+    finally:
+        process.kill()
