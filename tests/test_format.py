@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -75,6 +77,20 @@ def test_graphs_round_trip(kind):
         assert packed_format.serialize(again) == data
 
     check()
+
+
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))]
+)
+def test_graphs_are_copied_and_pickled(network, duplicate):
+    data = packed_format.serialize(network())
+    for graph in (packed_format.deserialize(data), network()):  # words as stored, and as arrays
+        again = duplicate(graph)
+        assert_same(graph, again)
+        assert packed_format.serialize(again) == data
+    stored = packed_format.deserialize(data)
+    assert len(pickle.dumps(stored)) < 1.1 * len(data)
 
 
 @pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
