@@ -16,7 +16,7 @@ import numpy as np
 from logshift.kernels import abi
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
-from logshift.runtime import executor, format, numpy_ops
+from logshift.runtime import cores, executor, format, numpy_ops
 from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
 from logshift.runtime.picture import Preprocessing, is_image
 from logshift.runtime.plan import NumpyStep, Plan, prepare
@@ -42,7 +42,9 @@ def load(
     path : path-like
         A `.stlq` file.
     threads : int, optional
-        Threads per run; by default the cores this process may use.
+        Threads per run. By default the cores this process may use: what its affinity allows, and
+        at most what a container's CPU quota (cgroup v1 or v2, rounded up) pays for, or
+        `OMP_NUM_THREADS` in place of the quota.
     kernels : {"auto", "dot", "shift", "portable", "reference"}
         Kernel family: the machine's products of bytes, additions and shifts alone, or plain
         compiled loops; "auto" takes the fastest for this machine. What a family has no kernel for
@@ -146,7 +148,7 @@ class Session:
     def __init__(self, graph: Graph, *, threads: int | None = None, kernels: str = "auto") -> None:
         self._threads = threads
         if threads is None:
-            threads = min(executor.default_threads(), _MAX_THREADS)
+            threads = min(cores.default_threads(), _MAX_THREADS)
         if type(threads) is not int or not 1 <= threads <= _MAX_THREADS:
             raise InputError(f"threads is {threads!r}; it must be from 1 to {_MAX_THREADS}")
         self.graph, self.threads, self.kernels = graph, threads, _family(kernels)

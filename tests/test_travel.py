@@ -13,7 +13,7 @@ import pytest
 from test_session import pictures, small_network
 
 from logshift import runtime
-from logshift.runtime import FormatError, InputError, Session, executor
+from logshift.runtime import FormatError, InputError, Session, cores
 from logshift.runtime import format as packed_format
 
 X = pictures(2)
@@ -70,7 +70,7 @@ def test_a_pickle_is_about_as_large_as_the_file(path):
 
 def test_threads_are_decided_where_a_pickle_is_read(path, monkeypatch):
     ours, given = runtime.load(path), runtime.load(path, threads=3)
-    monkeypatch.setattr(executor, "default_threads", lambda: ours.threads + 4)
+    monkeypatch.setattr(cores, "default_threads", lambda: ours.threads + 4)
     assert sent(ours).threads == ours.threads + 4
     assert sent(given).threads == 3
     assert sent(sent(ours)).threads == ours.threads + 4
