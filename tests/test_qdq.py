@@ -435,6 +435,7 @@ def test_round_trip(tmp_path, options):
 
 
 @pytest.mark.parametrize("kind", graphs.GRAPHS)
+@pytest.mark.hypothesis
 def test_round_trip_of_random_graphs(kind, tmp_path_factory):
     folder = tmp_path_factory.mktemp(kind)
 
