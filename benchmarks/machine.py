@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+from logshift.runtime import cores
+
 
 def describe() -> str:
     """Processor, cores, Python and Numba in one line."""
@@ -20,7 +22,9 @@ def describe() -> str:
                 break
     import llvmlite.binding as llvm
 
+    count, usable = os.cpu_count(), min(cores.affinity(), cores.quota() or cores.affinity())
+    shown = f"{count} cores" if usable == count else f"{count} cores ({usable} usable)"
     return (
-        f"{name} ({llvm.get_host_cpu_name()}), {os.cpu_count()} cores, Python"
+        f"{name} ({llvm.get_host_cpu_name()}), {shown}, Python"
         f" {platform.python_version()}, Numba {numba.__version__}"
     )

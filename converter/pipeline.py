@@ -128,6 +128,8 @@ def convert(
         If the model cannot be converted; lists every offending node.
     InputError
         If a setting or the calibration data does not fit.
+    OSError
+        If the file cannot be written. Whatever stops a conversion leaves an old file as it was.
     """
     wanted = Target.of(weight_bits, max_bytes, max_drop, min_snr)
     settings = Settings(
@@ -194,6 +196,12 @@ def _check_arguments(
         raise InputError(f"out: the directory {os.fspath(target.parent)!r} does not exist")
     if target.is_dir():
         raise InputError(f"out: {os.fspath(target)!r} is a directory")
+    if target.exists() and not target.is_file():
+        raise InputError(f"out: {os.fspath(target)!r} is not a regular file")
+    if not os.access(os.path.dirname(os.path.realpath(target)), os.W_OK):
+        raise InputError(
+            f"out: the directory of {os.fspath(target)!r} cannot be written to; choose another one"
+        )
     if labels is not None and (
         isinstance(labels, str) or not all(isinstance(label, str) for label in labels)
     ):

@@ -53,13 +53,18 @@ def recognise(weight: np.ndarray, hint: WeightRecord | None = None) -> LogWeight
 def scaled(words: LogWeights, factor: np.ndarray) -> LogWeights:
     """Multiply output channels, as batch normalization does: only alpha and signs change.
 
+    Channels whose alpha becomes negligible become zeros (section 1).
+
     Parameters
     ----------
     words : LogWeights
     factor : float64 array of shape (O,)
     """
-    w = words.integers().astype(np.int64) * np.sign(factor).astype(np.int64).reshape(-1, 1, 1, 1)
-    alpha = np.where(factor == 0, 1, words.alpha * np.abs(factor)).astype(np.float32)
+    alpha = words.alpha * np.abs(factor)
+    kept = alpha >= codec.NEGLIGIBLE
+    sign = np.where(kept, np.sign(factor), 0).astype(np.int64)
+    w = words.integers().astype(np.int64) * sign.reshape(-1, 1, 1, 1)
+    alpha = np.where(kept, alpha, 1).astype(np.float32)
     codes = _codes(w, words.bits, words.residual_shift)
     assert codes is not None  # those of -W are those of W with other signs
     return LogWeights(*codes, alpha, words.bits, words.residual_shift, words.clip)

@@ -20,6 +20,10 @@ MAX_RESIDUAL_SHIFT = 4
 MAX_TILE = 256
 GRANULARITIES = ("element", "tile", "filter")
 
+# A channel whose largest weight is less counts as zeros. What W = 1 stands for is then never less
+# than 2^-120, so every quantized weight is a normal float32 number.
+NEGLIGIBLE = 2.0**-100
+
 # alpha candidates are max|w| * 2^-g: one octave moves every level onto the next, the rest of the
 # range only trades clipping of the largest weights against resolution of the smallest.
 _ALPHA_OCTAVES = np.linspace(0.0, 1.75, 57)
@@ -346,13 +350,14 @@ def search_alpha(
 
     Returns
     -------
-    float32 array of shape (O,), positive (1 for a channel of zeros).
+    float32 array of shape (O,), positive; 1, which makes every word zero, for a channel of zeros
+    or of weights below `NEGLIGIBLE`.
     """
     levels = exponent_levels(bits)
     clip = default_clip(bits) if clip is None else clip
     matrix = np.ascontiguousarray(w, np.float32).reshape(w.shape[0], -1)
     top = np.abs(matrix).max(axis=1)
-    top[top == 0] = 1
+    top[top < NEGLIGIBLE] = 1
     alpha = top.copy()
     together = max(1, _SEARCHED // matrix.shape[1])
     for begin in range(0, len(matrix), together):
@@ -360,7 +365,7 @@ def search_alpha(
         part, best = matrix[rows], np.full(len(matrix[rows]), np.inf)
         one, gain = np.empty_like(part), np.empty_like(part)
         for octave in _ALPHA_OCTAVES:
-            candidate = np.maximum((top[rows] * 2.0**-octave).astype(np.float32), np.float32(1e-30))
+            candidate = (top[rows] * 2.0**-octave).astype(np.float32)
             error = _channel_error(
                 part, candidate, levels, residual_shift, clip, residual_ratio, one, gain
             )

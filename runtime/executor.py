@@ -371,10 +371,3 @@ class Team:
 def team(threads: int) -> Team:
     """Return the process's team of a size; sessions share it."""
     return Team(threads)
-
-
-def default_threads() -> int:
-    """Return the number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

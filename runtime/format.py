@@ -143,6 +143,9 @@ def _pack_node(
 def _pack_weights(
     index: int, weights: LogWeights, settings: dict[str, Any], tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
+    if isinstance(weights, _StoredWeights):  # as it lies in the file: packing takes seconds
+        tensors |= {f"{index}.{name}": array for name, array in weights.streams.items()}
+        return weights.record
     tile = int(settings.get("tile", codec.MAX_TILE))
     mask = weights.second.ravel() != 0
     counts, positions = bitpack.tile_positions(mask, tile)
@@ -442,8 +445,10 @@ def _unpack_weights(weight: dict[str, Any], shape: list[int], where: str, take: 
     if count > _MAX_WEIGHTS:
         raise FormatError(f"{where}: {count} weights are more than a layer can have")
 
+    streams: dict[str, np.ndarray] = {}
+
     def stream(name: str, size: int) -> np.ndarray:
-        raw = take(name, np.uint8)
+        raw = streams[name] = take(name, np.uint8)
         if name in deflated:
             raw = _inflate(raw, size, f"{where}: {name}")
         if raw.size != size:
@@ -467,7 +472,7 @@ def _unpack_weights(weight: dict[str, Any], shape: list[int], where: str, take: 
             codes = stream("second", bitpack.packed_size(selected, bits))
             second[mask] = bitpack.unpack(codes, bits, selected)
         dims = tuple(shape)
-        alpha = take("alpha", np.float32, (shape[0],))
+        alpha = streams["alpha"] = take("alpha", np.float32, (shape[0],))
         return LogWeights(
             first.reshape(dims), second.reshape(dims), alpha, bits, residual_shift, clip
         )
@@ -479,19 +484,43 @@ def _unpack_weights(weight: dict[str, Any], shape: list[int], where: str, take: 
     negative_zero = 1 << (bits - 1)
     if (weights.first == negative_zero).any() or (weights.second == negative_zero).any():
         raise FormatError(f"{where}: a code is negative zero")
-    return _StoredWeights(weights, decode)
+    return _StoredWeights(weights, decode, weight, streams)
+
+
+def _restore_weights(record: dict[str, Any], streams: dict[str, np.ndarray]) -> LogWeights:
+    """Undo `_StoredWeights.__reduce__`."""
+    return _unpack_weights(record, record["shape"], "weights", lambda name, *_: streams[name])
 
 
 class _StoredWeights(LogWeights):
     """Weights that stay as they lie in the file; codes are decoded anew whenever asked for.
 
     Their one reader is usually the packing for a kernel, and once packed they are needed no more.
+
+    Attributes
+    ----------
+    record : dict
+        What the manifest says of them.
+    streams : dict of name to array
+        Their tensors in the file.
     """
 
-    def __init__(self, weights: LogWeights, decode: Callable[[], LogWeights]) -> None:
+    record: dict[str, Any]
+    streams: dict[str, np.ndarray]
+
+    def __init__(
+        self,
+        weights: LogWeights,
+        decode: Callable[[], LogWeights],
+        record: dict[str, Any],
+        streams: dict[str, np.ndarray],
+    ) -> None:
         known = {name: getattr(weights, name) for name in ("shape", "nzr", "largest")}
         kept = {k: v for k, v in vars(weights).items() if k not in ("first", "second")}
-        vars(self).update(kept, _known=known, _decode=decode)
+        vars(self).update(kept, _known=known, _decode=decode, record=record, streams=streams)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_weights, (self.record, self.streams)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("first", "second"):

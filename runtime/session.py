@@ -16,7 +16,7 @@ import numpy as np
 from logshift.kernels import abi
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
-from logshift.runtime import executor, format, numpy_ops
+from logshift.runtime import cores, executor, format, numpy_ops
 from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
 from logshift.runtime.picture import Preprocessing, is_image
 from logshift.runtime.plan import NumpyStep, Plan, prepare
@@ -28,7 +28,11 @@ Progress = Callable[[int, int, str], None]
 
 
 def load(
-    path: str | os.PathLike[str], *, threads: int | None = None, kernels: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    kernels: str = "auto",
+    pickle_as: str = "bytes",
 ) -> Session:
     """Load a packed file.
 
@@ -37,11 +41,16 @@ def load(
     path : path-like
         A `.stlq` file.
     threads : int, optional
-        Threads per run; by default the cores this process may use.
+        Threads per run. By default the cores this process may use: what its affinity allows, and
+        at most what a container's CPU quota (cgroup v1 or v2, rounded up) pays for, or
+        `OMP_NUM_THREADS` in place of the quota.
     kernels : {"auto", "dot", "shift", "portable", "reference"}
         Kernel family: the machine's products of bytes, additions and shifts alone, or plain
         compiled loops; "auto" takes the fastest for this machine. What a family has no kernel for
         the portable one does. Results are the same, bit for bit.
+    pickle_as : {"bytes", "path"}
+        What a pickle of the session holds: the bytes of the file, or only its absolute path, which
+        must then lead to the file on whatever machine the pickle is read.
 
     Returns
     -------
@@ -56,7 +65,12 @@ def load(
     OSError
         If the file cannot be opened.
     """
-    return Session(format.read(path), threads=threads, kernels=kernels)
+    if pickle_as not in ("bytes", "path"):
+        raise InputError(f"pickle_as is {pickle_as!r}; choose 'bytes' or 'path'")
+    session = Session(format.read(path), threads=threads, kernels=kernels)
+    if pickle_as == "path":
+        session._path = os.path.abspath(path)
+    return session
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,10 @@ class Session:
     May be used from several threads at once, and after a fork. Buffers are kept from run to run;
     in steady state only the outputs are allocated.
 
+    A pickle holds the packed file and the settings; compiled code, plans and buffers are made anew
+    where it is read, and so is the number of threads unless it was given. `copy.deepcopy` does the
+    same in memory; `copy.copy` shares the weights.
+
     Attributes
     ----------
     graph : Graph
@@ -124,9 +142,12 @@ class Session:
         The kernel family asked for.
     """
 
+    _path: str | None = None  # what a pickle holds instead of bytes
+
     def __init__(self, graph: Graph, *, threads: int | None = None, kernels: str = "auto") -> None:
+        self._threads = threads
         if threads is None:
-            threads = min(executor.default_threads(), executor.MAX_THREADS)
+            threads = min(cores.default_threads(), executor.MAX_THREADS)
         if type(threads) is not int or not 1 <= threads <= executor.MAX_THREADS:
             raise InputError(f"threads is {threads!r}; it must be from 1 to {executor.MAX_THREADS}")
         self.graph, self.threads, self.kernels = graph, threads, _family(kernels)
@@ -136,6 +157,9 @@ class Session:
             else Preprocessing.from_manifest(graph.preprocessing)
         )
         self._convolutions = prepare(graph, kernels)
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
         self._idle: OrderedDict[tuple[Shape, ...], list[Plan]] = OrderedDict()
         self._reset_lock()
 
@@ -157,6 +181,37 @@ class Session:
     def labels(self) -> list[str] | None:
         """Class labels, if the file holds any."""
         return self.graph.labels
+
+    # --- copying ---------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: the packed file or its path, and the settings."""
+        network = self._path or format.serialize(self.graph)
+        return {"network": network, "threads": self._threads, "kernels": self.kernels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the network anew."""
+        network = state["network"]
+        if isinstance(network, bytes):
+            graph = format.deserialize(network)
+        else:
+            try:
+                graph = format.read(network)
+            except OSError as error:
+                raise InputError(
+                    f"the session was pickled as the path {network}, which cannot be read here"
+                    f" ({error.strerror or error}); put the file there, or pickle the session of"
+                    " load(path, pickle_as='bytes')"
+                ) from error
+            self._path = network
+        Session.__init__(self, graph, threads=state["threads"], kernels=state["kernels"])
+
+    def __copy__(self) -> Session:
+        """Return a session on the same weights with buffers of its own."""
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        new._forget_plans()
+        return new
 
     # --- running ---------------------------------------------------------------------------------
 

@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
+import random
+import re
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from logshift.runtime import plan
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Compilation on first use and busy machines make times meaningless as a criterion.
-settings.register_profile("logshift", deadline=None)
-settings.load_profile("logshift")
+# Property tests draw the same examples for everybody, or, with `-m slow`, random ones of a seed
+# that the header of the run names. Compilation and busy machines make times meaningless.
+_COMMON = {
+    "deadline": None,
+    "database": None,  # what an earlier run found must not decide on this one
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+settings.register_profile("fixed", derandomize=True, **_COMMON)
+settings.register_profile("random", **_COMMON)
+# Hypothesis also draws numbers that it finds in modules, of those outside site-packages: examples
+# would depend on how the package is installed and on which other tests are run.
+providers.is_local_module_file = lambda path: False
+
+
+def _is_random(config) -> bool:
+    chosen = re.search(r"(?<!not )\bslow\b", config.option.markexpr) is not None
+    return chosen or config.option.hypothesis_seed is not None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Choose the profile before Hypothesis's own options are obeyed."""
+    if _is_random(config):
+        settings.load_profile("random")
+        if config.option.hypothesis_seed is None:
+            config.option.hypothesis_seed = str(random.SystemRandom().getrandbits(32))
+    else:
+        settings.load_profile("fixed")
+
+
+def pytest_report_header(config):
+    """Say which examples are drawn."""
+    if _is_random(config):
+        return f"property tests: random examples, --hypothesis-seed={config.option.hypothesis_seed}"
+    return "property tests: the same examples in every run; random ones with -m slow"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Let `-m slow` choose property tests as well."""
+    if _is_random(config):
+        for item in items:
+            given = getattr(item.obj, "is_hypothesis_test", False)
+            if given or item.get_closest_marker("hypothesis"):
+                item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

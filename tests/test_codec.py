@@ -15,10 +15,15 @@ from logshift.kernels import codec
 from logshift.kernels.errors import InputError
 
 BITS = st.integers(codec.MIN_BITS, codec.MAX_BITS)
-WEIGHTS = arrays.arrays(
-    np.float32,
-    arrays.array_shapes(min_dims=4, max_dims=4, min_side=1, max_side=6),
-    elements=st.floats(-100, 100, width=32),
+SCALES = np.float32([1, 1e-10, 1e-20, 2.0**-97, codec.NEGLIGIBLE / 50, 2.0**-126, 2.0**-140])
+WEIGHTS = st.builds(
+    np.multiply,
+    arrays.arrays(
+        np.float32,
+        arrays.array_shapes(min_dims=4, max_dims=4, min_side=1, max_side=6),
+        elements=st.floats(-100, 100, width=32),
+    ),
+    st.just(np.float32(1)) | st.sampled_from(SCALES),
 )
 
 VECTORS = Path(__file__).parent / "vectors/stlq.json"
@@ -165,8 +170,6 @@ def test_selected_blocks_are_complete(case):
 def test_elements_are_selected_by_the_squared_error_they_remove(w, bits, ratio):
     alpha = np.abs(w).max(axis=(1, 2, 3))
     alpha[alpha == 0] = 1
-    if alpha.min() < 1e-10:  # squares of such weights underflow
-        return
     none = codec.encode(w, bits, 0.0, alpha=alpha)
     full = codec.encode(w, bits, 1.0, alpha=alpha)
     some = codec.encode(w, bits, ratio, alpha=alpha)
@@ -195,7 +198,8 @@ def test_errors_of_the_search_are_those_of_the_words(w, bits, shift, clip, data)
     first = codec.decode_codes(code.first, bits)[:, :, 0, 0]
     both = first + codec.decode_codes(code.second, bits)[:, :, 0, 0] / 2.0**shift
     lost, left = np.abs(first - w / unit), np.abs(both - w / unit)
-    rounding = 1e-6 * np.abs(w / unit).max()
+    # Errors are squared in float32, where less than the square of 2^-63 of a unit is no number.
+    rounding = 1e-6 * np.abs(w / unit).max() + 2.0**-63
     np.testing.assert_allclose(np.sqrt(one), lost, rtol=1e-5, atol=rounding)
     gained = np.maximum(lost**2 - left**2, 0)
     np.testing.assert_allclose(gain, gained, rtol=1e-5, atol=4 * rounding * (lost.max() + rounding))
@@ -204,9 +208,11 @@ def test_errors_of_the_search_are_those_of_the_words(w, bits, shift, clip, data)
 @given(w=WEIGHTS, bits=BITS, ratio=st.sampled_from([0.0, 0.15, 1.0]), shift=st.integers(0, 2))
 def test_searched_alpha_is_no_worse_than_the_maximum(w, bits, ratio, shift):
     largest = np.abs(w).max(axis=(1, 2, 3))
-    largest[largest == 0] = 1
+    negligible = largest < codec.NEGLIGIBLE
+    largest[negligible] = 1
     alpha = codec.search_alpha(w, bits, residual_ratio=ratio, residual_shift=shift)
-    assert (alpha <= np.maximum(largest, np.float32(1e-30))).all() and (alpha > 0).all()
+    assert (alpha <= largest).all() and (alpha[negligible] == 1).all()
+    assert (alpha >= np.float32(codec.NEGLIGIBLE / 2**1.75)).all()
     # The search spends the ratio channel by channel; compare on the same terms.
     for o in range(len(w)):
         channel = w[o : o + 1]
@@ -218,7 +224,7 @@ def test_searched_alpha_is_no_worse_than_the_maximum(w, bits, ratio, shift):
             ).sum()
             for a in (alpha[o : o + 1], largest[o : o + 1])
         ]
-        assert error[0] <= error[1] * (1 + 1e-4) + 1e-12
+        assert error[0] <= error[1] * (1 + 1e-4) + 1e-12 * float(largest[o]) ** 2
 
 
 @given(encoded())
@@ -257,6 +263,31 @@ def test_encoding_is_deterministic(case):
 def test_zeros_stay_zeros():
     code = codec.encode(np.zeros((3, 1, 1, 2)), 4, 1.0)
     assert not code.integers().any() and (code.alpha == 1).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_negligible_channels_are_zeros_and_no_weight_is_denormal(bits):
+    """Section 1: channels below 2^-100; the least that remain give normal numbers only."""
+    least, tiny = np.float32(codec.NEGLIGIBLE), np.finfo(np.float32).tiny
+    below = np.nextafter(least, np.float32(0))
+    w = np.array([[below, -below], [1.2e-38, 0], [tiny, -tiny / 2], [1e-45, 0], [least, -least / 2],
+                  [least, tiny]], np.float32)  # fmt: skip
+    code = codec.encode(w[:, None, None, :], bits, 1.0, residual_shift=codec.MAX_RESIDUAL_SHIFT)
+    assert (code.alpha[:4] == 1).all() and not code.integers()[:4].any()
+    assert code.integers()[4:, ..., 0].all() and code.integers()[5, 0, 0, 1] == 0
+    assert code.unit()[4:].min() >= 2.0**-119.75
+    assert (np.abs(code.values()[code.integers() != 0]) >= tiny).all()
+    np.testing.assert_allclose(code.values()[4:, 0, 0, 0], least, rtol=0.35)
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-93])
+def test_small_weights_are_quantized_as_large_ones(scale):
+    w = np.random.default_rng(0).standard_normal((4, 3, 3, 8)).astype(np.float32)
+    for bits in (2, 3, 4, 5):
+        code, small = codec.encode(w, bits), codec.encode(w * np.float32(scale), bits)
+        assert np.array_equal(code.first, small.first)
+        assert np.array_equal(code.second, small.second)
+        assert np.array_equal(code.alpha * np.float32(scale), small.alpha)
 
 
 def test_five_bits_on_normal_weights_are_about_as_good_as_four():

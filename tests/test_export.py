@@ -71,6 +71,7 @@ def assume_small_output_padding(node):
 
 
 @pytest.mark.parametrize("kind", graphs.GRAPHS)
+@pytest.mark.hypothesis
 def test_random_graphs(kind, tmp_path_factory):
     path = tmp_path_factory.mktemp(kind) / "net.onnx"
 

@@ -25,6 +25,7 @@ def assert_same(expected, actual, context):
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.hypothesis
 def test_fast_equals_reference_equals_numpy(kind):
     @settings(max_examples=60, deadline=None)
     @given(graph=GRAPHS[kind], seed=st.integers(0, 2**16))

@@ -310,6 +310,13 @@ def test_scaling_channels_changes_alpha_and_signs_only():
     )
 
 
+def test_scaling_to_next_to_nothing_gives_zeros():
+    words = codec.encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
+    found = scaled(words, np.array([1e-45, -1e-31, 1e-20]))
+    np.testing.assert_array_equal(found.integers()[2], words.integers()[2])
+    assert not found.integers()[:2].any() and (found.alpha[:2] == 1).all()
+
+
 @pytest.mark.parametrize("hints", [True, False])
 def test_batch_normalization_goes_into_alpha(path, hints):
     net = QuantizedNet(shape=("batch", 4, 8, 8))
@@ -428,6 +435,7 @@ def test_round_trip(tmp_path, options):
 
 
 @pytest.mark.parametrize("kind", graphs.GRAPHS)
+@pytest.mark.hypothesis
 def test_round_trip_of_random_graphs(kind, tmp_path_factory):
     folder = tmp_path_factory.mktemp(kind)
 

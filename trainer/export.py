@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from logshift.trainer.activations import ActivationQuantizer
 from logshift.trainer.quantize import non_zero_ratio, quantizable, weight_quantizers
-from logshift.trainer.stlq import exponent_levels
+from logshift.trainer.stlq import NEGLIGIBLE, exponent_levels
 from logshift.trainer.weights import Layout, LogQuantizer, WeightQuantizer
 
 OPSET = 17
@@ -184,11 +184,13 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
                 gain, offset = torch.ones(len(alpha)), torch.zeros(len(alpha))
             factor = (gain.double() / (norm.running_var.double() + norm.eps).sqrt())[:, None]
             integers = integers * factor.sign()
-            alpha = torch.where(factor == 0, 1.0, alpha * factor.abs())
+            alpha = alpha * factor.abs()
             shifted = (0.0 if bias is None else bias) - norm.running_mean.double()
             bias = shifted * factor[:, 0] + offset.double()
             _remove(network, after[name])
-        alpha = alpha.float().clamp_min(1e-30)  # of float32 it might be zero
+        negligible = alpha < NEGLIGIBLE
+        integers = torch.where(negligible, 0.0, integers)
+        alpha = torch.where(negligible, 1.0, alpha).float()
         if isinstance(quantizer, LogQuantizer):
             unit = alpha.double() / _scale(quantizer)
             grids[f"{name}.weight"] = {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 5
 MAX_TILE = 256
+NEGLIGIBLE = 2.0**-100  # a channel whose largest weight is less counts as zeros (section 1)
 
 # alpha candidates are max|w| * 2^-g: one octave moves every level onto the next, the rest of the
 # range only trades clipping of the largest weights against resolution of the smallest.
@@ -180,7 +181,7 @@ def search_alpha(w: Tensor, bits: int, clip: int, shift: int, ratio: float) -> T
         one = (relative - q0).square()
         two = (relative - q0 - nearest_level(r1, bits) * 2.0**-shift).square()
         gain = (one - two).clamp_min(0).topk(chosen, 1).values.sum(1, keepdim=True)
-        return (one.sum(1, keepdim=True) - gain) * alpha.square()
+        return (one.sum(1, keepdim=True) - gain).double() * alpha.double().square()
 
     return best_alpha(w, error)
 
@@ -196,13 +197,13 @@ def best_alpha(w: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
 
     Returns
     -------
-    float32 Tensor of shape (O, 1), positive (1 for a channel of zeros).
+    float32 Tensor of shape (O, 1), positive (1 for a channel of zeros, as negligible ones are).
     """
     largest = w.abs().amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
+    largest = torch.where(largest >= NEGLIGIBLE, largest, 1.0)
     best, alpha = torch.full_like(largest, torch.inf), largest
     for octave in ALPHA_OCTAVES:
-        candidate = (largest * 2.0**-octave).clamp_min(1e-30)
+        candidate = largest * 2.0**-octave
         found = error(candidate)
         alpha = torch.where(found < best, candidate, alpha)
         best = torch.minimum(found, best)

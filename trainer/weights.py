@@ -75,7 +75,7 @@ class WeightQuantizer(nn.Module):
 
     def magnitude(self) -> Tensor:
         """Return |alpha|, positive: where a channel's weights have died, steps go past zero."""
-        return self.alpha.abs().clamp_min(1e-30)
+        return self.alpha.abs().clamp_min(stlq.NEGLIGIBLE)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied: not the graph behind the regulariser."""
@@ -187,7 +187,7 @@ class LevelQuantizer(WeightQuantizer):
 
         def error(alpha: Tensor) -> Tensor:
             quantized = _Nearest.apply(rows, alpha, self.levels)
-            return (quantized - rows).square().sum(1, keepdim=True)
+            return (quantized - rows).double().square().sum(1, keepdim=True)
 
         self.alpha = nn.Parameter(stlq.best_alpha(rows, error))
 

@@ -101,6 +101,20 @@ def test_an_alpha_that_went_past_zero(tmp_path):
     assert all(alpha > 0 for alpha in record["alpha"])
 
 
+def test_a_batch_norm_that_takes_a_channel_to_next_to_nothing(tmp_path):
+    torch.manual_seed(1)
+    network = prepare(MODELS["resnet20_cifar"](), Config(activation_bits=32)).eval()
+    with torch.no_grad():
+        network.get_submodule("bn1").weight[2] = 1e-36
+    export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 32, 32))
+    model = onnx.load(tmp_path / "a.onnx")
+    alpha = metadata(model)["weights"]["conv1.weight"]["alpha"]
+    (w,) = (
+        onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name == "conv1.weight"
+    )
+    assert alpha[2] == 1 and not w[2].any() and w[1].any()
+
+
 @pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_is_exported_and_the_original_still_trains(tmp_path, method):
     torch.manual_seed(1)

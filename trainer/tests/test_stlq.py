@@ -107,3 +107,12 @@ def test_a_channel_of_zeros_stays_zero():
     everything = torch.ones_like(w, dtype=torch.bool)
     value, norm, count = stlq.TwoWords.apply(w, alpha, everything, everything, 4, 1, 0)
     assert alpha.item() == 1 and not value.any() and norm == 0 and count == 0
+
+
+def test_small_weights_are_searched_as_large_ones_and_negligible_ones_are_zeros():
+    w = draw(6, 5, 200)
+    alpha = stlq.search_alpha(w, 4, 1, 0, 0.15)
+    assert torch.equal(stlq.search_alpha(w * 2.0**-90, 4, 1, 0, 0.15), alpha * 2.0**-90)
+    w = torch.tensor([[1.2e-38, 0.0], [7e-31, 1e-45], [8e-31, 0.0]])
+    alpha = stlq.search_alpha(w, 4, 1, 0, 0.15)
+    assert alpha[:2].eq(1).all() and stlq.NEGLIGIBLE / 4 < alpha[2] < 8e-31 * 1.01
