@@ -70,15 +70,24 @@ class Layer(_Geometry):
         return self.weights.integers()
 
     @cached_property
-    def accumulator_bound(self) -> int:
-        """Largest |acc| that any input codes can lead to, for any channel."""
-        sums = np.abs(self.integers).sum(axis=(1, 2, 3), dtype=np.int64)
-        return int(sums.max(initial=0)) * (2**self.activation_bits - 1)
+    def largest(self) -> int:
+        """Largest |W|; 0 of no weights."""
+        return self.weights.largest
 
     @cached_property
+    def sums(self) -> np.ndarray:
+        """Sums of W and of |W| of every output channel, int64 (O, 2)."""
+        return self.weights.sums()
+
+    @property
+    def accumulator_bound(self) -> int:
+        """Largest |acc| that any input codes can lead to, for any channel."""
+        return int(self.sums[:, 1].max(initial=0)) * (2**self.activation_bits - 1)
+
+    @property
     def offset(self) -> np.ndarray:
         """z_x times the sum of W, int64 (O,)."""
-        return self.z_x * self.integers.sum(axis=(1, 2, 3), dtype=np.int64)
+        return self.z_x * self.sums[:, 0]
 
 
 @dataclass(frozen=True, eq=False)

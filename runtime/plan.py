@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from logshift.kernels import abi
 from logshift.kernels.abi import Kernel, kernel
-from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import InputError
 from logshift.kernels.layer import FloatLayer, Layer, Packed
 from logshift.kernels.memory import ALIGNMENT, Block, aligned, arrange
@@ -61,10 +62,11 @@ class Convolution:
     shift: tuple[int, int] = (0, 0)
 
 
-def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
+def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convolution]]:
     """Choose kernels and lay out weights for all convolutions; keyed by the node's position.
 
-    The largest go first, so that what they need on the way never adds to what others have left.
+    `threads` nodes are worked on at once. The largest go first, so that what they need on the way
+    never adds to what others have left.
     """
     sizes = {
         index: math.prod(node.weight_shape)
@@ -72,10 +74,12 @@ def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
         if node.weight_shape is not None
     }
     shapes = graph.nominal_shapes()
-    return {
-        index: list(_prepare_node(graph, graph.nodes[index], family, shapes))
-        for index in sorted(sizes, key=sizes.__getitem__, reverse=True)
-    }
+    order = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    with ThreadPoolExecutor(threads, "logshift-load") as pool:
+        prepared = pool.map(
+            lambda index: list(_prepare_node(graph, graph.nodes[index], family, shapes)), order
+        )
+        return dict(zip(order, prepared, strict=True))
 
 
 def _prepare_node(
@@ -125,14 +129,13 @@ def _coded_layer(graph: Graph, node: Node) -> Callable[..., Layer]:
     # docs/quantization.md section 4; float64 until the last step
     m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
     b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
+    # Of a ConvTranspose all words are needed once for every phase.
+    words = cache(weights.words)
 
     def layer(taps: Any, **geometry: Any) -> Layer:
         part = weights
         if taps is not ...:
-            part = LogWeights(
-                weights.first[taps], weights.second[taps], weights.alpha, weights.bits,
-                weights.residual_shift, weights.clip,
-            )  # fmt: skip
+            part = replace(words(), first=words().first[taps], second=words().second[taps])
         return Layer(part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m, b=b, **geometry)
 
     return layer

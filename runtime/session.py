@@ -57,7 +57,9 @@ def load(
     OSError
         If the file cannot be opened.
     """
-    return Session(format.read(path), threads=threads, kernels=kernels)
+    threads, kernels = _threads(threads), _family(kernels)
+    graph = format.read(path, threads=threads, keep_decoded=True)
+    return Session(graph, threads=threads, kernels=kernels)
 
 
 @dataclass(frozen=True)
@@ -126,17 +128,13 @@ class Session:
     """
 
     def __init__(self, graph: Graph, *, threads: int | None = None, kernels: str = "auto") -> None:
-        if threads is None:
-            threads = min(executor.default_threads(), _MAX_THREADS)
-        if type(threads) is not int or not 1 <= threads <= _MAX_THREADS:
-            raise InputError(f"threads is {threads!r}; it must be from 1 to {_MAX_THREADS}")
-        self.graph, self.threads, self.kernels = graph, threads, _family(kernels)
+        self.graph, self.threads, self.kernels = graph, _threads(threads), _family(kernels)
         self._preprocessing = (
             None
             if graph.preprocessing is None
             else Preprocessing.from_manifest(graph.preprocessing)
         )
-        self._convolutions = prepare(graph, kernels)
+        self._convolutions = prepare(graph, self.kernels, self.threads)
         self._idle: OrderedDict[tuple[Shape, ...], list[Plan]] = OrderedDict()
         self._reset_lock()
 
@@ -363,6 +361,14 @@ def _macs(node: Node, shapes: Mapping[str, Shape]) -> int:
 def numpy_name(op: str) -> str:
     """Say how an ONNX operator runs."""
     return "onnx.reference (slow)" if op in numpy_ops.SLOW else "numpy"
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return min(executor.default_threads(), _MAX_THREADS)
+    if type(threads) is not int or not 1 <= threads <= _MAX_THREADS:
+        raise InputError(f"threads is {threads!r}; it must be from 1 to {_MAX_THREADS}")
+    return threads
 
 
 def _family(kernels: str) -> str:
