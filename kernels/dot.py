@@ -11,7 +11,7 @@ known once the weights are, and `cut` flushes sums exactly there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from numba import carray, njit
 
 from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, share
-from logshift.kernels.layer import Layer, Packed, reading_offsets
+from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.memory import aligned
 from logshift.kernels.microkernels import (
     CONTINUE,
@@ -45,22 +45,12 @@ _SCRATCH = 256 + 4 * _TABLE + 4 * 28 * 64
 assert TILE.itemsize <= 256 and all(k.pixels <= 32 for k in MICROKERNELS.values())
 
 
-@dataclass(frozen=True, eq=False)
-class _PackedTiles(Packed):
-    """`places`, int64 (segments, 1 or 2, 3): kernel row, kernel column and byte of what is read."""
+class _PackedTiles(PackedReads):
+    """`places` are (segments, 1 or 2, 3): a depthwise segment reads two taps."""
 
-    places: np.ndarray
-    segments: np.ndarray
-
-    def place(self, arguments: np.ndarray) -> list[np.ndarray]:
-        a = arguments[0]
-        offsets = reading_offsets(a, self.places)
-        segments = self.segments.copy()
-        segments["offset"] = offsets[:, 0]
-        if offsets.shape[1] == 2:
-            segments["second"] = offsets[:, 1]
-        a["segments"] = segments.ctypes.data
-        return [segments, *super().place(arguments)]
+    def offset(self, reads: np.ndarray, offsets: np.ndarray) -> None:
+        for key, column in zip(("offset", "second"), offsets.T, strict=False):
+            reads[key] = column
 
 
 def _supports(tile: Microkernel, layer: Layer) -> bool:
@@ -319,6 +309,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         },
         places[cuts[:, 1]],
         segments,
+        "segments",
     )
 
 

@@ -19,7 +19,7 @@ from logshift.kernels.errors import InputError
 from logshift.runtime import executor, format, numpy_ops
 from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
 from logshift.runtime.picture import Preprocessing, is_image
-from logshift.runtime.plan import NumpyStep, Plan, prepare
+from logshift.runtime.plan import NumpyStep, Plan, Planner, prepare
 from logshift.runtime.table import text_table
 
 _SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
@@ -134,7 +134,8 @@ class Session:
             if graph.preprocessing is None
             else Preprocessing.from_manifest(graph.preprocessing)
         )
-        self._convolutions = prepare(graph, self.kernels, self.threads)
+        convolutions = prepare(graph, self.kernels, self.threads)
+        self._planner = Planner(graph, convolutions, self.kernels, self.threads)
         self._idle: OrderedDict[tuple[Shape, ...], list[Plan]] = OrderedDict()
         self._reset_lock()
 
@@ -276,7 +277,9 @@ class Session:
         for index, node in enumerate(self.graph.nodes):
             # The shape of some ONNX operators' results only a run can tell.
             out = shapes.get(next(filter(None, node.outputs)), ())
-            kernels = dict.fromkeys(c.kernel.name for c in self._convolutions.get(index, ()))
+            kernels = dict.fromkeys(
+                c.kernel.name for c in self._planner.convolutions.get(index, ())
+            )
             name = numpy_name(node.op) if node.is_onnx else ", ".join(kernels)
             summary = LayerSummary(
                 node.name, node.op, out, name, _macs(node, shapes), node.weight_shape
@@ -289,8 +292,7 @@ class Session:
     # --- plans -----------------------------------------------------------------------------------
 
     def _plan(self, arrays: dict[str, np.ndarray], keep_all: bool = False) -> Plan:
-        found = self.graph.infer({name: array.shape for name, array in arrays.items()})
-        return Plan(self.graph, self._convolutions, self.kernels, found, self.threads, keep_all)
+        return self._planner.plan({name: x.shape for name, x in arrays.items()}, keep_all)
 
     def _borrow(self, key: tuple[Shape, ...]) -> Plan | None:
         if os.getpid() != self._pid:  # another thread may have held the lock when we were forked

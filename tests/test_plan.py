@@ -25,6 +25,10 @@ def live_bytes(blocks):
     return max(sum(b.size for b in blocks if b.first <= t <= b.last) for t in range(10))
 
 
+def have_bytes_in_common(a, b):
+    return a.offset < b.offset + b.size and b.offset < a.offset + a.size
+
+
 @given(blocks=BLOCKS)
 def test_blocks_in_use_at_once_lie_apart(blocks):
     total = arrange(blocks)
@@ -32,7 +36,9 @@ def test_blocks_in_use_at_once_lie_apart(blocks):
     for i, a in enumerate(blocks):
         assert a.offset % ALIGNMENT == 0 and 0 <= a.offset <= total - a.size
         for b in blocks[:i]:
-            assert not (a.overlaps(b) and a.first <= b.last and b.first <= a.last)
+            in_use_at_once = a.first <= b.last and b.first <= a.last
+            assert not (have_bytes_in_common(a, b) and in_use_at_once)
+        assert a.shared == any(have_bytes_in_common(a, b) for b in blocks if b is not a)
 
 
 def test_a_freed_place_is_used_again():
