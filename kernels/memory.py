@@ -5,7 +5,10 @@ Those of one program share an arena: buffers that are never in use at once may l
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +16,7 @@ import numpy as np
 from numba import njit, types
 
 ALIGNMENT = 64
+_MAPPED = 2**20  # bytes from which on an arena has pages of its own
 
 
 def aligned(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
@@ -22,6 +26,30 @@ def aligned(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
     raw = np.empty(size + 2 * ALIGNMENT, np.uint8)
     begin = -raw.ctypes.data % ALIGNMENT
     return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
+def arena(size: int) -> np.ndarray:
+    """Return uninitialised bytes, as `aligned` does, that go back to the system when let go.
+
+    What an allocator hands out may stay with the process: arenas of one size after another would
+    leave gaps that no other fits into.
+
+    Raises
+    ------
+    MemoryError
+    """
+    if size < _MAPPED:
+        return aligned((size,), np.uint8)
+    # Private, as all memory is after a fork; the system's default is shared.
+    flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    try:
+        region = mmap.mmap(-1, size + ALIGNMENT, **flags)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(str(error)) from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # as NumPy does for large arrays
+        with contextlib.suppress(OSError):  # a kernel without them
+            region.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(region, np.uint8)[:size]
 
 
 @dataclass

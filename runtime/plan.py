@@ -27,7 +27,7 @@ from logshift.kernels import abi
 from logshift.kernels.abi import Kernel, kernel
 from logshift.kernels.errors import InputError
 from logshift.kernels.layer import FloatLayer, Layer, Packed
-from logshift.kernels.memory import ALIGNMENT, Block, aligned, arrange
+from logshift.kernels.memory import ALIGNMENT, Block, aligned, arena, arrange
 from logshift.runtime import numpy_ops
 from logshift.runtime.executor import Team
 from logshift.runtime.graph import Graph, Inference, Node, Shape, slice_range
@@ -518,6 +518,14 @@ class Plan:
     """Programs with their buffers, for one set of input shapes; serves one run at a time.
 
     Made by `Planner.plan`.
+
+    Attributes
+    ----------
+    steps : list of Step
+    program : int64 array (steps, 3), see `executor`
+    parts : list of slice of the program, or NumpyStep between two of them
+    held_bytes : int
+        Bytes of all that it keeps for itself.
     """
 
     def __init__(self, planner: Planner, outline: _Outline, found: Inference) -> None:
@@ -660,12 +668,6 @@ class Plan:
         """Bytes of all tensor buffers."""
         return self._arena.nbytes
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all that the plan keeps for itself."""
-        own = (self._arena, self._scratch_space, self._arguments, self.program, *self._keep)
-        return sum(array.nbytes for array in own)
-
     # --- building --------------------------------------------------------------------------------
 
     def _build(self) -> None:
@@ -726,6 +728,8 @@ class Plan:
         }
         for name, array in self._bound_constants.items():
             self._point(name, array)
+        own = (self._arena, self._scratch_space, self._arguments, *self._keep)
+        self.held_bytes = sum(array.nbytes for array in own)
 
     def _borders(self) -> dict[str, tuple[int, int, int, int]]:
         """Border (top, left, bottom, right) that the readers of each stored tensor need."""
@@ -782,7 +786,7 @@ class Plan:
                     blocks.append(user[0])
                 user[1] = last
                 tensors[name] = user[0], geometry
-        self._arena = aligned((arrange(blocks),), np.uint8)
+        self._arena = arena(arrange(blocks))
         begin = self._arena.ctypes.data
         for name, (block, geometry) in tensors.items():
             values = (begin + block.offset, *geometry.shape, geometry.top, geometry.left)

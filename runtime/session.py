@@ -22,7 +22,9 @@ from logshift.runtime.picture import Preprocessing, is_image
 from logshift.runtime.plan import NumpyStep, Plan, Planner, prepare
 from logshift.runtime.table import text_table
 
-_SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
+# Plans that a session keeps while nobody runs them: of so many sets of input shapes, so many in all
+# (several callers at once need one each), and of so many bytes, but always the latest.
+_SHAPES_KEPT, _PLANS_KEPT, _BYTES_KEPT = 8, 16, 2**28
 _MAX_THREADS = 256
 
 Progress = Callable[[int, int, str], None]
@@ -299,14 +301,28 @@ class Session:
             self._reset_lock()
         with self._lock:
             plans = self._idle.get(key)
-            return plans.pop() if plans else None
+            if not plans:
+                return None
+            plan = plans.pop()
+            if not plans:
+                del self._idle[key]
+            return plan
 
     def _return(self, key: tuple[Shape, ...], plan: Plan) -> None:
         with self._lock:
             self._idle.setdefault(key, []).append(plan)
             self._idle.move_to_end(key)
-            while len(self._idle) > _SHAPES_KEPT:
-                self._idle.popitem(last=False)
+            while self._keeps_too_much():
+                oldest, plans = next(iter(self._idle.items()))
+                del plans[0]
+                if not plans:
+                    del self._idle[oldest]
+
+    def _keeps_too_much(self) -> bool:
+        plans = [plan for found in self._idle.values() for plan in found]
+        if len(self._idle) > _SHAPES_KEPT or len(plans) > _PLANS_KEPT:
+            return True
+        return len(plans) > 1 and sum(plan.held_bytes for plan in plans) > _BYTES_KEPT
 
     # --- inputs ----------------------------------------------------------------------------------
 
