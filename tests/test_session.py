@@ -75,6 +75,30 @@ def test_many_input_shapes_do_not_accumulate_plans():
     assert np.array_equal(session.run(pictures(1, 12, 12)), first)
 
 
+def test_idle_plans_are_bounded_in_number_and_bytes(monkeypatch):
+    session = Session(small_network(), threads=1)
+
+    def kept():
+        return [p for plans in session._idle.values() for p in plans]
+
+    def return_plans(size, count):
+        x = session._arrays(pictures(1, size, size))
+        for p in [session._plan(x) for _ in range(count)]:
+            session._return((size,), p)
+
+    return_plans(12, 30)  # as many callers at once
+    assert len(kept()) == 16
+    return_plans(14, 1)
+    assert len(kept()) == 16 and len(session._idle) == 2
+    latest = session._idle[14,][0]
+    monkeypatch.setattr("logshift.runtime.session._BYTES_KEPT", 3 * latest.held_bytes)
+    return_plans(16, 1)
+    assert sum(p.held_bytes for p in kept()) <= 3 * latest.held_bytes and latest in kept()
+    monkeypatch.setattr("logshift.runtime.session._BYTES_KEPT", 0)
+    return_plans(18, 1)
+    assert [*session._idle] == [(18,)] and len(kept()) == 1
+
+
 def test_outputs_of_one_run_survive_the_next():
     session = Session(small_network())
     first = session.run(pictures(seed=1))
