@@ -174,6 +174,7 @@ class Step:
 
     node: Node
     kernel: Kernel
+    layout: _Layout
     values: list[Any]
     threads: int  # that it is worth
     place: int = 0  # of the argument record in the plan's
@@ -357,7 +358,7 @@ class _Outline:
     last_use : dict of tensor name to position of the last operation that reads or writes it
     numpy_steps : dict of operation's position to NumpyStep
     renamed : list of (name stored under, name)
-    constants : dict of Convolution to values of its argument record that no size changes
+    templates : dict of Convolution to the values of its argument record that no size changes
     """
 
     def __init__(
@@ -370,7 +371,7 @@ class _Outline:
             if node.op == "Flatten" and not node.is_onnx
         }
         self.keep_all = keep_all
-        self.constants: dict[Convolution, dict[str, Any]] = {}
+        self.templates: dict[Convolution, list[Any]] = {}
         self.lookups = {} if keep_all else self._fused_lookups()
         self.native, self.outside = set[str](), set[str]()
         self.operations = self._operations(known, pixels)
@@ -708,13 +709,13 @@ class Plan:
         end = 0
         for step in self.steps:
             step.place = end
-            end += _layout(step.kernel.record).stride
+            end += step.layout.stride
         self._arguments = aligned((end,), np.uint8)
         self._words = self._arguments.view(np.uintp)
         begin, buffer = self._arguments.ctypes.data, self._arguments.data
         program = []
         for step in self.steps:
-            _layout(step.kernel.record).struct.pack_into(buffer, step.place, *step.values)
+            step.layout.struct.pack_into(buffer, step.place, *step.values)
             program.append((step.kernel.address, begin + step.place, step.threads))
         self.program = np.array(program, np.int64).reshape(len(program), 3)
         self._bound = {
@@ -835,24 +836,23 @@ class Plan:
         conv: Convolution | None = None,
         tensors: dict[str, str],
         moved: Mapping[str, tuple[int, int]] = _NOTHING,
-        constants: Mapping[str, Any] = _NOTHING,
+        template: list[Any] | None = None,
         work: int = _ELEMENT,
         **fields: Any,
     ) -> None:
         """Append a kernel call; `tensors` maps record fields to tensor names.
 
         `work` is that of one element of the output, in multiplications of a convolution. The
-        pictures of tensors in `moved` begin so many rows and columns further. `constants` and
-        `fields` are values of the argument record; arrays in `fields` stand for their addresses.
+        pictures of tensors in `moved` begin so many rows and columns further. `fields` are values
+        of the argument record, arrays stand for their addresses; `template` has the others.
         """
         chosen = self._planner.kernel(op) if conv is None else conv.kernel
         layout = _layout(record)
-        index, values = layout.index, layout.empty.copy()
-        for key, value in constants.items():
-            values[index[key]] = value
+        index = layout.index
+        values = (template or layout.empty).copy()
         total = work * fields["n"] * fields["height"] * fields["width"] * fields["channels"]
         threads = max(1, min(total // _SHARE, self._planner.threads))
-        step = Step(node, chosen, values, threads)
+        step = Step(node, chosen, layout, values, threads)
         places = {}
         for key, name in tensors.items():
             root = self._outline.root(name)
@@ -870,7 +870,7 @@ class Plan:
             values[begin : begin + len(tensor)] = tensor
             places[key] = _Place(tensor)
         if conv is not None or chosen.scratch is not None:
-            known = {**constants, **fields, **places}
+            known = {**fields, **places}
             if conv is not None:
                 fields |= conv.packed.sized(known)
             if chosen.scratch is not None:
@@ -911,26 +911,25 @@ class Plan:
             self._step(
                 node, conv.kernel.op, conv.kernel.record,
                 conv=conv, tensors=tensors, work=math.prod(conv.layer.weights.shape[1:]),
-                moved=moved, constants=self._conv_constants(node, conv),
+                moved=moved, template=self._conv_template(node, conv),
                 n=n, height=height, width=width, channels=c,
                 row0=x.top + row, column0=x.left + column,
+                dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],
+                kernel_h=conv.layer.weights.shape[1], kernel_w=conv.layer.weights.shape[2],
             )  # fmt: skip
 
-    def _conv_constants(self, node: Node, conv: Convolution) -> dict[str, Any]:
-        """Values for the argument record of a convolution that no size changes."""
-        constants = self._outline.constants.get(conv)
-        if constants is not None:
-            return constants
+    def _conv_template(self, node: Node, conv: Convolution) -> list[Any]:
+        """Return the argument record of a convolution, as far as no size changes it."""
+        template = self._outline.templates.get(conv)
+        if template is not None:
+            return template
         out, quantization = node.outputs[0], self.graph.quantization
-        _, kernel_h, kernel_w, _ = conv.layer.weights.shape
         transposed = node.op == "ConvTranspose"
         strides = node.attributes["strides"]
         stride, step = ((1, 1), strides) if transposed else (strides, (1, 1))
         residual = len(node.inputs) > 1
         constants = conv.packed.constants | self._range(node) | {
-            "kernel_h": kernel_h, "kernel_w": kernel_w,
             "stride_h": stride[0], "stride_w": stride[1],
-            "dilation_h": conv.dilations[0], "dilation_w": conv.dilations[1],
             "step_h": step[0], "step_w": step[1],
             "group": conv.layer.group, "has_residual": residual,
         }  # fmt: skip
@@ -948,8 +947,12 @@ class Plan:
                 table = self._outline.lookups[out].table
                 assert table is not None
                 constants["table"] = table.ctypes.data
-        self._outline.constants[conv] = constants
-        return constants
+        layout = _layout(conv.kernel.record)
+        template = layout.empty.copy()
+        for key, value in constants.items():
+            template[layout.index[key]] = value
+        self._outline.templates[conv] = template
+        return template
 
     def _pool(self, index: int, node: Node) -> None:
         a = node.attributes

@@ -142,13 +142,13 @@ def test_a_new_size_uses_what_the_first_one_made(monkeypatch):
     session = Session(of_any_size(chain()), threads=1)
     session._plan({"input": np.zeros((1, 8, 9, 9), np.float32)})
     (outline,) = session._planner._outlines.values()
-    constants = dict(outline.constants)
+    templates = dict(outline.templates)
     monkeypatch.setattr(plan, "kernel", None)  # that would be called to choose one
     for size in (3, 17, 80):
         other = session._plan({"input": np.zeros((1, 8, size, size), np.float32)})
         assert other._outline is outline
-    assert all(outline.constants[conv] is kept for conv, kept in constants.items())
-    assert len(outline.constants) == len(constants) == 5
+    assert all(outline.templates[conv] is kept for conv, kept in templates.items())
+    assert len(outline.templates) == len(templates) == 5
 
 
 def test_reads_within_a_row_are_shared_by_all_sizes():

@@ -321,7 +321,7 @@ def test_profile_and_summary_name_the_kernels_of_all_phases():
     ]  # fmt: skip
     q = dict.fromkeys(("x", "y"), Quantization(0.1, 9, 8))
     session = Session(build(nodes, q, {"input": (1, 4, 5, 6)}, "z"), threads=1)
-    parts = session._convolutions[1]
+    parts = session._planner.convolutions[1]
     assert len(parts) == 4
     parts[3] = dataclasses.replace(parts[3], kernel=abi.kernel("conv", "reference", parts[3].layer))
     expected = f"{parts[0].kernel.name}, reference-conv"
