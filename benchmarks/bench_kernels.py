@@ -16,7 +16,7 @@ import pytest
 from logshift.kernels import abi, codec
 from logshift.runtime import executor
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
-from logshift.runtime.plan import Plan, prepare
+from logshift.runtime.plan import Plan, Planner, prepare
 
 # name -> output channels, kernel, input channels per group, group
 CONVOLUTIONS = {
@@ -73,7 +73,7 @@ def plan_with(graph: Graph, kernel: abi.Kernel) -> Plan:
         index: [replace(part, kernel=kernel, packed=kernel.pack(part.layer)) for part in parts]
         for index, parts in prepare(graph, "portable").items()
     }
-    return Plan(graph, convolutions, kernel.family, graph.nominal(), 1)
+    return Planner(graph, convolutions, kernel.family, 1).plan(graph.nominal_inputs())
 
 
 def cases() -> Iterator[tuple[Graph, abi.Kernel]]:

@@ -20,7 +20,7 @@ from benchmarks import peak
 from benchmarks.machine import describe
 from logshift import runtime
 from logshift.runtime import executor
-from logshift.runtime.plan import Plan, prepare
+from logshift.runtime.plan import Planner, prepare
 from logshift.runtime.session import LayerSummary
 from logshift.runtime.table import text_table
 
@@ -51,7 +51,7 @@ def measure(path: Path, rounds: int, seconds: float) -> tuple[list[Measured], fl
     session = runtime.load(path, threads=1)
     layers = {layer.name: layer for layer in session.summary().layers if layer.macs}
     graph = session.graph
-    plan = Plan(graph, prepare(graph, "auto"), "auto", graph.nominal(), threads=1)
+    plan = Planner(graph, prepare(graph, "auto"), "auto", 1).plan(graph.nominal_inputs())
     rng = np.random.default_rng(2)
     inputs = {i.name: rng.standard_normal(i.nominal).astype(np.float32) for i in graph.inputs}
     outputs = plan.bind(inputs)  # held: the program writes into them

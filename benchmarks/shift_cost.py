@@ -22,7 +22,7 @@ from benchmarks.machine import describe
 from logshift.kernels.codec import LogWeights, exponent_levels
 from logshift.runtime import executor
 from logshift.runtime.graph import Graph, Node
-from logshift.runtime.plan import Plan, prepare
+from logshift.runtime.plan import Planner, prepare
 from logshift.runtime.table import text_table
 
 CHANNELS, SIZE = 128, 28
@@ -52,7 +52,7 @@ def convolution(words: LogWeights, activation_bits: int) -> Graph:
 
 def caller(graph: Graph, family: str) -> Callable[[], None]:
     """Return what runs the convolution's kernel once, on one thread."""
-    plan = Plan(graph, prepare(graph, family), family, graph.nominal(), 1)
+    plan = Planner(graph, prepare(graph, family), family, 1).plan(graph.nominal_inputs())
     rng = np.random.default_rng(4)
     held = {i.name: rng.standard_normal(i.nominal).astype(np.float32) for i in graph.inputs}
     outputs = plan.bind(held)

@@ -35,8 +35,14 @@ FAMILIES = {
     "dot": ("dot", "fma", "portable"),
     "shift": ("shift", "fma", "portable"),
 }
-# Where kernels are that are in no module named after a family of these.
-_MODULES = ("winograd", "fma", "float_portable", "float_reference")
+# Where the kernels of a family are.
+_MODULES = {
+    "reference": ("reference", "float_reference"),
+    "portable": ("portable", "float_portable"),
+    "dot": ("dot", "winograd"),
+    "fma": ("fma",),
+    "shift": ("shift",),
+}
 
 TENSOR = np.dtype(
     [
@@ -265,9 +271,21 @@ def register(op: str, family: str, record: np.dtype, variant: str = "", **hooks:
 
 def kernels() -> Iterator[Kernel]:
     """Yield all kernels, for tests, benchmarks and warm-up to walk."""
-    for module in (*FAMILIES, *_MODULES):
-        importlib.import_module(f"logshift.kernels.{module}")
+    for family in _MODULES:
+        _import(family)
     yield from _REGISTRY.values()
+
+
+@cache
+def _import(family: str) -> None:
+    for module in _MODULES[family]:
+        importlib.import_module(f"logshift.kernels.{module}")
+
+
+def _of(family: str) -> Iterator[Kernel]:
+    """Yield the kernels of one family that the machine can run; imports no other family's."""
+    _import(family)
+    return (k for k in _REGISTRY.values() if k.family == family and k.available())
 
 
 def families(name: str) -> tuple[str, ...]:
@@ -277,7 +295,7 @@ def families(name: str) -> tuple[str, ...]:
     the bits; elsewhere it is the other way round.
     """
     if name == "auto":
-        name = "dot" if any(k.family == "dot" and k.available() for k in kernels()) else "shift"
+        name = "dot" if any(_of("dot")) else "shift"
     return FAMILIES[name]
 
 
@@ -291,9 +309,7 @@ def kernel(op: str, family: str, layer: Any = None) -> Kernel:
         return k.supports(layer) and not (auto and k.preferred and not k.preferred(layer))
 
     for name in families(family):
-        candidates = [
-            k for k in kernels() if (k.op, k.family) == (op, name) and k.available() and serves(k)
-        ]
+        candidates = [k for k in _of(name) if k.op == op and serves(k)]
         if candidates:
             return min(candidates, key=lambda k: k.cost(layer) if k.cost and layer else 0)
     raise LookupError(f"no {family} kernel for {op}")

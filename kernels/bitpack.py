@@ -38,8 +38,7 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
             f"{packed.size} bytes given, {count} values of {bits} bits take"
             f" {packed_size(count, bits)}"
         )
-    if count * bits % 8 and packed[-1] >> count * bits % 8:
-        raise InputError("bits are set beyond the last value")
+    check_end(packed, bits, count)
     # Eight values fill a row of `bits` bytes.
     rows = np.zeros((-(-count // 8), bits), np.uint8)
     rows.reshape(-1)[: packed.size] = packed
@@ -51,6 +50,12 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
             values[:, i] |= rows[:, byte + 1] << (8 - shift)
     values &= 2**bits - 1
     return values.reshape(-1)[:count]
+
+
+def check_end(packed: np.ndarray, bits: int, count: int) -> None:
+    """Raise InputError if a stream of the right size has bits set beyond the last value."""
+    if count * bits % 8 and packed[-1] >> count * bits % 8:
+        raise InputError("bits are set beyond the last value")
 
 
 def tile_positions(mask: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ known once the weights are, and `cut` flushes sums exactly there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from numba import carray, njit
 
 from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, share
-from logshift.kernels.layer import Layer, Packed, reading_offsets
+from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.memory import aligned
 from logshift.kernels.microkernels import (
     CONTINUE,
@@ -45,41 +45,30 @@ _SCRATCH = 256 + 4 * _TABLE + 4 * 28 * 64
 assert TILE.itemsize <= 256 and all(k.pixels <= 32 for k in MICROKERNELS.values())
 
 
-@dataclass(frozen=True, eq=False)
-class _PackedTiles(Packed):
-    """`places`, int64 (segments, 1 or 2, 3): kernel row, kernel column and byte of what is read."""
+class _PackedTiles(PackedReads):
+    """`places` are (segments, 1 or 2, 3): a depthwise segment reads two taps."""
 
-    places: np.ndarray
-    segments: np.ndarray
-
-    def place(self, arguments: np.ndarray) -> list[np.ndarray]:
-        a = arguments[0]
-        offsets = reading_offsets(a, self.places)
-        segments = self.segments.copy()
-        segments["offset"] = offsets[:, 0]
-        if offsets.shape[1] == 2:
-            segments["second"] = offsets[:, 1]
-        a["segments"] = segments.ctypes.data
-        return [segments, *super().place(arguments)]
+    def offset(self, reads: np.ndarray, offsets: np.ndarray) -> None:
+        for key, column in zip(("offset", "second"), offsets.T, strict=False):
+            reads[key] = column
 
 
 def _supports(tile: Microkernel, layer: Layer) -> bool:
-    largest = int(np.abs(layer.integers).max(initial=0))
     # Two products of 255 and 64 fit an int16, so that no pair saturates.
     limit = {"pair": 64, "depthwise": 64, "dot": 127, "wide": 32767}[tile.kind]
-    fits = 0 < largest <= limit and layer.accumulator_bound < 2**31
+    fits = 0 < layer.largest <= limit and layer.accumulator_bound < 2**31
     return fits and layer.is_depthwise == (tile.kind == "depthwise")
 
 
 def _cost(tile: Microkernel, layer: Layer) -> float:
     """Channels computed, those beyond the last included; the larger of two equal blocks."""
-    channels = layer.integers.shape[0] // layer.group
+    channels = layer.weights.shape[0] // layer.group
     padded = -(-channels // tile.channels) * tile.channels - tile.channels / 1000
     return padded * (2 if tile.kind == "wide" else 1)
 
 
-@njit(cache=True)
-def cut(weights, run_steps, top, lanes, sums_in_int16):
+@njit(cache=True, nogil=True, error_model="numpy")
+def cut(weights, run_steps, top):
     """Cut the steps of every block into segments, and decide after which sums are flushed.
 
     An int16 lane that adds products with weights of positive sum P and negative sum -N ends within
@@ -88,7 +77,7 @@ def cut(weights, run_steps, top, lanes, sums_in_int16):
 
     Parameters
     ----------
-    weights : int16 (blocks, steps, channels, lanes * weights per lane), in runs of `run_steps`
+    weights : int8 (blocks, steps, channels, 2 * lanes), in runs of `run_steps`
     top : the largest input code
 
     Returns
@@ -98,25 +87,27 @@ def cut(weights, run_steps, top, lanes, sums_in_int16):
     groups : int64 (blocks, steps)
         How many flushes of all blocks come before a step.
     initials : int16 (flushes, channels, lanes)
+    begun : int64 (blocks, channels)
+        Sums of a block's initial values.
     """
     blocks, steps, channels, size = weights.shape
-    per_lane = size // lanes
+    lanes, sums = size // 2, channels * size // 2
+    flat = weights.reshape(blocks, steps, channels * size)
     segments = np.empty((blocks * steps, 4), np.int64)
     groups = np.empty((blocks, steps), np.int64)
-    initials = np.empty((blocks * steps, channels, lanes), np.int16)
-    plus, minus = np.zeros((channels, lanes), np.int64), np.zeros((channels, lanes), np.int64)
+    initials = np.empty((blocks * steps, sums), np.int16)
+    begun = np.zeros((blocks, channels), np.int64)
+    # Of each lane: P - N and P + N, up to the last step and with the next.
+    total, width = np.zeros(sums, np.int32), np.zeros(sums, np.int32)
+    next_total, next_width = np.empty_like(total), np.empty_like(width)
     count, group = 0, 0
     for block in range(blocks):
         first = 0
         for step in range(steps + 1):
             fits = step < steps
-            if fits and sums_in_int16:
-                for c in range(channels):
-                    for lane in range(lanes):
-                        width = plus[c, lane] + minus[c, lane]
-                        for i in range(lane * per_lane, (lane + 1) * per_lane):
-                            width += abs(np.int64(weights[block, step, c, i]))
-                        fits = fits and width * top <= 65535
+            if fits:
+                widest = _add_step(flat[block, step], total, width, next_total, next_width)
+                fits = widest * top <= 65535
             if step > first and (not fits or step % run_steps == 0):
                 segments[count, 0], segments[count, 1] = block, first
                 segments[count, 2] = step - first
@@ -124,29 +115,49 @@ def cut(weights, run_steps, top, lanes, sums_in_int16):
                 count += 1
                 first = step
             if not fits:
-                for c in range(channels):
-                    for lane in range(lanes):
-                        low, high = -minus[c, lane] * top, plus[c, lane] * top
-                        initials[group, c, lane] = max(-32768 - low, min(0, 32767 - high))
-                plus[:], minus[:] = 0, 0
+                for i in range(sums):
+                    plus, minus = (width[i] + total[i]) // 2, (width[i] - total[i]) // 2
+                    initial = max(-32768 + minus * top, min(0, 32767 - plus * top))
+                    initials[group, i] = initial
+                    begun[block, i // lanes] += initial
+                total[:], width[:] = 0, 0
                 group += 1
-            if step == steps:
-                break
+                if step == steps:
+                    break
+                _add_step(flat[block, step], total, width, next_total, next_width)
             groups[block, step] = group
-            for c in range(channels):
-                for i in range(size):
-                    w = np.int64(weights[block, step, c, i])
-                    if w > 0:
-                        plus[c, i // per_lane] += w
-                    else:
-                        minus[c, i // per_lane] -= w
-    return segments[:count], groups, initials[:group]
+            total, next_total = next_total, total
+            width, next_width = next_width, width
+    shaped = initials[:group].copy().reshape(group, channels, lanes)
+    return segments[:count].copy(), groups, shaped, begun
+
+
+@njit(inline="always", error_model="numpy")
+def _add_step(weights, total, width, next_total, next_width):
+    """Add the weights of a step to sums of W and of |W|; returns the largest of the latter."""
+    widest = np.int32(0)
+    for i in range(np.uintp(total.size)):
+        even = np.int32(weights[np.uintp(2) * i])
+        odd = np.int32(weights[np.uintp(2) * i + np.uintp(1)])
+        next_total[i] = total[i] + even + odd
+        sum_ = width[i] + abs(even) + abs(odd)
+        next_width[i] = sum_
+        widest = max(widest, sum_)
+    return np.int64(widest)
+
+
+def _runs(blocks: int, steps: int, run_steps: int) -> np.ndarray:
+    """Return segments, as `cut` does, of sums that are never flushed on the way."""
+    firsts = np.tile(np.arange(0, steps, run_steps), blocks)
+    block = np.repeat(np.arange(blocks), len(firsts) // max(blocks, 1))
+    then = np.where(firsts + run_steps >= steps, END, CONTINUE)
+    return np.stack([block, firsts, np.minimum(run_steps, steps - firsts), then], axis=1)
 
 
 def first_channels(tile: Microkernel, layer: Layer) -> np.ndarray:
     """First output channels of all blocks, (groups, blocks); the last one overlaps if need be."""
     groups = 1 if layer.is_depthwise else layer.group
-    size = layer.integers.shape[0] // groups
+    size = layer.weights.shape[0] // groups
     firsts = np.minimum(np.arange(0, size, tile.channels), max(size - tile.channels, 0))
     return firsts + size * np.arange(groups)[:, None]
 
@@ -154,10 +165,17 @@ def first_channels(tile: Microkernel, layer: Layer) -> np.ndarray:
 def _by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights as (blocks, steps, channels, weights of a step), and where the steps' inputs lie.
 
-    rows : (blocks, channels), output channels; -1 for those that do not exist.
-    Places are (steps, 1 or 2, 3), see `_PackedTiles`.
+    Parameters
+    ----------
+    rows : (blocks, channels)
+        Output channels; -1 for those that do not exist.
+
+    Returns
+    -------
+    weights : int8, of a "wide" tile int16
+    places : (steps, 1 or 2, 3), see `_PackedTiles`
     """
-    o, kh, kw, in_group = layer.integers.shape
+    o, kh, kw, in_group = layer.weights.shape
     if tile.kind == "depthwise":
         taps = np.arange(kh * kw + kh * kw % 2)
         taps[kh * kw :] = 0  # a second tap of weight 0 for the last one
@@ -169,10 +187,24 @@ def _by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndar
         byte = np.arange(len(index)) % -(-run // size) * size
         places = np.stack([index // kw, index % kw, byte], axis=1)[:, None]
     steps = -(-run // size)
-    padded = np.zeros((o + 1, runs, steps * size), layer.integers.dtype)
+    padded = np.zeros((o + 1, runs, steps * size), np.int16 if tile.kind == "wide" else np.int8)
     padded[:o, :, :run] = layer.integers.reshape(o, runs, run)
-    weights = padded.reshape(o + 1, runs * steps, size)[rows]
-    return weights.transpose(0, 2, 1, 3).astype(np.int16, order="C"), places
+    # What a step takes of a channel is moved as one number.
+    words = padded.reshape(o + 1, -1).view(f"u{size * padded.itemsize}")
+    ordered = _by_block(words, rows)
+    return ordered.view(padded.dtype).reshape(*ordered.shape, size), places
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _by_block(words, rows):
+    """Return words (O + 1, steps) as (blocks, steps, channels); row -1 is the last one."""
+    blocks, channels = rows.shape
+    ordered = np.empty((blocks, words.shape[1], channels), words.dtype)
+    for block in range(blocks):
+        for step in range(words.shape[1]):
+            for c in range(channels):
+                ordered[block, step, c] = words[rows[block, c], step]
+    return ordered
 
 
 def in_reading_order(
@@ -188,35 +220,51 @@ def in_reading_order(
         ordered = np.ascontiguousarray(split.transpose(0, 1, 2, 5, 3, 4))
     elif tile.kind == "depthwise":  # bytes interleave within halves of a register
         order = np.arange(channels).reshape(2, 2, -1).transpose(1, 0, 2).ravel()
-        ordered, initials = weights[:, :, order].astype(np.int8), initials[:, order]
+        ordered, initials = weights[:, :, order], initials[:, order]
     else:
-        ordered = weights.astype(np.int8)
+        ordered = weights
     ordered = ordered.reshape(blocks * steps, -1).view(np.int8)
-    row = np.arange(blocks * steps)
+    first = np.arange(blocks) * steps
     flushes = len(initials) if tile.sums_in_int16 else 0
     stream = aligned((blocks * steps + flushes, ordered.shape[1]), np.int8)
-    if flushes:
-        first_of_group = np.searchsorted(groups.ravel(), np.arange(flushes))
-        stream[row[first_of_group] + np.arange(flushes)] = (
-            np.ascontiguousarray(initials).reshape(flushes, -1).view(np.int8)
-        )
-        row += groups.ravel() + 1
-    stream[row] = ordered
-    return stream, row[::steps] - bool(flushes)
+    if not flushes:
+        stream[:] = ordered
+        return stream, first
+    initials = np.ascontiguousarray(initials).reshape(flushes, -1).view(np.int8)
+    _weave(ordered, groups.ravel(), initials, stream)
+    return stream, first + groups[:, 0]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _weave(weights, groups, initials, stream):
+    """Write rows of weights, and before the first of each group its initial values."""
+    at, group = 0, -1
+    for step in range(len(weights)):
+        if groups[step] != group:
+            group = groups[step]
+            stream[at] = initials[group]
+            at += 1
+        stream[at] = weights[step]
+        at += 1
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:
     firsts = first_channels(tile, layer)
     blocks_of_group = firsts.shape[1]
-    existing = min(tile.channels, layer.integers.shape[0] // len(firsts))
+    existing = min(tile.channels, layer.weights.shape[0] // len(firsts))
     rows = np.full((firsts.size, tile.channels), -1)
     rows[:, :existing] = firsts.reshape(-1, 1) + np.arange(existing)
     weights, places = _by_step(tile, layer, rows)
     steps = weights.shape[1]
     depthwise = tile.kind == "depthwise"
-    top, lanes = 2**layer.activation_bits - 1, 1 if depthwise else 2
-    run_steps = 1 if depthwise else -(-layer.run_taps * layer.integers.shape[3] // 4)
-    cuts, groups, initials = cut(weights, run_steps, top, lanes, tile.sums_in_int16)
+    top = 2**layer.activation_bits - 1
+    run_steps = 1 if depthwise else -(-layer.run_taps * layer.weights.shape[3] // 4)
+    if tile.sums_in_int16:
+        cuts, groups, initials, begun = cut(weights, run_steps, top)
+    else:
+        cuts = _runs(firsts.size, steps, run_steps)
+        groups, initials = np.empty((0, 0), np.int64), np.empty((0, 0, 0), np.int16)
+        begun = np.zeros(rows.shape, np.int64)
     stream, begins = in_reading_order(tile, weights, groups, initials)
 
     segments = np.zeros(len(cuts), SEGMENT)
@@ -232,7 +280,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         if i and aligned_block and chunks[-1][1] < together:
             chunks[-1][1] += 1
             continue
-        x0 = o0 if depthwise else g * layer.integers.shape[3]
+        x0 = o0 if depthwise else g * layer.weights.shape[3]
         chunks.append([block, 1, first_segments[block], begins[block] * stream.shape[1], x0, o0])
 
     def blocked(values: np.ndarray, dtype: type) -> np.ndarray:
@@ -240,9 +288,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         out[:] = np.where(rows < 0, 0, values[rows])
         return out
 
-    start = -layer.offset[rows]
-    if tile.sums_in_int16:
-        np.subtract.at(start, cuts[cuts[:, 3] != CONTINUE, 0], initials.sum(axis=2, dtype=np.int64))
+    start = -layer.offset[rows] - begun
     start_values = aligned(rows.shape, np.int32)
     start_values[:] = np.where(rows < 0, 0, start)
     single = MICROKERNELS.get(replace(tile, pixels=1).name)
@@ -263,6 +309,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         },
         places[cuts[:, 1]],
         segments,
+        "segments",
     )
 
 

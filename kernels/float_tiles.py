@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 from logshift.kernels.emit import Emitter, f32, i64
@@ -392,6 +393,7 @@ def function(name: str) -> Callable[[int], None]:
     return microkernel
 
 
+@global_compiler_lock  # of threads that load a network the first compiles, others wait
 @cache
 def address(tile: FloatTile) -> int:
     """Address of the compiled microkernel, `void (FLOAT_TILE *)`."""

@@ -7,7 +7,7 @@ one *chunk* of weights after another serves them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,7 +17,7 @@ from logshift.kernels import abi, float_tiles
 from logshift.kernels.abi import register, share
 from logshift.kernels.dot import address_of, single_pixels
 from logshift.kernels.float_tiles import FLOAT_SEGMENT, FLOAT_TILE, FLOAT_TILES, FloatTile
-from logshift.kernels.layer import FloatLayer, Packed, reading_offsets
+from logshift.kernels.layer import FloatLayer, Packed, PackedReads
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer, call_tile
 
@@ -32,18 +32,11 @@ _PANEL_INPUTS = 2**17
 _PANEL = 64  # most strips of a panel
 
 
-@dataclass(frozen=True, eq=False)
-class _PackedTiles(Packed):
-    """`places`, int64 (segments, 3): kernel row, kernel column and channel of what is read."""
+class _PackedTiles(PackedReads):
+    """Reads are segments."""
 
-    places: np.ndarray
-    segments: np.ndarray
-
-    def place(self, arguments: np.ndarray) -> list[np.ndarray]:
-        segments = self.segments.copy()
-        segments["offset"] = 4 * reading_offsets(arguments[0], self.places)
-        arguments[0]["segments"] = segments.ctypes.data
-        return [segments, *super().place(arguments)]
+    def offset(self, reads: np.ndarray, offsets: np.ndarray) -> None:
+        reads["offset"] = 4 * offsets
 
 
 def _supports(tile: FloatTile, layer: FloatLayer) -> bool:
@@ -142,6 +135,7 @@ def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
         },
         places,
         segments,
+        "segments",
     )
 
 

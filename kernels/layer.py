@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -70,15 +71,24 @@ class Layer(_Geometry):
         return self.weights.integers()
 
     @cached_property
-    def accumulator_bound(self) -> int:
-        """Largest |acc| that any input codes can lead to, for any channel."""
-        sums = np.abs(self.integers).sum(axis=(1, 2, 3), dtype=np.int64)
-        return int(sums.max(initial=0)) * (2**self.activation_bits - 1)
+    def largest(self) -> int:
+        """Largest |W|; 0 of no weights."""
+        return self.weights.largest
 
     @cached_property
+    def sums(self) -> np.ndarray:
+        """Sums of W and of |W| of every output channel, int64 (O, 2)."""
+        return self.weights.sums()
+
+    @property
+    def accumulator_bound(self) -> int:
+        """Largest |acc| that any input codes can lead to, for any channel."""
+        return int(self.sums[:, 1].max(initial=0)) * (2**self.activation_bits - 1)
+
+    @property
     def offset(self) -> np.ndarray:
         """z_x times the sum of W, int64 (O,)."""
-        return self.z_x * self.integers.sum(axis=(1, 2, 3), dtype=np.int64)
+        return self.z_x * self.sums[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +114,10 @@ class FloatLayer(_Geometry):
     pixels: int
 
 
-def reading_offsets(arguments: np.void, places: np.ndarray) -> np.ndarray:
+Fields = Mapping[str, Any] | np.void  # of an argument record; what is a record in it alike
+
+
+def reading_offsets(arguments: Fields, places: np.ndarray) -> np.ndarray:
     """Channels from an output pixel's first input to what is read, for a convolution's record.
 
     places : int64 (..., 3), kernel row, kernel column and channel, which may be of later columns.
@@ -120,8 +133,62 @@ class Packed:
 
     fields: dict[str, Any]
 
+    def sized(self, arguments: Fields) -> dict[str, np.ndarray]:
+        """Return what else depends on the geometry, which `arguments` tells."""
+        return {}
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """Values of an argument record that do not depend on the geometry, addresses of arrays."""
+        return {
+            key: value.ctypes.data if isinstance(value, np.ndarray) else value
+            for key, value in self.fields.items()
+        }
+
     def place(self, arguments: np.ndarray) -> list[np.ndarray]:
         """Fill in an argument record whose geometry is known; returns arrays to keep alive."""
-        for key, value in self.fields.items():
-            arguments[key] = value.ctypes.data if isinstance(value, np.ndarray) else value
-        return [value for value in self.fields.values() if isinstance(value, np.ndarray)]
+        sized = self.sized(arguments[0])
+        for key, value in self.constants.items():
+            arguments[key] = value
+        for key, array in sized.items():
+            arguments[key] = array.ctypes.data
+        arrays = [value for value in self.fields.values() if isinstance(value, np.ndarray)]
+        return [*arrays, *sized.values()]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedReads(Packed):
+    """A layer whose kernel reads from a list of places that lie the further apart the wider x is.
+
+    Attributes
+    ----------
+    places : int64 (reads, ..., 3)
+        Kernel row, kernel column and channel of what is read.
+    reads : structured array (reads,)
+        What becomes of them, all but the offsets of their places.
+    field : str
+        Name of the argument that is the address of the reads.
+    """
+
+    places: np.ndarray
+    reads: np.ndarray
+    field: str
+
+    def offset(self, reads: np.ndarray, offsets: np.ndarray) -> None:
+        """Enter offsets of places, in channels."""
+        reads["offset"] = offsets
+
+    @cached_property
+    def _of_one_row(self) -> bool:
+        return not self.places[..., 0].any()
+
+    def sized(self, arguments: Fields) -> dict[str, np.ndarray]:
+        """Return the list, with the offsets for a geometry."""
+        # Within a row the width does not matter: all geometries share one list.
+        kept = vars(self).get("_kept")
+        if kept is None:
+            kept = self.reads.copy()
+            self.offset(kept, reading_offsets(arguments, self.places))
+            if self._of_one_row:
+                vars(self)["_kept"] = kept
+        return {self.field: kept}

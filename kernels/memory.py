@@ -5,13 +5,18 @@ Those of one program share an arena: buffers that are never in use at once may l
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit, types
 
 ALIGNMENT = 64
+_MAPPED = 2**20  # bytes from which on an arena has pages of its own
 
 
 def aligned(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
@@ -23,21 +28,43 @@ def aligned(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
     return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
+def arena(size: int) -> np.ndarray:
+    """Return uninitialised bytes, as `aligned` does, that go back to the system when let go.
+
+    What an allocator hands out may stay with the process: arenas of one size after another would
+    leave gaps that no other fits into.
+
+    Raises
+    ------
+    MemoryError
+    """
+    if size < _MAPPED:
+        return aligned((size,), np.uint8)
+    # Private, as all memory is after a fork; the system's default is shared.
+    flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    try:
+        region = mmap.mmap(-1, size + ALIGNMENT, **flags)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(str(error)) from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # as NumPy does for large arrays
+        with contextlib.suppress(OSError):  # a kernel without them
+            region.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(region, np.uint8)[:size]
+
+
 @dataclass
 class Block:
     """Part of an arena, in use from the step `first` to the step `last`, both included.
 
-    `size` is in bytes, a multiple of ALIGNMENT; `offset` is set by `arrange`.
+    `size` is in bytes, a multiple of ALIGNMENT. `arrange` sets `offset`, and whether the block has
+    bytes in common with any other, which is not in use at the same time then.
     """
 
     size: int
     first: int
     last: int
     offset: int = 0
-
-    def overlaps(self, other: Block) -> bool:
-        """Whether they have bytes in common."""
-        return self.offset < other.offset + other.size and other.offset < self.offset + self.size
+    shared: bool = False
 
 
 def arrange(blocks: Sequence[Block]) -> int:
@@ -45,14 +72,40 @@ def arrange(blocks: Sequence[Block]) -> int:
 
     The largest come first, each into the smallest gap that takes it. Returns the arena's size.
     """
-    placed: list[Block] = []
-    for block in sorted(blocks, key=lambda b: b.size, reverse=True):
-        others = [o for o in placed if o.first <= block.last and block.first <= o.last]
-        end, best, smallest = 0, None, math.inf
-        for other in sorted(others, key=lambda b: b.offset):
-            if block.size <= other.offset - end < smallest:
-                best, smallest = end, other.offset - end
-            end = max(end, other.offset + other.size)
-        block.offset = end if best is None else best
-        placed.append(block)
-    return max((b.offset + b.size for b in blocks), default=0)
+    order = sorted(blocks, key=lambda b: b.size, reverse=True)
+    table = np.array([(b.size, b.first, b.last, 0, 0) for b in order], np.int64).reshape(-1, 5)
+    size = _arrange(table)
+    for block, (_, _, _, offset, shared) in zip(order, table.tolist(), strict=True):
+        block.offset, block.shared = offset, shared != 0
+    return size
+
+
+@njit(types.int64(types.int64[:, ::1]), cache=True, nogil=True, error_model="numpy")
+def _arrange(table):
+    """Arrange rows of size, first, last, offset, shared; sets the latter two."""
+    by_offset = np.empty(len(table), np.int64)  # rows placed, in the order of their offsets
+    whole = 0
+    for row in range(len(table)):
+        size, first, last = table[row, 0], table[row, 1], table[row, 2]
+        end, best, smallest = 0, -1, np.int64(2**62)
+        for i in range(row):
+            other = by_offset[i]
+            if table[other, 1] > last or first > table[other, 2]:
+                continue
+            gap = table[other, 3] - end
+            if size <= gap and gap < smallest:
+                best, smallest = end, gap
+            end = max(end, table[other, 3] + table[other, 0])
+        offset = end if best < 0 else best
+        table[row, 3] = offset
+        whole = max(whole, offset + size)
+        place = row
+        while place > 0 and table[by_offset[place - 1], 3] > offset:
+            by_offset[place] = by_offset[place - 1]
+            place -= 1
+        by_offset[place] = row
+        for other in range(row):
+            begin = table[other, 3]
+            if begin < offset + size and offset < begin + table[other, 0]:
+                table[row, 4] = table[other, 4] = 1
+    return whole

@@ -32,6 +32,7 @@ import numpy as np
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 from numba import cfunc, types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 from logshift.kernels.emit import Emitter, f32, i8, i16, i32, i64
@@ -566,6 +567,7 @@ def function(name: str) -> Callable[[int], None]:
     return microkernel
 
 
+@global_compiler_lock  # of threads that load a network the first compiles, others wait
 @cache
 def address(kernel: Microkernel) -> int:
     """Address of the compiled microkernel, `void (TILE *)`."""

@@ -283,7 +283,7 @@ def _depthwise(a, w, first_part, end_part, parts, slot):
 @register(
     "conv", "portable", abi.CONV, "depthwise",
     # Two products of 255 and 64 fit an int16.
-    supports=lambda layer: _fits_depthwise(layer) and np.abs(layer.integers).max(initial=0) <= 64,
+    supports=lambda layer: _fits_depthwise(layer) and layer.largest <= 64,
     pack=lambda layer: _pack_depthwise(layer, np.int16),
     scratch=lambda record: 4 * record["channels"],
 )  # fmt: skip

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -31,7 +30,7 @@ from logshift.kernels.abi import register, share
 from logshift.kernels.adders import ADDERS, DIGIT, PIECE, Adder, add_rows, gather, scatter
 from logshift.kernels.codec import exponent_levels
 from logshift.kernels.dot import address_of
-from logshift.kernels.layer import Layer, Packed, reading_offsets
+from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
 from logshift.kernels.portable import ROUND
@@ -44,21 +43,6 @@ ROWS = np.dtype([("offset", np.int64), ("row", np.int64)])
 
 
 # --- packing ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _PackedRows(Packed):
-    """`places`, int64 (pieces, 3): kernel row, kernel column and byte of what is read."""
-
-    places: np.ndarray
-    rows: np.ndarray
-
-    def place(self, arguments: np.ndarray) -> list[np.ndarray]:
-        chunks = np.zeros(len(self.rows), ROWS)
-        chunks["offset"] = reading_offsets(arguments[0], self.places)
-        chunks["row"] = self.rows
-        arguments[0]["chunks"] = chunks.ctypes.data
-        return [chunks, *super().place(arguments)]
 
 
 @njit(cache=True)
@@ -220,7 +204,9 @@ def _pack(adder: Adder, layer: Layer) -> Packed:
     np.concatenate(streams, out=packed)
     # The complement of a sum is one less than its negative, in each digit.
     complements = negative * (1 if adder.digits == 1 else 1 + 2**DIGIT)
-    return _PackedRows(
+    chunks = np.zeros(len(rows), ROWS)
+    chunks["row"] = rows
+    return PackedReads(
         {
             "weights": packed,
             "positions": np.concatenate(positions),
@@ -234,7 +220,8 @@ def _pack(adder: Adder, layer: Layer) -> Packed:
             "chunk_count": len(sizes),
         },
         places,
-        rows,
+        chunks,
+        "chunks",
     )
 
 

@@ -16,7 +16,7 @@ time through the 16 positions of the transform and one block of output channels,
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
@@ -29,7 +29,7 @@ from logshift.kernels.abi import register, share
 from logshift.kernels.dot import CHUNK, address_of, cut, fill_in, first_channels, in_reading_order
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.memory import aligned
-from logshift.kernels.microkernels import CONTINUE, MICROKERNELS, SEGMENT, TILE, Microkernel
+from logshift.kernels.microkernels import MICROKERNELS, SEGMENT, TILE, Microkernel
 from logshift.kernels.native import as_pointer, call_tile
 
 _TWO_G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.int32)
@@ -47,11 +47,13 @@ assert TILE.itemsize <= _HEAD and all(
 )
 
 
-@lru_cache(maxsize=1)  # for `_pack`, which follows `_supports`
 def _transformed(layer: Layer) -> np.ndarray:
     """Weights (2G) W (2G)^T, int32, (O, 16, C)."""
-    o, _, _, channels = layer.integers.shape
-    return np.kron(_TWO_G, _TWO_G) @ layer.integers.reshape(o, 9, channels)
+    kept = vars(layer)  # for `_pack`, which follows `_supports`
+    if "transformed" not in kept:
+        o, _, _, channels = layer.weights.shape
+        kept["transformed"] = np.kron(_TWO_G, _TWO_G) @ layer.integers.reshape(o, 9, channels)
+    return kept["transformed"]
 
 
 def _available(tile: Microkernel) -> bool:
@@ -65,8 +67,8 @@ def _available(tile: Microkernel) -> bool:
 
 def _supports(tile: Microkernel, layer: Layer) -> bool:
     fits = (
-        layer.integers.shape[1:3] == (3, 3)
-        and layer.integers.shape[0] >= tile.channels
+        layer.weights.shape[1:3] == (3, 3)
+        and layer.weights.shape[0] >= tile.channels
         and layer.strides == layer.dilations == (1, 1)
         and layer.group == 1
         and layer.activation_bits <= 6
@@ -86,22 +88,22 @@ def _cost(tile: Microkernel, layer: Layer) -> float:
     input channels there are, and the transform of codes the more the fewer output channels.
     """
     computed = first_channels(tile, layer).size * tile.channels
-    return computed * (0.47 + 8 / layer.integers.shape[3]) + 3
+    return computed * (0.47 + 8 / layer.weights.shape[3]) + 3
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:
     rows = first_channels(tile, layer).reshape(-1, 1) + np.arange(tile.channels)
-    channels = layer.integers.shape[3]
+    channels = layer.weights.shape[3]
     steps = -(-channels // 4)
     top = 2**layer.activation_bits - 1
     transformed = _transformed(layer)
-    padded = np.zeros((len(layer.integers), _POSITIONS, 4 * steps), np.int16)
+    padded = np.zeros((len(transformed), _POSITIONS, 4 * steps), np.int8)
     padded[:, :, :channels] = transformed
     # (blocks and positions, steps, channels, codes of a step)
     weights = np.ascontiguousarray(
         padded.reshape(-1, _POSITIONS, steps, 4)[rows].transpose(0, 2, 3, 1, 4)
     ).reshape(-1, steps, tile.channels, 4)
-    cuts, groups, initials = cut(weights, steps, 4 * top, 2, True)
+    cuts, groups, initials, begun = cut(weights, steps, 4 * top)
     stream, begins = in_reading_order(tile, weights, groups, initials)
 
     segments = np.zeros(len(cuts), SEGMENT)
@@ -112,8 +114,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     # Take away what was added to codes, initial values, and in all four outputs the zero point.
     start = -2 * top * transformed.sum(axis=2, dtype=np.int64)
     start[:, _BOTH_ADD] = -4 * layer.offset
-    start = start[rows].transpose(0, 2, 1).reshape(-1, tile.channels)
-    np.subtract.at(start, cuts[cuts[:, 3] != CONTINUE, 0], initials.sum(axis=2, dtype=np.int64))
+    start = start[rows].transpose(0, 2, 1).reshape(-1, tile.channels) - begun
 
     chunks = [
         (block, 1, first_segments[block], begins[_POSITIONS * block] * stream.shape[1], 0, o0)

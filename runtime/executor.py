@@ -21,10 +21,13 @@ not after `fork`, and the one that is both is not installed everywhere.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 from numba import carray, njit, types
@@ -47,6 +50,8 @@ from logshift.kernels.native import (
 )
 
 MAX_THREADS = 256
+
+_T, _R = TypeVar("_T"), TypeVar("_R")
 
 # Columns of a program.
 KERNEL, ARGUMENTS, HOMES, PARTS = range(4)
@@ -371,3 +376,47 @@ class Team:
 def team(threads: int) -> Team:
     """Return the process's team of a size; sessions share it."""
     return Team(threads)
+
+
+def spread(function: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+    """Call a function with each item, on several threads, of which the caller's is one.
+
+    For Python that leaves the interpreter for long. Where no more threads are to be had, fewer do.
+
+    Parameters
+    ----------
+    function : callable(item)
+    items : sequence
+        Begun in this order.
+    threads : int
+
+    Returns
+    -------
+    list
+        What the function returned for each; an error of the first item that had one is raised.
+    """
+    results: list[Any] = [None] * len(items)
+    errors: list[BaseException | None] = [None] * len(items)
+    numbers = itertools.count()
+
+    def work() -> None:
+        while (number := next(numbers)) < len(items):
+            try:
+                results[number] = function(items[number])
+            except BaseException as error:
+                errors[number] = error
+
+    helpers = [threading.Thread(target=work) for _ in range(min(threads, len(items)) - 1)]
+    for index, helper in enumerate(helpers):
+        try:
+            helper.start()
+        except RuntimeError:
+            del helpers[index:]
+            break
+    work()
+    for helper in helpers:
+        helper.join()
+    for error in errors:
+        if error is not None:
+            raise error
+    return results

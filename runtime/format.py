@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from logshift.kernels import bitpack, codec
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import FormatError, InputError
 from logshift.runtime import files
+from logshift.runtime.executor import spread
 from logshift.runtime.graph import NEWEST_OPSET, Graph, Node, Quantization, ValueInfo
 
 FORMAT_VERSION = 2
@@ -106,7 +108,7 @@ def _container(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> byte
 def _checksum(manifest: str, tensors: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(manifest.encode())
     for name in sorted(tensors):
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+        digest.update(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -144,8 +146,9 @@ def _pack_weights(
     index: int, weights: LogWeights, settings: dict[str, Any], tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     if isinstance(weights, _StoredWeights):  # as it lies in the file: packing takes seconds
-        tensors |= {f"{index}.{name}": array for name, array in weights.streams.items()}
-        return weights.record
+        streams = weights.streams
+        tensors |= {f"{index}.{name}": array for name, array in streams.tensors.items()}
+        return streams.record()
     tile = int(settings.get("tile", codec.MAX_TILE))
     mask = weights.second.ravel() != 0
     counts, positions = bitpack.tile_positions(mask, tile)
@@ -203,12 +206,17 @@ def _zlib(raw: bytes, strategy: int) -> bytes:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike[str]) -> Graph:
+def read(path: str | os.PathLike[str], *, threads: int = 1, keep_decoded: bool = False) -> Graph:
     """Read and validate a packed file.
 
     Parameters
     ----------
     path : path-like
+    threads : int
+        How many decode weights.
+    keep_decoded : bool
+        Keep the integers that weights are decoded to until they are asked for the first time, as a
+        session does at once; otherwise they are decoded again.
 
     Returns
     -------
@@ -223,12 +231,12 @@ def read(path: str | os.PathLike[str]) -> Graph:
     """
     data = Path(path).read_bytes()
     try:
-        return deserialize(data)
+        return deserialize(data, threads=threads, keep_decoded=keep_decoded)
     except FormatError as error:
         raise FormatError(f"{os.fspath(path)}: {error}") from error.__cause__
 
 
-def deserialize(data: bytes) -> Graph:
+def deserialize(data: bytes, *, threads: int = 1, keep_decoded: bool = False) -> Graph:
     """Return the validated graph of the bytes of a packed file; see `read`."""
     try:
         tensors: dict[str, np.ndarray] = safetensors.numpy.load(data)
@@ -237,7 +245,7 @@ def deserialize(data: bytes) -> Graph:
     text, checksum = _metadata(data)
     if checksum != _checksum(text, tensors):
         raise FormatError("checksum does not match: the file is damaged")
-    return _graph(_parse_manifest(text), tensors)
+    return _graph(_parse_manifest(text), tensors, threads, keep_decoded)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -322,7 +330,9 @@ def _strings(record: Any, key: str, where: str) -> list[str]:
     return values
 
 
-def _graph(manifest: dict[str, Any], tensors: dict[str, np.ndarray]) -> Graph:
+def _graph(
+    manifest: dict[str, Any], tensors: dict[str, np.ndarray], threads: int, keep_decoded: bool
+) -> Graph:
     where = "manifest"
     quantization = {}
     for name, record in _field(manifest, "tensors", dict, where).items():
@@ -333,10 +343,9 @@ def _graph(manifest: dict[str, Any], tensors: dict[str, np.ndarray]) -> Graph:
             _field(record, "bits", int, here),
         )
     used: set[str] = set()
-    nodes = [
-        _unpack_node(index, record, tensors, used)
-        for index, record in enumerate(_field(manifest, "nodes", list, where))
-    ]
+    nodes = _unpack_nodes(
+        _field(manifest, "nodes", list, where), tensors, used, threads, keep_decoded
+    )
     constants: dict[str, np.ndarray] = {}
     if "constants" in manifest:
         for index, name in enumerate(_strings(manifest, "constants", where)):
@@ -376,7 +385,26 @@ def _value_info(record: Any, kind: str) -> ValueInfo:
     return ValueInfo(name, tuple(shape), tuple(nominal), dtype)
 
 
-def _unpack_node(index: int, record: Any, tensors: dict[str, np.ndarray], used: set[str]) -> Node:
+def _unpack_nodes(
+    records: list[Any], tensors: dict[str, np.ndarray], used: set[str], threads: int,
+    keep_decoded: bool,
+) -> list[Node]:  # fmt: skip
+    unpacked: list[tuple[Node, _Streams | None]] = []
+    try:
+        for index, record in enumerate(records):
+            unpacked.append(_unpack_node(index, record, tensors, used))
+    finally:  # of several faults the first node's is the one to tell
+        stored = [(node, streams) for node, streams in unpacked if streams is not None]
+        weights = spread(lambda pair: _StoredWeights(pair[1], keep_decoded), stored, threads)
+        for (node, _), decoded in zip(stored, weights, strict=True):
+            node.weights = decoded
+    return [node for node, _ in unpacked]
+
+
+def _unpack_node(
+    index: int, record: Any, tensors: dict[str, np.ndarray], used: set[str]
+) -> tuple[Node, _Streams | None]:
+    """Return a node without its quantized weights, and those."""
     where = f"node {index}"
     node = Node(
         _field(record, "op", str, where),
@@ -387,21 +415,17 @@ def _unpack_node(index: int, record: Any, tensors: dict[str, np.ndarray], used: 
         domain=_field(record, "domain", str, where) if "domain" in record else "",
     )
     if node.domain:
-        return node
+        return node, None
 
     def take(name: str, dtype: type, shape: tuple[int, ...] | None = None) -> np.ndarray:
         key = f"{index}.{name}"
         if key not in tensors:
             raise FormatError(f"tensor {key!r} is missing")
         used.add(key)
-        array = tensors[key]
-        if array.dtype != dtype or array.ndim != 1 or (shape and array.shape != shape):
-            raise FormatError(
-                f"tensor {key!r} is {array.dtype} of shape {array.shape}, expected"
-                f" {np.dtype(dtype)} of shape {shape or '(bytes,)'}"
-            )
-        return array
+        _expect(key, tensors[key], dtype, shape)
+        return tensors[key]
 
+    streams = None
     where = f"node {node.name!r} ({node.op})"
     if node.op in ("Conv", "ConvTranspose"):
         weight = _field(record, "weight", dict, where)
@@ -416,16 +440,26 @@ def _unpack_node(index: int, record: Any, tensors: dict[str, np.ndarray], used: 
             count = shape[0] * shape[1] * shape[2] * shape[3]
             node.float_weights = take("weight", np.float32, (count,)).reshape(shape)
         else:
-            node.weights = _unpack_weights(weight, shape, where, take)
+            streams = _weight_streams(index, weight, shape, where, take)
     elif node.op == "Lookup":
         table = take("table", np.uint8)
         if table.size == 0 or table.size % 256:
             raise FormatError(f"{where}: the table has {table.size} bytes, expected 256 for each")
         node.table = table if table.size == 256 else table.reshape(-1, 256)
-    return node
+    return node, streams
 
 
-def _unpack_weights(weight: dict[str, Any], shape: list[int], where: str, take: Any) -> LogWeights:
+def _expect(key: str, array: np.ndarray, dtype: type, shape: tuple[int, ...] | None) -> None:
+    if array.dtype != dtype or array.ndim != 1 or (shape and array.shape != shape):
+        raise FormatError(
+            f"tensor {key!r} is {array.dtype} of shape {array.shape}, expected"
+            f" {np.dtype(dtype)} of shape {shape or '(bytes,)'}"
+        )
+
+
+def _weight_streams(
+    index: int, weight: dict[str, Any], shape: list[int], where: str, take: Any
+) -> _Streams:
     bits = _field(weight, "bits", int, where)
     residual_shift = _field(weight, "residual_shift", int, where)
     clip = _field(weight, "clip", int, where)
@@ -445,51 +479,120 @@ def _unpack_weights(weight: dict[str, Any], shape: list[int], where: str, take: 
     if count > _MAX_WEIGHTS:
         raise FormatError(f"{where}: {count} weights are more than a layer can have")
 
-    streams: dict[str, np.ndarray] = {}
+    if encoding not in _POSITIONS:
+        raise FormatError(f"{where}: unknown encoding of positions {encoding!r}")
+    tensors = {name: take(name, np.uint8) for name in ("first", *_POSITIONS[encoding])}
+    tensors["alpha"] = take("alpha", np.float32)
+    return _Streams(
+        index, where, (shape[0], shape[1], shape[2], shape[3]), bits, residual_shift, clip, tile,
+        encoding, tensors, frozenset(deflated),
+    )  # fmt: skip
 
-    def stream(name: str, size: int) -> np.ndarray:
-        raw = streams[name] = take(name, np.uint8)
-        if name in deflated:
-            raw = _inflate(raw, size, f"{where}: {name}")
+
+# Streams of each encoding of the positions of second words, and these words.
+_POSITIONS = {
+    "none": (),
+    "bitmap": ("position", "second"),
+    "list": ("count", "position", "second"),
+}
+
+_SPARE = 8  # bytes behind a stream that `codec.join_words` may read
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Weights of a layer as they lie in the file."""
+
+    index: int  # of the node
+    where: str
+    shape: tuple[int, int, int, int]
+    bits: int
+    residual_shift: int
+    clip: int
+    tile: int
+    encoding: str
+    tensors: dict[str, np.ndarray]
+    deflated: frozenset[str]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the manifest says of them."""
+        return {
+            "shape": list(self.shape), "bits": self.bits, "residual_shift": self.residual_shift,
+            "clip": self.clip, "positions": self.encoding, "tile": self.tile,
+            "zlib": sorted(self.deflated),
+        }  # fmt: skip
+
+    def words(self) -> LogWeights:
+        first, mask, second = self._unpacked()
+        count = self.count
+        words = np.zeros((2, count), np.uint8)
+        words[0] = bitpack.unpack(first, self.bits, count)
+        if mask.size:
+            chosen = bitpack.unpack(mask, 1, count).view(bool)
+            words[1, chosen] = bitpack.unpack(second, self.bits, int(np.count_nonzero(chosen)))
+        return LogWeights(
+            words[0].reshape(self.shape), words[1].reshape(self.shape), self.tensors["alpha"],
+            self.bits, self.residual_shift, self.clip,
+        )  # fmt: skip
+
+    def integers(self) -> tuple[np.ndarray, int, int]:
+        """Return W as `LogWeights.integers` does, the largest |W| and the non-zero second words."""
+        first, mask, second = self._unpacked()
+        streams = _padded(first), mask.copy(), _padded(second)
+        limit = codec.limit(self.bits, self.residual_shift, self.clip)
+        w = np.empty(self.count, codec.integer_type(limit))
+        largest, nonzero, allowed = codec.join_words(*streams, self.bits, self.residual_shift, w)
+        if not allowed:
+            raise FormatError(f"{self.where}: a code is negative zero")
+        _expect(f"{self.index}.alpha", self.tensors["alpha"], np.float32, self.shape[:1])
+        return w.reshape(self.shape), largest, nonzero
+
+    def _unpacked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First words, a bit for every weight or nothing at all, and second words."""
+        count, nothing = self.count, np.empty(0, np.uint8)
+        first = self._stream("first", count, self.bits)
+        if self.encoding == "none":
+            return first, nothing, nothing
+        if self.encoding == "bitmap":
+            mask = self._stream("position", count, 1)
+        else:
+            tiles = -(-count // self.tile)
+            counts = self._stream("count", 2 * tiles, 8).view("<u2")
+            positions = self._stream("position", int(counts.sum(dtype=np.int64)), 8)
+            try:
+                chosen = bitpack.mask_from_positions(counts, positions, self.tile, count)
+            except InputError as error:
+                raise FormatError(f"{self.where}: {error}") from None
+            mask = bitpack.pack(chosen.view(np.uint8), 1)
+        selected = int(_BITS_SET[mask].sum(dtype=np.int64))
+        return first, mask, self._stream("second", selected, self.bits)
+
+    def _stream(self, name: str, count: int, bits: int) -> np.ndarray:
+        """Return a stream of `count` values of `bits` bits."""
+        raw, size = self.tensors[name], bitpack.packed_size(count, bits)
+        if name in self.deflated:
+            raw = _inflate(raw, size, f"{self.where}: {name}")
         if raw.size != size:
-            raise FormatError(f"{where}: {name} has {raw.size} bytes, expected {size}")
+            raise FormatError(f"{self.where}: {name} has {raw.size} bytes, expected {size}")
+        try:
+            bitpack.check_end(raw, bits, count)
+        except InputError as error:
+            raise FormatError(f"{self.where}: {error}") from None
         return raw
 
-    def decode() -> LogWeights:
-        first = bitpack.unpack(stream("first", bitpack.packed_size(count, bits)), bits, count)
-        second = np.zeros(count, np.uint8)
-        if encoding != "none":
-            if encoding == "bitmap":
-                packed = stream("position", bitpack.packed_size(count, 1))
-                mask = bitpack.unpack(packed, 1, count).astype(bool)
-            elif encoding == "list":
-                counts = stream("count", 2 * -(-count // tile)).view("<u2")
-                positions = stream("position", int(counts.sum(dtype=np.int64)))
-                mask = bitpack.mask_from_positions(counts, positions, tile, count)
-            else:
-                raise FormatError(f"{where}: unknown encoding of positions {encoding!r}")
-            selected = int(mask.sum())
-            codes = stream("second", bitpack.packed_size(selected, bits))
-            second[mask] = bitpack.unpack(codes, bits, selected)
-        dims = tuple(shape)
-        alpha = streams["alpha"] = take("alpha", np.float32, (shape[0],))
-        return LogWeights(
-            first.reshape(dims), second.reshape(dims), alpha, bits, residual_shift, clip
-        )
 
-    try:
-        weights = decode()
-    except InputError as error:
-        raise FormatError(f"{where}: {error}") from None
-    negative_zero = 1 << (bits - 1)
-    if (weights.first == negative_zero).any() or (weights.second == negative_zero).any():
-        raise FormatError(f"{where}: a code is negative zero")
-    return _StoredWeights(weights, decode, weight, streams)
+_BITS_SET = np.array([value.bit_count() for value in range(256)], np.uint8)
 
 
-def _restore_weights(record: dict[str, Any], streams: dict[str, np.ndarray]) -> LogWeights:
-    """Undo `_StoredWeights.__reduce__`."""
-    return _unpack_weights(record, record["shape"], "weights", lambda name, *_: streams[name])
+def _padded(stream: np.ndarray) -> np.ndarray:
+    """Return a stream with bytes behind it."""
+    padded = np.zeros(stream.size + _SPARE, np.uint8)
+    padded[: stream.size] = stream
+    return padded
 
 
 class _StoredWeights(LogWeights):
@@ -497,50 +600,68 @@ class _StoredWeights(LogWeights):
 
     Their one reader is usually the packing for a kernel, and once packed they are needed no more.
 
-    Attributes
+    Parameters
     ----------
-    record : dict
-        What the manifest says of them.
-    streams : dict of name to array
-        Their tensors in the file.
+    streams : _Streams
+        They are validated.
+    keep : bool
+        Keep the integers for the first who asks.
+
+    Raises
+    ------
+    FormatError
     """
 
-    record: dict[str, Any]
-    streams: dict[str, np.ndarray]
+    streams: _Streams
+    _largest: int
+    _nzr: float
+    _sums: np.ndarray
+    _integers: np.ndarray | None
 
-    def __init__(
-        self,
-        weights: LogWeights,
-        decode: Callable[[], LogWeights],
-        record: dict[str, Any],
-        streams: dict[str, np.ndarray],
-    ) -> None:
-        known = {name: getattr(weights, name) for name in ("shape", "nzr", "largest")}
-        kept = {k: v for k, v in vars(weights).items() if k not in ("first", "second")}
-        vars(self).update(kept, _known=known, _decode=decode, record=record, streams=streams)
+    def __init__(self, streams: _Streams, keep: bool) -> None:
+        w, largest, nonzero = streams.integers()
+        sums = codec.channel_sums(w.reshape(len(w), -1))
+        vars(self).update(
+            alpha=streams.tensors["alpha"], bits=streams.bits, clip=streams.clip,
+            residual_shift=streams.residual_shift, streams=streams, _largest=largest,
+            _nzr=nonzero / w.size, _sums=sums, _integers=w if keep else None,
+        )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_weights, (self.record, self.streams)
+        return _StoredWeights, (self.streams, False)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("first", "second"):
             raise AttributeError(name)
-        return getattr(self._decode(), name)
+        return getattr(self.words(), name)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self._known["shape"]
+        return self.streams.shape
 
     @property
     def nzr(self) -> float:
-        return self._known["nzr"]
+        return self._nzr
 
     @property
     def largest(self) -> int:
-        return self._known["largest"]
+        return self._largest
+
+    def sums(self) -> np.ndarray:
+        return self._sums
+
+    def words(self) -> LogWeights:
+        self._take()
+        return self.streams.words()
 
     def integers(self) -> np.ndarray:
-        return self._decode().integers()
+        kept = self._take()
+        return self.streams.integers()[0] if kept is None else kept
+
+    def _take(self) -> np.ndarray | None:
+        kept = self._integers
+        vars(self)["_integers"] = None
+        return kept
 
 
 def _inflate(raw: np.ndarray, size: int, where: str) -> np.ndarray:

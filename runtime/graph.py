@@ -157,8 +157,16 @@ class Graph:
         """Tell whether a node reads codes."""
         return any(self.is_code(name) for name in node.inputs)
 
-    def infer(self, inputs: Mapping[str, Shape]) -> Inference:
+    def infer(
+        self, inputs: Mapping[str, Shape], seen: dict[int, np.dtype | None] | None = None
+    ) -> Inference:
         """Infer what can be known of all tensors from input shapes alone.
+
+        Parameters
+        ----------
+        inputs : dict of input name to Shape
+        seen : dict, optional
+            What was learnt of ONNX operators of this graph, for the next time; empty at first.
 
         Raises
         ------
@@ -179,10 +187,12 @@ class Graph:
                 if size != expected or size < (dim != 0):
                     raise InputError(f"input {info.name!r} has shape {shape}, expected {declared}")
             found.shapes[info.name], found.dtypes[info.name] = shape, np.dtype(info.dtype)
-        for node in self.nodes:
+        for index, node in enumerate(self.nodes):
             try:
                 if node.is_onnx:
-                    _infer_onnx(self, node, found)
+                    if seen is None or not _infer_quickly(index, node, found, seen):
+                        _infer_onnx(self, node, found)
+                        _learn(index, node, found, seen)
                 else:
                     _infer_packed(self, node, found)
             except (_ShapeError, InputError) as error:
@@ -191,7 +201,11 @@ class Graph:
 
     def nominal(self) -> Inference:
         """Infer at the nominal input size."""
-        return self.infer({info.name: info.nominal for info in self.inputs})
+        return self.infer(self.nominal_inputs())
+
+    def nominal_inputs(self) -> dict[str, Shape]:
+        """Nominal shapes of the inputs."""
+        return {info.name: info.nominal for info in self.inputs}
 
     def nominal_shapes(self) -> dict[str, Shape]:
         """Shapes of all tensors at the nominal input size."""
@@ -375,6 +389,121 @@ def _infer_onnx(graph: Graph, node: Node, found: Inference) -> None:
         found.shapes[name], found.dtypes[name] = y.shape, y.dtype
         if known and y.size <= _KEPT_ELEMENTS:
             found.values[name] = y
+
+
+def _infer_quickly(
+    index: int, node: Node, found: Inference, seen: dict[int, np.dtype | None]
+) -> bool:
+    """Infer by a rule, if one has proved right before; says whether it did."""
+    dtype = seen.get(index)
+    if dtype is None or all(name in found.values for name in node.inputs if name):
+        return False
+    shape = _rule(node, found)
+    if shape is None or math.prod(shape) > MAX_ELEMENTS or len(shape) > MAX_RANK:
+        return False
+    found.shapes[node.outputs[0]], found.dtypes[node.outputs[0]] = shape, dtype
+    return True
+
+
+def _learn(
+    index: int, node: Node, found: Inference, seen: dict[int, np.dtype | None] | None
+) -> None:
+    """Note the type of an operator's output, or that no rule tells its shape."""
+    out = node.outputs[0]
+    if seen is None or index in seen or out in found.values:
+        return
+    shape = found.shapes.get(out)
+    right = shape is not None and len(node.outputs) == 1 and _rule(node, found) == shape
+    seen[index] = found.dtypes[out] if right else None
+
+
+def _rule(node: Node, found: Inference) -> Shape | None:
+    """Shape of the output of an ONNX operator, where that is easily told."""
+    rule = _ONNX_SHAPES.get(node.op)
+    shapes = [found.shapes.get(name) for name in node.inputs if name]
+    if rule is None or not shapes or None in shapes:
+        return None
+    try:
+        return rule(node, shapes, found)
+    except (ValueError, IndexError):  # what does not fit, computing on zeros will name
+        return None
+
+
+def _onnx_same(node: Node, shapes: list, found: Inference) -> Shape:
+    return shapes[0]
+
+
+def _onnx_broadcast(node: Node, shapes: list, found: Inference) -> Shape:
+    return np.broadcast_shapes(*shapes)
+
+
+def _onnx_matmul(node: Node, shapes: list, found: Inference) -> Shape | None:
+    a, b = shapes
+    if min(len(a), len(b)) < 2 or a[-1] != b[-2]:
+        return None
+    return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
+
+
+def _axes(node: Node, rank: int, found: Inference) -> set[int] | None:
+    """Axes that an attribute or a known input names; None for the operator's own choice."""
+    axes = node.attributes.get("axes")
+    if axes is None and len(node.inputs) > 1 and node.inputs[1] in found.values:
+        axes = found.values[node.inputs[1]].ravel().tolist()
+    if not isinstance(axes, list) or not axes or not all(-rank <= a < rank for a in axes):
+        return None
+    return {a % rank for a in axes}
+
+
+def _onnx_reduce(node: Node, shapes: list, found: Inference) -> Shape | None:
+    axes, keep = _axes(node, len(shapes[0]), found), node.attributes.get("keepdims", 1)
+    if axes is None:
+        return None
+    return tuple(1 if i in axes else d for i, d in enumerate(shapes[0]) if keep or i not in axes)
+
+
+def _onnx_squeeze(node: Node, shapes: list, found: Inference) -> Shape | None:
+    axes = _axes(node, len(shapes[0]), found)
+    if axes is None or any(shapes[0][axis] != 1 for axis in axes):
+        return None
+    return tuple(d for i, d in enumerate(shapes[0]) if i not in axes)
+
+
+def _onnx_unsqueeze(node: Node, shapes: list, found: Inference) -> Shape | None:
+    given = node.attributes.get("axes")
+    count = len(given) if isinstance(given, list) else math.prod(shapes[-1])
+    axes = _axes(node, len(shapes[0]) + count, found)
+    if axes is None or len(axes) != count:
+        return None
+    rest = iter(shapes[0])
+    return tuple(1 if i in axes else next(rest) for i in range(len(shapes[0]) + count))
+
+
+def _onnx_transpose(node: Node, shapes: list, found: Inference) -> Shape | None:
+    order = node.attributes.get("perm")
+    if not isinstance(order, list) or sorted(order) != list(range(len(shapes[0]))):
+        return None
+    return tuple(shapes[0][i] for i in order)
+
+
+# Operators that are common, and costly to run on zeros.
+_ONNX_SHAPES: dict[str, Callable[[Node, list, Inference], Shape | None]] = {
+    **dict.fromkeys(
+        ("Abs", "Ceil", "Clip", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
+         "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish",
+         "Neg", "Reciprocal", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Tanh"),
+        _onnx_same,
+    ),
+    **dict.fromkeys(
+        ("Add", "Div", "Equal", "Greater", "Less", "Max", "Min", "Mul", "PRelu", "Pow", "Sub",
+         "Where"), _onnx_broadcast,
+    ),
+    **dict.fromkeys(
+        (f"Reduce{kind}" for kind in ("L2", "Max", "Mean", "Min", "Sum", "SumSquare")),
+        _onnx_reduce,
+    ),
+    "MatMul": _onnx_matmul, "Squeeze": _onnx_squeeze, "Transpose": _onnx_transpose,
+    "Unsqueeze": _onnx_unsqueeze,
+}  # fmt: skip
 
 
 def _zeros(found: Inference, name: str) -> np.ndarray | None:

@@ -14,20 +14,21 @@ borders are written once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from struct import Struct
 from typing import Any
 
 import numpy as np
 
 from logshift.kernels import abi
 from logshift.kernels.abi import Kernel, kernel
-from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import InputError
 from logshift.kernels.layer import FloatLayer, Layer, Packed
-from logshift.kernels.memory import ALIGNMENT, Block, aligned, arrange
+from logshift.kernels.memory import ALIGNMENT, Block, aligned, arena, arrange
 from logshift.runtime import numpy_ops
-from logshift.runtime.executor import Team
+from logshift.runtime.executor import Team, spread
 from logshift.runtime.graph import Graph, Inference, Node, Shape, slice_range
 
 _RESIZE_ONE = 2048  # weights of linear resizing of codes are integers of this
@@ -62,11 +63,18 @@ class Convolution:
     phase: tuple[int, int] = (0, 0)
     shift: tuple[int, int] = (0, 0)
 
+    @cached_property
+    def work(self) -> int:
+        """Multiplications per output, or what takes as long."""
+        products = math.prod(self.layer.weights.shape[1:])
+        return products * (_DEPTHWISE if self.layer.is_depthwise else 1)
 
-def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
+
+def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convolution]]:
     """Choose kernels and lay out weights for all convolutions; keyed by the node's position.
 
-    The largest go first, so that what they need on the way never adds to what others have left.
+    `threads` nodes are worked on at once. The largest go first, so that what they need on the way
+    never adds to what others have left.
     """
     sizes = {
         index: math.prod(node.weight_shape)
@@ -74,10 +82,11 @@ def prepare(graph: Graph, family: str) -> dict[int, list[Convolution]]:
         if node.weight_shape is not None
     }
     shapes = graph.nominal_shapes()
-    return {
-        index: list(_prepare_node(graph, graph.nodes[index], family, shapes))
-        for index in sorted(sizes, key=sizes.__getitem__, reverse=True)
-    }
+    order = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    prepared = spread(
+        lambda index: list(_prepare_node(graph, graph.nodes[index], family, shapes)), order, threads
+    )
+    return dict(zip(order, prepared, strict=True))
 
 
 def _prepare_node(
@@ -127,14 +136,13 @@ def _coded_layer(graph: Graph, node: Node) -> Callable[..., Layer]:
     # docs/quantization.md section 4; float64 until the last step
     m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
     b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
+    # Of a ConvTranspose all words are needed once for every phase.
+    words = cache(weights.words)
 
     def layer(taps: Any, **geometry: Any) -> Layer:
         part = weights
         if taps is not ...:
-            part = LogWeights(
-                weights.first[taps], weights.second[taps], weights.alpha, weights.bits,
-                weights.residual_shift, weights.clip,
-            )  # fmt: skip
+            part = replace(words(), first=words().first[taps], second=words().second[taps])
         return Layer(part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m, b=b, **geometry)
 
     return layer
@@ -166,24 +174,68 @@ def _phases(
         yield taps, shift, dilation // math.gcd(stride, dilation)
 
 
-@dataclass
+@dataclass(slots=True)
 class Step:
-    """One kernel call of a program."""
+    """One kernel call of a program; `values` are those of its argument record, see `_Layout`."""
 
     node: Node
     kernel: Kernel
-    arguments: np.ndarray  # one record
+    layout: _Layout
+    values: list[Any]
     homes: int  # threads that it is worth
     parts: int  # into which each one's share of it may be cut
-    keep: list[np.ndarray] = field(default_factory=list)  # arrays whose addresses it holds
+    place: int = 0  # of the argument record in the plan's
 
 
-@dataclass
+@dataclass(frozen=True)
 class NumpyStep:
     """An ONNX operator between two programs."""
 
     node: Node
     last_of: list[str]  # tensors that no later step reads
+
+
+class _Place(tuple):
+    """Values of an `abi.TENSOR`, for hooks that look a size up by its name."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(_TENSOR_FIELDS[key])
+
+
+_TENSOR_FIELDS = {name: index for index, name in enumerate(abi.TENSOR.names or ())}
+_NOTHING: Mapping[str, Any] = {}
+
+
+class _Layout:
+    """Where the fields of an argument record are in a flat list of values, and in bytes.
+
+    A record's fields are packed. Those of a tensor follow each other in the order of `abi.TENSOR`.
+    """
+
+    def __init__(self, record: np.dtype) -> None:
+        self.index: dict[str, int] = {}
+        self.word: dict[str, int] = {}  # of the addresses of tensors
+        codes = "="
+        assert record.names is not None and record.fields is not None
+        for name in record.names:
+            dtype, offset = record.fields[name][:2]
+            self.index[name] = len(codes) - 1
+            if dtype == abi.TENSOR:
+                self.word[name] = offset // 8
+            parts = [dtype[part] for part in dtype.names] if dtype.names else [dtype]
+            codes += "".join(_CODES[part] for part in parts)
+        self.struct = Struct(codes)
+        assert self.struct.size == record.itemsize
+        self.empty = [0] * (len(codes) - 1)
+        self.stride = -(-self.struct.size // ALIGNMENT) * ALIGNMENT
+
+
+_CODES = {np.dtype(np.uintp): "Q", np.dtype(np.int64): "q", np.dtype(np.float32): "f"}
+
+
+@cache
+def _layout(record: np.dtype) -> _Layout:
+    return _Layout(record)
 
 
 @dataclass(frozen=True)
@@ -222,75 +274,285 @@ class _Geometry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor lives: `array` is (N, H, W, C) with border for codes, else ONNX's layout."""
+    """Where a tensor lives, and the values of its `abi.TENSOR`."""
 
-    array: np.ndarray
-    top: int = 0
-    left: int = 0
+    geometry: _Geometry
+    offset: int  # in the arena
+    values: tuple[int, ...]
 
-    def view(self) -> np.ndarray:
-        record = np.zeros((), abi.TENSOR)
-        shape = self.array.shape if self.array.ndim == 4 else (0, 0, 0, 0)
-        record["data"] = self.array.ctypes.data
-        record["n"], record["h"], record["w"], record["c"] = shape
-        record["top"], record["left"] = self.top, self.left
-        return record
+    @property
+    def top(self) -> int:
+        return self.geometry.top
+
+    @property
+    def left(self) -> int:
+        return self.geometry.left
 
 
-class Plan:
-    """Programs with their buffers, for one set of input shapes; serves one run at a time.
+class Planner:
+    """Plans of one network for any input shapes; keeps what does not depend on these.
 
     Parameters
     ----------
     graph : Graph, validated
     convolutions : see `prepare`
     family : str
-    found : Inference
-        Of the input shapes.
     threads : int
-        Largest number of threads that will run it.
-    keep_all : bool
-        Keep every tensor until the end of a run, for `tensor`.
+        Largest number of threads that will run a plan.
     """
 
     def __init__(
-        self,
-        graph: Graph,
-        convolutions: dict[int, list[Convolution]],
-        family: str,
-        found: Inference,
-        threads: int,
-        keep_all: bool = False,
+        self, graph: Graph, convolutions: dict[int, list[Convolution]], family: str, threads: int
     ) -> None:
-        self.graph, self.shapes, self.steps = graph, dict(found.shapes), list[Step]()
-        # Parts of the program, and what runs between them.
-        self.parts: list[slice | NumpyStep] = []
-        self._found = found
-        self._family, self._threads = family, threads
-        self._convolutions = convolutions
-        self._tensors: dict[str, _Tensor] = {}
-        self._arena = aligned((0,), np.uint8)
-        self._rewritten: set[str] = set()  # tensors whose borders are written at every run
-        self._scratch: list[tuple[np.ndarray, int]] = []  # argument records, bytes per thread
-        # Records whose address of a float tensor is set anew at every run.
-        self._bindings: dict[str, list[tuple[np.ndarray, str]]] = {}
+        self.graph, self.convolutions, self.threads = graph, convolutions, threads
+        self._family = family
+        self._kernels: dict[str, Kernel] = {}
+        self._seen: dict[int, np.dtype | None] = {}  # see `Graph.infer`
+        self._outlines: dict[tuple, _Outline] = {}
+        self._heads = [
+            (node.outputs[0], index)
+            for index, node in enumerate(graph.nodes)
+            if node.weight_shape is not None and not graph.is_code(node.outputs[0])
+        ]
+
+    def plan(self, shapes: Mapping[str, Shape], keep_all: bool = False) -> Plan:
+        """Return a plan for input shapes; with `keep_all` it keeps all tensors, for `tensor`.
+
+        Raises
+        ------
+        InputError
+            If the inputs do not fit the graph, or memory does not suffice.
+        """
+        found = self.graph.infer(shapes, self._seen)
+        return Plan(self, self._outline(found, keep_all), found)
+
+    def kernel(self, op: str) -> Kernel:
+        """Return the kernel for an operation that is no convolution."""
+        if op not in self._kernels:
+            self._kernels[op] = kernel(op, self._family)
+        return self._kernels[op]
+
+    def _outline(self, found: Inference, keep_all: bool) -> _Outline:
+        """Return the outline for shapes; they decide about little of it, mostly about nothing."""
+        pixels = frozenset(
+            name for name, _ in self._heads if math.prod(found.shapes[name][2:]) == 1
+        )
+        key = keep_all, frozenset(found.values), pixels
+        if key not in self._outlines:
+            self._outlines[key] = _Outline(self, frozenset(found.values), pixels, keep_all)
+        return self._outlines[key]
+
+
+class _Outline:
+    """What is to be done, in order, and by which names tensors are stored.
+
+    Parameters
+    ----------
+    planner : Planner
+    known : names of tensors whose values are known before a run
+    pixels : names of float32 outputs of convolutions that are of one pixel
+    keep_all : bool
+
+    Attributes
+    ----------
+    lookups : dict of tensor name to Node
+        Lookups that convolutions do as well, by the outputs of these.
+    native, outside : set of tensor names
+        Float32 tensors that are stored channels last, and those that a run allocates.
+    operations : list of _Operation
+    last_use : dict of tensor name to position of the last operation that reads or writes it
+    numpy_steps : dict of operation's position to NumpyStep
+    renamed : list of (name stored under, name)
+    templates : dict of Convolution to the values of its argument record that no size changes
+    """
+
+    def __init__(
+        self, planner: Planner, known: frozenset[str], pixels: frozenset[str], keep_all: bool
+    ) -> None:
+        self.graph, self._convolutions = planner.graph, planner.convolutions
         self._alias = {
             node.outputs[0]: node.inputs[0]
-            for node in graph.nodes
+            for node in self.graph.nodes
             if node.op == "Flatten" and not node.is_onnx
         }
+        self.keep_all = keep_all
+        self.templates: dict[Convolution, list[Any]] = {}
+        self.lookups = {} if keep_all else self._fused_lookups()
+        self.native, self.outside = set[str](), set[str]()
+        self.operations = self._operations(known, pixels)
+        end = len(self.operations)
+        self.last_use = {
+            name: end if keep_all else index
+            for index, operation in enumerate(self.operations)
+            for name in (*operation.reads, *operation.writes)
+        }
+        self.renamed = [
+            (name, name.removesuffix(_channels_last("")))
+            for name in self.last_use
+            if name.endswith(_channels_last(""))
+        ]
+        self.numpy_steps = self._numpy_steps()
+        self.readers = [
+            (node, self.stored(node.inputs[0]), planner.convolutions[index])
+            for index, node in enumerate(self.graph.nodes)
+            if index in planner.convolutions
+        ]
+
+    def root(self, name: str) -> str:
+        """Name of the tensor that a flattened one is made of."""
+        while name in self._alias:
+            name = self._alias[name]
+        return name
+
+    def stored(self, name: str) -> str:
+        """Name under which packed operators other than QuantizeLinear find a tensor."""
+        name = self.root(name)
+        return name if self.graph.is_code(name) else _channels_last(name)
+
+    def written(self, node: Node) -> str:
+        """Name of the tensor that a node's kernels write, in whatever layout."""
+        out = node.outputs[0]
+        return self.lookups[out].outputs[0] if out in self.lookups else out
+
+    def target(self, node: Node) -> str:
+        """Name under which a packed node's kernels write."""
+        out = self.written(node)
+        return _channels_last(out) if out in self.native else out
+
+    def _numpy_steps(self) -> dict[int, NumpyStep]:
+        reads = {name: i for i, operation in enumerate(self.operations) for name in operation.reads}
+        kept = {self.root(info.name) for info in self.graph.outputs}
+        steps = {}
+        for i, operation in enumerate(self.operations):
+            if operation.kind == "onnx":
+                names = {*operation.reads, *operation.writes} - kept
+                last = [n for n in names if reads.get(n, i) <= i and not self.keep_all]
+                steps[i] = NumpyStep(operation.node, last)
+        return steps
+
+    def _operations(self, values: frozenset[str], pixels: frozenset[str]) -> list[_Operation]:
+        """List what is to be done, with changes of layout; sets `native` and `outside`."""
+        graph, keep_all = self.graph, self.keep_all
+        fused = {node.outputs[0] for node in self.lookups.values()}
+        needed = {self.root(info.name) for info in graph.outputs}
+        nodes: list[tuple[int, Node]] = []
+        for index, node in reversed(list(enumerate(graph.nodes))):
+            written = {name for name in node.outputs if name not in values}
+            flat = node.op == "Flatten" and not node.is_onnx
+            wanted = keep_all or not needed.isdisjoint(written)
+            if written and wanted and not flat and node.outputs[0] not in fused:
+                shape_only = node.is_onnx and node.op in ("Shape", "Size")
+                needed.update(self.root(n) for n in node.inputs if n and not shape_only)
+                nodes.append((index, node))
+            elif flat and wanted:
+                needed.add(self.root(node.inputs[0]))
+            elif node.outputs[0] in fused and node.outputs[0] in needed:
+                needed.add(node.inputs[0])
+        nodes.reverse()
+        # Float32 tensors that somebody reads channels last, or as ONNX has them.
+        plain = {self.root(info.name) for info in graph.outputs}
+        outside = set(plain)
+        for _, node in nodes:
+            names = {self.root(name) for name in node.inputs if name}
+            if node.is_onnx:
+                outside |= names
+                plain |= names
+            elif node.op == "QuantizeLinear":
+                plain |= names
+            else:
+                self.native |= {name for name in names if not graph.is_code(name)}
+        given = {info.name for info in graph.inputs}
+        operations: list[_Operation] = []
+
+        def convert(index: int, node: Node, name: str, kind: str) -> None:
+            x, y = name, _channels_last(name)
+            if kind == "to_channels_first":
+                x, y = y, x
+            operations.append(_Operation(index, node, kind, (x,), (y,)))
+
+        for name in sorted((given | values) & self.native):
+            index, node = next((i, n) for i, n in nodes if name in map(self.root, n.inputs))
+            convert(index, node, name, "to_channels_last")
+        for index, node in nodes:
+            roots = [self.root(name) for name in node.inputs if name]
+            if node.is_onnx:
+                reads = tuple(name for name in roots if name not in values)
+                writes = tuple(name for name in node.outputs if name)
+                operations.append(_Operation(index, node, "onnx", reads, writes))
+                for name in writes:
+                    if name in self.native:
+                        convert(index, node, name, "to_channels_last")
+                continue
+            if node.op == "QuantizeLinear":
+                reads = tuple(roots)
+            else:
+                reads = tuple(n if graph.is_code(n) else _channels_last(n) for n in roots)
+            out = self.written(node)
+            if graph.is_code(out):
+                operations.append(_Operation(index, node, "packed", reads, (out,)))
+                continue
+            if out in plain and out in outside and out not in given:
+                self.outside.add(out)
+            as_plain = out in pixels and out not in self.native
+            if node.op == "DequantizeLinear" or as_plain:
+                operations.append(_Operation(index, node, "packed", reads, (out,)))
+                if out in self.native:
+                    convert(index, node, out, "to_channels_last")
+                continue
+            operations.append(_Operation(index, node, "packed", reads, (_channels_last(out),)))
+            self.native.add(out)
+            if out in plain:
+                convert(index, node, out, "to_channels_first")
+        return operations
+
+    def _fused_lookups(self) -> dict[str, Node]:
+        """Lookups that the convolutions whose outputs they read do as well, by those outputs."""
+        readers: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            for name in node.inputs:
+                readers.setdefault(name, []).append(node)
+        return {
+            out: readers[out][0]
+            for index, convolutions in self._convolutions.items()
+            if (out := self.graph.nodes[index].outputs[0]) in self.graph.quantization
+            and [_has_one_table(reader) for reader in readers.get(out, [])] == [True]
+            and all(conv.kernel.looks_up for conv in convolutions)
+        }
+
+
+class Plan:
+    """Programs with their buffers, for one set of input shapes; serves one run at a time.
+
+    Made by `Planner.plan`.
+
+    Attributes
+    ----------
+    steps : list of Step
+    program : int64 array (steps, 3), see `executor`
+    parts : list of slice of the program, or NumpyStep between two of them
+    held_bytes : int
+        Bytes of all that it keeps for itself.
+    """
+
+    def __init__(self, planner: Planner, outline: _Outline, found: Inference) -> None:
+        self.graph, self.shapes, self.steps = planner.graph, dict(found.shapes), list[Step]()
+        # Parts of the program, and what runs between them.
+        self.parts: list[slice | NumpyStep] = []
+        self._planner, self._outline, self._found = planner, outline, found
+        self._tensors: dict[str, _Tensor] = {}
+        self._rewritten: set[str] = set()  # tensors whose borders are written at every run
+        self._scratch: list[tuple[list[Any], _Layout, int]] = []  # values, bytes per thread
+        self._keep: list[np.ndarray] = []  # arrays whose addresses argument records hold
+        # Words of argument records: addresses of float tensors that are set anew at every run.
+        self._bindings: dict[str, list[tuple[Step, int]]] = {}
         try:
-            self._build(keep_all)
+            self._build()
         except MemoryError:
             raise InputError(
                 "not enough memory for this input size; use a smaller batch or picture"
             ) from None
-        self.program = np.array(
-            [(s.kernel.address, s.arguments.ctypes.data, s.homes, s.parts) for s in self.steps],
-            np.int64,
-        ).reshape(len(self.steps), 4)
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -326,17 +588,15 @@ class Plan:
     def bind(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Point the program at input arrays and at new arrays for what it writes, all returned."""
         arrays = dict(inputs)
-        for name in self._outside:
+        for name in self._outline.outside:
             arrays[name] = np.empty(self.shapes[name], np.float32)
-        for name in self._bindings:
+        for name in self._bound:
             if name in arrays:
                 self._point(name, arrays[name])
         return arrays
 
     def _point(self, name: str, array: np.ndarray) -> None:
-        address = array.ctypes.data
-        for record, key in self._bindings[name]:
-            record[key]["data"] = address
+        self._words[self._bound[name]] = array.ctypes.data
 
     def run_in_numpy(self, step: NumpyStep, arrays: dict[str, np.ndarray]) -> None:
         """Run an ONNX operator; its results go into `arrays`."""
@@ -349,7 +609,7 @@ class Plan:
         except InputError as error:
             raise InputError(f"node {node.name!r} ({node.op}): {error}") from None
         for name, y in zip(node.outputs, results, strict=True):
-            if name in self._bindings:
+            if name in self._bound:
                 # Programs trust the plan: types and shapes were inferred from zeros.
                 if y.shape != self.shapes[name] or y.dtype != self._found.dtypes[name]:
                     raise InputError(
@@ -365,7 +625,7 @@ class Plan:
 
     def _value(self, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """Array of a tensor outside of the arena, in ONNX's layout."""
-        root = self._root(name)
+        root = self._outline.root(name)
         if root in self._found.values:
             return self._found.values[root]
         array = arrays[root]
@@ -396,15 +656,20 @@ class Plan:
         -------
         array, or None if it was not computed
         """
-        root = self._root(name)
+        root = self._outline.root(name)
         if root in arrays or root in self._found.values:
             return self._value(name, arrays)
         stored = root if root in self._tensors else _channels_last(root)
         if stored not in self._tensors:
             return None
         held, (_, _, h, w) = self._tensors[stored], (*self.shapes[root], 1, 1)[:4]
-        picture = held.array[:, held.top : held.top + h, held.left : held.left + w]
+        picture = self._array(held)[:, held.top : held.top + h, held.left : held.left + w]
         return np.array(picture.transpose(0, 3, 1, 2), order="C").reshape(self.shapes[name])
+
+    def _array(self, held: _Tensor) -> np.ndarray:
+        geometry = held.geometry
+        place = self._arena[held.offset : held.offset + geometry.nbytes]
+        return place.view(geometry.dtype).reshape(geometry.shape)
 
     @property
     def nbytes(self) -> int:
@@ -413,29 +678,19 @@ class Plan:
 
     # --- building --------------------------------------------------------------------------------
 
-    def _root(self, name: str) -> str:
-        while name in self._alias:
-            name = self._alias[name]
-        return name
-
-    def _build(self, keep_all: bool) -> None:
-        graph = self.graph
-        self._lookups: dict[str, Node] = {}
-        if not keep_all:
-            self._lookups = self._fused_lookups()
-        operations = self._operations(keep_all)
-        self._place(operations, keep_all)
-        reads = {name: i for i, operation in enumerate(operations) for name in operation.reads}
-        kept = {self._root(info.name) for info in graph.outputs}
+    def _build(self) -> None:
+        outline = self._outline
+        for stored, name in outline.renamed:
+            if name in self.shapes:
+                self.shapes[stored] = self.shapes[name]
+        self._place()
         begin = 0
-        for i, operation in enumerate(operations):
+        for i, operation in enumerate(outline.operations):
             node = operation.node
             if operation.kind == "onnx":
                 if begin < len(self.steps):
                     self.parts.append(slice(begin, begin := len(self.steps)))
-                names = {*operation.reads, *operation.writes} - kept
-                last = [n for n in names if reads.get(n, i) <= i and not keep_all]
-                self.parts.append(NumpyStep(node, last))
+                self.parts.append(outline.numpy_steps[i])
                 continue
             if operation.kind == "packed":
                 _BUILDERS[node.op](self, operation.index, node)
@@ -448,134 +703,62 @@ class Plan:
                     self._write_border(node, name)
         if begin < len(self.steps):
             self.parts.append(slice(begin, len(self.steps)))
-        size = max((size for _, size in self._scratch), default=0)
-        scratch = aligned((size * self._threads,), np.uint8)
-        for arguments, size in self._scratch:
-            arguments["scratch"], arguments["scratch_size"] = scratch.ctypes.data, size
-        self._scratch_space = scratch
+        self._finish()
+
+    def _finish(self) -> None:
+        """Lay out scratch memory, argument records and the program."""
+        size = max((size for *_, size in self._scratch), default=0)
+        self._scratch_space = aligned((size * self._planner.threads,), np.uint8)
+        address = self._scratch_space.ctypes.data
+        for values, layout, size in self._scratch:
+            values[layout.index["scratch"]] = address
+            values[layout.index["scratch_size"]] = size
+        end = 0
+        for step in self.steps:
+            step.place = end
+            end += step.layout.stride
+        self._arguments = aligned((end,), np.uint8)
+        self._words = self._arguments.view(np.uintp)
+        begin, buffer = self._arguments.ctypes.data, self._arguments.data
+        program = []
+        for step in self.steps:
+            step.layout.struct.pack_into(buffer, step.place, *step.values)
+            address = begin + step.place
+            program.append((step.kernel.address, address, step.homes, step.parts))
+        self.program = np.array(program, np.int64).reshape(len(program), 4)
+        self._bound = {
+            name: np.array([step.place // 8 + word for step, word in places])
+            for name, places in self._bindings.items()
+        }
         self._bound_constants = {
             name: np.asarray(self._found.values[name], order="C")
-            for name in self._bindings
+            for name in self._bound
             if name in self._found.values
         }
         for name, array in self._bound_constants.items():
             self._point(name, array)
-
-    def _operations(self, keep_all: bool) -> list[_Operation]:
-        """List what is to be done, with changes of layout; sets `_native` and `_outside`."""
-        graph, values = self.graph, self._found.values
-        fused = {node.outputs[0] for node in self._lookups.values()}
-        needed = {self._root(info.name) for info in graph.outputs}
-        nodes: list[tuple[int, Node]] = []
-        for index, node in reversed(list(enumerate(graph.nodes))):
-            written = {name for name in node.outputs if name not in values}
-            flat = node.op == "Flatten" and not node.is_onnx
-            wanted = keep_all or not needed.isdisjoint(written)
-            if written and wanted and not flat and node.outputs[0] not in fused:
-                shape_only = node.is_onnx and node.op in ("Shape", "Size")
-                needed.update(self._root(n) for n in node.inputs if n and not shape_only)
-                nodes.append((index, node))
-            elif flat and wanted:
-                needed.add(self._root(node.inputs[0]))
-            elif node.outputs[0] in fused and node.outputs[0] in needed:
-                needed.add(node.inputs[0])
-        nodes.reverse()
-        # Float32 tensors that somebody reads channels last, or as ONNX has them.
-        self._native, plain = set[str](), {self._root(info.name) for info in graph.outputs}
-        outside = set(plain)
-        for _, node in nodes:
-            names = {self._root(name) for name in node.inputs if name}
-            if node.is_onnx:
-                outside |= names
-                plain |= names
-            elif node.op == "QuantizeLinear":
-                plain |= names
-            else:
-                self._native |= {name for name in names if not graph.is_code(name)}
-        given = {info.name for info in graph.inputs}
-        self._outside = set[str]()
-        operations: list[_Operation] = []
-
-        def convert(index: int, node: Node, name: str, kind: str) -> None:
-            x, y = name, _channels_last(name)
-            if kind == "to_channels_first":
-                x, y = y, x
-            operations.append(_Operation(index, node, kind, (x,), (y,)))
-
-        for name in sorted((given | set(values)) & self._native):
-            index, node = next((i, n) for i, n in nodes if name in map(self._root, n.inputs))
-            convert(index, node, name, "to_channels_last")
-        for index, node in nodes:
-            roots = [self._root(name) for name in node.inputs if name]
-            if node.is_onnx:
-                reads = tuple(name for name in roots if name not in values)
-                writes = tuple(name for name in node.outputs if name)
-                operations.append(_Operation(index, node, "onnx", reads, writes))
-                for name in writes:
-                    if name in self._native:
-                        convert(index, node, name, "to_channels_last")
-                continue
-            if node.op == "QuantizeLinear":
-                reads = tuple(roots)
-            else:
-                reads = tuple(n if graph.is_code(n) else _channels_last(n) for n in roots)
-            out = self._written(node)
-            if graph.is_code(out):
-                operations.append(_Operation(index, node, "packed", reads, (out,)))
-                continue
-            if out in plain and out in outside and out not in given:
-                self._outside.add(out)
-            _, _, h, w = self.shapes[out]
-            as_plain = node.weight_shape is not None and out not in self._native and h * w == 1
-            if node.op == "DequantizeLinear" or as_plain:
-                operations.append(_Operation(index, node, "packed", reads, (out,)))
-                if out in self._native:
-                    convert(index, node, out, "to_channels_last")
-                continue
-            operations.append(_Operation(index, node, "packed", reads, (_channels_last(out),)))
-            self._native.add(out)
-            if out in plain:
-                convert(index, node, out, "to_channels_first")
-        for name in {name for o in operations for name in (*o.reads, *o.writes)}:
-            if name.endswith(_channels_last("")) and name not in self.shapes:
-                self.shapes[name] = self.shapes[name.removesuffix(_channels_last(""))]
-        return operations
-
-    def _fused_lookups(self) -> dict[str, Node]:
-        """Lookups that the convolutions whose outputs they read do as well, by those outputs."""
-        readers: dict[str, list[Node]] = {}
-        for node in self.graph.nodes:
-            for name in node.inputs:
-                readers.setdefault(name, []).append(node)
-        return {
-            out: readers[out][0]
-            for index, convolutions in self._convolutions.items()
-            if (out := self.graph.nodes[index].outputs[0]) in self.graph.quantization
-            and [_has_one_table(reader) for reader in readers.get(out, [])] == [True]
-            and all(conv.kernel.looks_up for conv in convolutions)
-        }
-
-    def _written(self, node: Node) -> str:
-        """Name of the tensor that a node's kernels write."""
-        out = node.outputs[0]
-        return self._lookups[out].outputs[0] if out in self._lookups else out
+        own = (self._arena, self._scratch_space, self._arguments, *self._keep)
+        self.held_bytes = sum(array.nbytes for array in own)
 
     def _borders(self) -> dict[str, tuple[int, int, int, int]]:
         """Border (top, left, bottom, right) that the readers of each stored tensor need."""
         borders: dict[str, tuple[int, int, int, int]] = {}
-        for index, node in enumerate(self.graph.nodes):
-            for conv in self._convolutions.get(index, ()):
-                x = self._stored(node.inputs[0])
+        for node, x, convolutions in self._outline.readers:
+            if x not in self.shapes:  # nobody computes it
+                continue
+            size = self.shapes[x][2:]
+            for conv in convolutions:
                 needed = [0, 0, 0, 0]
+                shape = conv.layer.weights.shape
                 for axis in (0, 1):
                     first, stride, count = self._window(node, conv, axis)
-                    extent = conv.dilations[axis] * (conv.layer.weights.shape[1 + axis] - 1)
-                    last = first + (count - 1) * stride + max(extent, 0)
-                    if count > 0 and 0 not in conv.layer.weights.shape:
+                    if count > 0 and 0 not in shape:
+                        extent = conv.dilations[axis] * (shape[1 + axis] - 1)
+                        last = first + (count - 1) * stride + extent
                         needed[axis] = max(0, -first)
-                        needed[2 + axis] = max(0, last - self.shapes[x][2 + axis] + 1)
+                        needed[2 + axis] = max(0, last - size[axis] + 1)
                 old = borders.get(x, (0, 0, 0, 0))
-                top, left, bottom, right = (max(p) for p in zip(old, needed, strict=True))
+                top, left, bottom, right = map(max, old, needed)
                 borders[x] = (top, left, bottom, right)
         return borders
 
@@ -588,49 +771,40 @@ class Plan:
         step = a["strides"][axis]
         return conv.shift[axis], 1, -(-(size - conv.phase[axis]) // step)
 
-    def _stored(self, name: str) -> str:
-        """Name under which packed operators other than QuantizeLinear find a tensor."""
-        name = self._root(name)
-        return name if self.graph.is_code(name) else _channels_last(name)
-
-    def _place(self, operations: list[_Operation], keep_all: bool) -> None:
+    def _place(self) -> None:
         """Give every tensor that only programs read its part of the arena."""
-        borders, end = self._borders(), len(operations)
-        last_use = {
-            name: end if keep_all else index
-            for index, operation in enumerate(operations)
-            for name in (*operation.reads, *operation.writes)
-        }
+        outline, borders = self._outline, self._borders()
+        end = len(outline.operations)
         blocks: list[Block] = []
         tensors: dict[str, tuple[Block, _Geometry]] = {}
         # Blocks of small tensors, each with the step until which it is in use.
         kept: dict[_Geometry, list[list[Any]]] = {}
-        for index, operation in enumerate(operations):
+        for index, operation in enumerate(outline.operations):
             for name in operation.writes if operation.kind != "onnx" else ():
-                if name in self._outside:
+                if name in outline.outside:
                     continue
                 geometry = self._geometry(name, borders.get(name, (0, 0, 0, 0)))
-                last = last_use.get(name, index)
-                small = geometry.bordered and geometry.nbytes < _SMALL
+                last, nbytes = outline.last_use[name], geometry.nbytes
+                small = geometry.bordered and nbytes < _SMALL
                 users = kept.setdefault(geometry, []) if small else []
                 user = next((user for user in users if user[1] < index), None)
                 if user is None:
-                    size = -(-geometry.nbytes // ALIGNMENT) * ALIGNMENT
+                    size = -(-nbytes // ALIGNMENT) * ALIGNMENT
                     user = [Block(size, 0, end) if small else Block(size, index, last), last]
                     users.append(user)
                     blocks.append(user[0])
                 user[1] = last
                 tensors[name] = user[0], geometry
-        self._arena = aligned((arrange(blocks),), np.uint8)
+        self._arena = arena(arrange(blocks))
+        begin = self._arena.ctypes.data
         for name, (block, geometry) in tensors.items():
-            place = self._arena[block.offset : block.offset + geometry.nbytes]
-            array = place.view(geometry.dtype).reshape(geometry.shape)
-            self._tensors[name] = _Tensor(array, geometry.top, geometry.left)
+            values = (begin + block.offset, *geometry.shape, geometry.top, geometry.left)
+            self._tensors[name] = _Tensor(geometry, block.offset, values)
             if geometry.bordered:
-                if any(block.overlaps(b) for b in blocks if b is not block):
+                if block.shared:
                     self._rewritten.add(name)
                 else:
-                    array.fill(geometry.zero_point)
+                    self._array(self._tensors[name]).fill(geometry.zero_point)
 
     def _geometry(self, name: str, border: tuple[int, int, int, int]) -> _Geometry:
         n, c, h, w = (*self.shapes[name], 1, 1)[:4]
@@ -643,8 +817,8 @@ class Plan:
 
     def _write_border(self, node: Node, name: str) -> None:
         held = self._tensors[name]
-        n, rows, columns, c = held.array.shape
-        _, _, h, w = self.shapes[name]
+        n, rows, columns, c = held.geometry.shape
+        h, w = held.geometry.size
         bottom, right = held.top + h, held.left + w
         for top, left, height, width in (
             (0, 0, held.top, columns),
@@ -656,12 +830,10 @@ class Plan:
                 q = self.graph.quantization.get(name)
                 self._step(
                     node, "fill" if q else "float_fill", abi.FILL if q else abi.FLOAT_FILL,
-                    tensors={"y": name},
+                    tensors={"y": name}, moved={"y": (top - held.top, left - held.left)},
                     n=n, height=height, width=width, channels=c,
                     value=q.zero_point if q else 0,
                 )  # fmt: skip
-                place = self.steps[-1].arguments[0]["y"]
-                place["top"], place["left"] = top, left
 
     def _step(
         self,
@@ -669,38 +841,58 @@ class Plan:
         op: str,
         record: np.dtype,
         *,
-        chosen: Kernel | None = None,
+        conv: Convolution | None = None,
         tensors: dict[str, str],
+        moved: Mapping[str, tuple[int, int]] = _NOTHING,
+        template: list[Any] | None = None,
         work: int = _ELEMENT,
         **fields: Any,
     ) -> None:
         """Append a kernel call; `tensors` maps record fields to tensor names.
 
-        `work` is that of one element of the output, in multiplications of a convolution.
+        `work` is that of one element of the output, in multiplications of a convolution. The
+        pictures of tensors in `moved` begin so many rows and columns further. `fields` are values
+        of the argument record, arrays stand for their addresses; `template` has the others.
         """
-        chosen = chosen or kernel(op, self._family)
-        arguments = np.zeros(1, record)
-        for key, value in fields.items():
-            arguments[key] = value.ctypes.data if isinstance(value, np.ndarray) else value
+        chosen = self._planner.kernel(op) if conv is None else conv.kernel
+        layout = _layout(record)
+        index = layout.index
+        values = (template or layout.empty).copy()
+        total = work * fields["n"] * fields["height"] * fields["width"] * fields["channels"]
+        homes = max(1, min(total // _SHARE, self._planner.threads))
+        parts = max(1, min(total // homes // _SHARE, _PARTS))
+        step = Step(node, chosen, layout, values, homes, parts)
+        places = {}
         for key, name in tensors.items():
-            root = self._root(name)
-            if root in self._tensors:
-                arguments[key] = self._tensors[root].view()
-            else:
+            root = self._outline.root(name)
+            held = self._tensors.get(root)
+            if held is None:
                 n, c, h, w = (*self.shapes[root], 1, 1)[:4]
-                place = arguments[0][key]
-                place["n"], place["h"], place["w"], place["c"] = n, h, w, c
-                self._bindings.setdefault(root, []).append((arguments[0], key))
-        arrays = [value for value in fields.values() if isinstance(value, np.ndarray)]
-        if chosen.scratch is not None:
-            size = -(-int(chosen.scratch(arguments[0])) // ALIGNMENT) * ALIGNMENT
-            self._scratch.append((arguments, size))
-        total = work * math.prod(fields[key] for key in ("n", "height", "width", "channels"))
-        homes = max(1, min(total // _SHARE, self._threads))
-        parts = min(total // homes // _SHARE, _PARTS)
-        if chosen.pieces is not None:
-            parts = min(parts, chosen.pieces(arguments[0]) // homes)
-        self.steps.append(Step(node, chosen, arguments, homes, max(1, parts), arrays))
+                tensor: tuple[int, ...] = (0, n, h, w, c, 0, 0)
+                self._bindings.setdefault(root, []).append((step, layout.word[key]))
+            else:
+                tensor = held.values
+            if key in moved:
+                top, left = moved[key]
+                tensor = (*tensor[:5], tensor[5] + top, tensor[6] + left)
+            begin = index[key]
+            values[begin : begin + len(tensor)] = tensor
+            places[key] = _Place(tensor)
+        if conv is not None or chosen.scratch is not None:
+            known = {**fields, **places}
+            if conv is not None:
+                fields |= conv.packed.sized(known)
+            if chosen.pieces is not None:
+                step.parts = max(1, min(parts, chosen.pieces(known) // homes))
+            if chosen.scratch is not None:
+                size = -(-int(chosen.scratch(known)) // ALIGNMENT) * ALIGNMENT
+                self._scratch.append((values, layout, size))
+        for key, value in fields.items():
+            if isinstance(value, np.ndarray):
+                self._keep.append(value)
+                value = value.ctypes.data
+            values[index[key]] = value
+        self.steps.append(step)
 
     def _sizes(self, name: str) -> dict[str, Any]:
         n, c, h, w = (*self.shapes[name], 1, 1)[:4]
@@ -714,63 +906,68 @@ class Plan:
         return {"lo": low if lo is None else lo, "hi": high if hi is None else hi}
 
     def _conv(self, index: int, node: Node) -> None:
-        out = node.outputs[0]
-        on_codes = self.graph.on_codes(node)
         # Kernels write channels last; one more step brings floats into ONNX's order.
-        target = self._target(node)
+        tensors = {"x": self._outline.stored(node.inputs[0]), "y": self._outline.target(node)}
+        if len(node.inputs) > 1:
+            tensors["r"] = self._outline.stored(node.inputs[1])
+        n, c, _, _ = self.shapes[node.outputs[0]]
+        x = self._tensors[tensors["x"]]
+        for conv in self._planner.convolutions[index]:
+            row, _, height = self._window(node, conv, 0)
+            column, _, width = self._window(node, conv, 1)
+            if height <= 0 or width <= 0:
+                continue
+            # A phase writes into the picture from its own first row and column on.
+            moved = {"y": conv.phase, "r": conv.phase} if conv.phase != (0, 0) else _NOTHING
+            self._step(
+                node, conv.kernel.op, conv.kernel.record,
+                conv=conv, tensors=tensors, work=conv.work, moved=moved,
+                template=self._conv_template(node, conv),
+                n=n, height=height, width=width, channels=c,
+                row0=x.top + row, column0=x.left + column,
+                dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],
+                kernel_h=conv.layer.weights.shape[1], kernel_w=conv.layer.weights.shape[2],
+            )  # fmt: skip
+
+    def _conv_template(self, node: Node, conv: Convolution) -> list[Any]:
+        """Return the argument record of a convolution, as far as no size changes it."""
+        template = self._outline.templates.get(conv)
+        if template is not None:
+            return template
+        out, quantization = node.outputs[0], self.graph.quantization
+        transposed = node.op == "ConvTranspose"
+        strides = node.attributes["strides"]
+        stride, step = ((1, 1), strides) if transposed else (strides, (1, 1))
         residual = len(node.inputs) > 1
-        fields: dict[str, Any] = {"has_residual": residual}
-        tensors = {"x": self._stored(node.inputs[0]), "y": target}
-        if residual:
-            tensors["r"] = self._stored(node.inputs[1])
-        if on_codes:
+        constants = conv.packed.constants | self._range(node) | {
+            "stride_h": stride[0], "stride_w": stride[1],
+            "step_h": step[0], "step_w": step[1],
+            "group": conv.layer.group, "has_residual": residual,
+        }  # fmt: skip
+        if self.graph.on_codes(node):
             assert node.weights is not None
-            fields |= {
+            constants |= {
                 "bits": node.weights.bits, "residual_shift": node.weights.residual_shift,
                 "float_output": not self.graph.is_code(out),
             }  # fmt: skip
             if residual:
-                q_y, q_r = self.graph.quantization.get(out), self.graph.quantization[node.inputs[1]]
+                q_y, q_r = quantization.get(out), quantization[node.inputs[1]]
                 scale_y = q_y.scale if q_y else 1.0
-                fields |= {"z_r": q_r.zero_point, "m_r": np.float32(q_r.scale / scale_y)}
-            if out in self._lookups:
-                fields["table"] = self._lookups[out].table
-        steps = node.attributes["strides"] if node.op == "ConvTranspose" else (1, 1)
-        n, c, _, _ = self.shapes[out]
-        x = self._tensors[tensors["x"]]
-        for conv in self._convolutions[index]:
-            (row, stride_h, height), (column, stride_w, width) = (
-                self._window(node, conv, axis) for axis in (0, 1)
-            )
-            if height <= 0 or width <= 0:
-                continue
-            shape = conv.layer.weights.shape
-            self._step(
-                node, conv.kernel.op, abi.CONV if on_codes else abi.FLOAT_CONV,
-                chosen=conv.kernel, tensors=tensors,
-                work=math.prod(shape[1:]) * (_DEPTHWISE if conv.layer.is_depthwise else 1),
-                n=n, height=height, width=width, channels=c,
-                kernel_h=shape[1], kernel_w=shape[2], stride_h=stride_h, stride_w=stride_w,
-                dilation_h=conv.dilations[0], dilation_w=conv.dilations[1],
-                row0=x.top + row, column0=x.left + column,
-                step_h=steps[0], step_w=steps[1], group=conv.layer.group,
-                **fields, **self._range(node),
-            )  # fmt: skip
-            step = self.steps[-1]
-            step.keep += conv.packed.place(step.arguments)
-            # A phase writes into the picture from its own first row and column on.
-            for key in ("y", "r")[: 1 + residual]:
-                record = step.arguments[0][key]
-                record["top"] += conv.phase[0]
-                record["left"] += conv.phase[1]
-
-    def _target(self, node: Node) -> str:
-        """Name of the tensor that a packed node's kernels write."""
-        out = self._written(node)
-        return _channels_last(out) if out in self._native else out
+                constants |= {"z_r": q_r.zero_point, "m_r": np.float32(q_r.scale / scale_y)}
+            if out in self._outline.lookups:
+                table = self._outline.lookups[out].table
+                assert table is not None
+                constants["table"] = table.ctypes.data
+        layout = _layout(conv.kernel.record)
+        template = layout.empty.copy()
+        for key, value in constants.items():
+            template[layout.index[key]] = value
+        self._outline.templates[conv] = template
+        return template
 
     def _pool(self, index: int, node: Node) -> None:
-        a, x, out = node.attributes, self._stored(node.inputs[0]), self._target(node)
+        a = node.attributes
+        x, out = self._outline.stored(node.inputs[0]), self._outline.target(node)
         _, _, h, w = self.shapes[x]
         everything = node.op in ("GlobalAveragePool", "GlobalMaxPool")
         size = [h, w] if everything else a["kernel_shape"]
@@ -842,11 +1039,11 @@ class Plan:
         )  # fmt: skip
 
     def _float_binary(self, node: Node) -> None:
-        y = self._target(node)
+        y = self._outline.target(node)
         tensors: dict[str, str] = {"y": y}
         steps: dict[str, Any] = {}
         for key, name in zip("xr", node.inputs, strict=True):
-            tensors[key] = self._stored(name)
+            tensors[key] = self._outline.stored(name)
             for axis, size, whole in zip("nchw", self.shapes[name], self.shapes[y], strict=True):
                 steps[f"{key}_step_{axis}"] = size == whole
         self._step(
@@ -855,7 +1052,7 @@ class Plan:
         )  # fmt: skip
 
     def _unary(self, index: int, node: Node) -> None:
-        a, y = node.attributes, self._target(node)
+        a, y = node.attributes, self._outline.target(node)
         alpha, beta = a.get("alpha", 0.0), a.get("beta", 0.0)
         if node.op == "Clip":
             alpha, beta = self._range(node).values()
@@ -863,7 +1060,7 @@ class Plan:
             alpha, beta = np.float32(1 / 6), 0.5
         self._step(
             node, "float_unary", abi.FLOAT_UNARY,
-            tensors={"x": self._stored(node.inputs[0]), "y": y}, **self._sizes(y),
+            tensors={"x": self._outline.stored(node.inputs[0]), "y": y}, **self._sizes(y),
             function=abi.UNARY.index(_UNARY[node.op]), alpha=alpha, beta=beta,
         )  # fmt: skip
 
@@ -879,7 +1076,7 @@ class Plan:
         table: np.ndarray | None = None,
     ) -> None:
         """Copy from x to the output; `at`, `start` and `step` are (channel, row, column)."""
-        x, y = self._stored(x), self._target(node)
+        x, y = self._outline.stored(x), self._outline.target(node)
         source, target = self._tensors[x], self._tensors[y]
         self._step(
             node, self._op(node, "copy"), abi.COPY, tensors={"x": x, "y": y},
@@ -941,7 +1138,7 @@ class Plan:
         )  # fmt: skip
 
     def _pad(self, index: int, node: Node) -> None:
-        out, pads = self._target(node), node.attributes["pads"]
+        out, pads = self._outline.target(node), node.attributes["pads"]
         q = self.graph.quantization.get(out)
         self._step(
             node, self._op(node, "fill"), abi.FILL if q else abi.FLOAT_FILL,
@@ -950,7 +1147,7 @@ class Plan:
         self._copy(node, node.inputs[0], at=(pads[1], pads[2], pads[3]))
 
     def _resize(self, index: int, node: Node) -> None:
-        x, out = self._stored(node.inputs[0]), self._target(node)
+        x, out = self._outline.stored(node.inputs[0]), self._outline.target(node)
         tables: dict[str, Any] = {}
         for axis, label in ((0, "row"), (1, "column")):
             first, second, weight = resize_table(
@@ -972,7 +1169,7 @@ class Plan:
     def _depth_to_space(self, index: int, node: Node) -> None:
         self._step(
             node, self._op(node, "depth_to_space"), abi.DEPTH_TO_SPACE,
-            tensors={"x": self._stored(node.inputs[0]), "y": self._target(node)},
+            tensors={"x": self._outline.stored(node.inputs[0]), "y": self._outline.target(node)},
             **self._sizes(node.outputs[0]),
             blocksize=node.attributes["blocksize"], block_first=node.attributes["mode"] == "DCR",
         )  # fmt: skip

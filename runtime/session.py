@@ -19,10 +19,12 @@ from logshift.kernels.errors import InputError
 from logshift.runtime import cores, executor, format, numpy_ops
 from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
 from logshift.runtime.picture import Preprocessing, is_image
-from logshift.runtime.plan import NumpyStep, Plan, prepare
+from logshift.runtime.plan import NumpyStep, Plan, Planner, prepare
 from logshift.runtime.table import text_table
 
-_SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
+# Plans that a session keeps while nobody runs them: of so many sets of input shapes, so many in all
+# (several callers at once need one each), and of so many bytes, but always the latest.
+_SHAPES_KEPT, _PLANS_KEPT, _BYTES_KEPT = 8, 16, 2**28
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,7 +69,9 @@ def load(
     """
     if pickle_as not in ("bytes", "path"):
         raise InputError(f"pickle_as is {pickle_as!r}; choose 'bytes' or 'path'")
-    session = Session(format.read(path), threads=threads, kernels=kernels)
+    kernels = _family(kernels)
+    graph = format.read(path, threads=_threads(threads), keep_decoded=True)
+    session = Session(graph, threads=threads, kernels=kernels)
     if pickle_as == "path":
         session._path = os.path.abspath(path)
     return session
@@ -146,17 +150,14 @@ class Session:
 
     def __init__(self, graph: Graph, *, threads: int | None = None, kernels: str = "auto") -> None:
         self._threads = threads
-        if threads is None:
-            threads = min(cores.default_threads(), executor.MAX_THREADS)
-        if type(threads) is not int or not 1 <= threads <= executor.MAX_THREADS:
-            raise InputError(f"threads is {threads!r}; it must be from 1 to {executor.MAX_THREADS}")
-        self.graph, self.threads, self.kernels = graph, threads, _family(kernels)
+        self.graph, self.threads, self.kernels = graph, _threads(threads), _family(kernels)
         self._preprocessing = (
             None
             if graph.preprocessing is None
             else Preprocessing.from_manifest(graph.preprocessing)
         )
-        self._convolutions = prepare(graph, kernels)
+        convolutions = prepare(graph, self.kernels, self.threads)
+        self._planner = Planner(graph, convolutions, self.kernels, self.threads)
         self._forget_plans()
 
     def _forget_plans(self) -> None:
@@ -191,12 +192,13 @@ class Session:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the network anew."""
-        network = state["network"]
+        network, threads = state["network"], state["threads"]
+        decoding = {"threads": _threads(threads), "keep_decoded": True}
         if isinstance(network, bytes):
-            graph = format.deserialize(network)
+            graph = format.deserialize(network, **decoding)
         else:
             try:
-                graph = format.read(network)
+                graph = format.read(network, **decoding)
             except OSError as error:
                 raise InputError(
                     f"the session was pickled as the path {network}, which cannot be read here"
@@ -204,7 +206,7 @@ class Session:
                     " load(path, pickle_as='bytes')"
                 ) from error
             self._path = network
-        Session.__init__(self, graph, threads=state["threads"], kernels=state["kernels"])
+        Session.__init__(self, graph, threads=threads, kernels=state["kernels"])
 
     def __copy__(self) -> Session:
         """Return a session on the same weights with buffers of its own."""
@@ -332,7 +334,9 @@ class Session:
         for index, node in enumerate(self.graph.nodes):
             # The shape of some ONNX operators' results only a run can tell.
             out = shapes.get(next(filter(None, node.outputs)), ())
-            kernels = dict.fromkeys(c.kernel.name for c in self._convolutions.get(index, ()))
+            kernels = dict.fromkeys(
+                c.kernel.name for c in self._planner.convolutions.get(index, ())
+            )
             name = numpy_name(node.op) if node.is_onnx else ", ".join(kernels)
             summary = LayerSummary(
                 node.name, node.op, out, name, _macs(node, shapes), node.weight_shape
@@ -345,22 +349,35 @@ class Session:
     # --- plans -----------------------------------------------------------------------------------
 
     def _plan(self, arrays: dict[str, np.ndarray], keep_all: bool = False) -> Plan:
-        found = self.graph.infer({name: array.shape for name, array in arrays.items()})
-        return Plan(self.graph, self._convolutions, self.kernels, found, self.threads, keep_all)
+        return self._planner.plan({name: x.shape for name, x in arrays.items()}, keep_all)
 
     def _borrow(self, key: tuple[Shape, ...]) -> Plan | None:
         if os.getpid() != self._pid:  # another thread may have held the lock when we were forked
             self._reset_lock()
         with self._lock:
             plans = self._idle.get(key)
-            return plans.pop() if plans else None
+            if not plans:
+                return None
+            plan = plans.pop()
+            if not plans:
+                del self._idle[key]
+            return plan
 
     def _return(self, key: tuple[Shape, ...], plan: Plan) -> None:
         with self._lock:
             self._idle.setdefault(key, []).append(plan)
             self._idle.move_to_end(key)
-            while len(self._idle) > _SHAPES_KEPT:
-                self._idle.popitem(last=False)
+            while self._keeps_too_much():
+                oldest, plans = next(iter(self._idle.items()))
+                del plans[0]
+                if not plans:
+                    del self._idle[oldest]
+
+    def _keeps_too_much(self) -> bool:
+        plans = [plan for found in self._idle.values() for plan in found]
+        if len(self._idle) > _SHAPES_KEPT or len(plans) > _PLANS_KEPT:
+            return True
+        return len(plans) > 1 and sum(plan.held_bytes for plan in plans) > _BYTES_KEPT
 
     # --- inputs ----------------------------------------------------------------------------------
 
@@ -417,6 +434,14 @@ def _macs(node: Node, shapes: Mapping[str, Shape]) -> int:
 def numpy_name(op: str) -> str:
     """Say how an ONNX operator runs."""
     return "onnx.reference (slow)" if op in numpy_ops.SLOW else "numpy"
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return min(cores.default_threads(), executor.MAX_THREADS)
+    if type(threads) is not int or not 1 <= threads <= executor.MAX_THREADS:
+        raise InputError(f"threads is {threads!r}; it must be from 1 to {executor.MAX_THREADS}")
+    return threads
 
 
 def _family(kernels: str) -> str:

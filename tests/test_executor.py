@@ -28,8 +28,8 @@ def count(arguments, first_part, end_part, parts, slot):
     """Count each part, and parts that come before all of the step before are done.
 
     arguments: address of the counts of parts, of the step's sum and of that of the step before,
-    how many parts that has, address of the mistakes, of who did each part; a slot, or _ALL, and what it
-    waits for: an address of a word that is no longer 0, or 0 for all other parts to be done.
+    how many parts that has, address of the mistakes, of who did each part; a slot, or _ALL, and
+    what it waits for: an address of a word that is no longer 0, or 0 for all other parts.
     """
     a = carray(arguments, 8)
     patience = 10**9

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphs import GRAPHS
+from graphs import GRAPHS, build, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logshift import runtime
 from logshift.kernels import codec
 from logshift.kernels.errors import FormatError
 from logshift.runtime import format as packed_format
+from logshift.runtime.graph import Node
 
 HOSTILE = Path(__file__).parent / "hostile"
 
@@ -113,6 +115,62 @@ def test_every_encoding_round_trips_and_the_smaller_is_taken(bits, ratio):
     encoding = make.take_apart(data)[0]["nodes"][make.SPARSE]["weight"]["positions"]
     selected = np.count_nonzero(graph.nodes[make.SPARSE].weights.second)
     assert encoding == ("none" if selected == 0 else "list" if selected <= 20 else "bitmap")
+
+
+@pytest.mark.parametrize("bits", range(codec.MIN_BITS, codec.MAX_BITS + 1))
+@pytest.mark.parametrize("shift", [0, 1, codec.MAX_RESIDUAL_SHIFT])
+@pytest.mark.parametrize("ratio", [0, 0.02, 0.9])
+def test_streams_decode_to_the_integers_of_their_words(bits, shift, ratio):
+    rng = np.random.default_rng(bits)
+    for shape in ((5, 3, 3, 7), (1, 1, 1, 1), (16, 1, 1, 1031)):
+        weights = random_weights(rng, shape, bits, ratio, shift)
+        graph = conv_of(weights)
+        stored = packed_format.deserialize(packed_format.serialize(graph)).nodes[0].weights
+        for again in (stored, stored.words()):
+            assert np.array_equal(again.integers(), weights.integers())
+            assert again.integers().dtype == weights.integers().dtype
+            assert np.array_equal(again.sums(), weights.sums())
+            assert (again.largest, again.nzr) == (weights.largest, weights.nzr)
+
+
+def conv_of(weights):
+    """Return a graph of one convolution of float32 with quantized weights."""
+    o, kh, kw, c = weights.shape
+    node = Node("Conv", "c", ["x"], ["y"], {}, weights, np.zeros(o, np.float32))
+    return build([node], {}, {"x": (1, c, kh, kw)}, "y")
+
+
+def test_load_decodes_every_stream_once_and_keeps_nothing_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "net.stlq"
+    packed_format.write(make.classifier(), path)
+    inflated = []
+    unpacked = packed_format._Streams._unpacked
+    monkeypatch.setattr(
+        packed_format._Streams, "_unpacked",
+        lambda self: inflated.append(self.where) or unpacked(self),
+    )  # fmt: skip
+    session = runtime.load(path, threads=2)
+    nodes = [node for node in session.graph.nodes if node.weights is not None]
+    assert len(inflated) == len(set(inflated)) == len(nodes)
+    assert all(node.weights._integers is None for node in nodes)
+    # Whoever only reads a file keeps nothing but the streams.
+    nodes = [n for n in packed_format.read(path).nodes if n.weights is not None]
+    assert all(node.weights._integers is None for node in nodes)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_of_several_faults_the_first_nodes_is_told(threads, monkeypatch):
+    data = packed_format.serialize(make.classifier())
+    integers = packed_format._Streams.integers
+
+    def fails(self):
+        integers(self)
+        raise FormatError(f"fault in {self.where}")
+
+    monkeypatch.setattr(packed_format._Streams, "integers", fails)
+    names = [n.name for n in make.classifier().nodes if n.weights is not None]
+    with pytest.raises(FormatError, match=f"fault in node {names[0]!r}"):
+        packed_format.deserialize(data, threads=threads)
 
 
 def test_streams_are_deflated_where_that_is_smaller():

@@ -75,6 +75,30 @@ def test_many_input_shapes_do_not_accumulate_plans():
     assert np.array_equal(session.run(pictures(1, 12, 12)), first)
 
 
+def test_idle_plans_are_bounded_in_number_and_bytes(monkeypatch):
+    session = Session(small_network(), threads=1)
+
+    def kept():
+        return [p for plans in session._idle.values() for p in plans]
+
+    def return_plans(size, count):
+        x = session._arrays(pictures(1, size, size))
+        for p in [session._plan(x) for _ in range(count)]:
+            session._return((size,), p)
+
+    return_plans(12, 30)  # as many callers at once
+    assert len(kept()) == 16
+    return_plans(14, 1)
+    assert len(kept()) == 16 and len(session._idle) == 2
+    latest = session._idle[14,][0]
+    monkeypatch.setattr("logshift.runtime.session._BYTES_KEPT", 3 * latest.held_bytes)
+    return_plans(16, 1)
+    assert sum(p.held_bytes for p in kept()) <= 3 * latest.held_bytes and latest in kept()
+    monkeypatch.setattr("logshift.runtime.session._BYTES_KEPT", 0)
+    return_plans(18, 1)
+    assert [*session._idle] == [(18,)] and len(kept()) == 1
+
+
 def test_outputs_of_one_run_survive_the_next():
     session = Session(small_network())
     first = session.run(pictures(seed=1))
@@ -158,7 +182,7 @@ def test_session_works_after_fork():
     expected = session.run(x)
     context = multiprocessing.get_context("fork")
     # A lock that some thread holds at the moment of the fork must not matter in the child.
-    with session._lock, executor.team(2)._busy:
+    with session._lock, executor.team(2)._hiring:
         receive, send = context.Pipe(duplex=False)
         child = context.Process(target=_run_in_child, args=(session, x, send))
         child.start()
@@ -297,7 +321,7 @@ def test_profile_and_summary_name_the_kernels_of_all_phases():
     ]  # fmt: skip
     q = dict.fromkeys(("x", "y"), Quantization(0.1, 9, 8))
     session = Session(build(nodes, q, {"input": (1, 4, 5, 6)}, "z"), threads=1)
-    parts = session._convolutions[1]
+    parts = session._planner.convolutions[1]
     assert len(parts) == 4
     parts[3] = dataclasses.replace(parts[3], kernel=abi.kernel("conv", "reference", parts[3].layer))
     expected = f"{parts[0].kernel.name}, reference-conv"
