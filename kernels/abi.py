@@ -18,8 +18,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, from_dtype, types
 
+from logshift.kernels.jit import cfunc, njit
 from logshift.kernels.native import as_pointer
 
 # What each family falls back to for an operation, or a layer, that it has no kernel for; beside
@@ -238,7 +239,7 @@ class Kernel:
 @cache
 def _compiled(function: Callable[..., None], record: np.dtype) -> Any:
     signature = types.void(types.CPointer(from_dtype(record)), types.intp, types.intp)
-    return cfunc(signature, cache=True, error_model="numpy")(function)
+    return cfunc(signature, error_model="numpy")(function)
 
 
 _REGISTRY: dict[tuple[str, str, str], Kernel] = {}

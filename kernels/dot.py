@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, share
+from logshift.kernels.jit import njit
 from logshift.kernels.layer import Layer, Packed, reading_offsets
 from logshift.kernels.memory import aligned
 from logshift.kernels.microkernels import (

@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from logshift.kernels import abi
 from logshift.kernels.abi import register, share
 from logshift.kernels.adders import ADDERS, DIGIT, PIECE, Adder, add_rows, gather, scatter
 from logshift.kernels.codec import exponent_levels
 from logshift.kernels.dot import address_of
+from logshift.kernels.jit import njit
 from logshift.kernels.layer import Layer, Packed, reading_offsets
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer

@@ -20,8 +20,9 @@ from functools import cache
 from queue import SimpleQueue
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 
+from logshift.kernels.jit import njit
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import (
     as_pointer,
