@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numba import carray
+from numba import carray, types
 
 from logshift.kernels import abi
-from logshift.kernels.abi import register, share
+from logshift.kernels.abi import register, register_part, share
 from logshift.kernels.adders import ADDERS, DIGIT, PIECE, Adder, add_rows, gather, scatter
 from logshift.kernels.codec import exponent_levels
 from logshift.kernels.dot import address_of
@@ -445,3 +445,7 @@ for _adder in ADDERS.values():
         cost=partial(_cost, _adder), available=partial(getattr, _adder, "available"),
         scratch=partial(_scratch, _adder), preferred=partial(_preferred, _adder),
     )(_convolution(_adder))  # fmt: skip
+register_part(
+    "shift", "streams", partial(_streams.compile, (*2 * [types.uint8[:, ::1]], *5 * [types.int64])),
+    lambda: any(adder.available for adder in ADDERS.values()),
+)  # fmt: skip

@@ -7,13 +7,12 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from logshift.kernels import abi
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
 from logshift.runtime import executor, format, numpy_ops
@@ -24,8 +23,6 @@ from logshift.runtime.table import text_table
 
 _SHAPES_KEPT = 8  # sets of input shapes whose plans a session keeps
 _MAX_THREADS = 256
-
-Progress = Callable[[int, int, str], None]
 
 
 def load(
@@ -130,7 +127,7 @@ class Session:
             threads = min(executor.default_threads(), _MAX_THREADS)
         if type(threads) is not int or not 1 <= threads <= _MAX_THREADS:
             raise InputError(f"threads is {threads!r}; it must be from 1 to {_MAX_THREADS}")
-        self.graph, self.threads, self.kernels = graph, threads, _family(kernels)
+        self.graph, self.threads, self.kernels = graph, threads, family(kernels)
         self._preprocessing = (
             None
             if graph.preprocessing is None
@@ -365,7 +362,8 @@ def numpy_name(op: str) -> str:
     return "onnx.reference (slow)" if op in numpy_ops.SLOW else "numpy"
 
 
-def _family(kernels: str) -> str:
+def family(kernels: str) -> str:
+    """Return the name of a kernel family, if it is one."""
     families = ("auto", *FAMILIES)
     if kernels not in families:
         raise InputError(f"kernels is {kernels!r}; choose one of {', '.join(families)}")
@@ -374,30 +372,3 @@ def _family(kernels: str) -> str:
 
 def _is_picture(x: Any) -> bool:
     return is_image(x) or (isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim in (2, 3))
-
-
-def warmup(progress: Progress | None = None, *, kernels: str = "auto") -> None:
-    """Compile all kernels that a family may use here, so that later processes start fast.
-
-    Compiled code is kept in Numba's cache: beside the package, or in the user's cache directory
-    if that is not writable.
-
-    Parameters
-    ----------
-    progress : callable(done, total, name), optional
-    kernels : str
-        As for `load`.
-
-    Raises
-    ------
-    InputError
-        If there is no such family.
-    """
-    families = abi.families(_family(kernels))
-    chosen = [k for k in abi.kernels() if k.family in families and k.available()]
-    for done, kernel in enumerate(chosen):
-        if progress:
-            progress(done, len(chosen), kernel.name)
-        assert kernel.address
-    if progress:
-        progress(len(chosen), len(chosen), "")
