@@ -136,11 +136,11 @@ class Engine:
     """
 
     def __init__(
-        self, name: str, path: Path, threads: int, shape: tuple[int, ...], numba_cache: str
+        self, name: str, path: Path, threads: int, shape: tuple[int, ...], cache_directory: str
     ) -> None:
         command = [sys.executable, "-m", "benchmarks.engines", name, str(path.resolve())]
         command += ["--threads", str(threads), "--shape", *map(str, shape)]
-        environment = os.environ | {"NUMBA_CACHE_DIR": numba_cache}
+        environment = os.environ | {"LOGSHIFT_CACHE_DIR": cache_directory}
         repository = Path(__file__).resolve().parent.parent
         begin = time.perf_counter()
         self._process = subprocess.Popen(

@@ -5,10 +5,10 @@ A *place* is a directory; `places` says which there are. In it, entries lie unde
     <stamp>/<target>/<function>-<key>.bin
 
 where the stamp is made of all that the code depends on but the machine (sources of the kernels,
-versions), and the target is the machine (`targets`). So nothing that is found can be stale, places
-are shared between versions, and a place that was filled on another machine, or copied, is as good as
-one that was filled here. Every entry is a file of its own, complete or not there, with a digest in
-front: what is torn or damaged is compiled anew. Nothing here raises because of a directory.
+versions), and the target is the machine (`targets`). So nothing that is found can be stale,
+versions share places, and a place that was filled elsewhere, or copied, is as good as one that was
+filled here. Every entry is a file of its own, complete or not there, with a digest in front: what
+is torn or damaged is compiled anew. Nothing here raises because of a directory.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def stamp() -> str:
 
 
 def read(name: str) -> bytes | None:
-    """Return the content of an entry, "<target>/<file>"; None if there is none, or a damaged one."""
+    """Return the content of an entry, "<target>/<file>"; None if there is none that is whole."""
     for place in places():
         try:
             content = (place / stamp() / name).read_bytes()
@@ -193,13 +193,12 @@ def mark(target: str, about: dict[str, Any]) -> Path | None:
 
 def marked() -> dict[str, dict[str, Any]]:
     """Return what was noted, by target."""
-    found = {}
+    names: set[str] = set()
     for place in places():
         with contextlib.suppress(OSError):
-            for path in (place / stamp()).iterdir():
-                if path.name not in found and (content := read(f"{path.name}/{_WARMED}")):
-                    found[path.name] = json.loads(content)
-    return found
+            names.update(path.name for path in (place / stamp()).iterdir())
+    contents = {name: read(f"{name}/{_WARMED}") for name in sorted(names)}
+    return {name: json.loads(content) for name, content in contents.items() if content}
 
 
 def size(place: Path, target: str) -> int:

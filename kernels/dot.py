@@ -393,7 +393,8 @@ for _tile in MICROKERNELS.values():
             cost=partial(_cost, _tile), available=_available,
             scratch=lambda record: _SCRATCH, looks_up=True,
         )(_conv_tiles)  # fmt: skip
+_CUT = (types.int16[:, :, :, ::1], types.int64, types.int64, types.int64, types.bool_)
 register_part(
-    "dot", "cut", partial(cut.compile, (types.int16[:, :, :, ::1], *3 * [types.int64], types.bool_)),
+    "dot", "cut", partial(cut.compile, _CUT),
     lambda: any(tile.available for tile in MICROKERNELS.values()),
 )  # fmt: skip

@@ -445,7 +445,8 @@ for _adder in ADDERS.values():
         cost=partial(_cost, _adder), available=partial(getattr, _adder, "available"),
         scratch=partial(_scratch, _adder), preferred=partial(_preferred, _adder),
     )(_convolution(_adder))  # fmt: skip
+_STREAMS = (types.uint8[:, ::1], types.uint8[:, ::1], *5 * [types.int64])
 register_part(
-    "shift", "streams", partial(_streams.compile, (*2 * [types.uint8[:, ::1]], *5 * [types.int64])),
+    "shift", "streams", partial(_streams.compile, _STREAMS),
     lambda: any(adder.available for adder in ADDERS.values()),
 )  # fmt: skip

@@ -81,7 +81,7 @@ class Target:
 
     def fits(self, host: Target) -> bool:
         """Whether its code, if made by `baked`, runs on a host."""
-        # Elsewhere than on x86 LLVM does not tell all that a host has, but CPUs of a name are alike.
+        # Beyond x86 LLVM does not tell all that a host has, but CPUs of a name are alike.
         alike = _IS_X86 or self.cpu in ("generic", host.cpu)
         return alike and self.needs <= host.needs
 
@@ -139,6 +139,7 @@ def chosen() -> Target:
     return max(fitting, key=lambda t: (t.cpu == own.cpu, len(t.needs), t.cpu), default=own)
 
 
+@cache
 def directories() -> list[str]:
     """Names of the directories to look for code in; what is compiled belongs into the last one."""
     own, other = host(), chosen()
@@ -154,7 +155,9 @@ def target_features() -> frozenset[str]:
     target = chosen()
     flags = target.features.split(",")
     without = {f[1:] for f in flags if f.startswith("-")}
-    return frozenset((_CPUS.get(target.cpu, set()) - without) | {f[1:] for f in flags if f[:1] == "+"})
+    return frozenset(
+        (_CPUS.get(target.cpu, set()) - without) | {f[1:] for f in flags if f[:1] == "+"}
+    )
 
 
 def has_features(names: tuple[str, ...]) -> bool:

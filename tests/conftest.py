@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from logshift.runtime import plan
-
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# A checkout's tests neither read nor fill the user's own cache of compiled code.
+if "NUMBA_CACHE_DIR" not in os.environ:
+    os.environ.setdefault("LOGSHIFT_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "kernels"))
+
+from logshift.runtime import plan  # noqa: E402
 
 # Compilation on first use and busy machines make times meaningless as a criterion.
 settings.register_profile("logshift", deadline=None)
