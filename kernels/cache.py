@@ -92,9 +92,10 @@ def stamp() -> str:
     for path in sources:
         digest.update(f"{path.name} ".encode() + path.read_bytes())
     if not sources:  # an archive, or a frozen program
-        status = os.stat(getattr(__loader__, "archive", sys.executable))
+        status = os.stat(getattr(__spec__.loader, "archive", sys.executable))
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-    versions = (numba.__version__, llvmlite.__version__, np.__version__, config.USING_SVML)
+    svml = getattr(config, "USING_SVML")  # noqa: B009 (an attribute when Numba runs)
+    versions = (numba.__version__, llvmlite.__version__, np.__version__, svml)
     digest.update(repr((versions, getattr(sys, "abiflags", ""))).encode())
     return f"{sys.implementation.cache_tag}-{digest.hexdigest()}"
 

@@ -98,7 +98,7 @@ def cfunc(signature: Any, **options: Any) -> Callable[[Callable], Any]:
     """Do what `numba.cfunc` does with `cache=True`, with logshift's own cache."""
 
     def compiled(function: Callable) -> Any:
-        result = CFunc(function, sigutils.normalize_signature(signature), {}, options)
+        result: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
         result._cache = _KernelCache(function, "cfunc")
         result.compile()
         return result
