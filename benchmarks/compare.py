@@ -73,11 +73,11 @@ def compare(
     names: list[str],
     rounds: int,
     seconds: float,
-    numba_cache: str,
+    cache_directory: str,
 ) -> dict[str, dict[str, Any]]:
     """Run all engines in turns; returns what was measured, by engine."""
     paths = {name: getattr(files, ENGINES[name].file) for name in names}
-    engines = {name: Engine(name, paths[name], threads, shape, numba_cache) for name in names}
+    engines = {name: Engine(name, paths[name], threads, shape, cache_directory) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, engine in engines.items():
@@ -128,19 +128,21 @@ def main() -> None:
         files = prepare(model, a.cache, a.weight_bits, a.activation_bits)
         weights = onnx.load(files.float).doc_string or "random weights"
         batches = a.batch or SUITE[model].batches
-        with tempfile.TemporaryDirectory() as numba_cache:
+        with tempfile.TemporaryDirectory() as cache_directory:
             shape = (batches[0], *SUITE[model].shape)
             # The first start of each of our own engines compiles; those that count are warm.
             cold = {}
             for name in names:
                 if ENGINES[name].module == "logshift":
-                    first = Engine(name, files.packed, a.threads[0], shape, numba_cache)
+                    first = Engine(name, files.packed, a.threads[0], shape, cache_directory)
                     first.close()
                     cold[name] = first.start["start"]
             for batch in batches:
                 for threads in a.threads:
                     shape = (batch, *SUITE[model].shape)
-                    result = compare(files, shape, threads, names, a.rounds, a.seconds, numba_cache)
+                    result = compare(
+                        files, shape, threads, names, a.rounds, a.seconds, cache_directory
+                    )
                     rows.append({
                         "model": model, "weights": weights, "threads": threads, "batch": batch,
                         "weight_bits": a.weight_bits, "activation_bits": a.activation_bits,

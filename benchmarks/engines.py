@@ -141,11 +141,13 @@ class Engine:
         path: Path,
         threads: int,
         shape: tuple[int, ...],
-        numba_cache: str | None = None,
+        cache_directory: str | None = None,
     ) -> None:
         command = [sys.executable, "-m", "benchmarks.engines", name, str(path.resolve())]
         command += ["--threads", str(threads), "--shape", *map(str, shape)]
-        environment = os.environ | ({"NUMBA_CACHE_DIR": numba_cache} if numba_cache else {})
+        environment = dict(os.environ)
+        if cache_directory:
+            environment["LOGSHIFT_CACHE_DIR"] = cache_directory
         repository = Path(__file__).resolve().parent.parent
         begin = time.perf_counter()
         self._process = subprocess.Popen(

@@ -23,19 +23,19 @@ from benchmarks.machine import describe
 from logshift.runtime import format
 
 
-def first_result(path: Path, shape: tuple[int, ...], numba_cache: str) -> float:
+def first_result(path: Path, shape: tuple[int, ...], cache_directory: str) -> float:
     """Seconds from the start of a new process to its first result, on one thread."""
-    engine = Engine("logshift", path, 1, shape, numba_cache)
+    engine = Engine("logshift", path, 1, shape, cache_directory)
     engine.close()
     return engine.start["start"]
 
 
-def warmup(numba_cache: str) -> float:
+def warmup(cache_directory: str) -> float:
     """Seconds that a new process takes to compile all kernels."""
     start = time.perf_counter()
     subprocess.run(
         [sys.executable, "-c", "from logshift import runtime; runtime.warmup()"],
-        env=os.environ | {"NUMBA_CACHE_DIR": numba_cache}, check=True,
+        env=os.environ | {"LOGSHIFT_CACHE_DIR": cache_directory}, check=True,
     )  # fmt: skip
     return time.perf_counter() - start
 

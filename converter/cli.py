@@ -33,7 +33,7 @@ except ModuleNotFoundError:
     sys.exit("error: the command line needs typer and rich: pip install 'logshift[cli]'")
 
 if TYPE_CHECKING:
-    from logshift.runtime import Preprocessing, Session
+    from logshift.runtime import Preprocessing, Session, Warmed
 
 DEMO = Path(__file__).parent / "demo"
 _TOP = 5
@@ -884,29 +884,53 @@ def _demo_text(result: dict[str, Any]) -> str:
 
 
 @app.command()
-def warmup() -> None:
+def warmup(
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the code in DIR; programs find it by the variable LOGSHIFT_CACHE_DIR=DIR.",
+            show_default="LOGSHIFT_CACHE_DIR, else the user's cache directory",
+        ),
+    ] = None,
+    cpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compile for this kind of CPU: `haswell`, `icelake-server`, `znver4` ... May be"
+            " given several times.",
+            show_default="this machine's",
+        ),
+    ] = None,
+    kernels: KernelFamily = Kernels.auto,
+) -> None:
     """Compile all kernels, so that later commands and programs start fast.
 
     Compiled code is kept in a cache; after an update of logshift or Numba, or on another CPU, it is
-    made anew.
+    made anew. With `--into` and `--cpu` the cache can be part of an image that is built here, and
+    run, read-only if need be, elsewhere.
 
-    **Example**
+    **Examples**
 
     - `logshift warmup`
+
+    - `logshift warmup --into /opt/logshift-cache --cpu haswell --cpu icelake-server --cpu znver4`
     """
     start = time.perf_counter()
-    _warmup()
+    for warmed in _warmup(kernels.value, into, cpu or ()):
+        where = "kept nowhere" if warmed.directory is None else warmed.directory
+        print(f"{warmed.cpu}: {warmed.size / 1e6:.1f} MB in {where}")
     print(f"kernels are ready ({time.perf_counter() - start:.1f} s)")
 
 
 # --- what the commands share --------------------------------------------------------------------
 
 
-def _warmup(kernels: str = "auto") -> None:
+def _warmup(kernels: str, into: Path | None = None, cpus: Sequence[str] = ()) -> Sequence[Warmed]:
     from logshift import runtime
 
     with _progress("compiling kernels") as show:
-        runtime.warmup(show, kernels=kernels)
+        return runtime.warmup(show, kernels=kernels, into=into, cpus=cpus)
 
 
 @contextmanager
@@ -924,9 +948,11 @@ def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def _load(path: Path, **options: Any) -> Session:
     from logshift import runtime
+    from logshift.runtime.warm import is_warm
 
     session = runtime.load(path, **options)
-    _warmup(session.kernels)  # what takes long on the first run, visibly
+    if not is_warm(session.kernels):
+        _warmup(session.kernels)  # what takes long on the first run, visibly
     return session
 
 

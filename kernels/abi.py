@@ -19,12 +19,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, from_dtype, types
 
+from logshift.kernels.jit import cfunc, njit
 from logshift.kernels.native import as_pointer
 
 # What each family falls back to for an operation, or a layer, that it has no kernel for; beside
@@ -253,10 +254,13 @@ class Kernel:
 @cache
 def _compiled(function: Callable[..., None], record: np.dtype) -> Any:
     signature = types.void(types.CPointer(from_dtype(record)), *[types.intp] * 4)
-    return cfunc(signature, cache=True, error_model="numpy")(function)
+    return cfunc(signature, error_model="numpy")(function)
 
 
 _REGISTRY: dict[tuple[str, str, str], Kernel] = {}
+# What kernels of a family need compiled beside themselves: family, name, what compiles it, whether
+# the machine has the instructions.
+_PARTS: list[tuple[str, str, Callable[[], object], Callable[[], bool]]] = []
 
 
 def register(op: str, family: str, record: np.dtype, variant: str = "", **hooks: Any) -> Callable:
@@ -267,6 +271,13 @@ def register(op: str, family: str, record: np.dtype, variant: str = "", **hooks:
         return function
 
     return enter
+
+
+def register_part(
+    family: str, name: str, compile: Callable[[], object], available: Callable[[], bool]
+) -> None:
+    """Enter what kernels of a family call through its address, or what packs their weights."""
+    _PARTS.append((family, name, compile, available))
 
 
 def kernels() -> Iterator[Kernel]:
@@ -297,6 +308,21 @@ def families(name: str) -> tuple[str, ...]:
     if name == "auto":
         name = "dot" if any(_of("dot")) else "shift"
     return FAMILIES[name]
+
+
+def to_compile(name: str) -> list[tuple[str, Callable[[], object]]]:
+    """Return names of all that a family of `families` may use here, with what compiles each."""
+    chosen = families(name)
+    found: list[tuple[str, Callable[[], object]]] = [
+        (k.name, partial(getattr, k, "address"))
+        for k in kernels()
+        if k.family in chosen and k.available()
+    ]
+    return found + [
+        (part, compile)
+        for family, part, compile, available in _PARTS
+        if family in chosen and available()
+    ]
 
 
 def kernel(op: str, family: str, layer: Any = None) -> Kernel:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from logshift.kernels.errors import InputError
+from logshift.kernels.jit import njit
 
 MIN_BITS, MAX_BITS = 2, 5
 MAX_RESIDUAL_SHIFT = 4

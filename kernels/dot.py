@@ -15,10 +15,11 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from numba import carray, njit
+from numba import carray, types
 
 from logshift.kernels import abi, microkernels
-from logshift.kernels.abi import register, share
+from logshift.kernels.abi import register, register_part, share
+from logshift.kernels.jit import njit
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.memory import aligned
 from logshift.kernels.microkernels import (
@@ -430,10 +431,17 @@ def _conv_tiles(arguments, first_part, end_part, parts, slot):
 
 
 for _tile in MICROKERNELS.values():
+    _available = partial(getattr, _tile, "available")
+    register_part("dot", _tile.name, partial(microkernels.address, _tile), _available)
     if _tile.pixels > 1 and _tile.kind != "winograd":
         register(
             "conv", "dot", abi.CONV, _tile.name,
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),
-            cost=partial(_cost, _tile), available=partial(getattr, _tile, "available"),
+            cost=partial(_cost, _tile), available=_available,
             scratch=lambda record: _SCRATCH, looks_up=True,
         )(_conv_tiles)  # fmt: skip
+_CUT = (types.int16[:, :, :, ::1], types.int64, types.int64, types.int64, types.bool_)
+register_part(
+    "dot", "cut", partial(cut.compile, _CUT),
+    lambda: any(tile.available for tile in MICROKERNELS.values()),
+)  # fmt: skip

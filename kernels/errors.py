@@ -15,3 +15,7 @@ class FormatError(LogshiftError, ValueError):
 
 class ConversionError(LogshiftError):
     """A model cannot be converted as asked; the message says what would make it convertible."""
+
+
+class CacheWarning(RuntimeWarning):
+    """Compiled kernels can be kept nowhere; see `docs/deployment.md`."""

@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 from logshift.kernels.emit import Emitter, f32, i64
+from logshift.kernels.jit import cfunc
 from logshift.kernels.targets import has_features
 
 _I, _F, _P = np.int64, np.float32, np.uintp
@@ -397,5 +398,5 @@ def function(name: str) -> Callable[[int], None]:
 @cache
 def address(tile: FloatTile) -> int:
     """Address of the compiled microkernel, `void (FLOAT_TILE *)`."""
-    compiled: Any = cfunc(types.void(types.uintp), cache=True)(function(tile.name))
+    compiled: Any = cfunc(types.void(types.uintp))(function(tile.name))
     return compiled.address

@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, njit
 
 from logshift.kernels import abi, float_tiles
-from logshift.kernels.abi import register, share
+from logshift.kernels.abi import register, register_part, share
 from logshift.kernels.dot import address_of, single_pixels
 from logshift.kernels.float_tiles import FLOAT_SEGMENT, FLOAT_TILE, FLOAT_TILES, FloatTile
 from logshift.kernels.layer import FloatLayer, Packed, PackedReads
@@ -325,10 +325,12 @@ def _conv_window(arguments, first_part, end_part, parts, slot):
 
 
 for _tile in FLOAT_TILES.values():
+    _available = partial(getattr, _tile, "available")
+    register_part("fma", _tile.name, partial(float_tiles.address, _tile), _available)
     if _tile.pixels > 1 or _tile.channels >= 64:
         register(
             "float_conv", "fma", abi.FLOAT_CONV, _tile.name,
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),
-            cost=partial(_cost, _tile), available=partial(getattr, _tile, "available"),
+            cost=partial(_cost, _tile), available=_available,
             scratch=partial(_scratch, _tile),
         )(_conv if _tile.window is None else _conv_window)  # fmt: skip

@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
-from numba import cfunc, types
+from numba import types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 from logshift.kernels.emit import Emitter, f32, i8, i16, i32, i64
+from logshift.kernels.jit import cfunc
 from logshift.kernels.targets import has_features
 
 _I, _F, _P = np.int64, np.float32, np.uintp
@@ -571,5 +572,5 @@ def function(name: str) -> Callable[[int], None]:
 @cache
 def address(kernel: Microkernel) -> int:
     """Address of the compiled microkernel, `void (TILE *)`."""
-    compiled: Any = cfunc(types.void(types.uintp), cache=True)(function(kernel.name))
+    compiled: Any = cfunc(types.void(types.uintp))(function(kernel.name))
     return compiled.address

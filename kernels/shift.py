@@ -23,13 +23,14 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from numba import carray, njit
+from numba import carray, types
 
 from logshift.kernels import abi
-from logshift.kernels.abi import register, share
+from logshift.kernels.abi import register, register_part, share
 from logshift.kernels.adders import ADDERS, DIGIT, PIECE, Adder, add_rows, gather, scatter
 from logshift.kernels.codec import exponent_levels
 from logshift.kernels.dot import address_of
+from logshift.kernels.jit import njit
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
@@ -437,3 +438,8 @@ for _adder in ADDERS.values():
         scratch=partial(_scratch, _adder), pieces=partial(_panels, _adder),
         preferred=partial(_preferred, _adder),
     )(_convolution(_adder))  # fmt: skip
+_STREAMS = (types.uint8[:, ::1], types.uint8[:, ::1], *5 * [types.int64])
+register_part(
+    "shift", "streams", partial(_streams.compile, _STREAMS),
+    lambda: any(adder.available for adder in ADDERS.values()),
+)  # fmt: skip

@@ -30,8 +30,9 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 
+from logshift.kernels.jit import njit
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import (
     as_pointer,

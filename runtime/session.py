@@ -7,13 +7,12 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from logshift.kernels import abi
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
 from logshift.runtime import cores, executor, format, numpy_ops
@@ -25,8 +24,6 @@ from logshift.runtime.table import text_table
 # Plans that a session keeps while nobody runs them: of so many sets of input shapes, so many in all
 # (several callers at once need one each), and of so many bytes, but always the latest.
 _SHAPES_KEPT, _PLANS_KEPT, _BYTES_KEPT = 8, 16, 2**28
-
-Progress = Callable[[int, int, str], None]
 
 
 def load(
@@ -69,7 +66,7 @@ def load(
     """
     if pickle_as not in ("bytes", "path"):
         raise InputError(f"pickle_as is {pickle_as!r}; choose 'bytes' or 'path'")
-    kernels = _family(kernels)
+    kernels = family(kernels)
     graph = format.read(path, threads=_threads(threads), keep_decoded=True)
     session = Session(graph, threads=threads, kernels=kernels)
     if pickle_as == "path":
@@ -150,7 +147,7 @@ class Session:
 
     def __init__(self, graph: Graph, *, threads: int | None = None, kernels: str = "auto") -> None:
         self._threads = threads
-        self.graph, self.threads, self.kernels = graph, _threads(threads), _family(kernels)
+        self.graph, self.threads, self.kernels = graph, _threads(threads), family(kernels)
         self._preprocessing = (
             None
             if graph.preprocessing is None
@@ -444,7 +441,8 @@ def _threads(threads: int | None) -> int:
     return threads
 
 
-def _family(kernels: str) -> str:
+def family(kernels: str) -> str:
+    """Return the name of a kernel family, if it is one."""
     families = ("auto", *FAMILIES)
     if kernels not in families:
         raise InputError(f"kernels is {kernels!r}; choose one of {', '.join(families)}")
@@ -453,30 +451,3 @@ def _family(kernels: str) -> str:
 
 def _is_picture(x: Any) -> bool:
     return is_image(x) or (isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim in (2, 3))
-
-
-def warmup(progress: Progress | None = None, *, kernels: str = "auto") -> None:
-    """Compile all kernels that a family may use here, so that later processes start fast.
-
-    Compiled code is kept in Numba's cache: beside the package, or in the user's cache directory
-    if that is not writable.
-
-    Parameters
-    ----------
-    progress : callable(done, total, name), optional
-    kernels : str
-        As for `load`.
-
-    Raises
-    ------
-    InputError
-        If there is no such family.
-    """
-    families = abi.families(_family(kernels))
-    chosen = [k for k in abi.kernels() if k.family in families and k.available()]
-    for done, kernel in enumerate(chosen):
-        if progress:
-            progress(done, len(chosen), kernel.name)
-        assert kernel.address
-    if progress:
-        progress(len(chosen), len(chosen), "")

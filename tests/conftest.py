@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from pathlib import Path
@@ -10,9 +11,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
-from logshift.runtime import plan
-
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# A checkout's tests neither read nor fill the user's own cache of compiled code.
+if "NUMBA_CACHE_DIR" not in os.environ:
+    os.environ.setdefault("LOGSHIFT_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "kernels"))
+
+from logshift.runtime import plan  # noqa: E402
 
 # Property tests draw the same examples for everybody, or, with `-m slow`, random ones of a seed
 # that the header of the run names. Compilation and busy machines make times meaningless.

@@ -274,7 +274,8 @@ def test_demo_names_what_is_on_the_pictures(capsys, tmp_path):
 
 
 def test_warmup(capsys):
-    assert "ready" in output(capsys, "warmup")
+    text = output(capsys, "warmup")
+    assert " MB in " in text and "ready" in text
 
 
 @pytest.mark.parametrize(
@@ -289,6 +290,8 @@ def test_warmup(capsys):
         (["run", "NET", "picture.png"], "shape"),
         (["run", "NET", "x.npy", "-o", "y.txt"], "--output"),
         (["bench", "NET", "--against", "ghost.onnx"], "ghost.onnx"),
+        (["warmup", "--cpu", "zen9"], "zen9"),
+        (["warmup", "--into", "x.npy"], "x.npy cannot be written"),
         (["convert", "ghost.onnx", "y.stlq", "--calibration", "x.npy"], "ghost.onnx"),
         (["convert", "ghost.onnx", "y.stlq", "--calibration", ".", "--mean", "a"], "--mean"),
         (["convert", "ghost.onnx", "y.stlq", "--calibration", ".", "--crop", "5"], "224x224"),
