@@ -26,6 +26,7 @@ from logshift.runtime.table import text_table
 # (several callers at once need one each), and of so many bytes, but always the latest.
 _SHAPES_KEPT, _PLANS_KEPT, _BYTES_KEPT = 8, 16, 2**28
 _MAX_THREADS = 256
+_LOADERS = 8  # most threads that load: each needs memory for a layer, and there are only so many
 
 Progress = Callable[[int, int, str], None]
 
@@ -60,7 +61,7 @@ def load(
         If the file cannot be opened.
     """
     threads, kernels = _threads(threads), _family(kernels)
-    graph = format.read(path, threads=threads, keep_decoded=True)
+    graph = format.read(path, threads=min(threads, _LOADERS), keep_decoded=True)
     return Session(graph, threads=threads, kernels=kernels)
 
 
@@ -136,7 +137,7 @@ class Session:
             if graph.preprocessing is None
             else Preprocessing.from_manifest(graph.preprocessing)
         )
-        convolutions = prepare(graph, self.kernels, self.threads)
+        convolutions = prepare(graph, self.kernels, min(self.threads, _LOADERS))
         self._planner = Planner(graph, convolutions, self.kernels, self.threads)
         self._idle: OrderedDict[tuple[Shape, ...], list[Plan]] = OrderedDict()
         self._reset_lock()
