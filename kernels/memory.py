@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit, types
+from numba import types
+
+from logshift.kernels.jit import njit
 
 ALIGNMENT = 64
 _MAPPED = 2**20  # bytes from which on an arena has pages of its own

@@ -22,6 +22,7 @@ import safetensors.numpy
 from logshift.kernels import bitpack, codec
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import FormatError, InputError
+from logshift.kernels.memory import arena
 from logshift.runtime import files
 from logshift.runtime.executor import spread
 from logshift.runtime.graph import NEWEST_OPSET, Graph, Node, Quantization, ValueInfo
@@ -229,9 +230,9 @@ def read(path: str | os.PathLike[str], *, threads: int = 1, keep_decoded: bool =
     OSError
         If the file cannot be opened.
     """
-    data = Path(path).read_bytes()
     try:
-        return deserialize(data, threads=threads, keep_decoded=keep_decoded)
+        # Nobody but `deserialize` holds the bytes of the file: it lets go of them halfway.
+        return deserialize(Path(path).read_bytes(), threads=threads, keep_decoded=keep_decoded)
     except FormatError as error:
         raise FormatError(f"{os.fspath(path)}: {error}") from error.__cause__
 
@@ -243,6 +244,7 @@ def deserialize(data: bytes, *, threads: int = 1, keep_decoded: bool = False) ->
     except Exception as error:  # the parser's own errors, whatever their type
         raise FormatError(f"not a readable safetensors container ({error})") from error
     text, checksum = _metadata(data)
+    del data
     if checksum != _checksum(text, tensors):
         raise FormatError("checksum does not match: the file is damaged")
     return _graph(_parse_manifest(text), tensors, threads, keep_decoded)
@@ -544,7 +546,8 @@ class _Streams:
         first, mask, second = self._unpacked()
         streams = _padded(first), mask.copy(), _padded(second)
         limit = codec.limit(self.bits, self.residual_shift, self.clip)
-        w = np.empty(self.count, codec.integer_type(limit))
+        dtype = codec.integer_type(limit)
+        w = arena(self.count * dtype.itemsize).view(dtype)
         largest, nonzero, allowed = codec.join_words(*streams, self.bits, self.residual_shift, w)
         if not allowed:
             raise FormatError(f"{self.where}: a code is negative zero")

@@ -24,6 +24,7 @@ from logshift.runtime.table import text_table
 # Plans that a session keeps while nobody runs them: of so many sets of input shapes, so many in all
 # (several callers at once need one each), and of so many bytes, but always the latest.
 _SHAPES_KEPT, _PLANS_KEPT, _BYTES_KEPT = 8, 16, 2**28
+_LOADERS = 8  # most threads that load: each needs memory for a layer, and there are only so many
 
 
 def load(
@@ -67,7 +68,7 @@ def load(
     if pickle_as not in ("bytes", "path"):
         raise InputError(f"pickle_as is {pickle_as!r}; choose 'bytes' or 'path'")
     kernels = family(kernels)
-    graph = format.read(path, threads=_threads(threads), keep_decoded=True)
+    graph = format.read(path, threads=min(_threads(threads), _LOADERS), keep_decoded=True)
     session = Session(graph, threads=threads, kernels=kernels)
     if pickle_as == "path":
         session._path = os.path.abspath(path)
@@ -153,7 +154,7 @@ class Session:
             if graph.preprocessing is None
             else Preprocessing.from_manifest(graph.preprocessing)
         )
-        convolutions = prepare(graph, self.kernels, self.threads)
+        convolutions = prepare(graph, self.kernels, min(self.threads, _LOADERS))
         self._planner = Planner(graph, convolutions, self.kernels, self.threads)
         self._forget_plans()
 
@@ -190,7 +191,7 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the network anew."""
         network, threads = state["network"], state["threads"]
-        decoding = {"threads": _threads(threads), "keep_decoded": True}
+        decoding = {"threads": min(_threads(threads), _LOADERS), "keep_decoded": True}
         if isinstance(network, bytes):
             graph = format.deserialize(network, **decoding)
         else:
