@@ -440,8 +440,19 @@ for _tile in MICROKERNELS.values():
             cost=partial(_cost, _tile), available=_available,
             scratch=lambda record: _SCRATCH, looks_up=True,
         )(_conv_tiles)  # fmt: skip
-_CUT = (types.int16[:, :, :, ::1], types.int64, types.int64, types.int64, types.bool_)
-register_part(
-    "dot", "cut", partial(cut.compile, _CUT),
-    lambda: any(tile.available for tile in MICROKERNELS.values()),
-)  # fmt: skip
+_BYTES, _INDICES = types.int8[:, ::1], types.int64[:, ::1]
+_WORDS = (types.uint16, types.uint32, types.uint64)
+for _name, _function, _signatures in (
+    ("cut", cut, [(types.int8[:, :, :, ::1], types.int64, types.int64)]),
+    (
+        "by_block",
+        _by_block,
+        [(t[:, ::1], _INDICES) for t in (types.uint16, types.uint32, types.uint64)],
+    ),
+    ("weave", _weave, [(_BYTES, types.int64[::1], _BYTES, _BYTES)]),
+):
+    for _signature in _signatures:
+        register_part(
+            "dot", _name, partial(_function.compile, _signature),
+            lambda: any(tile.available for tile in MICROKERNELS.values()),
+        )  # fmt: skip

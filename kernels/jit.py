@@ -18,6 +18,7 @@ from numba.core import sigutils, typeinfer
 from numba.core.caching import _Cache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from logshift.kernels import cache as store
@@ -40,7 +41,7 @@ class _KernelCache(_Cache):
     disable = flush = enable
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        target_context.refresh()
+        rtsys.initialize(target_context)
         for directory in targets.directories():
             if (content := store.read(f"{directory}/{self._file(sig)}")) is None:
                 continue

@@ -7,11 +7,13 @@ of summation and with or without fused multiply-add. `Layer.accumulator_bound` d
 
 from __future__ import annotations
 
-import numpy as np
-from numba import carray, njit
+from functools import partial
 
-from logshift.kernels import abi
-from logshift.kernels.abi import codes, floats, register, share
+import numpy as np
+from numba import carray, njit, types
+
+from logshift.kernels import abi, codec
+from logshift.kernels.abi import codes, floats, register, register_part, share
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
@@ -760,3 +762,14 @@ def _to_channels_first(arguments, first_part, end_part, parts, slot):
         for c in range(channels):
             for j in range(np.uintp(a.width)):
                 y[q + c * plane + j] = x[p + j * channels + c]
+
+
+# --- decoding of weights, which all families need ------------------------------------------------
+
+_STREAM = types.uint8[::1]
+for _integer in (types.int8, types.int16, types.int32):
+    _signature = (_STREAM, _STREAM, _STREAM, types.int64, types.int64, _integer[::1])
+    register_part("portable", "words", partial(codec.join_words.compile, _signature), lambda: True)
+    register_part(
+        "portable", "sums", partial(codec.channel_sums.compile, (_integer[:, ::1],)), lambda: True
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from logshift.kernels import abi, cache, targets
 from logshift.kernels.errors import InputError, LogshiftError
 from logshift.kernels.targets import Target
-from logshift.runtime import executor
+from logshift.runtime import cores
 from logshift.runtime.session import family
 
 Progress = Callable[[int, int, str], None]
@@ -86,7 +86,7 @@ def warmup(
     if into is not None:
         environment[cache.VARIABLE] = _directory(into)
     reports = _Reports(len(asked), progress)
-    with ThreadPoolExecutor(executor.default_threads()) as pool:
+    with ThreadPoolExecutor(cores.default_threads()) as pool:
         run = partial(_in_process, kernels, environment, reports)
         return list(pool.map(run, asked, range(len(asked))))
 

@@ -76,7 +76,7 @@ def test_engine_runs_in_a_process_of_its_own(tmp_path):
     onnx.save(SUITE["resnet20"].build(16), path)
     engine = Engine("onnxruntime fp32", path, 1, (2, 3, 16, 16), str(tmp_path))
     assert engine.start["start"] > engine.start["load"] + engine.start["first_run"] > 0
-    assert engine.turn(0.0) > 0
+    assert all(seconds > 0 for seconds in engine.turn(0.0))
     assert engine.close() > 1e6
 
 

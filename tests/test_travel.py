@@ -53,9 +53,9 @@ def test_a_deep_copy_shares_no_array(path):
         if a.weights is not None:
             assert not np.shares_memory(a.weights.alpha, b.weights.alpha)
             assert not np.shares_memory(a.bias, b.bias)
-    for index, parts in session._convolutions.items():
-        for a, b in zip(parts, new._convolutions[index], strict=True):
-            mine, other = (vars(x.packed).values() for x in (a, b))
+    for index, parts in session._planner.convolutions.items():
+        for a, b in zip(parts, new._planner.convolutions[index], strict=True):
+            mine, other = (x.packed.fields.values() for x in (a, b))
             pairs = [p for p in zip(mine, other, strict=True) if isinstance(p[0], np.ndarray)]
             assert pairs and not any(np.shares_memory(*pair) for pair in pairs)
 
