@@ -334,7 +334,7 @@ class Team:
         self._gather()
 
     def _gather(self) -> None:
-        self._pid, self._hired = os.getpid(), self.threads == 1
+        self._pid, self._hired, self._slot = os.getpid(), self.threads == 1, 1
         self._words = aligned((_CLAIMS // 8 + 16 * self.threads,), np.int64)
         self._words[:] = 0
         self._address = _ALONE if self.threads == 1 else self._words.ctypes.data
@@ -343,11 +343,12 @@ class Team:
         with self._hiring:
             if self._hired:
                 return
-            for slot in range(1, self.threads):
+            while self._slot < self.threads:
                 worker = threading.Thread(
-                    target=_serve, args=(self._address, self.threads, slot, _spins()),
-                    name=f"logshift-{slot}", daemon=True,
+                    target=_serve, args=(self._address, self.threads, self._slot, _spins()),
+                    name=f"logshift-{self._slot}", daemon=True,
                 )  # fmt: skip
+                self._slot += 1  # before an interrupt may come: no two workers may have the same
                 try:
                     worker.start()
                 except RuntimeError:  # no more threads are to be had: the others do the work
