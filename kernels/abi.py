@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from numba import carray, from_dtype, types
+from numba.core.compiler_lock import global_compiler_lock
 
 from logshift.kernels.jit import cfunc, njit
 from logshift.kernels.native import as_pointer
@@ -251,6 +252,7 @@ class Kernel:
         return _compiled(self.function, self.record).address
 
 
+@global_compiler_lock  # of threads that load a network the first compiles, others wait
 @cache
 def _compiled(function: Callable[..., None], record: np.dtype) -> Any:
     signature = types.void(types.CPointer(from_dtype(record)), *[types.intp] * 4)
@@ -284,7 +286,7 @@ def kernels() -> Iterator[Kernel]:
     """Yield all kernels, for tests, benchmarks and warm-up to walk."""
     for family in _MODULES:
         _import(family)
-    yield from _REGISTRY.values()
+    yield from list(_REGISTRY.values())
 
 
 @cache
@@ -296,7 +298,8 @@ def _import(family: str) -> None:
 def _of(family: str) -> Iterator[Kernel]:
     """Yield the kernels of one family that the machine can run; imports no other family's."""
     _import(family)
-    return (k for k in _REGISTRY.values() if k.family == family and k.available())
+    # A list: another thread may import one more family.
+    return (k for k in list(_REGISTRY.values()) if k.family == family and k.available())
 
 
 def families(name: str) -> tuple[str, ...]:

@@ -88,7 +88,8 @@ def _writable(directory: Path) -> bool:
 def stamp() -> str:
     """Name of what code depends on but the machine: sources of all kernels, and versions."""
     digest = hashlib.blake2b(digest_size=10)
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    sources = sorted(here.glob("*.py")) or sorted(here.glob("*.pyc"))
     for path in sources:
         digest.update(f"{path.name} ".encode() + path.read_bytes())
     if not sources:  # an archive, or a frozen program
@@ -151,7 +152,11 @@ def _replace(place: Path, path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
         # Not by `tempfile`, whose files other users could not read.
-        temporary.write_bytes(data)
+        try:
+            temporary.write_bytes(data)
+        except FileNotFoundError:  # another process has taken this version for an old one
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

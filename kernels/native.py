@@ -101,11 +101,11 @@ def atomic_replace(typingctx, address, expected, value):
 
 @intrinsic
 def atomic_load(typingctx, address):
-    """Read the int64 at an address; what is read later is not older (acquire)."""
+    """Read the int64 at an address, sequentially consistent."""
     signature = types.int64(types.uintp)
 
     def codegen(context, builder, signature, args):
-        return builder.load_atomic(_word(builder, args[0]), "acquire", 8)
+        return builder.load_atomic(_word(builder, args[0]), "seq_cst", 8)
 
     return signature, codegen
 
@@ -124,7 +124,7 @@ def atomic_store(typingctx, address, value):
 
 # --- waiting --------------------------------------------------------------------------------------
 
-_FUTEX = {"x86_64": 202, "i686": 240, "aarch64": 98, "armv7l": 240, "riscv64": 98, "ppc64le": 221}
+_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # both private to the process
 _UL_COMPARE_AND_WAIT, _ULF_WAKE_ALL = 1, 0x100  # macOS
 _POLL = 100  # microseconds between looks where a system has no such call

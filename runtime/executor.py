@@ -25,6 +25,7 @@ import itertools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -60,10 +61,10 @@ MAX_PARTS = 255  # of a home
 
 _SPIN = 100e-6  # seconds that a thread without work spins before it sleeps
 
-# In nanoseconds: what a thread waits for others in the middle of a program only if these have been
-# put to sleep; for how long the machine then counts as shared, and a thread that lost its core as
-# one that has to share it; how long a thread may have a core that it shares until it offers it to
-# others, at first and at the least; how often it looks.
+# In nanoseconds: what a thread seldom waits for others in a program unless these have been
+# put to sleep; for how long the machine then counts as shared, and a thread that lost its core
+# as one that has to share it; how long a thread may have a core that it shares until it offers it
+# to others, at first and at the least; how often it looks.
 _LATE, _PERIOD, _RECENTLY = 500_000, 200_000_000, 20_000_000
 _TURN, _SHORTEST_TURN, _LOOK = 2_000_000, 300_000, 250_000
 
@@ -304,19 +305,19 @@ def _serve(team, threads, slot, spins):
             turn[_BEGAN] = 0
 
 
-@njit(types.void(types.intp), cache=True)
-def _pauses(count):
-    for _ in range(count):
-        pause()
+@njit(types.void(types.uintp, types.intp), nogil=True, cache=True, error_model="numpy")
+def _look(team, count):
+    _changed(team, 0, count)
 
 
 @cache
 def _spins() -> int:
     """Return how many looks at a word take _SPIN seconds."""
-    count, best = 1000, float("inf")
+    count, best, nothing = 1000, float("inf"), aligned((_CLAIMS // 8,), np.int64)
+    nothing[:] = 0
     for _ in range(5):  # the shortest: the others may have been interrupted
         start = time.perf_counter()
-        _pauses(count)
+        _look(nothing.ctypes.data, count)
         best = min(best, time.perf_counter() - start)
     return max(1, int(count * _SPIN / best))
 
@@ -330,11 +331,13 @@ class Team:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._hiring = threading.Lock()
-        self._gather()
+        self._renew()
+        renew_in_forks(self)
 
-    def _gather(self) -> None:
-        self._pid, self._hired, self._slot = os.getpid(), self.threads == 1, 1
+    def _renew(self) -> None:
+        """Begin without workers: those of the parent do not survive a fork."""
+        self._hiring = threading.Lock()  # another thread may have held it
+        self._hired, self._slot = self.threads == 1, 1
         self._words = aligned((_CLAIMS // 8 + 16 * self.threads,), np.int64)
         self._words[:] = 0
         self._address = _ALONE if self.threads == 1 else self._words.ctypes.data
@@ -345,7 +348,7 @@ class Team:
                 return
             while self._slot < self.threads:
                 worker = threading.Thread(
-                    target=_serve, args=(self._address, self.threads, self._slot, _spins()),
+                    target=_work_for, args=(self._words, self.threads, self._slot, _spins()),
                     name=f"logshift-{self._slot}", daemon=True,
                 )  # fmt: skip
                 self._slot += 1  # before an interrupt may come: no two workers may have the same
@@ -366,18 +369,41 @@ class Team:
         program : int64 array of shape (steps, 4)
             See the module; no step is worth more threads than there are.
         """
-        if os.getpid() != self._pid:
-            self._hiring = threading.Lock()  # another thread may have held it
-            self._gather()
         if not self._hired:
             self._hire()
         _execute(program, self._address, self.threads, _spins())
 
 
-@cache
+def _work_for(words: np.ndarray, threads: int, slot: int, spins: int) -> None:
+    """Be a worker; keeps the team's memory, which it looks at for ever."""
+    _serve(words.ctypes.data, threads, slot, spins)
+
+
+_teams: dict[int, Team] = {}
+
+
 def team(threads: int) -> Team:
     """Return the process's team of a size; sessions share it."""
-    return Team(threads)
+    found = _teams.get(threads)
+    # Of several callers at once the first one's counts; a team without workers costs nothing.
+    return _teams.setdefault(threads, Team(threads)) if found is None else found
+
+
+_renewed: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def renew_in_forks(thing: Any) -> None:
+    """Have `thing._renew()` called in the child of every fork, while that has but one thread."""
+    _renewed.add(thing)
+
+
+def _renew_all() -> None:
+    for thing in list(_renewed):
+        thing._renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)
 
 
 def spread(function: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
@@ -398,11 +424,11 @@ def spread(function: Callable[[_T], _R], items: Sequence[_T], threads: int) -> l
         What the function returned for each; an error of the first item that had one is raised.
     """
     results: list[Any] = [None] * len(items)
-    errors: list[BaseException | None] = [None] * len(items)
+    errors: dict[int, BaseException] = {}
     numbers = itertools.count()
 
     def work() -> None:
-        while (number := next(numbers)) < len(items):
+        while not errors and (number := next(numbers)) < len(items):
             try:
                 results[number] = function(items[number])
             except BaseException as error:
@@ -418,7 +444,6 @@ def spread(function: Callable[[_T], _R], items: Sequence[_T], threads: int) -> l
     work()
     for helper in helpers:
         helper.join()
-    for error in errors:
-        if error is not None:
-            raise error
+    if errors:
+        raise errors[min(errors)]
     return results

@@ -530,7 +530,7 @@ class Plan:
     Attributes
     ----------
     steps : list of Step
-    program : int64 array (steps, 3), see `executor`
+    program : int64 array (steps, 4), see `executor`
     parts : list of slice of the program, or NumpyStep between two of them
     held_bytes : int
         Bytes of all that it keeps for itself.

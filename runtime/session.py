@@ -160,10 +160,11 @@ class Session:
 
     def _forget_plans(self) -> None:
         self._idle: OrderedDict[tuple[Shape, ...], list[Plan]] = OrderedDict()
-        self._reset_lock()
+        self._renew()
+        executor.renew_in_forks(self)
 
-    def _reset_lock(self) -> None:
-        self._pid = os.getpid()
+    def _renew(self) -> None:
+        """Have a lock that nobody holds, as another thread may have done when we were forked."""
         self._lock = threading.Lock()
 
     @property
@@ -242,7 +243,7 @@ class Session:
         key = tuple(array.shape for array in arrays.values())
         plan = self._borrow(key) or self._plan(arrays)
         try:
-            found = plan.run(executor.team(self.threads), arrays)
+            found = plan.run(executor.team(self._planner.threads), arrays)
         finally:
             self._return(key, plan)
         return {info.name: found[info.name] for info in self.outputs}
@@ -269,7 +270,7 @@ class Session:
         """Run once and return every tensor as it is: uint8 codes, or float32; see `trace`."""
         arrays = self._arrays(x)
         plan = self._plan(arrays, keep_all=True)
-        found = plan.run(executor.team(self.threads), arrays)
+        found = plan.run(executor.team(self._planner.threads), arrays)
         result = dict(arrays)
         for node in self.graph.nodes:
             for name in filter(None, node.outputs):
@@ -294,7 +295,7 @@ class Session:
             raise InputError(f"repeat is {repeat}; it must be at least 1")
         arrays = self._arrays(x)
         plan = self._plan(arrays)
-        team = executor.team(self.threads)
+        team = executor.team(self._planner.threads)
         plan.run(team, arrays)
         pieces: list[tuple[Node, str, slice | NumpyStep]] = []
         for part in plan.parts:
@@ -350,8 +351,6 @@ class Session:
         return self._planner.plan({name: x.shape for name, x in arrays.items()}, keep_all)
 
     def _borrow(self, key: tuple[Shape, ...]) -> Plan | None:
-        if os.getpid() != self._pid:  # another thread may have held the lock when we were forked
-            self._reset_lock()
         with self._lock:
             plans = self._idle.get(key)
             if not plans:
@@ -367,7 +366,7 @@ class Session:
             self._idle.move_to_end(key)
             while self._keeps_too_much():
                 oldest, plans = next(iter(self._idle.items()))
-                del plans[0]
+                del plans[:1]  # an interrupt may have left none
                 if not plans:
                     del self._idle[oldest]
 

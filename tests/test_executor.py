@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -212,3 +214,79 @@ def test_interrupts_leave_the_team_in_order():
         assert output == "done\n", errors
     finally:
         process.kill()
+
+
+def test_callers_that_come_first_together_share_one_team():
+    start, found = threading.Barrier(4), []
+
+    def ask(threads):
+        start.wait()
+        found.append((threads, executor.team(threads)))
+
+    for threads in range(150, 190):
+        start.reset()
+        askers = [threading.Thread(target=ask, args=(threads,)) for _ in range(4)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join()
+    for threads in range(150, 190):
+        assert len({id(team) for number, team in found if number == threads}) == 1
+
+
+def test_workers_keep_the_memory_that_they_look_at():
+    team = executor.Team(3)
+    Steps([(3, 4)]).run(team)
+    words = weakref.ref(team._words.base)
+    del team
+    gc.collect()
+    assert words() is not None
+    for _ in range(50):  # would be put where the words were
+        np.full(executor._CLAIMS // 8 + 48, -1, np.int64)
+    time.sleep(0.01)
+
+
+def test_threads_of_a_fork_make_one_team():
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork")
+    team = executor.Team(3)
+    Steps([(3, 4)]).run(team)
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.setswitchinterval(1e-6)
+            failures = []
+
+            def work():
+                try:
+                    steps = Steps([(3, 4)])
+                    team.run(steps.program)
+                except BaseException as error:
+                    failures.append(error)
+
+            callers = [threading.Thread(target=work) for _ in range(4)]
+            for caller in callers:
+                caller.start()
+            for caller in callers:
+                caller.join()
+            workers = [t for t in threading.enumerate() if t.name.startswith("logshift-")]
+            os._exit(0 if not failures and len(workers) == 2 else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_spread_keeps_order_and_raises_the_first_error(threads):
+    assert executor.spread(lambda x: x * x, range(20), threads) == [x * x for x in range(20)]
+    assert executor.spread(str, [], threads) == []
+    with pytest.raises(ZeroDivisionError):
+        executor.spread(lambda x: 1 // x, [1, 0, 2, 3], threads)
+
+
+def test_spread_without_more_threads(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert executor.spread(str, range(5), 4) == ["0", "1", "2", "3", "4"]
