@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -246,7 +246,7 @@ class Kernel:
         """Family, op and variant, as `logshift info` shows it."""
         return "-".join(part for part in (self.family, self.op, self.variant) if part)
 
-    @property
+    @cached_property
     def address(self) -> int:
         """Address of the compiled kernel; the first use compiles it or loads it from the cache."""
         return _compiled(self.function, self.record).address
