@@ -860,7 +860,7 @@ class Plan:
         values = (template or layout.empty).copy()
         total = work * fields["n"] * fields["height"] * fields["width"] * fields["channels"]
         homes = max(1, min(total // _SHARE, self._planner.threads))
-        parts = max(1, min(total // homes // _SHARE, _PARTS))
+        parts = max(1, min(total // homes // (2 * _SHARE), _PARTS))  # each claim takes its time
         step = Step(node, chosen, layout, values, homes, parts)
         places = {}
         for key, name in tensors.items():
