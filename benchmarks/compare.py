@@ -23,12 +23,13 @@ import onnx
 
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.machine import describe
-from benchmarks.models import SUITE
+from benchmarks.models import PACKAGED, SUITE
 from benchmarks.quantizer import quantized
 from logshift import converter
 from logshift.runtime.table import text_table
 
 CACHE = Path("build/benchmarks")
+NETWORKS = SUITE | PACKAGED
 _CALIBRATION = 16
 # Threads of some engines go on spinning for a while after a run; the next one must not suffer.
 _PAUSE = 0.03
@@ -44,14 +45,14 @@ class Files:
 
 
 def prepare(name: str, cache: Path, weight_bits: int = 4, activation_bits: int = 8) -> Files:
-    """Build and convert a network of the suite, unless that was done before."""
+    """Build, or take from its package, and convert a network, unless that was done before."""
     files = Files(
         cache / f"{name}.onnx",
         cache / f"{name}-qdq.onnx",
         cache / f"{name}-w{weight_bits}a{activation_bits}.stlq",
     )
     cache.mkdir(parents=True, exist_ok=True)
-    model = SUITE[name]
+    model = NETWORKS[name]
     rng = np.random.default_rng(1)
     calibration = rng.standard_normal((_CALIBRATION, *model.shape)).astype(np.float32)
     if not files.float.exists():
@@ -104,7 +105,7 @@ def statistics(seconds: list[float], logshift: list[float]) -> dict[str, float]:
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=SUITE, default=list(SUITE))
+    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(SUITE))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batch", nargs="+", type=int, help="default: those of the suite")
     parser.add_argument("--weight-bits", type=int, default=4)
@@ -125,11 +126,15 @@ def main() -> None:
             names.append(name)
     rows = []
     for model in a.models:
-        files = prepare(model, a.cache, a.weight_bits, a.activation_bits)
+        try:
+            files = prepare(model, a.cache, a.weight_bits, a.activation_bits)
+        except ModuleNotFoundError as error:
+            print(f"{model} is left out: {error}")
+            continue
         weights = onnx.load(files.float).doc_string or "random weights"
-        batches = a.batch or SUITE[model].batches
+        batches = a.batch or NETWORKS[model].batches
         with tempfile.TemporaryDirectory() as cache_directory:
-            shape = (batches[0], *SUITE[model].shape)
+            shape = (batches[0], *NETWORKS[model].shape)
             # The first start of each of our own engines compiles; those that count are warm.
             cold = {}
             for name in names:
@@ -139,7 +144,7 @@ def main() -> None:
                     cold[name] = first.start["start"]
             for batch in batches:
                 for threads in a.threads:
-                    shape = (batch, *SUITE[model].shape)
+                    shape = (batch, *NETWORKS[model].shape)
                     result = compare(
                         files, shape, threads, names, a.rounds, a.seconds, cache_directory
                     )
@@ -178,7 +183,17 @@ def report(row: dict[str, Any]) -> str:
             f"{r['load']:.2f}", f"{r['first_run']:.2f}", f"{r['peak_memory'] / 1e6:.0f}",
             f"{r['bytes'] / 1e6:.1f}",
         ))  # fmt: skip
-    return f"{heading}\n{text_table(lines, left=1)}"
+    table = f"{heading}\n{text_table(lines, left=1)}"
+    name = fastest_other(row["engines"])
+    if name is None:
+        return table
+    return f"{table}\nfastest other engine: {name}, {row['engines'][name]['ratio']:.2f}"
+
+
+def fastest_other(engines: dict[str, dict[str, Any]]) -> str | None:
+    """Name of the engine that is the fastest of those that are not logshift."""
+    others = {name: r["ratio"] for name, r in engines.items() if not name.startswith("logshift")}
+    return min(others, key=others.__getitem__, default=None)
 
 
 if __name__ == "__main__":

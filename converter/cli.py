@@ -679,6 +679,8 @@ def _onnx_engine(model: Path, x: dict[str, np.ndarray], threads: int) -> Callabl
         raise FileNotFoundError(f"{model}: there is no such file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Its threads would go on spinning, and take cores from ours.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         session.run(None, x)
@@ -690,8 +692,7 @@ def _onnx_engine(model: Path, x: dict[str, np.ndarray], threads: int) -> Callabl
 def _in_turns(engines: list[Callable[[], Any]], seconds: float) -> list[np.ndarray]:
     """Seconds per run: for each engine the medians of blocks of runs, the engines taking turns.
 
-    Blocks, because threads of one engine that still spin after its run would slow the other's;
-    the first run of a block is not counted.
+    The first run of a block, which finds the other's data in the caches, is not counted.
     """
     for engine in engines:
         engine()

