@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import struct
 import sys
 
 import llvmlite.binding as llvm
@@ -223,6 +224,78 @@ def give_way(typingctx):
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+_MASK = 16  # words of a set of cores
+
+
+@intrinsic
+def current_core(typingctx):
+    """Return the number of the core that this thread is on; -1 where a system does not tell."""
+    signature = types.int64()
+
+    def codegen(context, builder, signature, args):
+        if sys.platform != "linux":
+            return _i64(-1)
+        return builder.sext(_call(builder, _i32, "sched_getcpu", []), _i64)
+
+    return signature, codegen
+
+
+@intrinsic
+def leave_core(typingctx, core):
+    """Move this thread to another of the cores that it may use, if it may use another one.
+
+    It is forbidden the core for a moment: where it may run later is as before.
+    """
+    signature = types.void(types.int64)
+
+    def codegen(context, builder, signature, args):
+        if sys.platform != "linux":
+            return context.get_dummy_value()
+        (core,) = args
+        none, size = _i32(0), _i64(8 * _MASK)  # of this thread
+        masks = cgutils.alloca_once(builder, ir.ArrayType(_i64, _MASK))
+        place = builder.ptrtoint(masks, _i64)
+        found = _call(builder, _i32, "sched_getaffinity", [none, size, place])
+        known = builder.icmp_unsigned("<", core, _i64(64 * _MASK))
+        with builder.if_then(builder.and_(builder.icmp_signed("==", found, none), known)):
+            word = builder.gep(masks, [none, builder.lshr(core, _i64(6))])
+            allowed = builder.load(word)
+            bit = builder.shl(_i64(1), builder.and_(core, _i64(63)))
+            builder.store(builder.and_(allowed, builder.not_(bit)), word)
+            _call(builder, _i32, "sched_setaffinity", [none, size, place])  # fails if none is left
+            builder.store(allowed, word)
+            _call(builder, _i32, "sched_setaffinity", [none, size, place])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+# The numbers of system calls that get and set how a thread is scheduled.
+_GET_SCHEDULING = {"x86_64": 315, "aarch64": 275, "riscv64": 275, "ppc64le": 356}
+_SCHEDULING = struct.Struct("=IIQiIQQQ")  # size, policy, flags, nice, priority, runtime, ...
+_NORMAL_POLICIES = (0, 3)  # SCHED_OTHER, SCHED_BATCH
+
+
+def ask_for_short_turns(seconds: float) -> None:
+    """Have this thread scheduled for so long at a time, if others want its core as well.
+
+    It then waits less for its turn, and its share is the same. Linux from 6.12 on; elsewhere, and
+    where it is not allowed, nothing changes.
+    """
+    number = _GET_SCHEDULING.get(platform.machine())
+    if sys.platform != "linux" or number is None:
+        return
+    libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(_SCHEDULING.size)
+    if libc.syscall(number, 0, attributes, _SCHEDULING.size, 0) != 0:
+        return
+    size, policy, flags, nice, priority, _, deadline, period = _SCHEDULING.unpack(attributes.raw)
+    if policy in _NORMAL_POLICIES:
+        _SCHEDULING.pack_into(
+            attributes, 0, size, policy, flags, nice, priority, int(1e9 * seconds), deadline, period
+        )
+        libc.syscall(number - 1, 0, attributes, 0)
 
 
 # The numbers of clocks, by the system: time that passes, and time that this thread has had a core.

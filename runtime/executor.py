@@ -37,6 +37,7 @@ from logshift.kernels.jit import njit
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import (
     as_pointer,
+    ask_for_short_turns,
     atomic_add,
     atomic_exchange,
     atomic_load,
@@ -44,7 +45,9 @@ from logshift.kernels.native import (
     atomic_store,
     call_kernel,
     clock,
+    current_core,
     give_way,
+    leave_core,
     pause,
     thread_clock,
     wait_at,
@@ -60,6 +63,7 @@ KERNEL, ARGUMENTS, HOMES, PARTS = range(4)
 MAX_PARTS = 255  # of a home
 
 _SPIN = 100e-6  # seconds that a thread without work spins before it sleeps
+_SLICE = 200e-6  # seconds that a worker asks to be scheduled for
 
 # In nanoseconds: what a thread seldom waits for others in a program unless these have been
 # put to sleep; for how long the machine then counts as shared, and a thread that lost its core
@@ -81,14 +85,16 @@ _TURN, _SHORTEST_TURN, _LOOK = 2_000_000, 300_000, 250_000
 # _CALLER_ASLEEP: whether the caller sleeps, which it does on this word.
 # _SHARED: which time it is that the machine counts as shared, or 0 while it does not; until when,
 #   by the clock; how often it has been.
+# _CALLER_CORE: on which core the caller began its program.
 # _CLAIMS: one for each home: number of the step << 16, first part unclaimed << 8, end of those.
 #   If that is an older step, all of the home's parts are unclaimed.
 # Behind these, for each slot, what only its thread writes, its turn: when it began, 0 if it must
 #   begin anew, and what time the thread had had by then; when it last looked, and last lost its
 #   core; how long turns are, and which _SHARED that is for.
 (
-    _PUBLISHED, _STEP, _DONE, _PROGRAM, _BUSY, _ASLEEP, _CALLER_ASLEEP, _SHARED, _CLAIMS
-) = range(0, 9 * 64, 64)  # fmt: skip
+    _PUBLISHED, _STEP, _DONE, _PROGRAM, _BUSY, _ASLEEP, _CALLER_ASLEEP, _SHARED, _CALLER_CORE,
+    _CLAIMS,
+) = range(0, 10 * 64, 64)  # fmt: skip
 _BEGAN, _HAD, _LOOKED, _LOST, _LENGTH, _OF = range(6)
 _ALONE = 0  # in place of a team's address
 
@@ -264,6 +270,7 @@ def _execute(program, team, threads, spins):
         return
     turn = _turn(team, threads, 0)
     turn[_BEGAN] = 0
+    atomic_store(team + np.uintp(_CALLER_CORE), current_core())
     own = carray(as_pointer(team + np.uintp(_PROGRAM)), 3, np.int64)
     own[0], own[1], own[2] = program.ctypes.data, program.shape[0], 0
     _go_on(team, 0, True)
@@ -303,6 +310,11 @@ def _serve(team, threads, slot, spins):
             if (published >> 8) & 1023 != 0:
                 _was_late(team, start)
             turn[_BEGAN] = 0
+            # Where all cores are taken, systems like to wake a thread on that of its waker, for
+            # which alone it then has to wait.
+            core = current_core()
+            if core >= 0 and core == atomic_load(team + np.uintp(_CALLER_CORE)):
+                leave_core(core)
 
 
 @njit(types.void(types.uintp, types.intp), nogil=True, cache=True, error_model="numpy")
@@ -376,6 +388,7 @@ class Team:
 
 def _work_for(words: np.ndarray, threads: int, slot: int, spins: int) -> None:
     """Be a worker; keeps the team's memory, which it looks at for ever."""
+    ask_for_short_turns(_SLICE)
     _serve(words.ctypes.data, threads, slot, spins)
 
 

@@ -16,9 +16,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 
-from logshift.kernels.native import as_pointer, atomic_add, atomic_load, pause
+from logshift.kernels.native import (
+    as_pointer,
+    ask_for_short_turns,
+    atomic_add,
+    atomic_load,
+    current_core,
+    leave_core,
+    pause,
+)
 from logshift.runtime import executor
 
 _NONE, _ALL = -1, -2  # of the slots
@@ -290,3 +298,45 @@ def test_spread_without_more_threads(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start)
     assert executor.spread(str, range(5), 4) == ["0", "1", "2", "3", "4"]
+
+
+@njit
+def _moved():
+    before = current_core()
+    leave_core(before)
+    return before, current_core()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell cores")
+def test_a_thread_leaves_its_core_and_may_come_back():
+    allowed = os.sched_getaffinity(0)
+    moves = [_moved() for _ in range(20)]
+    assert {core for move in moves for core in move} <= allowed == os.sched_getaffinity(0)
+    # A busy system may bring it back at once.
+    assert len(allowed) == 1 or sum(before != after for before, after in moves) >= 10
+    alone = min(allowed)
+    try:
+        os.sched_setaffinity(0, {alone})
+        assert _moved() == (alone, alone) and os.sched_getaffinity(0) == {alone}
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="no such scheduling here")
+def test_asking_for_short_turns_changes_neither_policy_nor_priority():
+    found = []
+
+    def ask():
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        for policy in (os.SCHED_OTHER, os.SCHED_IDLE):
+            os.sched_setscheduler(threading.get_native_id(), policy, os.sched_param(0))
+            ask_for_short_turns(2e-4)
+            found.append(
+                (os.sched_getscheduler(threading.get_native_id()),
+                 os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            )  # fmt: skip
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [(os.SCHED_OTHER, 5), (os.SCHED_IDLE, 5)]
