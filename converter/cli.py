@@ -669,6 +669,8 @@ def _random_inputs(session: Session, batch: int) -> dict[str, np.ndarray]:
 
 
 def _onnx_engine(model: Path, x: dict[str, np.ndarray], threads: int) -> Callable[[], Any]:
+    from logshift.converter.ort import session_options
+
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -677,10 +679,7 @@ def _onnx_engine(model: Path, x: dict[str, np.ndarray], threads: int) -> Callabl
         ) from None
     if not model.is_file():
         raise FileNotFoundError(f"{model}: there is no such file")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Its threads would go on spinning, and take cores from ours.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = session_options(threads)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         session.run(None, x)

@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function
 from logshift.converter.layout import onnx_weight
+from logshift.converter.ort import session_options
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import numpy_ops
 
@@ -92,10 +93,8 @@ class Evaluator:
             model = _function_model(node.function, TensorProto.FLOAT)
         else:
             model = _node_model(node)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
         )
 
     def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:

@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from logshift.converter import metadata, qdq
 from logshift.converter.metadata import Metadata
+from logshift.converter.ort import session_options
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 
@@ -277,8 +278,7 @@ def run(
     ConversionError
         If neither can run it on these inputs.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

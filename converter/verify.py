@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logshift.converter.ort import session_options
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import Session, load
 from logshift.runtime.table import text_table
@@ -206,11 +207,9 @@ def _reference(
     ]
     declared = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in declared)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     try:
         reference = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's exceptions share no useful base
         raise ConversionError(f"onnxruntime cannot load the model: {error}") from error

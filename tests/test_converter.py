@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import oracle
 import pytest
 from onnx import TensorProto, helper
@@ -17,6 +18,8 @@ from test_converter_lowering import Net, reference
 from logshift import converter
 from logshift.converter import ConversionError, InputError, Preprocessing, convert
 from logshift.converter.calibrate import choose_quantization, dequantize, quantize
+from logshift.converter.verify import verify
+from logshift.runtime import cores
 from logshift.runtime import format as packed_format
 
 
@@ -426,3 +429,20 @@ def test_resnet20_on_cifar10(shared, path):
         correct += int((session.run(x).argmax(axis=1) == labels[start : start + 250]).sum())
     assert correct >= 7850
     assert report.file_bytes <= 182_087
+
+
+def test_sessions_of_onnxruntime_do_not_spin(monkeypatch, path):
+    made = []
+
+    class Recorded(onnxruntime.InferenceSession):
+        def __init__(self, model, options, **settings):
+            made.append(options)
+            super().__init__(model, options, **settings)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Recorded)
+    convert(network(), path, calibration=noise(4))
+    verify(network(), path, noise(2))
+    assert len(made) > 3
+    for options in made:
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert options.intra_op_num_threads == cores.default_threads()

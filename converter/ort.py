@@ -1,0 +1,30 @@
+"""How ONNX Runtime's sessions are made here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from logshift.runtime.cores import default_threads
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Return options of a session that lives beside others.
+
+    Its threads do not spin when they have nothing to do, as they would without end: converting
+    has a session for every layer. Warnings are for those who wrote the model.
+
+    Parameters
+    ----------
+    threads : int, optional
+        By default as many as a session of logshift would have.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = default_threads() if threads is None else threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
