@@ -72,15 +72,15 @@ def _supports(tile: Microkernel, layer: Layer) -> bool:
 
 
 def _cost(tile: Microkernel, layer: Layer) -> float:
-    """Channels computed, times instructions for a pixel of two vectors, as a share of many."""
+    """Instructions for a pixel of two vectors; so scaled that AVX2's kernel always costs more."""
     windows, others = _windows(tile, layer)
-    instructions = 8.0 * len(others)
+    instructions = 6.0 * len(others)
     if tile.window is not None:
         rows, columns, stride = tile.window
         loaded = (tile.pixels - 1) * stride + columns
-        instructions += len(windows) * ((6 if rows == 3 else 8) / 2 * loaded / tile.pixels)
-        instructions += len(windows) * 2 * columns
-    return first_channels(tile, layer).size * tile.channels * instructions / 1e6
+        # As many shuffles for a column as there are rows.
+        instructions += len(windows) * (rows * loaded / tile.pixels + 2 * columns)
+    return instructions / 1e6
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:

@@ -644,23 +644,18 @@ class _Rows(_Emission):
     def interleaved(self, rows: list[Any]) -> list[Any]:
         """Load a block's channels from 3 or 4 addresses; returns vectors of 4 bytes a channel.
 
-        The fourth byte of three is any other.
+        The fourth byte of three is 0.
         """
         k = self.k
         # Costs nothing, and keeps the compiler from loading more than there are registers for.
         self.b.fence("seq_cst", "singlethread")
-        x = [self.load(row, ir.VectorType(i8, k.channels), 1) for row in (*rows, rows[-1])[:4]]
+        kind = ir.VectorType(i8, k.channels)
+        x = [self.load(row, kind, 1) for row in rows] + [self.constant(0, kind)]
         side_by_side = [*range(2 * k.channels)]
-        halves = [self.shuffle(x[p], x[p + 1], side_by_side) for p in (0, 2)]
+        upper, lower = (self.shuffle(x[p], x[p + 1], side_by_side) for p in (0, 2))
+        lanes = [tap * k.channels + lane for lane in range(k.lanes) for tap in range(4)]
         return [
-            self.shuffle(
-                *halves,
-                [
-                    tap * k.channels + j * k.lanes + lane
-                    for lane in range(k.lanes)
-                    for tap in range(4)
-                ],
-            )
+            self.shuffle(upper, lower, [lane + j * k.lanes for lane in lanes])
             for j in range(k.vectors)
         ]
 
