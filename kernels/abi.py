@@ -41,7 +41,7 @@ FAMILIES = {
 _MODULES = {
     "reference": ("reference", "float_reference"),
     "portable": ("portable", "float_portable"),
-    "dot": ("dot", "winograd"),
+    "dot": ("dot", "winograd", "depthwise"),
     "fma": ("fma",),
     "shift": ("shift",),
 }
@@ -86,6 +86,8 @@ CONV = _record(
     # all blocks (microkernels); runs of blocks that one call takes (dot.CHUNK).
     tile=_P, pixels=_I, single=_P, segments=_P, x_step=_I, chunks=_P, chunk_count=_I,
     table=_P,  # uint8 (256,) that output codes go through at the end, or 0
+    # Rows of a depthwise convolution: READS of windows and of all.
+    window_count=_I, segment_count=_I,
     added=_I,  # Winograd: what makes differences of codes unsigned
     # `shift` (chunks: what to make which rows of): sets of groups, int64 (sets, 2), their first
     # input and output channels; blocks of rows; where streams begin, int64

@@ -192,12 +192,12 @@ def _by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndar
     padded[:o, :, :run] = layer.integers.reshape(o, runs, run)
     # What a step takes of a channel is moved as one number.
     words = padded.reshape(o + 1, -1).view(f"u{size * padded.itemsize}")
-    ordered = _by_block(words, rows)
+    ordered = by_block(words, rows)
     return ordered.view(padded.dtype).reshape(*ordered.shape, size), places
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _by_block(words, rows):
+def by_block(words, rows):
     """Return words (O + 1, steps) as (blocks, steps, channels); row -1 is the last one."""
     blocks, channels = rows.shape
     ordered = np.empty((blocks, words.shape[1], channels), words.dtype)
@@ -433,7 +433,7 @@ def _conv_tiles(arguments, first_part, end_part, parts, slot):
 for _tile in MICROKERNELS.values():
     _available = partial(getattr, _tile, "available")
     register_part("dot", _tile.name, partial(microkernels.address, _tile), _available)
-    if _tile.pixels > 1 and _tile.kind != "winograd":
+    if _tile.pixels > 1 and _tile.kind not in ("winograd", "rows"):
         register(
             "conv", "dot", abi.CONV, _tile.name,
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),
@@ -446,7 +446,7 @@ for _name, _function, _signatures in (
     ("cut", cut, [(types.int8[:, :, :, ::1], types.int64, types.int64)]),
     (
         "by_block",
-        _by_block,
+        by_block,
         [(t[:, ::1], _INDICES) for t in (types.uint16, types.uint32, types.uint64)],
     ),
     ("weave", _weave, [(_BYTES, types.int64[::1], _BYTES, _BYTES)]),

@@ -13,6 +13,7 @@ The kinds differ in what a step is and in what it is summed:
     wide        the same with int16 weights, in int32
     depthwise   2 taps of each channel times their int8 weights, in int16
     winograd    as pair; blocks are positions of transformed tiles of pixels (`winograd`)
+    rows        4 taps of each channel times their int8 weights, in int32 (`depthwise`)
 
 Sums in int16 are modulo 2^16. A *segment* is a run of steps that are contiguous in memory; after
 some segments sums are widened to int32 (*flushed*), and begin again from initial values that keep
@@ -56,6 +57,12 @@ TILE = np.dtype(
         ("m", _P), ("b", _P),  # float32 (blocks * channels,)
         ("table", _P),  # uint8 (256,) that codes go through at the end, or 0
         ("table_end", _P),
+        # "rows": x, y and r are addresses of the first pixel, and these the bytes from pixel to
+        # pixel; the last block begins so many channels after the first one.
+        ("x_pixel", _I), ("y_pixel", _I), ("r_pixel", _I),
+        ("x_column", _I),  # bytes from one input column to the next
+        ("last", _I),
+        ("windows_end", _P), ("segments_end", _P),  # of READS records, the same for all blocks
         ("z_r", np.int32), ("m_r", _F), ("lo", _F), ("hi", _F),
         ("lo_code", np.int32),  # lo rounded
         ("has_residual", np.int32), ("float_output", np.int32),
@@ -66,6 +73,9 @@ TILE = np.dtype(
 # segment is one step: byte offsets of its two taps. What to do after it: one of the values below.
 SEGMENT = np.dtype([("offset", np.int32), ("second", np.int32), ("then", np.int32), ("", np.int32)])
 CONTINUE, FLUSH, END = 0, 1, 2
+# What a "rows" kernel reads: byte offsets from the pixel's address of the rows of a window, or of
+# four taps.
+READS = np.dtype([("offset", np.int32, 4)])
 
 _OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
 
@@ -82,6 +92,7 @@ class Microkernel:
     vectors: int  # of output channels
     lanes: int  # int32 per vector
     features: tuple[str, ...]
+    window: tuple[int, int, int] | None = None  # of "rows": rows, columns, stride of columns
 
     @property
     def channels(self) -> int:
@@ -92,6 +103,9 @@ class Microkernel:
     def name(self) -> str:
         """Instruction set, kind where it is not the instruction set's own, and tile."""
         kind = "" if self.kind in ("pair", "dot") else f"{self.kind}-"
+        if self.kind == "rows":
+            window = "{}x{}s{}".format(*self.window) if self.window else ""
+            kind = f"depthwise{window}-"
         return f"{self.isa}-{kind}{self.pixels}x{self.channels}"
 
     @property
@@ -111,8 +125,8 @@ def _tile(typingctx, arguments, name):
 
     def codegen(context, builder, signature, args):
         kernel = MICROKERNELS[name.literal_value]
-        emission = {"depthwise": _Depthwise, "winograd": _Winograd}.get(kernel.kind, _Emission)
-        emission(kernel, builder, args[0]).emit()
+        kinds = {"depthwise": _Depthwise, "winograd": _Winograd, "rows": _Rows}
+        kinds.get(kernel.kind, _Emission)(kernel, builder, args[0]).emit()
         return context.get_dummy_value()
 
     return types.void(arguments, name), codegen
@@ -346,7 +360,7 @@ class _Emission(Emitter):
         size = 4 * k.lanes
         m, bias = (b.add(self.field(n), bytes_of_words) for n in ("m", "b"))
         if residual:
-            r_table = self.field("r")
+            r = self.places("r", channel)
             z_r = self.splat(self.field("z_r", i32), self.int32s)
             m_r = self.splat(self.field("m_r", f32), self.floats)
 
@@ -357,12 +371,17 @@ class _Emission(Emitter):
             v = b.fadd(b.fmul(b.sitofp(total(tile), self.floats), scale), shift)
             if not residual:
                 return v
-            address = b.add(b.add(self.at(r_table, i), channel), self.word(k.lanes * j))
+            address = b.add(r(i), self.word(k.lanes * j))
             codes = self.load(address, ir.VectorType(i8, k.lanes), 1)
             t = b.sitofp(b.sub(b.zext(codes, self.int32s), z_r), self.floats)
             return b.fadd(v, b.fmul(t, m_r))
 
         return compute
+
+    def places(self, name: str, offset: Any) -> Callable[[int], Any]:
+        """Return what gives the address of a pixel's outputs, or residuals, from an offset on."""
+        table = self.field(name)
+        return lambda i: self.b.add(self.at(table, i), offset)
 
     def least(self, v: Any, bound: Any) -> Any:
         return self.b.select(self.b.fcmp_ordered("<", v, bound), v, bound)
@@ -373,15 +392,15 @@ class _Emission(Emitter):
     def store_floats(self, value: Callable, channel: Any) -> None:
         b, size = self.b, 4 * self.k.lanes
         lo, hi = (self.splat(self.field(n, f32), self.floats) for n in ("lo", "hi"))
-        y_table, offset = self.field("y"), b.mul(channel, self.word(4))
+        y = self.places("y", b.mul(channel, self.word(4)))
         for i, j in self.tiles:
             v = self.least(self.greatest(value((i, j)), lo), hi)
-            self.store(v, b.add(b.add(self.at(y_table, i), offset), self.word(size * j)), 4)
+            self.store(v, b.add(y(i), self.word(size * j)), 4)
 
     def store_codes(self, value: Callable, channel: Any, table: Any = None) -> None:
         """Round vectors, four together where the machine packs them with saturation, and store."""
         b, k = self.b, self.k
-        y_table = self.field("y")
+        y = self.places("y", channel)
         together = 4 if k.lanes == 8 else 1
         for first in range(0, len(self.tiles), together):
             tiles = self.tiles[first : first + together]
@@ -394,7 +413,7 @@ class _Emission(Emitter):
                 begin, end = numbers[0] * k.lanes, (numbers[-1] + 1) * k.lanes
                 part = self.shuffle(codes, codes, [*range(begin, end)])
                 offset = self.word(k.lanes * tiles[numbers[0]][1])
-                self.store(part, b.add(b.add(self.at(y_table, i), channel), offset), 1)
+                self.store(part, b.add(y(i), offset), 1)
 
     def rounded(self, values: list[Any]) -> Any:
         """Clamp, round half to even, and join to one vector of uint8."""
@@ -527,6 +546,125 @@ class _Winograd(_Emission):
             self.store(total(t), b.add(begin, self.word(size * number)), size)
 
 
+class _Rows(_Emission):
+    """Pixels side by side in a row of outputs; a lane is 4 taps of a channel.
+
+    Where there is a window, a record of READS tells the rows of one: each of its columns is loaded
+    and interleaved once for all pixels that it is part of. Other records are 4 taps of every pixel.
+    """
+
+    def emit(self) -> None:
+        b, k = self.b, self.k
+        size = 4 * k.lanes
+        x, blocks, last = (self.field(name) for name in ("x", "blocks", "last"))
+        segments, weights, start = (self.field(n) for n in ("segments", "weights", "start"))
+        entry = b.block
+        block, done = (b.append_basic_block(name) for name in ("block", "done"))
+        b.branch(block)
+
+        b.position_at_end(block)
+        index, w = b.phi(i64), b.phi(i64)
+        first = b.mul(index, self.word(k.channels))
+        channel = b.select(b.icmp_signed("<", first, last), first, last)
+        bytes_of_words = b.mul(first, self.word(4))
+        begin = b.add(start, bytes_of_words)
+        initial = [
+            self.load(b.add(begin, self.word(size * j)), self.int32s, size)
+            for j in range(k.vectors)
+        ]
+        base = b.add(x, channel)
+        state = ({t: initial[t[1]] for t in self.sums}, segments, w)
+        if k.window is not None:
+            state = self.loop(self.add_window, "windows_end", base, *state)
+        acc, _, w_next = self.loop(self.add_taps, "segments_end", base, *state)
+        self.epilogue(acc.__getitem__, channel, bytes_of_words)
+        index_next = b.add(index, self.word(1))
+        self.incoming(index, (entry, self.word(0)), (b.block, index_next))
+        self.incoming(w, (entry, weights), (b.block, w_next))
+        b.cbranch(b.icmp_signed("<", index_next, blocks), block, done)
+        b.position_at_end(done)
+
+    def loop(self, add: Callable, end: str, base: Any, acc: dict, s: Any, w: Any) -> tuple:
+        """Emit a loop over records up to a field's address; returns sums and ends."""
+        b, before = self.b, self.b.block
+        head, body, after = (b.append_basic_block(f"{n}_{end}") for n in ("head", "body", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        held = {t: b.phi(value.type) for t, value in acc.items()}
+        s_phi, w_phi = b.phi(i64), b.phi(i64)
+        b.cbranch(b.icmp_unsigned("<", s_phi, self.field(end)), body, after)
+        b.position_at_end(body)
+        places = [b.add(s_phi, self.word(4 * row)) for row in range(4)]
+        rows = [b.add(base, b.sext(self.load(place, i32, 4), i64)) for place in places]
+        new, w_next = add(held, rows, w_phi)
+        s_next = b.add(s_phi, self.word(READS.itemsize))
+        b.branch(head)
+        for t, phi in held.items():
+            self.incoming(phi, (before, acc[t]), (b.block, new[t]))
+        self.incoming(s_phi, (before, s), (b.block, s_next))
+        self.incoming(w_phi, (before, w), (b.block, w_next))
+        b.position_at_end(after)
+        return held, s_phi, w_phi
+
+    def add_window(self, acc: dict, rows: list[Any], w: Any) -> tuple[dict, Any]:
+        """Add the products of a window of every pixel."""
+        b, k = self.b, self.k
+        assert k.window is not None
+        count, columns, stride = k.window
+        weights = [self.weights(b.add(w, self.word(self.step_bytes * q))) for q in range(columns)]
+        new, offset, step = dict(acc), self.word(0), self.field("x_column")
+        for column in range((k.pixels - 1) * stride + columns):
+            x = self.interleaved([b.add(row, offset) for row in rows[:count]])
+            for q in range(columns):
+                i, rest = divmod(column - q, stride)
+                if rest == 0 and 0 <= i < k.pixels:
+                    for j in range(k.vectors):
+                        new[i, j] = self.byte_dot(new[i, j], x[j], weights[q][j])
+            offset = b.add(offset, step)
+        return new, b.add(w, self.word(self.step_bytes * columns))
+
+    def add_taps(self, acc: dict, rows: list[Any], w: Any) -> tuple[dict, Any]:
+        """Add the products of four taps of every pixel."""
+        b, k = self.b, self.k
+        weights = self.weights(w)
+        new, offset, step = {}, self.word(0), self.field("x_pixel")
+        for i in range(k.pixels):
+            x = self.interleaved([b.add(row, offset) for row in rows])
+            for j in range(k.vectors):
+                new[i, j] = self.byte_dot(acc[i, j], x[j], weights[j])
+            offset = b.add(offset, step)
+        return new, b.add(w, self.word(self.step_bytes))
+
+    def weights(self, w: Any) -> list[Any]:
+        """Load the weights of a step."""
+        b, size = self.b, 4 * self.k.lanes
+        places = [b.add(w, self.word(size * j)) for j in range(self.k.vectors)]
+        return [self.load(place, self.bytes, size) for place in places]
+
+    def interleaved(self, rows: list[Any]) -> list[Any]:
+        """Load a block's channels from 3 or 4 addresses; returns vectors of 4 bytes a channel.
+
+        The fourth byte of three is 0.
+        """
+        k = self.k
+        # Costs nothing, and keeps the compiler from loading more than there are registers for.
+        self.b.fence("seq_cst", "singlethread")
+        kind = ir.VectorType(i8, k.channels)
+        x = [self.load(row, kind, 1) for row in rows] + [self.constant(0, kind)]
+        side_by_side = [*range(2 * k.channels)]
+        upper, lower = (self.shuffle(x[p], x[p + 1], side_by_side) for p in (0, 2))
+        lanes = [tap * k.channels + lane for lane in range(k.lanes) for tap in range(4)]
+        return [
+            self.shuffle(upper, lower, [lane + j * k.lanes for lane in lanes])
+            for j in range(k.vectors)
+        ]
+
+    def places(self, name: str, offset: Any) -> Callable[[int], Any]:
+        b = self.b
+        first, pixel = b.add(self.field(name), offset), self.field(f"{name}_pixel")
+        return lambda i: b.add(first, b.mul(pixel, self.word(i)))
+
+
 def _size(kind: ir.Type) -> int:
     return 4 if kind in (i32, f32) else 8
 
@@ -534,6 +672,7 @@ def _size(kind: ir.Type) -> int:
 # --- the table ----------------------------------------------------------------------------------
 
 _AVX512 = ("avx512vnni", "avx512bw", "avx512vl")
+_VBMI = (*_AVX512, "avx512vbmi")
 MICROKERNELS = {
     kernel.name: kernel
     for kernel in (
@@ -555,6 +694,14 @@ MICROKERNELS = {
         Microkernel("avx2", "wide", 6, 2, 8, ("avx2",)),
         Microkernel("avx2", "depthwise", 4, 4, 8, ("avx2",)),
         Microkernel("avx2", "winograd", 6, 2, 8, ("avx2",)),
+        Microkernel("avx512vnni", "rows", 7, 2, 16, _VBMI, (3, 3, 1)),
+        Microkernel("avx512vnni", "rows", 7, 2, 16, _VBMI, (3, 3, 2)),
+        Microkernel("avx512vnni", "rows", 7, 2, 16, _VBMI, (4, 5, 1)),
+        Microkernel("avx512vnni", "rows", 7, 2, 16, _VBMI, (4, 5, 2)),
+        Microkernel("avx512vnni", "rows", 7, 2, 16, _VBMI),
+        Microkernel("avx512vnni", "rows", 1, 2, 16, _VBMI, (3, 3, 1)),
+        Microkernel("avx512vnni", "rows", 1, 2, 16, _VBMI, (4, 5, 1)),
+        Microkernel("avx512vnni", "rows", 1, 2, 16, _VBMI),
     )
 }
 
