@@ -37,6 +37,7 @@ from numba.extending import intrinsic
 
 from logshift.kernels.emit import Emitter, f32, i8, i16, i32, i64
 from logshift.kernels.jit import cfunc
+from logshift.kernels.lookup import Lookup
 from logshift.kernels.targets import has_features
 
 _I, _F, _P = np.int64, np.float32, np.uintp
@@ -68,8 +69,6 @@ SEGMENT = np.dtype([("offset", np.int32), ("second", np.int32), ("then", np.int3
 CONTINUE, FLUSH, END = 0, 1, 2
 
 _OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
-
-_ROUND = 12582912.0  # 1.5 * 2^23: the low byte of v + _ROUND is v rounded half to even
 
 
 @dataclass(frozen=True, eq=False)
@@ -379,15 +378,15 @@ class _Emission(Emitter):
             self.store(v, b.add(b.add(self.at(y_table, i), offset), self.word(size * j)), 4)
 
     def store_codes(self, value: Callable, channel: Any, table: Any = None) -> None:
-        """Round vectors, four together where the machine packs them with saturation, and store."""
+        """Round vectors, four together because the machine packs them, and store."""
         b, k = self.b, self.k
         y_table = self.field("y")
-        together = 4 if k.lanes == 8 else 1
-        for first in range(0, len(self.tiles), together):
-            tiles = self.tiles[first : first + together]
+        lookup = None if table is None else Lookup(self, table, self.field("table_end"))
+        for first in range(0, len(self.tiles), 4):
+            tiles = self.tiles[first : first + 4]
             codes = self.rounded([value(t) for t in tiles])
-            if table is not None:
-                codes = self.looked_up(codes, table)
+            if lookup is not None:
+                (codes,) = lookup([codes])
             # Vectors of one pixel lie side by side, here and in memory.
             for i in dict.fromkeys(i for i, _ in tiles):
                 numbers = [number for number, t in enumerate(tiles) if t[0] == i]
@@ -397,53 +396,32 @@ class _Emission(Emitter):
                 self.store(part, b.add(b.add(self.at(y_table, i), channel), offset), 1)
 
     def rounded(self, values: list[Any]) -> Any:
-        """Clamp, round half to even, and join to one vector of uint8."""
-        b, k = self.b, self.k
+        """Clamp, round half to even, and join to one vector of uint8.
+
+        A value not above hi that is below the range of int32 converts to the least int32, so that
+        packing with saturation yields 0 for all that is below; lo acts on codes.
+        """
+        b = self.b
         hi = self.splat(self.field("hi", f32), self.floats)
-        if k.lanes == 16:
-            lo = self.splat(self.field("lo", f32), self.floats)
-            v = b.fadd(self.least(self.greatest(values[0], lo), hi), self.constant(_ROUND, hi.type))
-            return b.trunc(b.bitcast(v, self.int32s), ir.VectorType(i8, k.lanes))
-        # Not above hi, and what is below the range of int32 converts to its least number, so that
-        # packing with saturation yields 0 for all that is below; lo acts on codes.
-        names = ("llvm.x86.avx.cvt.ps2dq.256", "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb")
-        words = [self.intrinsic(names[0], self.int32s, [self.least(v, hi)]) for v in values]
+        words = [self.nearest(self.least(v, hi)) for v in values]
         words += words[:1] * (4 - len(words))
-        pairs = [self.intrinsic(names[1], self.int16s, words[p : p + 2]) for p in (0, 2)]
-        packed = b.bitcast(self.intrinsic(names[2], self.bytes, pairs), self.int32s)
-        # Packing works within halves of the register.
-        ordered = self.shuffle(packed, packed, [0, 4, 1, 5, 2, 6, 3, 7])
-        codes = b.bitcast(ordered, self.bytes)
+        isa, size = ("avx2", "") if self.k.lanes == 8 else ("avx512", ".512")
+        to_words, to_bytes = f"llvm.x86.{isa}.packssdw{size}", f"llvm.x86.{isa}.packuswb{size}"
+        pairs = [self.intrinsic(to_words, self.int16s, words[p : p + 2]) for p in (0, 2)]
+        packed = b.bitcast(self.intrinsic(to_bytes, self.bytes, pairs), self.int32s)
+        # Packing works within 16 bytes of the register.
+        order = [4 * part + v for v in range(4) for part in range(self.k.lanes // 4)]
+        codes = b.bitcast(self.shuffle(packed, packed, order), self.bytes)
         lo = b.bitcast(self.splat(self.field("lo_code", i32), self.int32s), self.bytes)
         return b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
 
-    def looked_up(self, codes: Any, table: Any) -> Any:
-        """Replace codes by their entries of a table."""
-        b = self.b
-        before, loop = b.block, b.append_basic_block("sixteen")
-        after = b.append_basic_block("looked_up")
-        # An end that is not a constant keeps the compiler from unrolling this.
-        end = self.field("table_end")
-        b.branch(loop)
-        b.position_at_end(loop)
-        # Sixteen entries at a time: an index that is not among them gets its highest bit set, for
-        # which a byte shuffle yields 0.
-        kind, count = codes.type, codes.type.count
-        entry, index, found = b.phi(i64), b.phi(kind), b.phi(kind)
-        sixteen = self.load(entry, ir.VectorType(i8, 16), 1)
-        entries = self.shuffle(sixteen, sixteen, [i % 16 for i in range(count)])
-        bias = self.constant(0x70, kind)
-        masked = self.intrinsic(f"llvm.uadd.sat.v{count}i8", kind, [index, bias])
-        name = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b"}[count]
-        found_next = b.or_(found, self.intrinsic(name, kind, [entries, masked]))
-        entry_next = b.add(entry, self.word(16))
-        index_next = b.sub(index, self.constant(16, kind))
-        self.incoming(entry, (before, table), (loop, entry_next))
-        self.incoming(index, (before, codes), (loop, index_next))
-        self.incoming(found, (before, self.constant(0, kind)), (loop, found_next))
-        b.cbranch(b.icmp_unsigned("<", entry_next, end), loop, after)
-        b.position_at_end(after)
-        return found_next
+    def nearest(self, v: Any) -> Any:
+        """Round a vector of floats half to even, to int32."""
+        if self.k.lanes == 8:
+            return self.intrinsic("llvm.x86.avx.cvt.ps2dq.256", self.int32s, [v])
+        unused, all_lanes = self.constant(0, self.int32s), ir.Constant(i16, -1)
+        arguments = [v, unused, all_lanes, ir.Constant(i32, 4)]  # 4: as the thread rounds
+        return self.intrinsic("llvm.x86.avx512.mask.cvtps2dq.512", self.int32s, arguments)
 
 
 class _Depthwise(_Emission):
