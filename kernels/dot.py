@@ -61,10 +61,18 @@ class _PackedTiles(PackedReads):
             reads[key] = column
 
 
+def fits_int32(layer: Layer) -> bool:
+    """Whether every output but for the residual, before it is clamped, is within int32."""
+    # Codes and their zero point are at most `top` apart.
+    top = 2**layer.activation_bits - 1
+    largest = layer.sums[:, 1] * top * np.abs(layer.m, dtype=np.float64) + np.abs(layer.b)
+    return bool(np.all(largest < 2.0**30))  # twice as large would be: float32 rounds
+
+
 def _supports(tile: Microkernel, layer: Layer) -> bool:
     # Two products of 255 and 64 fit an int16, so that no pair saturates.
     limit = {"pair": 64, "depthwise": 64, "dot": 127, "wide": 32767}[tile.kind]
-    fits = 0 < layer.largest <= limit and layer.accumulator_bound < 2**31
+    fits = 0 < layer.largest <= limit and layer.accumulator_bound < 2**31 and fits_int32(layer)
     return fits and layer.is_depthwise == (tile.kind == "depthwise")
 
 
@@ -337,6 +345,7 @@ def fill_in(a, t):
     if a.float_output:
         return 4
     t.lo_code = np.int32(np.int64((a.lo + ROUND) - ROUND) * 0x01010101)
+    t.hi_code = np.int32(np.int64((a.hi + ROUND) - ROUND) * 0x01010101)
     return 1
 
 

@@ -23,7 +23,7 @@ All are listed in `MICROKERNELS`; tests and benchmarks walk that table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -58,7 +58,7 @@ TILE = np.dtype(
         ("table", _P),  # uint8 (256,) that codes go through at the end, or 0
         ("table_end", _P),
         ("z_r", np.int32), ("m_r", _F), ("lo", _F), ("hi", _F),
-        ("lo_code", np.int32),  # lo rounded
+        ("lo_code", np.int32), ("hi_code", np.int32),  # lo and hi rounded, in each byte
         ("has_residual", np.int32), ("float_output", np.int32),
     ],
     align=True,
@@ -161,7 +161,20 @@ class _Emission(Emitter):
             x, w = self.b.bitcast(x, self.int32s), self.b.bitcast(w, self.int32s)
         return self.intrinsic(name[self.k.lanes], self.int32s, [acc, x, w])
 
-    def step(self, acc: dict, rows: list[Any], w: Any) -> dict:
+    def rows(self, bases: list[Any], q: Any) -> Iterator[Any]:
+        """Yield where the codes of a step lie; q is the step's offset from those of a pixel."""
+        b = self.b
+        # More addresses than registers would be copied to the stack first, and read from there.
+        # What is read from their table atomically is read where it is needed.
+        again = self.k.pixels > 6 and self.k.kind != "winograd"
+        table = self.field("x")
+        for i, base in enumerate(bases):
+            if again:
+                place = b.inttoptr(b.add(table, self.word(8 * i)), ir.PointerType(i64))
+                base = b.load_atomic(place, "monotonic", 8)
+            yield b.add(base, q)
+
+    def step(self, acc: dict, rows: Iterator[Any], w: Any) -> dict:
         """Add the products of 4 codes of each pixel; the weights of the step begin at w."""
         b, size = self.b, 4 * self.k.lanes
         count = self.step_bytes // size
@@ -192,7 +205,7 @@ class _Emission(Emitter):
         end = b.add(begin, b.mul(count, self.word(4)))
 
         def step(acc: dict, q: Any, w: Any) -> tuple[Any, Any, dict]:
-            new = self.step(acc, [b.add(base, q) for base in bases], w)
+            new = self.step(acc, self.rows(bases, q), w)
             return b.add(q, self.word(4)), b.add(w, self.word(self.step_bytes)), new
 
         # Outside of the loop, the first step reads its sums from memory and copies none.
@@ -325,17 +338,22 @@ class _Emission(Emitter):
             with b.if_else(residual) as branches:
                 for branch, has_residual in zip(branches, (True, False), strict=True):
                     with branch:
-                        store(self.scaled(total, channel, bytes_of_words, has_residual))
+                        value = self.scaled(total, channel, bytes_of_words, has_residual)
+                        store(value, has_residual)
 
         # One piece of code for each case: tests inside would cost registers.
         with b.if_else(is_float) as (floats, codes):
             with floats:
-                with_or_without_residual(lambda value: self.store_floats(value, channel))
+                with_or_without_residual(lambda value, _: self.store_floats(value, channel))
             with codes, b.if_else(b.icmp_unsigned("==", table, self.word(0))) as (plain, look_up):
                 with plain:
-                    with_or_without_residual(lambda value: self.store_codes(value, channel))
+                    with_or_without_residual(
+                        lambda value, residual: self.store_codes(value, channel, residual)
+                    )
                 with look_up:
-                    with_or_without_residual(lambda value: self.store_codes(value, channel, table))
+                    with_or_without_residual(
+                        lambda value, residual: self.store_codes(value, channel, residual, table)
+                    )
 
     def scaled(
         self, total: Callable, channel: Any, bytes_of_words: Any, residual: bool
@@ -377,14 +395,14 @@ class _Emission(Emitter):
             v = self.least(self.greatest(value((i, j)), lo), hi)
             self.store(v, b.add(b.add(self.at(y_table, i), offset), self.word(size * j)), 4)
 
-    def store_codes(self, value: Callable, channel: Any, table: Any = None) -> None:
+    def store_codes(self, value: Callable, channel: Any, residual: bool, table: Any = None) -> None:
         """Round vectors, four together because the machine packs them, and store."""
         b, k = self.b, self.k
         y_table = self.field("y")
         lookup = None if table is None else Lookup(self, table, self.field("table_end"))
         for first in range(0, len(self.tiles), 4):
             tiles = self.tiles[first : first + 4]
-            codes = self.rounded([value(t) for t in tiles])
+            codes = self.rounded([value(t) for t in tiles], residual)
             if lookup is not None:
                 (codes,) = lookup([codes])
             # Vectors of one pixel lie side by side, here and in memory.
@@ -395,15 +413,18 @@ class _Emission(Emitter):
                 offset = self.word(k.lanes * tiles[numbers[0]][1])
                 self.store(part, b.add(b.add(self.at(y_table, i), channel), offset), 1)
 
-    def rounded(self, values: list[Any]) -> Any:
+    def rounded(self, values: list[Any], residual: bool) -> Any:
         """Clamp, round half to even, and join to one vector of uint8.
 
-        A value not above hi that is below the range of int32 converts to the least int32, so that
-        packing with saturation yields 0 for all that is below; lo acts on codes.
+        Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
+        the least int32, and so would be what is above: only a residual can make it so large
+        (`dot.fits_int32`), and then hi comes first.
         """
         b = self.b
-        hi = self.splat(self.field("hi", f32), self.floats)
-        words = [self.nearest(self.least(v, hi)) for v in values]
+        if residual:
+            hi = self.splat(self.field("hi", f32), self.floats)
+            values = [self.least(v, hi) for v in values]
+        words = [self.nearest(v) for v in values]
         words += words[:1] * (4 - len(words))
         isa, size = ("avx2", "") if self.k.lanes == 8 else ("avx512", ".512")
         to_words, to_bytes = f"llvm.x86.{isa}.packssdw{size}", f"llvm.x86.{isa}.packuswb{size}"
@@ -412,8 +433,12 @@ class _Emission(Emitter):
         # Packing works within 16 bytes of the register.
         order = [4 * part + v for v in range(4) for part in range(self.k.lanes // 4)]
         codes = b.bitcast(self.shuffle(packed, packed, order), self.bytes)
-        lo = b.bitcast(self.splat(self.field("lo_code", i32), self.int32s), self.bytes)
-        return b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
+        lo, hi_code = (
+            b.bitcast(self.splat(self.field(name, i32), self.int32s), self.bytes)
+            for name in ("lo_code", "hi_code")
+        )
+        codes = b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
+        return codes if residual else b.select(b.icmp_unsigned("<", codes, hi_code), codes, hi_code)
 
     def nearest(self, v: Any) -> Any:
         """Round a vector of floats half to even, to int32."""
