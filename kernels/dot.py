@@ -47,7 +47,7 @@ _CHUNK_WEIGHTS = 16384
 _TABLE = 8 * 40
 _SCRATCH = 256 + 4 * _TABLE + 4 * 28 * 64
 # Of addresses that go in one vector; a table has room for one vector more than it has pixels.
-_ADDRESSES = 8
+_ADDRESSES = 4
 assert TILE.itemsize <= 256 and all(
     8 * (k.pixels + _ADDRESSES) <= _TABLE for k in MICROKERNELS.values()
 )
