@@ -16,7 +16,14 @@ from numba import carray
 
 from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, share
-from logshift.kernels.dot import CHUNK, address_of, by_block, fill_in, first_channels
+from logshift.kernels.dot import (
+    CHUNK,
+    address_of,
+    by_block,
+    fill_in,
+    first_channels,
+    fits_int32,
+)
 from logshift.kernels.jit import njit
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.memory import aligned
@@ -59,7 +66,12 @@ def _windows(tile: Microkernel, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _supports(tile: Microkernel, layer: Layer) -> bool:
-    fits = layer.is_depthwise and 0 < layer.largest <= 127 and layer.accumulator_bound < 2**31
+    fits = (
+        layer.is_depthwise
+        and 0 < layer.largest <= 127
+        and layer.accumulator_bound < 2**31
+        and fits_int32(layer)
+    )
     if not fits or tile.window is None:
         return fits
     rows, columns, stride = tile.window

@@ -15,10 +15,13 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, types
+from numba.extending import intrinsic
 
 from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, register_part, share
+from logshift.kernels.emit import Emitter, i64
 from logshift.kernels.jit import njit
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.memory import aligned
@@ -41,9 +44,13 @@ CHUNK = np.dtype([(n, np.int64) for n in ("block", "blocks", "segment", "weights
 _CHUNK_WEIGHTS = 16384
 
 # Per slot: a TILE record, tables of addresses, and a tile of outputs for a block not full.
-_TABLE = 8 * 32
+_TABLE = 8 * 40
 _SCRATCH = 256 + 4 * _TABLE + 4 * 28 * 64
-assert TILE.itemsize <= 256 and all(k.pixels <= 32 for k in MICROKERNELS.values())
+# Of addresses that go in one vector; a table has room for one vector more than it has pixels.
+_ADDRESSES = 4
+assert TILE.itemsize <= 256 and all(
+    8 * (k.pixels + _ADDRESSES) <= _TABLE for k in MICROKERNELS.values()
+)
 
 
 class _PackedTiles(PackedReads):
@@ -54,10 +61,18 @@ class _PackedTiles(PackedReads):
             reads[key] = column
 
 
+def fits_int32(layer: Layer) -> bool:
+    """Whether every output but for the residual, before it is clamped, is within int32."""
+    # Codes and their zero point are at most `top` apart.
+    top = 2**layer.activation_bits - 1
+    largest = layer.sums[:, 1] * top * np.abs(layer.m, dtype=np.float64) + np.abs(layer.b)
+    return bool(np.all(largest < 2.0**30))  # twice as large would be: float32 rounds
+
+
 def _supports(tile: Microkernel, layer: Layer) -> bool:
     # Two products of 255 and 64 fit an int16, so that no pair saturates.
     limit = {"pair": 64, "depthwise": 64, "dot": 127, "wide": 32767}[tile.kind]
-    fits = 0 < layer.largest <= limit and layer.accumulator_bound < 2**31
+    fits = 0 < layer.largest <= limit and layer.accumulator_bound < 2**31 and fits_int32(layer)
     return fits and layer.is_depthwise == (tile.kind == "depthwise")
 
 
@@ -330,6 +345,7 @@ def fill_in(a, t):
     if a.float_output:
         return 4
     t.lo_code = np.int32(np.int64((a.lo + ROUND) - ROUND) * 0x01010101)
+    t.hi_code = np.int32(np.int64((a.hi + ROUND) - ROUND) * 0x01010101)
     return 1
 
 
@@ -363,6 +379,33 @@ def single_pixels(a, t, valid, scratch):
         call_tile(a.single, scratch)
         t.x, t.y, t.r = t.x + np.uintp(8), t.y + np.uintp(8), t.r + np.uintp(8)
     t.x, t.y, t.r = x, y, r
+
+
+@intrinsic
+def _line_up(typingctx, table, first, step, count):
+    """Write int64 to a table's address: first, first + step, ...; `count`, or a few more."""
+
+    def codegen(context, builder, signature, args):
+        table, first, step, count = args
+        e, kind = Emitter(builder), ir.VectorType(i64, _ADDRESSES)
+        steps = builder.mul(e.splat(step, kind), ir.Constant(kind, [*range(_ADDRESSES)]))
+        begin = builder.add(e.splat(first, kind), steps)
+        stride = builder.mul(step, e.word(_ADDRESSES))
+        before, loop = builder.block, builder.append_basic_block("addresses")
+        after = builder.append_basic_block("lined_up")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        q, values = builder.phi(i64), builder.phi(kind)
+        e.store(values, builder.add(table, builder.mul(q, e.word(8))), 8)
+        q_next = builder.add(q, e.word(_ADDRESSES))
+        e.incoming(q, (before, e.word(0)), (loop, q_next))
+        following = builder.add(values, e.splat(stride, kind))
+        e.incoming(values, (before, begin), (loop, following))
+        builder.cbranch(builder.icmp_signed("<", q_next, count), loop, after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(table, first, step, count), codegen
 
 
 def _conv_tiles(arguments, first_part, end_part, parts, slot):
@@ -399,16 +442,23 @@ def _conv_tiles(arguments, first_part, end_part, parts, slot):
         begins = True  # a row of outputs, or the call's part
         while item < last:
             valid = min(pixels, total - pixel)
-            for q in range(valid):
+            q = 0
+            while q < valid:
                 if begins:
                     row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
                     x_next = address_of(a.x, n, row, column, x0, 1)
                     row, column = i * a.step_h, j * a.step_w
                     y_next = address_of(a.y, n, a.y.top + row, a.y.left + column, o0, size)
                     r_next = address_of(a.r, n, a.r.top + row, a.r.left + column, o0, 1)
-                x[q], y[q], r[q] = x_next, y_next, r_next
-                x_next, y_next, r_next = x_next + x_column, y_next + y_column, r_next + r_column
-                j += 1
+                run, place = min(valid - q, a.width - j), np.uintp(8 * q)
+                _line_up(t.x + place, x_next, x_column, run)
+                _line_up(t.y + place, y_next, y_column, run)
+                if a.has_residual:
+                    _line_up(t.r + place, r_next, r_column, run)
+                x_next, y_next = x_next + run * x_column, y_next + run * y_column
+                r_next += run * r_column
+                q += run
+                j += run
                 begins = j == a.width
                 if begins:
                     j = 0

@@ -24,7 +24,7 @@ All are listed in `MICROKERNELS`; tests and benchmarks walk that table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,6 +38,7 @@ from numba.extending import intrinsic
 
 from logshift.kernels.emit import Emitter, f32, i8, i16, i32, i64
 from logshift.kernels.jit import cfunc
+from logshift.kernels.lookup import Lookup
 from logshift.kernels.targets import has_features
 
 _I, _F, _P = np.int64, np.float32, np.uintp
@@ -64,7 +65,7 @@ TILE = np.dtype(
         ("last", _I),
         ("windows_end", _P), ("segments_end", _P),  # of READS records, the same for all blocks
         ("z_r", np.int32), ("m_r", _F), ("lo", _F), ("hi", _F),
-        ("lo_code", np.int32),  # lo rounded
+        ("lo_code", np.int32), ("hi_code", np.int32),  # lo and hi rounded, in each byte
         ("has_residual", np.int32), ("float_output", np.int32),
     ],
     align=True,
@@ -78,8 +79,6 @@ CONTINUE, FLUSH, END = 0, 1, 2
 READS = np.dtype([("offset", np.int32, 4)])
 
 _OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
-
-_ROUND = 12582912.0  # 1.5 * 2^23: the low byte of v + _ROUND is v rounded half to even
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +175,20 @@ class _Emission(Emitter):
             x, w = self.b.bitcast(x, self.int32s), self.b.bitcast(w, self.int32s)
         return self.intrinsic(name[self.k.lanes], self.int32s, [acc, x, w])
 
-    def step(self, acc: dict, rows: list[Any], w: Any) -> dict:
+    def rows(self, bases: list[Any], q: Any) -> Iterator[Any]:
+        """Yield where the codes of a step lie; q is the step's offset from those of a pixel."""
+        b = self.b
+        # More addresses than registers would be copied to the stack first, and read from there.
+        # What is read from their table atomically is read where it is needed.
+        again = self.k.pixels > 6 and self.k.kind != "winograd"
+        table = self.field("x")
+        for i, base in enumerate(bases):
+            if again:
+                place = b.inttoptr(b.add(table, self.word(8 * i)), ir.PointerType(i64))
+                base = b.load_atomic(place, "monotonic", 8)
+            yield b.add(base, q)
+
+    def step(self, acc: dict, rows: Iterator[Any], w: Any) -> dict:
         """Add the products of 4 codes of each pixel; the weights of the step begin at w."""
         b, size = self.b, 4 * self.k.lanes
         count = self.step_bytes // size
@@ -207,7 +219,7 @@ class _Emission(Emitter):
         end = b.add(begin, b.mul(count, self.word(4)))
 
         def step(acc: dict, q: Any, w: Any) -> tuple[Any, Any, dict]:
-            new = self.step(acc, [b.add(base, q) for base in bases], w)
+            new = self.step(acc, self.rows(bases, q), w)
             return b.add(q, self.word(4)), b.add(w, self.word(self.step_bytes)), new
 
         # Outside of the loop, the first step reads its sums from memory and copies none.
@@ -340,17 +352,22 @@ class _Emission(Emitter):
             with b.if_else(residual) as branches:
                 for branch, has_residual in zip(branches, (True, False), strict=True):
                     with branch:
-                        store(self.scaled(total, channel, bytes_of_words, has_residual))
+                        value = self.scaled(total, channel, bytes_of_words, has_residual)
+                        store(value, has_residual)
 
         # One piece of code for each case: tests inside would cost registers.
         with b.if_else(is_float) as (floats, codes):
             with floats:
-                with_or_without_residual(lambda value: self.store_floats(value, channel))
+                with_or_without_residual(lambda value, _: self.store_floats(value, channel))
             with codes, b.if_else(b.icmp_unsigned("==", table, self.word(0))) as (plain, look_up):
                 with plain:
-                    with_or_without_residual(lambda value: self.store_codes(value, channel))
+                    with_or_without_residual(
+                        lambda value, residual: self.store_codes(value, channel, residual)
+                    )
                 with look_up:
-                    with_or_without_residual(lambda value: self.store_codes(value, channel, table))
+                    with_or_without_residual(
+                        lambda value, residual: self.store_codes(value, channel, residual, table)
+                    )
 
     def scaled(
         self, total: Callable, channel: Any, bytes_of_words: Any, residual: bool
@@ -397,16 +414,16 @@ class _Emission(Emitter):
             v = self.least(self.greatest(value((i, j)), lo), hi)
             self.store(v, b.add(y(i), self.word(size * j)), 4)
 
-    def store_codes(self, value: Callable, channel: Any, table: Any = None) -> None:
-        """Round vectors, four together where the machine packs them with saturation, and store."""
+    def store_codes(self, value: Callable, channel: Any, residual: bool, table: Any = None) -> None:
+        """Round vectors, four together because the machine packs them, and store."""
         b, k = self.b, self.k
         y = self.places("y", channel)
-        together = 4 if k.lanes == 8 else 1
-        for first in range(0, len(self.tiles), together):
-            tiles = self.tiles[first : first + together]
-            codes = self.rounded([value(t) for t in tiles])
-            if table is not None:
-                codes = self.looked_up(codes, table)
+        lookup = None if table is None else Lookup(self, table, self.field("table_end"))
+        for first in range(0, len(self.tiles), 4):
+            tiles = self.tiles[first : first + 4]
+            codes = self.rounded([value(t) for t in tiles], residual)
+            if lookup is not None:
+                (codes,) = lookup([codes])
             # Vectors of one pixel lie side by side, here and in memory.
             for i in dict.fromkeys(i for i, _ in tiles):
                 numbers = [number for number, t in enumerate(tiles) if t[0] == i]
@@ -415,54 +432,40 @@ class _Emission(Emitter):
                 offset = self.word(k.lanes * tiles[numbers[0]][1])
                 self.store(part, b.add(y(i), offset), 1)
 
-    def rounded(self, values: list[Any]) -> Any:
-        """Clamp, round half to even, and join to one vector of uint8."""
-        b, k = self.b, self.k
-        hi = self.splat(self.field("hi", f32), self.floats)
-        if k.lanes == 16:
-            lo = self.splat(self.field("lo", f32), self.floats)
-            v = b.fadd(self.least(self.greatest(values[0], lo), hi), self.constant(_ROUND, hi.type))
-            return b.trunc(b.bitcast(v, self.int32s), ir.VectorType(i8, k.lanes))
-        # Not above hi, and what is below the range of int32 converts to its least number, so that
-        # packing with saturation yields 0 for all that is below; lo acts on codes.
-        names = ("llvm.x86.avx.cvt.ps2dq.256", "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb")
-        words = [self.intrinsic(names[0], self.int32s, [self.least(v, hi)]) for v in values]
-        words += words[:1] * (4 - len(words))
-        pairs = [self.intrinsic(names[1], self.int16s, words[p : p + 2]) for p in (0, 2)]
-        packed = b.bitcast(self.intrinsic(names[2], self.bytes, pairs), self.int32s)
-        # Packing works within halves of the register.
-        ordered = self.shuffle(packed, packed, [0, 4, 1, 5, 2, 6, 3, 7])
-        codes = b.bitcast(ordered, self.bytes)
-        lo = b.bitcast(self.splat(self.field("lo_code", i32), self.int32s), self.bytes)
-        return b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
+    def rounded(self, values: list[Any], residual: bool) -> Any:
+        """Clamp, round half to even, and join to one vector of uint8.
 
-    def looked_up(self, codes: Any, table: Any) -> Any:
-        """Replace codes by their entries of a table."""
+        Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
+        the least int32, and so would be what is above: only a residual can make it so large
+        (`dot.fits_int32`), and then hi comes first.
+        """
         b = self.b
-        before, loop = b.block, b.append_basic_block("sixteen")
-        after = b.append_basic_block("looked_up")
-        # An end that is not a constant keeps the compiler from unrolling this.
-        end = self.field("table_end")
-        b.branch(loop)
-        b.position_at_end(loop)
-        # Sixteen entries at a time: an index that is not among them gets its highest bit set, for
-        # which a byte shuffle yields 0.
-        kind, count = codes.type, codes.type.count
-        entry, index, found = b.phi(i64), b.phi(kind), b.phi(kind)
-        sixteen = self.load(entry, ir.VectorType(i8, 16), 1)
-        entries = self.shuffle(sixteen, sixteen, [i % 16 for i in range(count)])
-        bias = self.constant(0x70, kind)
-        masked = self.intrinsic(f"llvm.uadd.sat.v{count}i8", kind, [index, bias])
-        name = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b"}[count]
-        found_next = b.or_(found, self.intrinsic(name, kind, [entries, masked]))
-        entry_next = b.add(entry, self.word(16))
-        index_next = b.sub(index, self.constant(16, kind))
-        self.incoming(entry, (before, table), (loop, entry_next))
-        self.incoming(index, (before, codes), (loop, index_next))
-        self.incoming(found, (before, self.constant(0, kind)), (loop, found_next))
-        b.cbranch(b.icmp_unsigned("<", entry_next, end), loop, after)
-        b.position_at_end(after)
-        return found_next
+        if residual:
+            hi = self.splat(self.field("hi", f32), self.floats)
+            values = [self.least(v, hi) for v in values]
+        words = [self.nearest(v) for v in values]
+        words += words[:1] * (4 - len(words))
+        isa, size = ("avx2", "") if self.k.lanes == 8 else ("avx512", ".512")
+        to_words, to_bytes = f"llvm.x86.{isa}.packssdw{size}", f"llvm.x86.{isa}.packuswb{size}"
+        pairs = [self.intrinsic(to_words, self.int16s, words[p : p + 2]) for p in (0, 2)]
+        packed = b.bitcast(self.intrinsic(to_bytes, self.bytes, pairs), self.int32s)
+        # Packing works within 16 bytes of the register.
+        order = [4 * part + v for v in range(4) for part in range(self.k.lanes // 4)]
+        codes = b.bitcast(self.shuffle(packed, packed, order), self.bytes)
+        lo, hi_code = (
+            b.bitcast(self.splat(self.field(name, i32), self.int32s), self.bytes)
+            for name in ("lo_code", "hi_code")
+        )
+        codes = b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
+        return codes if residual else b.select(b.icmp_unsigned("<", codes, hi_code), codes, hi_code)
+
+    def nearest(self, v: Any) -> Any:
+        """Round a vector of floats half to even, to int32."""
+        if self.k.lanes == 8:
+            return self.intrinsic("llvm.x86.avx.cvt.ps2dq.256", self.int32s, [v])
+        unused, all_lanes = self.constant(0, self.int32s), ir.Constant(i16, -1)
+        arguments = [v, unused, all_lanes, ir.Constant(i32, 4)]  # 4: as the thread rounds
+        return self.intrinsic("llvm.x86.avx512.mask.cvtps2dq.512", self.int32s, arguments)
 
 
 class _Depthwise(_Emission):

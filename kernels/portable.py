@@ -15,6 +15,7 @@ from numba import carray, njit, types
 from logshift.kernels import abi, codec
 from logshift.kernels.abi import codes, floats, register, register_part, share
 from logshift.kernels.layer import Layer, Packed
+from logshift.kernels.lookup import look_up
 from logshift.kernels.memory import aligned
 from logshift.kernels.native import as_pointer
 
@@ -544,7 +545,9 @@ def _copy(arguments, first_part, end_part, parts, slot):
             p = _pixel(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
             p += np.uintp(a.channel0_x)
             q = _pixel(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
-            if a.has_table:
+            if a.has_table and a.stride_c == 1:
+                look_up(a.x.data + p, a.y.data + q, channels, a.table)
+            elif a.has_table:
                 for c in range(channels):
                     y[q + c] = table[x[p + c * step]]
             elif a.stride_c == 1:

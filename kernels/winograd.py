@@ -26,7 +26,15 @@ from numba.extending import intrinsic, register_jitable
 
 from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, share
-from logshift.kernels.dot import CHUNK, address_of, cut, fill_in, first_channels, in_reading_order
+from logshift.kernels.dot import (
+    CHUNK,
+    address_of,
+    cut,
+    fill_in,
+    first_channels,
+    fits_int32,
+    in_reading_order,
+)
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.memory import aligned
 from logshift.kernels.microkernels import MICROKERNELS, SEGMENT, TILE, Microkernel
@@ -73,6 +81,7 @@ def _supports(tile: Microkernel, layer: Layer) -> bool:
         and layer.group == 1
         and layer.activation_bits <= 6
         and 4 * layer.accumulator_bound < 2**31
+        and fits_int32(layer)
     )
     if not fits:
         return False

@@ -54,13 +54,35 @@ def network():
     return build(nodes, q, {"input": (2, 5, 10, 9)}, "y")
 
 
+def looked_up(channels):
+    """A convolution that looks its codes up itself, with a residual."""
+    rng = np.random.default_rng(channels)
+    weights = random_weights(rng, (channels, 3, 3, 8), 4, 0.15, 0)
+    q = {
+        "x": Quantization(0.03, 100, 8), "a": Quantization(0.5, 30, 8),
+        "b": Quantization(0.5, 120, 8), "c": Quantization(0.02, 5, 8),
+    }  # fmt: skip
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("QuantizeLinear", "q_a", ["other"], ["a"]),
+        Node("Conv", "conv", ["x", "a"], ["b"], {"pads": [1, 1, 1, 1]}, weights),
+        Node("Lookup", "table", ["b"], ["c"]),
+        Node("DequantizeLinear", "d", ["c"], ["y"]),
+    ]
+    nodes[2].bias = rng.standard_normal(channels).astype(np.float32)
+    nodes[3].table = rng.integers(0, 256, 256).astype(np.uint8)
+    return build(nodes, q, {"input": (1, 8, 7, 9), "other": (1, channels, 7, 9)}, "y")
+
+
 def digest(kernels):
-    """Hash of all tensors of the network."""
+    """Hash of all tensors of the network, and of outputs of tiles of every width."""
     graph = network()
     tensors = Session(graph, kernels=kernels).trace_codes(random_inputs(graph))
     result = hashlib.sha256()
     for name in sorted(tensors):
         result.update(tensors[name].tobytes())
+    for graph in map(looked_up, (16, 24, 32, 64)):
+        result.update(Session(graph, kernels=kernels).run(random_inputs(graph)).tobytes())
     return result.hexdigest()
 
 

@@ -13,16 +13,20 @@ from float_digest import digest as float_digest
 from instruction_set_digest import digest
 
 MACHINES = {
-    "x86_64": [("x86-64", ""), ("nehalem", ""), ("haswell", ""), ("icelake-server", None)],
+    "x86_64": [
+        ("x86-64", ""), ("nehalem", ""), ("haswell", ""), ("cascadelake", ""),
+        ("icelake-server", None),
+    ],
     "AMD64": [("x86-64", ""), ("nehalem", ""), ("haswell", "")],
     "aarch64": [("generic", "")],
     "arm64": [("generic", "")],
-}
+}  # fmt: skip
 
 
 def _runs_here(cpu):
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    needed = {"haswell": {"avx2", "fma", "bmi2"}, "icelake-server": {"avx512vl", "avx512_vnni"}}
+    vnni = {"avx512vl", "avx512bw", "avx512dq", "avx512cd", "avx512_vnni"}
+    needed = {"haswell": {"avx2", "fma", "bmi2"}, "cascadelake": vnni, "icelake-server": vnni}
     return needed.get(cpu, set()) <= set(flags)
 
 

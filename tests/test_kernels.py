@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from graphs import GRAPHS, build, random_inputs
+from graphs import GRAPHS, build, random_inputs, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,6 +68,30 @@ def test_largest_weights_and_codes_do_not_overflow(bits, signs):
     ]
     graph = build(nodes, {"x": Quantization(1.0, 0, 8)}, {"input": (1, 8, 5, 9)}, "y")
     x = np.full((1, 8, 5, 9), 255, np.float32)
+    expected = Session(graph, kernels="reference").run(x)
+    for kernels in FAST:
+        assert np.array_equal(Session(graph, kernels=kernels).run(x), expected)
+
+
+@pytest.mark.parametrize("scales", [(1e3, None), (1e-9, 1e3), (1e3, 1e3)])
+def test_outputs_beyond_int32_are_clamped(scales):
+    """Scales of the input and of a residual against which that of the output is tiny."""
+    rng = np.random.default_rng(0)
+    scale_x, scale_r = scales
+    q = {"x": Quantization(scale_x, 100, 8), "y": Quantization(1e-9, 7, 8)}
+    conv = Node("Conv", "conv", ["x"], ["y"], {"clamp": [3, 250]})
+    conv.weights = random_weights(rng, (40, 3, 3, 5), 4, 0.15, 0)
+    nodes, inputs = [Node("QuantizeLinear", "q", ["input"], ["x"])], {"input": (1, 5, 6, 7)}
+    if scale_r is not None:
+        q["r"], inputs["other"] = Quantization(scale_r, 100, 8), (1, 40, 4, 5)
+        nodes.append(Node("QuantizeLinear", "q_r", ["other"], ["r"]))
+        conv.inputs.append("r")
+    nodes += [conv, Node("DequantizeLinear", "d", ["y"], ["z"])]
+    graph = build(nodes, q, inputs, "z")
+    x = {
+        info.name: (rng.standard_normal(info.nominal) * 50 * scale).astype(np.float32)
+        for info, scale in zip(graph.inputs, scales, strict=False)
+    }
     expected = Session(graph, kernels="reference").run(x)
     for kernels in FAST:
         assert np.array_equal(Session(graph, kernels=kernels).run(x), expected)
