@@ -549,7 +549,7 @@ class _WinogradDot(_Emission):
 
     def emit(self) -> None:
         b, k = self.b, self.k
-        size, one = 4 * k.lanes, self.constant(1, self.int32s)
+        size = 4 * k.lanes
         column, count, start = self.field("column"), self.field("steps"), self.field("start")
         calls, x_step, weights = self.field("blocks"), self.field("x_step"), self.field("weights")
         begin = (self.word(0), self.field("x"), self.field("sums"))
@@ -571,10 +571,9 @@ class _WinogradDot(_Emission):
         acc, w = self.products(acc, x, weights, count)
         inner = {}
         for i, j in self.tiles:
-            inner[0, i, j] = b.ashr(b.add(acc[1, i, j], acc[2, i, j]), one)
-            inner[3, i, j] = b.ashr(b.sub(acc[1, i, j], acc[2, i, j]), one)
+            inner[0, i, j], inner[3, i, j] = self.halved(acc[1, i, j], acc[2, i, j])
         is_inner = b.icmp_unsigned("<=", b.sub(column, self.word(1)), self.word(1))
-        halved = b.block
+        inner_end = b.block
         b.cbranch(is_inner, at["onto"], at["outer"])
 
         b.position_at_end(at["outer"])
@@ -587,7 +586,7 @@ class _WinogradDot(_Emission):
         b.position_at_end(at["onto"])
         acc = {t: b.phi(self.int32s) for t in inner}
         for t, phi in acc.items():
-            self.incoming(phi, (halved, inner[t]), (at["outer"], outer[t]))
+            self.incoming(phi, (inner_end, inner[t]), (at["outer"], outer[t]))
         acc, _ = self.products(acc, x, w, count)
         choice = b.switch(column, at["finish"])
         choice.add_case(self.word(1), at["keep"])
@@ -601,8 +600,8 @@ class _WinogradDot(_Emission):
         b.position_at_end(at["join"])
         for (row, i, j), value in acc.items():
             kept = self.load(place(row // 3, i, j), self.int32s, size)
-            self.store(b.ashr(b.add(kept, value), one), place(row // 3, i, j), size)
-            self.store(b.ashr(b.sub(kept, value), one), place(row // 3 + 2, i, j), size)
+            for n, half in enumerate(self.halved(kept, value)):
+                self.store(half, place(row // 3 + 2 * n, i, j), size)
         b.branch(at["next"])
 
         b.position_at_end(at["finish"])
@@ -624,6 +623,11 @@ class _WinogradDot(_Emission):
             self.incoming(phi, (entry, first), (at["next"], value))
         b.cbranch(b.icmp_signed("<", following[0], calls), at["call"], at["done"])
         b.position_at_end(at["done"])
+
+    def halved(self, first: Any, second: Any) -> tuple[Any, Any]:
+        """Return half the sum of two vectors, which is even, and half their difference."""
+        half = self.b.ashr(self.b.add(first, second), self.constant(1, self.int32s))
+        return half, self.b.sub(half, second)
 
     def products(self, acc: dict, x: Any, w: Any, count: Any) -> tuple[dict, Any]:
         """Add products to sums of (row, tile, vector); returns these and the end of the weights."""

@@ -52,7 +52,7 @@ _G = {
 _STRIP = 2**18
 _HEAD = 512  # bytes of a slot's scratch memory for a TILE record and addresses of codes
 # Calls that a column's weights serve in a row, while they are in the first-level cache.
-_TOGETHER = 8
+_TOGETHER = 4
 _FEW = 4  # tiles of the smaller twin of a microkernel, which takes what would be left over
 assert TILE.itemsize <= 256
 
@@ -345,31 +345,47 @@ def _prepare(a, first, count, tiles, steps, u, y, r, beyond, size):
     row_bytes = a.x.w * a.x.c
     y_table = carray(as_pointer(y), (count * tiles, 4), np.int64)
     r_table = carray(as_pointer(r), (count * tiles, 4), np.int64)
-    for q in range(count * tiles):
-        # Tiles beyond the last repeat it.
-        tile = min(first + q, total - 1)
-        j, i, n = tile % wide * 2, tile // wide % tall * 2, tile // (wide * tall)
-        below, right = i + 1 < a.height, j + 1 < a.width
-        x = address_of(a.x, n, a.row0 + i, a.column0 + j, 0, 1)
-        # Of codes that only outputs beyond the edge need there may be none.
-        last_row, last_column = row_bytes if below else 0, a.x.c if right else 0
-        codes = np.int64(u) + q // tiles * _call_bytes(tiles, a.x.c) + q % tiles * steps[0]
-        for c in range(0, a.x.c, RUN):
-            place = codes + c // RUN * steps[2]
-            if a.x.c - c > RUN // 2:
-                _transform_run(
-                    x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
+    y_row, y_column = a.step_h * a.y.w * a.y.c * size, a.step_w * a.y.c * size
+    r_row, r_column = a.step_h * a.r.w * a.r.c, a.step_w * a.r.c
+    j, i, n = first % wide * 2, first // wide % tall * 2, first // (wide * tall)
+    for call in range(count):
+        for q in range(tiles):
+            tile = first + call * tiles + q
+            below, right = i + 1 < a.height, j + 1 < a.width
+            x = address_of(a.x, n, a.row0 + i, a.column0 + j, 0, 1)
+            # Of codes that only outputs beyond the edge need there may be none.
+            last_row, last_column = row_bytes if below else 0, a.x.c if right else 0
+            codes = np.int64(u) + call * _call_bytes(tiles, a.x.c) + q * steps[0]
+            for c in range(0, a.x.c, RUN):
+                place = codes + c // RUN * steps[2]
+                if a.x.c - c > RUN // 2:
+                    _transform_run(
+                        x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
+                    )
+                else:
+                    _transform_half(
+                        x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
+                    )
+            row, column = i * a.step_h, j * a.step_w
+            y_first = address_of(a.y, n, a.y.top + row, a.y.left + column, 0, size)
+            r_first = address_of(a.r, n, a.r.top + row, a.r.left + column, 0, 1)
+            for p in range(4):
+                exists = (below or p < 2) and (right or p % 2 == 0)
+                y_place, r_place = (
+                    p // 2 * y_row + p % 2 * y_column,
+                    p // 2 * r_row + p % 2 * r_column,
                 )
-            else:
-                _transform_half(
-                    x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
-                )
-        for p in range(4):
-            y_table[q, p] = r_table[q, p] = np.int64(beyond)
-            if (below or p < 2) and (right or p % 2 == 0):
-                row, column = (i + p // 2) * a.step_h, (j + p % 2) * a.step_w
-                y_table[q, p] = address_of(a.y, n, a.y.top + row, a.y.left + column, 0, size)
-                r_table[q, p] = address_of(a.r, n, a.r.top + row, a.r.left + column, 0, 1)
+                y_table[tile - first, p] = y_first + y_place if exists else np.int64(beyond)
+                r_table[tile - first, p] = r_first + r_place if exists else np.int64(beyond)
+            # Tiles beyond the last repeat it.
+            if tile + 1 < total:
+                j += 2
+                if j >= a.width:
+                    j = 0
+                    i += 2
+                    if i >= a.height:
+                        i = 0
+                        n += 1
 
 
 def _conv_winograd(arguments, first_part, end_part, parts, slot):
