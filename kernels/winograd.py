@@ -245,8 +245,9 @@ def _strips(n, height, width, channels, tiles, has_twin):
 
 
 def _pieces(tile: Microkernel, record: np.void) -> int:
-    sizes = (int(record[key]) for key in ("n", "height", "width"))
-    return _strips(*sizes, int(record["x"]["c"]), tile.pixels, _twin(tile) is not None)[2]
+    n, height, width = (int(record[key]) for key in ("n", "height", "width"))
+    channels, has_twin = int(record["x"]["c"]), _twin(tile) is not None
+    return _strips(n, height, width, channels, tile.pixels, has_twin)[2]
 
 
 def _scratch(tile: Microkernel, record: np.void) -> int:
