@@ -88,7 +88,8 @@ CONV = _record(
     table=_P,  # uint8 (256,) that output codes go through at the end, or 0
     # Rows of a depthwise convolution: READS of windows and of all.
     window_count=_I, segment_count=_I,
-    added=_I,  # Winograd: what makes differences of codes unsigned
+    # Winograd: what makes differences of codes unsigned; steps of a position
+    added=_I, steps=_I,
     # `shift` (chunks: what to make which rows of): sets of groups, int64 (sets, 2), their first
     # input and output channels; blocks of rows; where streams begin, int64
     sets=_P, set_count=_I, blocks=_I, positions=_P,

@@ -53,6 +53,10 @@ assert TILE.itemsize <= 256 and all(
 )
 
 
+# Of |W|, by the kind of microkernel: two products of 255 and 64 fit an int16, no pair saturates.
+_LARGEST = {"pair": 64, "depthwise": 64, "dot": 127, "wide": 32767}
+
+
 class _PackedTiles(PackedReads):
     """`places` are (segments, 1 or 2, 3): a depthwise segment reads two taps."""
 
@@ -70,9 +74,11 @@ def fits_int32(layer: Layer) -> bool:
 
 
 def _supports(tile: Microkernel, layer: Layer) -> bool:
-    # Two products of 255 and 64 fit an int16, so that no pair saturates.
-    limit = {"pair": 64, "depthwise": 64, "dot": 127, "wide": 32767}[tile.kind]
-    fits = 0 < layer.largest <= limit and layer.accumulator_bound < 2**31 and fits_int32(layer)
+    fits = (
+        0 < layer.largest <= _LARGEST[tile.kind]
+        and layer.accumulator_bound < 2**31
+        and fits_int32(layer)
+    )
     return fits and layer.is_depthwise == (tile.kind == "depthwise")
 
 
@@ -483,7 +489,7 @@ def _conv_tiles(arguments, first_part, end_part, parts, slot):
 for _tile in MICROKERNELS.values():
     _available = partial(getattr, _tile, "available")
     register_part("dot", _tile.name, partial(microkernels.address, _tile), _available)
-    if _tile.pixels > 1 and _tile.kind not in ("winograd", "rows"):
+    if _tile.pixels > 1 and _tile.kind in _LARGEST:
         register(
             "conv", "dot", abi.CONV, _tile.name,
             supports=partial(_supports, _tile), pack=partial(_pack, _tile),

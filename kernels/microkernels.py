@@ -13,6 +13,7 @@ The kinds differ in what a step is and in what it is summed:
     wide        the same with int16 weights, in int32
     depthwise   2 taps of each channel times their int8 weights, in int16
     winograd    as pair; blocks are positions of transformed tiles of pixels (`winograd`)
+    winograd_dot    as dot, for tiles of pixels, one column of the transform at a time (`winograd`)
     rows        4 taps of each channel times their int8 weights, in int32 (`depthwise`)
 
 Sums in int16 are modulo 2^16. A *segment* is a run of steps that are contiguous in memory; after
@@ -24,7 +25,7 @@ All are listed in `MICROKERNELS`; tests and benchmarks walk that table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -51,7 +52,9 @@ TILE = np.dtype(
         ("r", _P),  # int64 (pixels,): the same of the residual
         ("blocks", _I),  # how many, at least one; channels of one follow those of another
         ("x_step", _I),  # bytes from the input of one block to that of the next
-        ("channel", _I),  # "winograd": which of those at y and r comes first
+        ("channel", _I),  # "winograd...": which of those at y and r comes first
+        # "winograd_dot": column of the transform, steps of 4 codes, what columns leave each other
+        ("column", _I), ("steps", _I), ("sums", _P),
         ("segments", _P),  # SEGMENT records, those of one block after those of another
         ("weights", _P),  # in the order in which they are read, see `dot`
         ("start", _P),  # int32 (blocks * channels,): minus z_x * sum of W
@@ -77,6 +80,8 @@ CONTINUE, FLUSH, END = 0, 1, 2
 # What a "rows" kernel reads: byte offsets from the pixel's address of the rows of a window, or of
 # four taps.
 READS = np.dtype([("offset", np.int32, 4)])
+# Bytes of codes of one transformed tile and position that lie side by side for "winograd_dot".
+RUN = 64
 
 _OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
 
@@ -101,7 +106,7 @@ class Microkernel:
     @property
     def name(self) -> str:
         """Instruction set, kind where it is not the instruction set's own, and tile."""
-        kind = "" if self.kind in ("pair", "dot") else f"{self.kind}-"
+        kind = "" if self.kind in ("pair", "dot") else f"{self.kind.removesuffix('_dot')}-"
         if self.kind == "rows":
             window = "{}x{}s{}".format(*self.window) if self.window else ""
             kind = f"depthwise{window}-"
@@ -124,7 +129,10 @@ def _tile(typingctx, arguments, name):
 
     def codegen(context, builder, signature, args):
         kernel = MICROKERNELS[name.literal_value]
-        kinds = {"depthwise": _Depthwise, "winograd": _Winograd, "rows": _Rows}
+        kinds = {
+            "depthwise": _Depthwise, "rows": _Rows,
+            "winograd": _Winograd, "winograd_dot": _WinogradDot,
+        }  # fmt: skip
         kinds.get(kernel.kind, _Emission)(kernel, builder, args[0]).emit()
         return context.get_dummy_value()
 
@@ -188,7 +196,7 @@ class _Emission(Emitter):
                 base = b.load_atomic(place, "monotonic", 8)
             yield b.add(base, q)
 
-    def step(self, acc: dict, rows: Iterator[Any], w: Any) -> dict:
+    def step(self, acc: dict, rows: Iterable[Any], w: Any) -> dict:
         """Add the products of 4 codes of each pixel; the weights of the step begin at w."""
         b, size = self.b, 4 * self.k.lanes
         count = self.step_bytes // size
@@ -203,7 +211,7 @@ class _Emission(Emitter):
             for j in range(self.k.vectors):
                 if self.k.kind in ("pair", "winograd"):
                     new[i, j] = b.add(acc[i, j], self.multiply_pairs(x, vectors[j]))
-                elif self.k.kind == "dot":
+                elif self.k.kind in ("dot", "winograd_dot"):
                     new[i, j] = self.byte_dot(acc[i, j], x, vectors[j])
                 else:
                     w_even, w_odd = (b.bitcast(vectors[2 * j + p], self.int16s) for p in (0, 1))
@@ -549,6 +557,146 @@ class _Winograd(_Emission):
             self.store(total(t), b.add(begin, self.word(size * number)), size)
 
 
+class _WinogradDot(_Emission):
+    """One column of the 16 positions of `blocks` times `pixels` transformed tiles of pixels.
+
+    With M the products of a position, down a column
+
+        V0 = (M1 + M2) / 2 + M0        V1 = (M1 - M2) / 2 - M3
+
+    and along a row of these, in the same way, two outputs. Sums and differences of M1 and M2 are
+    even, M3 is summed with its sign turned. Columns 1, 2, 3 and 0 are calls in this order; what
+    they leave to each other lies at `sums`, 4 vectors for each tile and vector of channels, of
+    which column 3 begins with the third. The records y and r have 4 outputs per tile, row by row.
+    """
+
+    def emit(self) -> None:
+        b, k = self.b, self.k
+        size = 4 * k.lanes
+        column, count, start = self.field("column"), self.field("steps"), self.field("start")
+        calls, x_step, weights = self.field("blocks"), self.field("x_step"), self.field("weights")
+        begin = (self.word(0), self.field("x"), self.field("sums"))
+        entry = b.block
+        names = ("call", "onto", "outer", "keep", "join", "finish", "next", "done")
+        at = {name: b.append_basic_block(name) for name in names}
+        b.branch(at["call"])
+
+        b.position_at_end(at["call"])
+        index, x, held = (b.phi(i64) for _ in begin)
+
+        def place(n: int, i: int, j: int) -> Any:
+            return b.add(held, self.word(size * (k.vectors * (k.pixels * n + i) + j)))
+
+        def initial(n: int, j: int) -> Any:
+            return self.load(b.add(start, self.word(size * (k.vectors * n + j))), self.int32s, size)
+
+        acc = {(n + 1, i, j): initial(n, j) for n in (0, 1) for i, j in self.tiles}
+        acc, w = self.products(acc, x, weights, count)
+        inner = {}
+        for i, j in self.tiles:
+            inner[0, i, j], inner[3, i, j] = self.halved(acc[1, i, j], acc[2, i, j])
+        is_inner = b.icmp_unsigned("<=", b.sub(column, self.word(1)), self.word(1))
+        inner_end = b.block
+        b.cbranch(is_inner, at["onto"], at["outer"])
+
+        b.position_at_end(at["outer"])
+        outer = {}
+        for (row, i, j), value in inner.items():
+            kept = self.load(place(row // 3, i, j), self.int32s, size)
+            outer[row, i, j] = b.add(kept, value)
+        b.branch(at["onto"])
+
+        b.position_at_end(at["onto"])
+        acc = {t: b.phi(self.int32s) for t in inner}
+        for t, phi in acc.items():
+            self.incoming(phi, (inner_end, inner[t]), (at["outer"], outer[t]))
+        acc, _ = self.products(acc, x, w, count)
+        choice = b.switch(column, at["finish"])
+        choice.add_case(self.word(1), at["keep"])
+        choice.add_case(self.word(2), at["join"])
+
+        b.position_at_end(at["keep"])
+        for (row, i, j), value in acc.items():
+            self.store(value, place(row // 3, i, j), size)
+        b.branch(at["next"])
+
+        b.position_at_end(at["join"])
+        for (row, i, j), value in acc.items():
+            kept = self.load(place(row // 3, i, j), self.int32s, size)
+            for n, half in enumerate(self.halved(kept, value)):
+                self.store(half, place(row // 3 + 2 * n, i, j), size)
+        b.branch(at["next"])
+
+        b.position_at_end(at["finish"])
+        outputs = {(4 * i + 2 * (row // 3), j): value for (row, i, j), value in acc.items()}
+        self.tiles = sorted(outputs)
+        self.epilogue(lambda t: outputs[t], self.field("channel"), self.word(0))
+        for name in ("y", "r"):
+            address = b.add(self.base, self.word(_OFFSETS[name]))
+            self.store(b.add(self.field(name), self.word(8 * 4 * k.pixels)), address, 8)
+        b.branch(at["next"])
+
+        b.position_at_end(at["next"])
+        following = (
+            b.add(index, self.word(1)),
+            b.add(x, x_step),
+            b.add(held, self.word(4 * size * k.vectors * k.pixels)),
+        )
+        for phi, first, value in zip((index, x, held), begin, following, strict=True):
+            self.incoming(phi, (entry, first), (at["next"], value))
+        b.cbranch(b.icmp_signed("<", following[0], calls), at["call"], at["done"])
+        b.position_at_end(at["done"])
+
+    def halved(self, first: Any, second: Any) -> tuple[Any, Any]:
+        """Return half the sum of two vectors, which is even, and half their difference."""
+        half = self.b.ashr(self.b.add(first, second), self.constant(1, self.int32s))
+        return half, self.b.sub(half, second)
+
+    def products(self, acc: dict, x: Any, w: Any, count: Any) -> tuple[dict, Any]:
+        """Add products to sums of (row, tile, vector); returns these and the end of the weights."""
+        b = self.b
+        rows = list(dict.fromkeys(row for row, _, _ in acc))
+        begin, position = b.block, RUN * self.k.pixels
+        run, loop, ran, done = (b.append_basic_block(n) for n in ("run", "step", "ran", "done"))
+        b.branch(run)
+
+        b.position_at_end(run)
+        x_run, w_run, left = (b.phi(i64) for _ in range(3))
+        run_acc = {t: b.phi(self.int32s) for t in acc}
+        few = b.icmp_signed("<", left, self.word(RUN // 4))
+        end = b.add(x_run, b.mul(b.select(few, left, self.word(RUN // 4)), self.word(4)))
+        b.branch(loop)
+
+        b.position_at_end(loop)
+        q, w_q = b.phi(i64), b.phi(i64)
+        new = held = {t: b.phi(self.int32s) for t in acc}
+        w_next = w_q
+        for row in rows:
+            codes = [
+                b.add(q, self.word(4 * position * row + RUN * i)) for i in range(self.k.pixels)
+            ]
+            sums = self.step({(i, j): held[row, i, j] for i, j in self.tiles}, codes, w_next)
+            new = new | {(row, i, j): value for (i, j), value in sums.items()}
+            w_next = b.add(w_next, self.word(self.step_bytes))
+        q_next = b.add(q, self.word(4))
+        b.cbranch(b.icmp_unsigned("<", q_next, end), loop, ran)
+
+        b.position_at_end(ran)
+        x_next = b.add(x_run, self.word(16 * position))
+        left_next = b.sub(left, self.word(RUN // 4))
+        b.cbranch(b.icmp_signed(">", left_next, self.word(0)), run, done)
+        b.position_at_end(done)
+        self.incoming(x_run, (begin, x), (ran, x_next))
+        self.incoming(w_run, (begin, w), (ran, w_next))
+        self.incoming(left, (begin, count), (ran, left_next))
+        self.incoming(q, (run, x_run), (loop, q_next))
+        self.incoming(w_q, (run, w_run), (loop, w_next))
+        for t in acc:
+            self.incoming(run_acc[t], (begin, acc[t]), (ran, new[t]))
+            self.incoming(held[t], (run, run_acc[t]), (loop, new[t]))
+        return new, w_next
+
+
 class _Rows(_Emission):
     """Pixels side by side in a row of outputs; a lane is 4 taps of a channel.
 
@@ -697,6 +845,9 @@ MICROKERNELS = {
         Microkernel("avx2", "wide", 6, 2, 8, ("avx2",)),
         Microkernel("avx2", "depthwise", 4, 4, 8, ("avx2",)),
         Microkernel("avx2", "winograd", 6, 2, 8, ("avx2",)),
+        Microkernel("avx512vnni", "winograd_dot", 6, 2, 16, _AVX512),
+        Microkernel("avx512vnni", "winograd_dot", 4, 2, 16, _AVX512),
+        Microkernel("avxvnni", "winograd_dot", 3, 2, 8, ("avxvnni",)),
         Microkernel("avx512vnni", "rows", 7, 2, 16, _VBMI, (3, 3, 1)),
         Microkernel("avx512vnni", "rows", 7, 2, 16, _VBMI, (3, 3, 2)),
         Microkernel("avx512vnni", "rows", 7, 2, 16, _VBMI, (4, 5, 1)),

@@ -23,7 +23,7 @@ print(cfunc(types.void(types.uintp))(function)._library.get_asm_str())
 PRODUCTS = {
     "pair": ("vpmaddubsw", 1), "dot": ("vpdpbusd", 1), "wide": ("vpmaddwd|vpdpwssd", 2),
     "depthwise": ("vpmaddubsw", 0.5), "winograd": ("vpmaddubsw", 1),
-    "rows": ("vpdpbusd", 1),
+    "winograd_dot": ("vpdpbusd", 2), "rows": ("vpdpbusd", 1),
 }  # fmt: skip
 
 

@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from logshift.kernels import abi
 from logshift.kernels.codec import LogWeights
 from logshift.kernels.layer import Layer
+from logshift.kernels.targets import has_features
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization
 from logshift.runtime.plan import prepare
 
-NAME = "dot-conv-avx2-winograd-6x16"
-KERNEL = next(k for k in abi.kernels() if k.name == NAME)
-DIRECT = next(k for k in abi.kernels() if k.name == "dot-conv-avx2-6x16")
-needs_avx2 = pytest.mark.skipif(not KERNEL.available(), reason="AVX2 instructions")
+KERNELS = [k for k in abi.kernels() if "winograd" in k.variant]
 
 B_T = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
@@ -32,24 +30,34 @@ def name_of_choice(graph):
     return convolution.kernel.name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def preferred():
-    """Make Winograd the choice wherever it is supported."""
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda k: k.variant)
+def kernel(request):
+    """Make a Winograd kernel the choice wherever it is supported."""
+    kernel = request.param
+    # What is written for AVX-VNNI compiles to AVX-512's instructions on vectors of as many lanes.
+    alike = "avxvnni" in kernel.variant and has_features(("avx512vnni", "avx512vl"))
+    if not (kernel.available() or alike):
+        pytest.skip("another machine's instructions")
     with pytest.MonkeyPatch.context() as patch:
-        key = (KERNEL.op, KERNEL.family, NAME.removeprefix("dot-conv-"))
-        patch.setitem(abi._REGISTRY, key, replace(KERNEL, cost=lambda layer: -1.0))
-        yield
+        key = (kernel.op, kernel.family, kernel.variant)
+        chosen = replace(kernel, cost=lambda layer: -1.0, available=lambda: True)
+        patch.setitem(abi._REGISTRY, key, chosen)
+        yield kernel
 
 
 @st.composite
 def graphs(draw):
-    """A convolution of 3x3 with 16 channels or more, and everything else that may vary about it."""
+    """A convolution of 3x3 with 32 channels or more, and everything else that may vary about it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    n, out, channels = draw(st.integers(1, 3)), draw(st.integers(16, 40)), draw(st.integers(1, 70))
+    n, out, channels = draw(st.integers(1, 3)), draw(st.integers(32, 72)), draw(st.integers(1, 140))
     pads = [draw(st.integers(0, 2)) for _ in range(4)]
     size = [draw(st.integers(max(1, 3 - pads[i] - pads[i + 2]), 9)) for i in range(2)]
-    bits, ratio = draw(st.integers(2, 3)), draw(st.sampled_from([0.0, 0.15, 1.0]))
+    bits, ratio = draw(st.integers(2, 4)), draw(st.sampled_from([0.0, 0.15, 1.0]))
     weights = random_weights(rng, (out, 3, 3, channels), bits, ratio, 0)
+    if bits == 4:  # one of 9, of which any fits
+        taps = rng.integers(0, 9, (out, channels, 1)) == np.arange(9)
+        for words in (weights.first, weights.second):
+            words *= taps.transpose(0, 2, 1).reshape(words.shape)
     q = {"x": draw(quantizations())}
     scale = float(weights.unit().mean() * q["x"].scale * 20 * np.sqrt(9 * channels))
     is_float = draw(st.booleans())
@@ -75,10 +83,9 @@ def graphs(draw):
     return build(nodes, q, inputs, "z")
 
 
-@needs_avx2
 @given(graph=graphs(), seed=st.integers(0, 2**16))
-def test_equals_reference(graph, seed):
-    assume(name_of_choice(graph) == NAME)
+def test_equals_reference(kernel, graph, seed):
+    assume(name_of_choice(graph) == kernel.name)
     rng = np.random.default_rng(seed)
     inputs = {
         info.name: rng.standard_normal(info.nominal).astype(np.float32) * 10
@@ -99,35 +106,39 @@ def convolution(weights, x, bits, attributes=None):
     return build(nodes, {"x": Quantization(1.0, 0, bits)}, {"input": x.shape}, "y")
 
 
-@needs_avx2
-@pytest.mark.parametrize("bits, words", [(5, 2), (6, 1), (2, 2)])
+@pytest.mark.parametrize("bits, largest", [(5, 8), (6, 4), (2, 8), (6, 8), (6, 14)])
 @pytest.mark.parametrize("channels", [4, 33, 200])
-def test_extremes_of_every_position(bits, words, channels):
+def test_extremes_of_every_position(kernel, bits, largest, channels):
     """Weights and codes that reach both ends of each of the 16 positions, and every mix of them."""
     of_weights, of_codes = (
         np.sign(np.einsum("pi,qj->pqij", m, m)).reshape(16, *2 * m.shape[1:]) for m in (G, B_T)
     )
     signs = np.concatenate([of_weights, -of_weights])[..., None] * np.ones(channels)
-    # At 3 bits the field of the largest magnitude is 3; the sign lies above it.
-    first = np.where(signs == 0, 0, np.where(signs > 0, 3, 7)).astype(np.uint8)
-    second = first if words == 2 else np.zeros_like(first)
-    weights = LogWeights(first, second, np.ones(32, np.float32), 3, clip=2)
+    # Codes of 4 bits, the sign above the exponent: 4, 4 + 4 and 16 - 2.
+    words = {4: (3, 0), 8: (3, 3), 14: (5, 8 + 2)}[largest]
+    first, second = (
+        np.select([signs > 0, signs < 0], [word, word ^ 8 if word else 0]).astype(np.uint8)
+        for word in words
+    )
+    weights = LogWeights(first, second, np.ones(32, np.float32), 4)
     top = 2**bits - 1
     x = np.concatenate([of_codes > 0, of_codes < 0, np.ones((1, 4, 4)), np.zeros((1, 4, 4))])
     x = np.repeat(x[:, None] * np.float32(top), channels, axis=1).astype(np.float32)
     graph = convolution(weights, x, bits)
-    assert name_of_choice(graph) == NAME
+    # Where pairs are summed with saturation, both cannot be large.
+    assert (name_of_choice(graph) == kernel.name) == (
+        "avx2" not in kernel.name or largest * 2**bits <= 256
+    )
     expected = Session(graph, kernels="reference").run(x)
     assert np.array_equal(Session(graph, kernels="dot").run(x), expected)
 
 
-@needs_avx2
-def test_several_strips():
+def test_several_strips(kernel):
     rng = np.random.default_rng(0)
     weights = random_weights(rng, (40, 3, 3, 64), 3, 0.15, 0)
     x = rng.integers(0, 32, (2, 64, 33, 34)).astype(np.float32)
     graph = convolution(weights, x, 5, {"pads": [1, 1, 1, 1]})
-    assert name_of_choice(graph) == NAME
+    assert name_of_choice(graph) == kernel.name
     expected = Session(graph, kernels="reference").run(x)
     for threads in (1, 2, 5):
         assert np.array_equal(Session(graph, threads=threads, kernels="dot").run(x), expected)
@@ -141,13 +152,22 @@ def layer(out=64, channels=64, kernel=3, bits=3, **changes):
     return replace(Layer(weights, 1, (1, 1), (1, 1), 5, 0, m, m, 49), **changes)
 
 
+def cost_of_the_direct_way(kernel, layer):
+    """Return the least cost of the other kernels for the same instructions."""
+    isa = kernel.variant.partition("-")[0]
+    others = (k for k in abi.kernels() if k.family == "dot" and "winograd" not in k.variant)
+    return min(k.cost(layer) for k in others if k.variant.startswith(isa) and k.supports(layer))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.variant)
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
-def test_chosen_for_resnet18(channels):
+def test_chosen_for_resnet18(kernel, channels):
     resnet = layer(channels, channels)
-    assert KERNEL.supports(resnet)
-    assert KERNEL.cost(resnet) < DIRECT.cost(resnet)
+    assert kernel.supports(resnet)
+    assert kernel.cost(resnet) < cost_of_the_direct_way(kernel, resnet)
 
 
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.variant)
 @pytest.mark.parametrize(
     "other",
     [
@@ -156,9 +176,10 @@ def test_chosen_for_resnet18(channels):
         layer(bits=4), layer(out=8),
     ],
 )  # fmt: skip
-def test_not_supported(other):
-    assert not KERNEL.supports(other)
+def test_not_supported(kernel, other):
+    assert not kernel.supports(other)
 
 
-def test_few_channels_are_left_to_the_direct_way():
-    assert DIRECT.cost(layer(16, 16)) < KERNEL.cost(layer(16, 16))
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.variant)
+def test_few_channels_are_left_to_the_direct_way(kernel):
+    assert cost_of_the_direct_way(kernel, layer(16, 16)) < kernel.cost(layer(16, 16))
