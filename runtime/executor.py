@@ -56,7 +56,8 @@ from logshift.kernels.native import (
 
 MAX_THREADS = 256
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 # Columns of a program.
 KERNEL, ARGUMENTS, HOMES, PARTS = range(4)

@@ -147,9 +147,9 @@ def _pack_weights(
     index: int, weights: LogWeights, settings: dict[str, Any], tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     if isinstance(weights, _StoredWeights):  # as it lies in the file: packing takes seconds
-        streams = weights.streams
-        tensors |= {f"{index}.{name}": array for name, array in streams.tensors.items()}
-        return streams.record()
+        stored = weights.streams
+        tensors |= {f"{index}.{name}": array for name, array in stored.tensors.items()}
+        return stored.record()
     tile = int(settings.get("tile", codec.MAX_TILE))
     mask = weights.second.ravel() != 0
     counts, positions = bitpack.tile_positions(mask, tile)
@@ -158,10 +158,10 @@ def _pack_weights(
         "bitmap": _deflate({"position": bitpack.pack(mask.astype(np.uint8), 1)}),
     }
     encoding = min(choices, key=lambda name: sum(a.size for a, _ in choices[name].values()))
+    streams = choices[encoding]
     if not mask.any():
         encoding, streams = "none", {}
     else:
-        streams = choices[encoding]
         second = weights.second.ravel()[mask]
         streams |= _deflate({"second": bitpack.pack(second, weights.bits)})
     streams |= _deflate({"first": bitpack.pack(weights.first.ravel(), weights.bits)})

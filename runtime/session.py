@@ -192,7 +192,9 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the network anew."""
         network, threads = state["network"], state["threads"]
-        decoding = {"threads": min(_threads(threads), _LOADERS), "keep_decoded": True}
+        decoding: dict[str, Any] = {
+            "threads": min(_threads(threads), _LOADERS), "keep_decoded": True
+        }  # fmt: skip
         if isinstance(network, bytes):
             graph = format.deserialize(network, **decoding)
         else:
