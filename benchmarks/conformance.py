@@ -32,7 +32,7 @@ from logshift.converter.lower import ELEMENTWISE
 from logshift.converter.onnx_model import MIN_OPSET
 from logshift.converter.progress import reporting
 from logshift.kernels.errors import ConversionError
-from logshift.runtime import numpy_ops
+from logshift.runtime import numpy_ops, plain
 from logshift.runtime.graph import DTYPES
 from logshift.runtime.session import Session
 
@@ -389,6 +389,8 @@ def _otherwise(operator: str) -> str:
         return _REPLACED[operator]
     if operator not in numpy_ops.OPERATORS:
         return ""
+    if operator in plain.OPERATORS:
+        return "kernels or NumPy"
     return "`onnx.reference`, slow" if operator in numpy_ops.SLOW else "NumPy"
 
 
@@ -409,9 +411,10 @@ a run makes of it; it is written by
 
 *On codes* and *on float32*: there are compiled kernels, for tensors (N, C, H, W) or (N, C) with
 constant parameters, in the cases for which [format.md](format.md) has a packed operator. Everything
-else runs as the next column says: in NumPy, or through `onnx.reference`, which is slow and needs
-the package onnx at run time. Identity, Dropout, Cast, Flatten, Reshape, Squeeze and Unsqueeze cost
-nothing where they only give a picture another name.
+else runs as the next column says: in NumPy, or, on float32 tensors of any rank whose shapes follow
+from the input's, by kernels ([kernels.md](kernels.md)), or through `onnx.reference`, which is slow
+and needs the package onnx at run time. Identity, Dropout, Cast, Flatten, Reshape, Squeeze and
+Unsqueeze cost nothing where they only give a picture another name.
 
 | operator | on codes | on float32 | otherwise | node tests passed | not supported |
 | --- | --- | --- | --- | --- | --- |

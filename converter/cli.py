@@ -422,11 +422,13 @@ def _value(record: dict[str, Any]) -> dict[str, Any]:
 def _describe_node(
     index: int, node: dict[str, Any], codes: dict[str, Any], size: int, tensors: Any
 ) -> dict[str, Any]:
+    from logshift.runtime import plain
     from logshift.runtime.session import numpy_name
 
     runs = "float32" if codes.keys().isdisjoint(node["inputs"] + node["outputs"]) else "codes"
     if node.get("domain"):
-        runs = numpy_name(node["op"])
+        # For some it depends on types and sizes, which are not inferred here.
+        runs = "float32 or numpy" if node["op"] in plain.OPERATORS else numpy_name(node["op"])
     result = {"name": node["name"], "op": node["op"], "runs": runs, "bytes": size}
     if "weight" in node:
         weight = node["weight"]

@@ -39,8 +39,8 @@ FAMILIES = {
 }
 # Where the kernels of a family are.
 _MODULES = {
-    "reference": ("reference", "float_reference"),
-    "portable": ("portable", "float_portable"),
+    "reference": ("reference", "float_reference", "plain_reference"),
+    "portable": ("portable", "float_portable", "plain"),
     "dot": ("dot", "winograd", "depthwise"),
     "fma": ("fma",),
     "shift": ("shift",),
@@ -175,6 +175,32 @@ FLOAT_FILL = _record(y=TENSOR, n=_I, height=_I, width=_I, channels=_I, value=_F)
 # What `function` is to be: its place in UNARY; its parameters, 0 where it has fewer.
 FLOAT_UNARY = _record(**_OUTPUT, function=_I, alpha=_F, beta=_F)
 UNARY = ("clip", "leaky_relu", "sigmoid", "hard_sigmoid", "hard_swish", "silu", "tanh", "elu")
+
+# Kernels of ONNX operators in ONNX's form, on float32 tensors of any rank, contiguous: of a TENSOR
+# record only the address counts. `axes`, int64 (rank, columns), has a row for each axis of the
+# output, at least two: its size, and how far apart its positions lie in y, x and r; 0 where x or r
+# is repeated.
+_AXES = {"axes": _P, "rank": _I}
+# Elements of x from `start_x` on go to where they belong in y, from `start_y` on.
+PLAIN_MOVE = _record(**_OUTPUT, **_AXES, start_x=_I, start_y=_I)
+# `function`: its place in PLAIN_BINARY_FUNCTIONS. Along the last axis x and r are contiguous, or
+# one of them is repeated.
+PLAIN_BINARY = _record(**_OUTPUT, r=TENSOR, **_AXES, function=_I)
+PLAIN_BINARY_FUNCTIONS = ("add", "sub", "mul", "div", "maximum", "minimum", "prelu")
+# Of n elements; `function`: its place in PLAIN_UNARY_FUNCTIONS.
+PLAIN_UNARY = _record(**_OUTPUT, function=_I, alpha=_F, beta=_F)
+PLAIN_UNARY_FUNCTIONS = (
+    "clip", "abs", "elu", "erf", "exp", "hard_sigmoid", "hard_swish", "leaky_relu", "neg",
+    "reciprocal", "sigmoid", "sqrt", "swish", "tanh",
+)  # fmt: skip
+# What lies along the axes of `reduced`, int64 (reduced_rank, 2): sizes, and distances in x.
+PLAIN_REDUCE = _record(
+    **_OUTPUT, **_AXES, reduced=_P, reduced_rank=_I, function=_I, divisor=_I,
+    scratch=_P, scratch_size=_I,
+)  # fmt: skip
+PLAIN_REDUCTIONS = ("sum", "max", "min")  # the mean is the sum, divided
+# Of (n, height, width), along `height`.
+PLAIN_SOFTMAX = _record(**_OUTPUT, scratch=_P, scratch_size=_I)
 
 
 @njit(inline="always")

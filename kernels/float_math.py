@@ -230,6 +230,132 @@ def elu(x, alpha, beta):
     return x if x >= 0 else alpha * expm1(x)
 
 
+# --- of ONNX operators in ONNX's form: what is not a number stays so, as in NumPy -----------------
+
+
+@njit(inline="always", error_model="numpy")
+def div(x, r):
+    """Return x / r."""
+    return x / r
+
+
+@njit(inline="always")
+def maximum(x, r):
+    """Return the larger one; not a number if either is not."""
+    return x if x >= r or x != x else r
+
+
+@njit(inline="always")
+def minimum(x, r):
+    """Return the smaller one; not a number if either is not."""
+    return x if x <= r or x != x else r
+
+
+@njit(inline="always")
+def prelu(x, r):
+    """Return x, or r * x where it is negative."""
+    return x * r if x < 0 else x
+
+
+@njit(inline="always")
+def plain_clip(x, alpha, beta):
+    """Return x within [alpha, beta]."""
+    y = clamp(x, alpha, beta)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_abs(x, alpha, beta):
+    """Return |x|."""
+    return abs(x)
+
+
+@njit(inline="always")
+def plain_elu(x, alpha, beta):
+    """Return x, or alpha * (e^x - 1) where it is negative."""
+    y = elu(x, alpha, beta)
+    return y if x == x else x
+
+
+@njit(inline="always", error_model="numpy")
+def plain_erf(x, alpha, beta):
+    """Return the error function, from the rational function that `runtime.numpy_ops` has."""
+    v = clamp(x, np.float32(-4), np.float32(4))
+    square = v * v
+    p = np.float32(-2.72614225801306e-10)
+    p = p * square + np.float32(2.77068142495902e-08)
+    p = p * square + np.float32(-2.10102402082508e-06)
+    p = p * square + np.float32(-5.69250639462346e-05)
+    p = p * square + np.float32(-7.34990630326855e-04)
+    p = p * square + np.float32(-2.95459980854025e-03)
+    p = p * square + np.float32(-1.60960333262415e-02)
+    q = np.float32(-1.45660718464996e-05)
+    q = q * square + np.float32(-2.13374055278905e-04)
+    q = q * square + np.float32(-1.68282697438203e-03)
+    q = q * square + np.float32(-7.37332916720468e-03)
+    q = q * square + np.float32(-1.42647390514189e-02)
+    y = clamp(p * v / q, np.float32(-1), _ONE)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_exp(x, alpha, beta):
+    """Return e^x."""
+    y = exp(x)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_hard_sigmoid(x, alpha, beta):
+    """Return alpha * x + beta within [0, 1]."""
+    y = hard_sigmoid(x, alpha, beta)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_hard_swish(x, alpha, beta):
+    """Return x * hard_sigmoid(x)."""
+    return x * plain_hard_sigmoid(x, alpha, beta)
+
+
+@njit(inline="always")
+def plain_neg(x, alpha, beta):
+    """Return -x."""
+    return -x
+
+
+@njit(inline="always", error_model="numpy")
+def plain_reciprocal(x, alpha, beta):
+    """Return 1 / x."""
+    return _ONE / x
+
+
+@njit(inline="always")
+def plain_sigmoid(x, alpha, beta):
+    """Return sigmoid(x)."""
+    y = sigmoid(x)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_sqrt(x, alpha, beta):
+    """Return the square root of x."""
+    return np.sqrt(x)
+
+
+@njit(inline="always")
+def plain_swish(x, alpha, beta):
+    """Return x * sigmoid(alpha * x)."""
+    return x * plain_sigmoid(alpha * x, alpha, beta)
+
+
+@njit(inline="always")
+def plain_tanh(x, alpha, beta):
+    """Return tanh(x)."""
+    y = tanh(x)
+    return y if x == x else x
+
+
 @njit
 def unary(function, x, alpha, beta):
     """Return what the function of a number, its place in `abi.UNARY`, makes of x."""
@@ -248,3 +374,35 @@ def unary(function, x, alpha, beta):
     if function == 6:
         return tanh(x)
     return elu(x, alpha, beta)
+
+
+@njit
+def plain_unary(function, x, alpha, beta):
+    """Return what a function makes of x; its number is its place in PLAIN_UNARY_FUNCTIONS."""
+    if function == 0:
+        return plain_clip(x, alpha, beta)
+    if function == 1:
+        return plain_abs(x, alpha, beta)
+    if function == 2:
+        return plain_elu(x, alpha, beta)
+    if function == 3:
+        return plain_erf(x, alpha, beta)
+    if function == 4:
+        return plain_exp(x, alpha, beta)
+    if function == 5:
+        return plain_hard_sigmoid(x, alpha, beta)
+    if function == 6:
+        return plain_hard_swish(x, alpha, beta)
+    if function == 7:
+        return leaky_relu(x, alpha, beta)
+    if function == 8:
+        return plain_neg(x, alpha, beta)
+    if function == 9:
+        return plain_reciprocal(x, alpha, beta)
+    if function == 10:
+        return plain_sigmoid(x, alpha, beta)
+    if function == 11:
+        return plain_sqrt(x, alpha, beta)
+    if function == 12:
+        return plain_swish(x, alpha, beta)
+    return plain_tanh(x, alpha, beta)

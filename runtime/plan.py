@@ -2,8 +2,9 @@
 
 Tensors of packed operators lie as (N, H, W, C) inside a border of their zero point, as wide as the
 paddings of the convolutions that read them need: padding then costs nothing and no kernel tests for
-edges. ONNX operators, which run in NumPy between two programs, and the caller see ONNX's layout;
-where a float32 tensor is needed in both, one more step converts it.
+edges. ONNX operators and the caller see ONNX's layout; where a float32 tensor is needed in both,
+one more step converts it. ONNX operators are steps like others where they have kernels, see
+`plain`; else they run in NumPy between two programs.
 
 All tensors of packed operators share one arena, planned by when they are in use. A border whose
 bytes other tensors use as well is written anew at every run. For small tensors that would take too
@@ -27,7 +28,7 @@ from logshift.kernels.abi import Kernel, kernel
 from logshift.kernels.errors import InputError
 from logshift.kernels.layer import FloatLayer, Layer, Packed
 from logshift.kernels.memory import ALIGNMENT, Block, aligned, arena, arrange
-from logshift.runtime import numpy_ops
+from logshift.runtime import numpy_ops, plain
 from logshift.runtime.executor import Team, spread
 from logshift.runtime.graph import Graph, Inference, Node, Shape, slice_range
 
@@ -189,7 +190,7 @@ class Step:
 
 @dataclass(frozen=True)
 class NumpyStep:
-    """An ONNX operator between two programs."""
+    """An ONNX operator that no kernel computes, between two programs."""
 
     node: Node
     last_of: list[str]  # tensors that no later step reads
@@ -244,9 +245,14 @@ class _Operation:
 
     index: int
     node: Node
-    kind: str  # "packed", "onnx", "to_channels_first", "to_channels_last"
+    kind: str  # "packed", "plain", "numpy", "to_channels_first", "to_channels_last"
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+
+
+def _nchw(shape: Shape) -> Shape:
+    """(N, C, H, W) of a tensor; all is N in one that packed operators cannot have."""
+    return (*shape, 1, 1)[:4] if 2 <= len(shape) <= 4 else (math.prod(shape), 1, 1, 1)
 
 
 def _channels_last(name: str) -> str:
@@ -326,7 +332,8 @@ class Planner:
             If the inputs do not fit the graph, or memory does not suffice.
         """
         found = self.graph.infer(shapes, self._seen)
-        return Plan(self, self._outline(found, keep_all), found)
+        calls = plain.calls(self.graph, found)
+        return Plan(self, self._outline(found, calls, keep_all), found, calls)
 
     def kernel(self, op: str) -> Kernel:
         """Return the kernel for an operation that is no convolution."""
@@ -334,14 +341,17 @@ class Planner:
             self._kernels[op] = kernel(op, self._family)
         return self._kernels[op]
 
-    def _outline(self, found: Inference, keep_all: bool) -> _Outline:
+    def _outline(
+        self, found: Inference, calls: dict[int, tuple[plain.Call, ...]], keep_all: bool
+    ) -> _Outline:
         """Return the outline for shapes; they decide about little of it, mostly about nothing."""
         pixels = frozenset(
             name for name, _ in self._heads if math.prod(found.shapes[name][2:]) == 1
         )
-        key = keep_all, frozenset(found.values), pixels
+        views = frozenset(index for index, made in calls.items() if not made)
+        key = frozenset(found.values), pixels, views, frozenset(calls) - views, keep_all
         if key not in self._outlines:
-            self._outlines[key] = _Outline(self, frozenset(found.values), pixels, keep_all)
+            self._outlines[key] = _Outline(self, *key)
         return self._outlines[key]
 
 
@@ -353,6 +363,7 @@ class _Outline:
     planner : Planner
     known : names of tensors whose values are known before a run
     pixels : names of float32 outputs of convolutions that are of one pixel
+    views, compiled : positions of ONNX operators that cost nothing, and that kernels compute
     keep_all : bool
 
     Attributes
@@ -369,7 +380,13 @@ class _Outline:
     """
 
     def __init__(
-        self, planner: Planner, known: frozenset[str], pixels: frozenset[str], keep_all: bool
+        self,
+        planner: Planner,
+        known: frozenset[str],
+        pixels: frozenset[str],
+        views: frozenset[int],
+        compiled: frozenset[int],
+        keep_all: bool,
     ) -> None:
         self.graph, self._convolutions = planner.graph, planner.convolutions
         self._alias = {
@@ -377,6 +394,8 @@ class _Outline:
             for node in self.graph.nodes
             if node.op == "Flatten" and not node.is_onnx
         }
+        self._views = {self.graph.nodes[i].outputs[0]: self.graph.nodes[i].inputs[0] for i in views}
+        self._compiled = compiled
         self.keep_all = keep_all
         self.templates: dict[Convolution, list[Any]] = {}
         self.lookups = {} if keep_all else self._fused_lookups()
@@ -406,6 +425,12 @@ class _Outline:
             name = self._alias[name]
         return name
 
+    def origin(self, name: str) -> str:
+        """Name of the tensor in ONNX's layout whose bytes a tensor's are."""
+        while (root := self.root(name)) in self._views:
+            name = self._views[root]
+        return root
+
     def stored(self, name: str) -> str:
         """Name under which packed operators other than QuantizeLinear find a tensor."""
         name = self.root(name)
@@ -423,10 +448,10 @@ class _Outline:
 
     def _numpy_steps(self) -> dict[int, NumpyStep]:
         reads = {name: i for i, operation in enumerate(self.operations) for name in operation.reads}
-        kept = {self.root(info.name) for info in self.graph.outputs}
+        kept = {self.origin(info.name) for info in self.graph.outputs}
         steps = {}
         for i, operation in enumerate(self.operations):
-            if operation.kind == "onnx":
+            if operation.kind == "numpy":
                 names = {*operation.reads, *operation.writes} - kept
                 last = [n for n in names if reads.get(n, i) <= i and not self.keep_all]
                 steps[i] = NumpyStep(operation.node, last)
@@ -452,22 +477,24 @@ class _Outline:
                 needed.add(node.inputs[0])
         nodes.reverse()
         # Float32 tensors that somebody reads channels last, or as ONNX has them.
-        plain = {self.root(info.name) for info in graph.outputs}
-        outside = set(plain)
-        for _, node in nodes:
-            names = {self.root(name) for name in node.inputs if name}
+        channels_first = {self.origin(info.name) for info in graph.outputs}
+        outside = set(channels_first)
+        for index, node in nodes:
+            names = {self.origin(name) for name in node.inputs if name}
             if node.is_onnx:
-                outside |= names
-                plain |= names
+                channels_first |= names
+                if not self._is_native(index, node):
+                    outside |= names
             elif node.op == "QuantizeLinear":
-                plain |= names
+                channels_first |= names
             else:
+                names = {self.root(name) for name in node.inputs}
                 self.native |= {name for name in names if not graph.is_code(name)}
         given = {info.name for info in graph.inputs}
         operations: list[_Operation] = []
 
         def convert(index: int, node: Node, name: str, kind: str) -> None:
-            x, y = name, _channels_last(name)
+            x, y = self.origin(name), _channels_last(name)
             if kind == "to_channels_first":
                 x, y = y, x
             operations.append(_Operation(index, node, kind, (x,), (y,)))
@@ -476,24 +503,28 @@ class _Outline:
             index, node = next((i, n) for i, n in nodes if name in map(self.root, n.inputs))
             convert(index, node, name, "to_channels_last")
         for index, node in nodes:
-            roots = [self.root(name) for name in node.inputs if name]
             if node.is_onnx:
-                reads = tuple(name for name in roots if name not in values)
+                origins = [self.origin(name) for name in node.inputs if name]
+                reads = tuple(name for name in origins if name not in values)
                 writes = tuple(name for name in node.outputs if name)
-                operations.append(_Operation(index, node, "onnx", reads, writes))
+                if not self._is_native(index, node):
+                    operations.append(_Operation(index, node, "numpy", reads, writes))
+                elif index in self._compiled:
+                    operations.append(_Operation(index, node, "plain", reads, writes))
+                    self.outside |= outside.intersection(writes)
                 for name in writes:
                     if name in self.native:
                         convert(index, node, name, "to_channels_last")
                 continue
             if node.op == "QuantizeLinear":
-                reads = tuple(roots)
+                reads = tuple(map(self.origin, node.inputs))
             else:
-                reads = tuple(n if graph.is_code(n) else _channels_last(n) for n in roots)
+                reads = tuple(map(self.stored, node.inputs))
             out = self.written(node)
             if graph.is_code(out):
                 operations.append(_Operation(index, node, "packed", reads, (out,)))
                 continue
-            if out in plain and out in outside and out not in given:
+            if out in channels_first and out in outside and out not in given:
                 self.outside.add(out)
             as_plain = out in pixels and out not in self.native
             if node.op == "DequantizeLinear" or as_plain:
@@ -503,9 +534,13 @@ class _Outline:
                 continue
             operations.append(_Operation(index, node, "packed", reads, (_channels_last(out),)))
             self.native.add(out)
-            if out in plain:
+            if out in channels_first:
                 convert(index, node, out, "to_channels_first")
         return operations
+
+    def _is_native(self, index: int, node: Node) -> bool:
+        """Whether an ONNX operator needs no NumPy."""
+        return index in self._compiled or node.outputs[0] in self._views
 
     def _fused_lookups(self) -> dict[str, Node]:
         """Lookups that the convolutions whose outputs they read do as well, by those outputs."""
@@ -536,11 +571,18 @@ class Plan:
         Bytes of all that it keeps for itself.
     """
 
-    def __init__(self, planner: Planner, outline: _Outline, found: Inference) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        outline: _Outline,
+        found: Inference,
+        calls: Mapping[int, tuple[plain.Call, ...]],
+    ) -> None:
         self.graph, self.shapes, self.steps = planner.graph, dict(found.shapes), list[Step]()
         # Parts of the program, and what runs between them.
         self.parts: list[slice | NumpyStep] = []
         self._planner, self._outline, self._found = planner, outline, found
+        self._calls = calls
         self._tensors: dict[str, _Tensor] = {}
         self._rewritten: set[str] = set()  # tensors whose borders are written at every run
         self._scratch: list[tuple[list[Any], _Layout, int]] = []  # values, bytes per thread
@@ -625,12 +667,11 @@ class Plan:
 
     def _value(self, name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
         """Array of a tensor outside of the arena, in ONNX's layout."""
-        root = self._outline.root(name)
-        if root in self._found.values:
-            return self._found.values[root]
-        array = arrays[root]
+        origin = self._outline.origin(name)
+        values = self._found.values
+        array = values[origin] if origin in values else arrays[origin]
         # Shapes of ONNX operators' results need not be known, but then there is no alias either.
-        return array if root == name else array.reshape(self.shapes[name])
+        return array if origin == name else array.reshape(self.shapes[name])
 
     def _output(
         self, name: str, arrays: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
@@ -656,13 +697,15 @@ class Plan:
         -------
         array, or None if it was not computed
         """
-        root = self._outline.root(name)
-        if root in arrays or root in self._found.values:
+        root, origin = self._outline.root(name), self._outline.origin(name)
+        if origin in arrays or origin in self._found.values:
             return self._value(name, arrays)
-        stored = root if root in self._tensors else _channels_last(root)
+        if origin in self._tensors and not self.graph.is_code(origin):
+            return self._array(self._tensors[origin]).copy().reshape(self.shapes[name])
+        stored = self._outline.stored(name)
         if stored not in self._tensors:
             return None
-        held, (_, _, h, w) = self._tensors[stored], (*self.shapes[root], 1, 1)[:4]
+        held, (_, _, h, w) = self._tensors[stored], _nchw(self.shapes[root])
         picture = self._array(held)[:, held.top : held.top + h, held.left : held.left + w]
         return np.array(picture.transpose(0, 3, 1, 2), order="C").reshape(self.shapes[name])
 
@@ -687,13 +730,19 @@ class Plan:
         begin = 0
         for i, operation in enumerate(outline.operations):
             node = operation.node
-            if operation.kind == "onnx":
+            if operation.kind == "numpy":
                 if begin < len(self.steps):
                     self.parts.append(slice(begin, begin := len(self.steps)))
                 self.parts.append(outline.numpy_steps[i])
                 continue
             if operation.kind == "packed":
                 _BUILDERS[node.op](self, operation.index, node)
+            elif operation.kind == "plain":
+                for call in self._calls[operation.index]:
+                    self._step(
+                        node, call.op, call.record, tensors=call.tensors, work=call.work,
+                        **call.fields,
+                    )  # fmt: skip
             else:
                 (x,), (y,) = operation.reads, operation.writes
                 record = getattr(abi, operation.kind.upper())
@@ -780,7 +829,7 @@ class Plan:
         # Blocks of small tensors, each with the step until which it is in use.
         kept: dict[_Geometry, list[list[Any]]] = {}
         for index, operation in enumerate(outline.operations):
-            for name in operation.writes if operation.kind != "onnx" else ():
+            for name in operation.writes if operation.kind != "numpy" else ():
                 if name in outline.outside:
                     continue
                 geometry = self._geometry(name, borders.get(name, (0, 0, 0, 0)))
@@ -807,7 +856,7 @@ class Plan:
                     self._array(self._tensors[name]).fill(geometry.zero_point)
 
     def _geometry(self, name: str, border: tuple[int, int, int, int]) -> _Geometry:
-        n, c, h, w = (*self.shapes[name], 1, 1)[:4]
+        n, c, h, w = _nchw(self.shapes[name])
         top, left, bottom, right = border
         q = self.graph.quantization.get(name)
         return _Geometry(
@@ -864,12 +913,12 @@ class Plan:
         step = Step(node, chosen, layout, values, homes, parts)
         places = {}
         for key, name in tensors.items():
-            root = self._outline.root(name)
-            held = self._tensors.get(root)
+            origin = self._outline.origin(name)
+            held = self._tensors.get(origin)
             if held is None:
-                n, c, h, w = (*self.shapes[root], 1, 1)[:4]
+                n, c, h, w = _nchw(self.shapes[origin])
                 tensor: tuple[int, ...] = (0, n, h, w, c, 0, 0)
-                self._bindings.setdefault(root, []).append((step, layout.word[key]))
+                self._bindings.setdefault(origin, []).append((step, layout.word[key]))
             else:
                 tensor = held.values
             if key in moved:
@@ -895,7 +944,7 @@ class Plan:
         self.steps.append(step)
 
     def _sizes(self, name: str) -> dict[str, Any]:
-        n, c, h, w = (*self.shapes[name], 1, 1)[:4]
+        n, c, h, w = _nchw(self.shapes[name])
         return {"n": n, "height": h, "width": w, "channels": c}
 
     def _range(self, node: Node) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
-from logshift.runtime import cores, executor, format, numpy_ops
+from logshift.runtime import cores, executor, format, numpy_ops, plain
 from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
 from logshift.runtime.picture import Preprocessing, is_image
 from logshift.runtime.plan import NumpyStep, Plan, Planner, prepare
@@ -330,15 +330,17 @@ class Session:
 
     def summary(self) -> Summary:
         """Describe every node at the nominal input size."""
-        shapes = self.graph.nominal_shapes()
+        found = self.graph.nominal()
+        shapes, calls = found.shapes, plain.calls(self.graph, found)
         layers = []
         for index, node in enumerate(self.graph.nodes):
             # The shape of some ONNX operators' results only a run can tell.
             out = shapes.get(next(filter(None, node.outputs)), ())
-            kernels = dict.fromkeys(
-                c.kernel.name for c in self._planner.convolutions.get(index, ())
-            )
-            name = numpy_name(node.op) if node.is_onnx else ", ".join(kernels)
+            kernels = [c.kernel for c in self._planner.convolutions.get(index, ())]
+            kernels += [self._planner.kernel(call.op) for call in calls.get(index, ())]
+            name = ", ".join(dict.fromkeys(kernel.name for kernel in kernels))
+            if node.is_onnx and index not in calls:
+                name = numpy_name(node.op)
             summary = LayerSummary(
                 node.name, node.op, out, name, _macs(node, shapes), node.weight_shape
             )

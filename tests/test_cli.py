@@ -128,7 +128,7 @@ def test_info_tells_sizes_and_nzr_without_loading(capsys, packed, monkeypatch):
 def test_info_tells_what_runs_how(capsys, packed):
     packed_format.write(make.mixed(), packed)
     record = json.loads(output(capsys, "info", packed, "--json"))
-    runs = ["codes", "codes", "float32", "float32", "float32", "numpy", "numpy", "numpy"]
+    runs = ["codes", "codes", *["float32"] * 3, "numpy", *["float32 or numpy"] * 2]
     assert [node["runs"] for node in record["nodes"]] == runs
     assert record["weights"] == 8 + 144  # words, not the float32 weights
     assert "numpy" in output(capsys, "info", packed)
