@@ -167,13 +167,12 @@ def _views(n: _Node) -> list[Call] | None:
     )
     made = []
     for name, y in zip(n.node.outputs, results, strict=True):
-        start, steps = y.ctypes.data - x.ctypes.data, [step // 4 for step in y.strides]
-        if not np.may_share_memory(x, y):
+        if y.shape != n.shape(name) or not np.may_share_memory(x, y):
             return None
         if len(results) == 1 and y.flags.c_contiguous and y.size == x.size:
             return []
-        if name:
-            made.append(_move(n.x, name, y.shape, steps, start // 4, _contiguous(y.shape)))
+        start, steps = y.ctypes.data - x.ctypes.data, [step // 4 for step in y.strides]
+        made.append(_move(n.x, name, y.shape, steps, start // 4, _contiguous(y.shape)))
     return made
 
 
@@ -258,6 +257,8 @@ def _reduce(function: str, mean: bool = False) -> Callable[[_Node], list[Call] |
         steps = _contiguous(shape)
         kept = [axis for axis in range(len(shape)) if axis not in along]
         sizes = [shape[axis] for axis in kept]
+        if math.prod(sizes) != math.prod(n.shape(n.y)):  # axes are given twice, and differ
+            return None
         table = axes(sizes, _contiguous(sizes), [steps[axis] for axis in kept])
         reduced = [shape[axis] for axis in sorted(along)]
         fields = _fields(table) | {

@@ -15,6 +15,7 @@ borders are written once.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -332,8 +333,13 @@ class Planner:
             If the inputs do not fit the graph, or memory does not suffice.
         """
         found = self.graph.infer(shapes, self._seen)
-        calls = plain.calls(self.graph, found)
-        return Plan(self, self._outline(found, calls, keep_all), found, calls)
+        try:
+            calls = plain.calls(self.graph, found)
+            return Plan(self, self._outline(found, calls, keep_all), found, calls)
+        except MemoryError:
+            raise InputError(
+                "not enough memory for this input size; use a smaller batch or picture"
+            ) from None
 
     def kernel(self, op: str) -> Kernel:
         """Return the kernel for an operation that is no convolution."""
@@ -372,6 +378,8 @@ class _Outline:
         Lookups that convolutions do as well, by the outputs of these.
     native, outside : set of tensor names
         Float32 tensors that are stored channels last, and those that a run allocates.
+    viewed : set of names of tensors whose bytes others are as well
+    unshared : set of names of outputs that are the only ones of what a run allocates
     operations : list of _Operation
     last_use : dict of tensor name to position of the last operation that reads or writes it
     numpy_steps : dict of operation's position to NumpyStep
@@ -395,12 +403,19 @@ class _Outline:
             if node.op == "Flatten" and not node.is_onnx
         }
         self._views = {self.graph.nodes[i].outputs[0]: self.graph.nodes[i].inputs[0] for i in views}
+        self.viewed = {self.origin(name) for name in self._views}
         self._compiled = compiled
         self.keep_all = keep_all
         self.templates: dict[Convolution, list[Any]] = {}
         self.lookups = {} if keep_all else self._fused_lookups()
         self.native, self.outside = set[str](), set[str]()
         self.operations = self._operations(known, pixels)
+        origins = Counter(self.origin(info.name) for info in self.graph.outputs)
+        self.unshared = {
+            info.name
+            for info in self.graph.outputs
+            if (origin := self.origin(info.name)) in self.outside and origins[origin] == 1
+        }
         end = len(self.operations)
         self.last_use = {
             name: end if keep_all else index
@@ -589,12 +604,7 @@ class Plan:
         self._keep: list[np.ndarray] = []  # arrays whose addresses argument records hold
         # Words of argument records: addresses of float tensors that are set anew at every run.
         self._bindings: dict[str, list[tuple[Step, int]]] = {}
-        try:
-            self._build()
-        except MemoryError:
-            raise InputError(
-                "not enough memory for this input size; use a smaller batch or picture"
-            ) from None
+        self._build()
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -623,9 +633,13 @@ class Plan:
                 self.run_in_numpy(part, arrays)
             else:
                 team.run(self.program[part])
+        own = {name: self._value(name, arrays) for name in self._outline.unshared}
+        others = [*inputs.values(), *self._found.values.values(), *own.values()]
         for info in self.graph.outputs:
-            arrays[info.name] = self._output(info.name, arrays, inputs)
-        return arrays
+            if info.name not in own:
+                own[info.name] = self._own(self._value(info.name, arrays), others)
+                others.append(own[info.name])
+        return arrays | own
 
     def bind(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Point the program at input arrays and at new arrays for what it writes, all returned."""
@@ -651,7 +665,7 @@ class Plan:
         except InputError as error:
             raise InputError(f"node {node.name!r} ({node.op}): {error}") from None
         for name, y in zip(node.outputs, results, strict=True):
-            if name in self._bound:
+            if name in self._bound or name in self._outline.viewed:
                 # Programs trust the plan: types and shapes were inferred from zeros.
                 if y.shape != self.shapes[name] or y.dtype != self._found.dtypes[name]:
                     raise InputError(
@@ -660,7 +674,8 @@ class Plan:
                         f" {self.shapes[name]} was expected"
                     )
                 y = np.asarray(y, order="C")
-                self._point(name, y)
+                if name in self._bound:
+                    self._point(name, y)
             arrays[name] = y
         for name in step.last_of:
             arrays.pop(name, None)
@@ -673,12 +688,9 @@ class Plan:
         # Shapes of ONNX operators' results need not be known, but then there is no alias either.
         return array if origin == name else array.reshape(self.shapes[name])
 
-    def _output(
-        self, name: str, arrays: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
-    ) -> np.ndarray:
-        """Return an array of the caller's own."""
-        y = self._value(name, arrays)
-        others = (*inputs.values(), *self._found.values.values())
+    @staticmethod
+    def _own(y: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+        """Return an array, or a copy if its memory is not its own or that of others too."""
         if not y.flags.owndata and y.base is not None and not y.base.flags.owndata:
             return y.copy()
         if any(np.may_share_memory(y, x) for x in others):

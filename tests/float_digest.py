@@ -4,10 +4,11 @@ import hashlib
 
 import numpy as np
 from float_driver import Picture, call, convolution, program, sizes
+from graphs import network, node
 
 from logshift.kernels import abi
 from logshift.kernels.layer import FloatLayer
-from logshift.runtime import executor
+from logshift.runtime import Session, executor
 
 # Output channels, kernel, input channels of a group, group, stride
 LAYERS = [
@@ -65,10 +66,33 @@ def results(family):
     yield y.buffer
 
 
+def onnx_results(family):
+    """Yield what ONNX operators as they are compute."""
+    functions = (
+        "Clip", "Abs", "Elu", "Erf", "Exp", "HardSigmoid", "HardSwish", "LeakyRelu", "Neg",
+        "Reciprocal", "Sigmoid", "Swish", "Tanh",
+    )  # fmt: skip
+    of_two = ("Add", "Sub", "Mul", "Div", "Max", "Min", "PRelu")
+    reductions = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin")
+    nodes = [node(op, ["x"], op) for op in functions]
+    nodes.append(node("Sqrt", ["Abs"], "Sqrt"))
+    nodes += [node(op, ["x", "r"], op) for op in of_two]
+    nodes += [node(op, ["x", axes], op + axes) for op in reductions for axes in ("first", "last")]
+    nodes += [node("Softmax", ["x"], f"Softmax{axis}", axis=axis) for axis in (1, 2)]
+    nodes.append(node("Transpose", ["x"], "Transpose", perm=[2, 0, 1]))
+    constants = {"first": np.array([0, 1]), "last": np.array([-1])}
+    rng = np.random.default_rng(10)
+    inputs = {"x": 3 * random(rng, (3, 7, 75)), "r": random(rng, (7, 1))}
+    graph = network(nodes, inputs, [each.outputs[0] for each in nodes], constants, opset=24)
+    session = Session(graph, threads=1, kernels=family)
+    assert len(session._plan(inputs).parts) == 1
+    yield from session.run(inputs).values()
+
+
 def digest(family):
     """Hash of all results."""
     result = hashlib.sha256()
-    for buffer in results(family):
+    for buffer in (*results(family), *onnx_results(family)):
         result.update(buffer.tobytes())
     return result.hexdigest()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
 from logshift.kernels import codec
+from logshift.kernels.errors import FormatError
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 
 
@@ -26,6 +29,30 @@ def build(nodes, quantization, inputs, output, settings=None):
             raise
     shape = graph.nominal_shapes()[output]
     graph.outputs = [ValueInfo(output, shape, shape)]
+    graph.validate()
+    return graph
+
+
+def node(op, inputs, *outputs, **attributes):
+    """An ONNX operator as it is."""
+    return Node(op, outputs[0], list(inputs), list(outputs), attributes, domain="ai.onnx")
+
+
+def network(nodes, inputs, outputs, constants=None, opset=18, quantization=None):
+    """A graph from arrays to outputs whose shapes and types are found out."""
+    infos = [ValueInfo(name, x.shape, x.shape, x.dtype.name) for name, x in inputs.items()]
+    graph = Graph(infos, [], quantization or {}, nodes, constants=constants or {}, opset=opset)
+    for each in nodes:
+        if each.op == "Conv":
+            each.bias = np.zeros(each.weights.shape[0], np.float32)
+    graph.outputs = [ValueInfo(name, (), ()) for name in outputs]
+    with contextlib.suppress(FormatError):  # it fills in attributes, and shapes are not told yet
+        graph.validate()
+    found = graph.nominal()
+    graph.outputs = [
+        ValueInfo(name, found.shapes[name], found.shapes[name], found.dtypes[name].name)
+        for name in outputs
+    ]
     graph.validate()
     return graph
 

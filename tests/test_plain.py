@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import numpy as np
 import pytest
-from graphs import random_weights
+from graphs import network, node, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from logshift.kernels import abi
-from logshift.kernels.errors import FormatError, InputError
+from logshift.kernels.errors import InputError
 from logshift.runtime import Session, numpy_ops, plain
-from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.graph import Node, Quantization, ValueInfo
 from logshift.runtime.plan import NumpyStep
 
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=5, min_side=1, max_side=7)
@@ -29,29 +28,6 @@ def floats(shape, seed=0, special=False):
     if special:
         x = np.where(rng.random(shape) < 0.2, rng.choice(SPECIAL, shape), x)
     return x
-
-
-def node(op, inputs, *outputs, **attributes):
-    return Node(op, outputs[0], list(inputs), list(outputs), attributes, domain="ai.onnx")
-
-
-def network(nodes, inputs, outputs, constants=None, opset=18, quantization=None):
-    """A graph; shapes of its outputs are found out."""
-    infos = [ValueInfo(name, x.shape, x.shape, x.dtype.name) for name, x in inputs.items()]
-    graph = Graph(infos, [], quantization or {}, nodes, constants=constants or {}, opset=opset)
-    for each in nodes:
-        if each.op == "Conv":
-            each.bias = np.zeros(each.weights.shape[0], np.float32)
-    graph.outputs = [ValueInfo(name, (), ()) for name in outputs]
-    with contextlib.suppress(FormatError):  # it fills in attributes, and shapes are not told yet
-        graph.validate()
-    found = graph.nominal()
-    graph.outputs = [
-        ValueInfo(name, found.shapes[name], found.shapes[name], found.dtypes[name].name)
-        for name in outputs
-    ]
-    graph.validate()
-    return graph
 
 
 def steps_in_numpy(session, inputs):
