@@ -11,12 +11,13 @@ from numba import carray, njit
 
 from logshift.kernels import abi, float_math
 from logshift.kernels.abi import register, share
-from logshift.kernels.float_math import maximum, minimum, plain_exp
+from logshift.kernels.float_math import maximum, plain_exp
 from logshift.kernels.native import as_pointer
 
 _TILE = 16  # rows that are moved together where x is contiguous across them
 _COLUMNS = 64  # outputs next to each other whose sums are made at the same time
 _APART = 8  # as many where what they read is not contiguous
+_LANES = 16  # elements of a row whose largest is looked for at the same time
 _SIZE, _Y, _X, _R = range(4)  # columns of `axes`
 _MOST = 2**40  # elements that an address is given; indices were checked when the plan was made
 
@@ -190,21 +191,6 @@ def _unary(arguments, first_part, end_part, parts, slot):
 # --- along axes -----------------------------------------------------------------------------------
 
 
-@njit(inline="always", error_model="numpy")
-def _add(v, acc):
-    return acc + np.float64(v)
-
-
-@njit(inline="always", error_model="numpy")
-def _raise(v, acc):
-    return maximum(np.float64(v), acc)
-
-
-@njit(inline="always", error_model="numpy")
-def _lower(v, acc):
-    return minimum(np.float64(v), acc)
-
-
 @njit(error_model="numpy")
 def _reduce_columns(x, p, apart, columns, count, step, acc, operation):
     """Add `count` elements, that lie `step` apart, to each of some columns."""
@@ -212,10 +198,10 @@ def _reduce_columns(x, p, apart, columns, count, step, acc, operation):
     for _ in range(count):
         if apart == 1:
             for j in range(columns):
-                acc[j] = operation(x[p + j], acc[j])
+                acc[j] = operation(np.float64(x[p + j]), acc[j])
         else:
             for j in range(columns):
-                acc[j] = operation(x[p + j * apart], acc[j])
+                acc[j] = operation(np.float64(x[p + j * apart]), acc[j])
         p += step
 
 
@@ -239,7 +225,7 @@ def _reduce_rows(a, operation, initial, first_part, end_part, parts, slot):
             for i in range(_rows(reduced)):
                 p0 = np.uintp(p + row_of(reduced, i, 1))
                 for _ in range(innermost[_SIZE]):
-                    total = operation(x[p0], total)
+                    total = operation(np.float64(x[p0]), total)
                     p0 += step
             y[q] = np.float32(total / divisor)
             continue
@@ -257,22 +243,37 @@ def _reduce_rows(a, operation, initial, first_part, end_part, parts, slot):
 def _reduce(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if a.function == 0:
-        _reduce_rows(a, _add, 0.0, first_part, end_part, parts, slot)
+        _reduce_rows(a, float_math.add, 0.0, first_part, end_part, parts, slot)
     elif a.function == 1:
-        _reduce_rows(a, _raise, -np.inf, first_part, end_part, parts, slot)
+        _reduce_rows(a, float_math.maximum, -np.inf, first_part, end_part, parts, slot)
     elif a.function == 2:
-        _reduce_rows(a, _lower, np.inf, first_part, end_part, parts, slot)
+        _reduce_rows(a, float_math.minimum, np.inf, first_part, end_part, parts, slot)
 
 
 @njit(error_model="numpy")
-def _softmax_row(x, y, p, count):
+def _raise_columns(x, p, columns, count, step, top):
+    """Raise each of some columns to the largest of `count` elements, that lie `step` apart."""
+    p, step, columns = np.uintp(p), np.uintp(step), np.uintp(columns)
+    for _ in range(count):
+        for j in range(columns):
+            top[j] = maximum(x[p + j], top[j])
+        p += step
+
+
+@njit(error_model="numpy")
+def _softmax_row(x, y, p, count, top):
     """Softmax of contiguous elements, from p on."""
+    # The largest may be looked for in any order.
+    top[:_LANES] = -np.inf
+    _raise_columns(x, p, _LANES, count // _LANES, _LANES, top)
+    rest = count % _LANES
+    _raise_columns(x, p + count - rest, rest, 1, 0, top)
+    largest = top[0]
+    for j in range(1, _LANES):
+        largest = maximum(top[j], largest)
     p, count, zero = np.uintp(p), np.uintp(count), np.float32(0)
-    top = np.float32(-np.inf)
     for i in range(count):
-        top = maximum(x[p + i], top)
-    for i in range(count):
-        y[p + i] = plain_exp(x[p + i] - top, zero, zero)
+        y[p + i] = plain_exp(x[p + i] - largest, zero, zero)
     total = 0.0
     for i in range(count):
         total += np.float64(y[p + i])
@@ -284,14 +285,9 @@ def _softmax_row(x, y, p, count):
 @njit(error_model="numpy")
 def _softmax_columns(x, y, p, columns, count, step, top, total):
     """Softmax of some columns; their elements lie `step` apart, from p on."""
+    top[:columns], total[:columns] = -np.inf, 0
+    _raise_columns(x, p, columns, count, step, top)
     columns, step, zero = np.uintp(columns), np.uintp(step), np.float32(0)
-    for j in range(columns):
-        top[j], total[j] = -np.inf, 0
-    p0 = np.uintp(p)
-    for _ in range(count):
-        for j in range(columns):
-            top[j] = maximum(x[p0 + j], top[j])
-        p0 += step
     p0 = np.uintp(p)
     for _ in range(count):
         for j in range(columns):
@@ -321,7 +317,7 @@ def _softmax(arguments, first_part, end_part, parts, slot):
         n, first = item // blocks, item % blocks * _COLUMNS
         p = n * a.height * a.width + first
         if a.width == 1:
-            _softmax_row(x, y, p, a.height)
+            _softmax_row(x, y, p, a.height, top)
         else:
             columns = min(_COLUMNS, a.width - first)
             _softmax_columns(x, y, p, columns, a.height, a.width, top, total)

@@ -19,6 +19,7 @@ from logshift.runtime.graph import Graph, Inference, Node, Shape
 
 # Work per element, in multiplications of a convolution.
 _SIMPLE, _FUNCTION, _SOFTMAX = 16, 64, 128
+_FLOAT = np.dtype(np.float32)
 _CUT = 2**12  # elements of a contiguous axis above which it is cut in two, for threads to share
 
 
@@ -61,10 +62,10 @@ def calls(graph: Graph, found: Inference) -> dict[int, tuple[Call, ...]]:
 
 
 def _are_plain(node: Node, found: Inference) -> bool:
-    names = [*node.inputs[:1], *node.outputs]
-    return all(
-        found.dtypes.get(name) == np.float32 and 0 not in found.shapes[name] for name in names
-    ) and not all(name in found.values for name in node.outputs)
+    for name in (*node.inputs[:1], *node.outputs):
+        if found.dtypes.get(name) != _FLOAT or 0 in found.shapes[name]:
+            return False
+    return node.outputs[0] not in found.values
 
 
 class _Node:
@@ -103,13 +104,13 @@ def axes(sizes: Sequence[int], *steps: Sequence[int]) -> np.ndarray:
     int64 array (rank, 1 + tensors)
     """
     rows: list[list[int]] = []
-    for row in zip(sizes, *steps, strict=True):
-        if row[0] == 1:
+    for size, *inner in zip(sizes, *steps, strict=True):
+        if size == 1:
             continue
-        if rows and all(o == row[0] * i for o, i in zip(rows[-1][1:], row[1:], strict=True)):
-            rows[-1] = [rows[-1][0] * row[0], *row[1:]]
+        if rows and rows[-1][1:] == [size * step for step in inner]:
+            rows[-1] = [rows[-1][0] * size, *inner]
         else:
-            rows.append(list(row))
+            rows.append([size, *inner])
     if len(rows) == 1 and (cut := _cut(rows[0][0])) > 1:
         size, *inner = rows[0]
         rows = [[cut, *(step * (size // cut) for step in inner)], [size // cut, *inner]]
@@ -158,19 +159,42 @@ def _move(
     return Call("plain_move", {"x": x, "y": y}, _SIMPLE, fields)
 
 
-def _views(n: _Node) -> list[Call] | None:
-    """Operators whose outputs NumPy makes without a copy: its views say what goes where."""
+def _view(n: _Node) -> list[Call]:
+    """Make no call: the output is the same bytes under another name."""
+    return []
+
+
+def _transpose(n: _Node) -> list[Call] | None:
+    shape, steps = n.shape(n.x), _contiguous(n.shape(n.x))
+    order = n.get("perm", [*range(len(shape))][::-1])
+    if not isinstance(order, list):
+        return None
+    order = [axis % len(shape) for axis in order]
+    moved = [axis for axis in order if shape[axis] != 1]
+    if moved == sorted(moved):
+        return []
+    whole = n.shape(n.y)
+    return [_move(n.x, n.y, whole, [steps[axis] for axis in order], 0, _contiguous(whole))]
+
+
+def _expand(n: _Node) -> list[Call]:
+    whole = n.shape(n.y)
+    if math.prod(n.shape(n.x)) == math.prod(whole):
+        return []
+    return [_move(n.x, n.y, whole, _repeated(n.shape(n.x), whole), 0, _contiguous(whole))]
+
+
+def _windows(n: _Node) -> list[Call] | None:
+    """Move parts of a tensor: those of the views that NumPy makes of it."""
     x = np.empty(n.shape(n.x), np.float32)
     inputs = [x, *(n.found.values.get(name) for name in n.node.inputs[1:])]
     results = numpy_ops.compute(
         n.node.op, n.node.attributes, n.graph.opset, inputs, len(n.node.outputs)
     )
+    if results[0].size == x.size and results[0].flags.c_contiguous:
+        return []
     made = []
     for name, y in zip(n.node.outputs, results, strict=True):
-        if y.shape != n.shape(name) or not np.may_share_memory(x, y):
-            return None
-        if len(results) == 1 and y.flags.c_contiguous and y.size == x.size:
-            return []
         start, steps = y.ctypes.data - x.ctypes.data, [step // 4 for step in y.strides]
         made.append(_move(n.x, name, y.shape, steps, start // 4, _contiguous(y.shape)))
     return made
@@ -181,7 +205,7 @@ def _concat(n: _Node) -> list[Call] | None:
     axis = n.get("axis", 1) % len(whole)
     for name in n.node.inputs:
         shape = n.shape(name)
-        if n.found.dtypes[name] != np.float32:
+        if n.found.dtypes[name] != _FLOAT:
             return None
         if 0 not in shape:
             steps = _contiguous(whole)
@@ -195,7 +219,7 @@ def _concat(n: _Node) -> list[Call] | None:
 
 def _binary(function: str) -> Callable[[_Node], list[Call] | None]:
     def build(n: _Node) -> list[Call] | None:
-        if len(n.node.inputs) != 2 or n.found.dtypes.get(n.node.inputs[1]) != np.float32:
+        if len(n.node.inputs) != 2 or n.found.dtypes.get(n.node.inputs[1]) != _FLOAT:
             return None
         return [_of_two(n, n.node.inputs[1], function)]
 
@@ -204,8 +228,12 @@ def _binary(function: str) -> Callable[[_Node], list[Call] | None]:
 
 def _of_two(n: _Node, r: str, function: str) -> Call:
     whole = n.shape(n.y)
-    steps = (_repeated(n.shape(name), whole) for name in (n.x, r))
-    fields = _fields(axes(whole, _contiguous(whole), *steps))
+    if n.shape(n.x) == n.shape(r):
+        table = axes([math.prod(whole)], [1], [1], [1])
+    else:
+        steps = (_repeated(n.shape(name), whole) for name in (n.x, r))
+        table = axes(whole, _contiguous(whole), *steps)
+    fields = _fields(table)
     fields["function"] = abi.PLAIN_BINARY_FUNCTIONS.index(function)
     return Call("plain_binary", {"x": n.x, "r": r, "y": n.y}, _SIMPLE, fields)
 
@@ -289,11 +317,9 @@ def _softmax(n: _Node) -> list[Call] | None:
 
 # What makes the calls for a node, None where only NumPy can do it.
 OPERATORS: dict[str, Callable[[_Node], Iterable[Call] | None]] = {
-    **dict.fromkeys(
-        ("Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
-         "Unsqueeze"), _views,
-    ),
-    "Concat": _concat,
+    **dict.fromkeys(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _view),
+    "Concat": _concat, "Expand": _expand, "Slice": _windows, "Split": _windows,
+    "Transpose": _transpose,
     "Add": _binary("add"), "Div": _binary("div"), "Max": _binary("maximum"),
     "Min": _binary("minimum"), "Mul": _binary("mul"), "PRelu": _binary("prelu"), "Pow": _power,
     "Sub": _binary("sub"), "Sum": _binary("add"),
