@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -150,6 +151,22 @@ def test_outputs_that_are_views_of_each_other():
     np.testing.assert_array_equal(found["a"], -x)
     np.testing.assert_array_equal(found["b"], -x.reshape(4, 6))
     np.testing.assert_array_equal(found["c"], abs(x).reshape(4, 6))
+
+
+@pytest.mark.parametrize("outputs", [["a", "b", "c", "d"], ["d", "c", "b", "a"]])
+def test_outputs_are_the_callers_own(outputs):
+    x = floats((2, 3, 4))
+    nodes = [
+        node("Neg", ["x"], "a"), node("Reshape", ["a", "s"], "b"), node("Cast", ["a"], "c", to=1),
+        node("Flatten", ["x"], "d"),
+    ]  # fmt: skip
+    graph = network(nodes, {"x": x}, outputs, {"s": ints(4, 6)})
+    session = Session(graph)
+    found = [x, *session.run({"x": x}).values(), *session.run({"x": x}).values()]
+    for i, y in enumerate(found):
+        assert not any(np.may_share_memory(y, other) for other in found[:i])
+    for name, y in session.run({"x": x}).items():
+        np.testing.assert_array_equal(y.ravel(), (x if name == "d" else -x).ravel())
 
 
 # --- element by element ---------------------------------------------------------------------------
@@ -405,6 +422,19 @@ def test_numpy_between_programs():
     near(found["d"], abs(expected))
     near(found["e"], np.exp(expected))
     np.testing.assert_array_equal(found["turned"], np.argwhere(expected))
+
+
+def test_axes_that_are_given_twice():
+    """The rule of shapes takes the attribute, the operator the input; nothing tells at 3 x 3."""
+    nodes = [node("ReduceSum", ["x", "a"], "t", axes=[0]), node("Neg", ["t"], "y")]
+    graph = network(nodes, {"x": floats((3, 3))}, ["y"], {"a": ints(1)})
+    graph.inputs = [ValueInfo("x", ("n", "m"), (3, 3))]
+    graph.outputs = [ValueInfo("y", ("p", "q"), (3, 1))]
+    session = Session(graph)
+    for shape in ((3, 3), (400, 3), (3, 400)):
+        x = floats(shape)
+        with contextlib.suppress(InputError):
+            near(session.run(x), -x.sum(1, keepdims=True))
 
 
 def test_another_size():
