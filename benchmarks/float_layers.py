@@ -23,6 +23,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.machine import describe
+from logshift.converter.ort import session_options
 from logshift.kernels import abi
 from logshift.kernels.abi import Kernel
 from logshift.kernels.layer import FloatLayer
@@ -139,10 +140,7 @@ class Layer:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
         model.ir_version = 8
         onnx.checker.check_model(model)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Its threads would take the cores from ours.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = session_options(threads)
         options.enable_profiling, options.profile_file_prefix = True, prefix
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]

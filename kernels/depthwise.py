@@ -18,20 +18,20 @@ from logshift.kernels import abi, microkernels
 from logshift.kernels.abi import register, share
 from logshift.kernels.dot import (
     CHUNK,
+    CHUNK_WEIGHTS,
     address_of,
+    block_channels,
+    blocked,
     by_block,
     fill_in,
-    first_channels,
     fits_int32,
 )
 from logshift.kernels.jit import njit
 from logshift.kernels.layer import Layer, Packed, PackedReads
-from logshift.kernels.memory import aligned
+from logshift.kernels.memory import placed
 from logshift.kernels.microkernels import MICROKERNELS, READS, TILE, Microkernel
 from logshift.kernels.native import as_pointer, call_tile
 
-# Bytes of weights in a chunk of blocks: they stay in the first-level cache while pixels go by.
-_CHUNK_WEIGHTS = 16384
 _HEAD = 256  # bytes of a slot's scratch memory for a TILE record
 assert TILE.itemsize <= _HEAD
 
@@ -102,38 +102,29 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     taps = np.concatenate([windows.reshape(-1, 4), others])
     integers = np.zeros((channels + 1, kh * kw + 1), np.int8)
     integers[:-1, :-1] = layer.integers.reshape(channels, -1)
-    existing = min(tile.channels, channels)
-    firsts = first_channels(tile, layer).reshape(-1, 1)
-    rows = np.full((len(firsts), tile.channels), -1)
-    rows[:, :existing] = firsts + np.arange(existing)
+    rows = block_channels(tile, layer)
     words = np.ascontiguousarray(integers[:, taps]).view(np.uint32)[..., 0]
-    weights = aligned((len(rows), len(taps), tile.channels), np.uint32)
-    weights[:] = by_block(words, rows)
+    weights = placed(by_block(words, rows), np.uint32)
 
     # Where taps do not exist, what the first one reads meets weights of 0.
     reads = np.concatenate([windows[:, 0], others])
     reads = np.where(reads < 0, reads[:, :1], reads)
-    together = max(1, _CHUNK_WEIGHTS // (4 * len(taps) * tile.channels))
+    together = max(1, CHUNK_WEIGHTS // (4 * len(taps) * tile.channels))
     chunks = [
         (block, min(together, len(rows) - block), 0, block * weights[0].nbytes, first, first)
-        for block, first in list(enumerate(firsts.ravel()))[::together]
+        for block, first in list(enumerate(rows[:, 0]))[::together]
     ]
-
-    def blocked(values: np.ndarray, dtype: type) -> np.ndarray:
-        out = aligned(rows.shape, dtype)
-        out[:] = np.where(rows < 0, 0, values[rows])
-        return out
 
     window = tile.window and (*tile.window[:2], 1)
     single = MICROKERNELS[replace(tile, pixels=1, window=window).name]
     return PackedReads(
         {
             "weights": weights,
-            "offset": blocked(-layer.offset, np.int32),
-            "m": blocked(layer.m, np.float32),
-            "b": blocked(layer.b, np.float32),
+            "offset": blocked(-layer.offset, rows, np.int32),
+            "m": blocked(layer.m, rows, np.float32),
+            "b": blocked(layer.b, rows, np.float32),
             "block": tile.channels,
-            "existing": existing,
+            "existing": np.count_nonzero(rows[0] >= 0),
             "tile": microkernels.address(tile),
             "single": microkernels.address(single),
             "pixels": tile.pixels,

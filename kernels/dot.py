@@ -24,7 +24,7 @@ from logshift.kernels.abi import register, register_part, share
 from logshift.kernels.emit import Emitter, i64
 from logshift.kernels.jit import njit
 from logshift.kernels.layer import Layer, Packed, PackedReads
-from logshift.kernels.memory import aligned
+from logshift.kernels.memory import aligned, placed
 from logshift.kernels.microkernels import (
     CONTINUE,
     END,
@@ -41,7 +41,7 @@ from logshift.kernels.portable import ROUND
 # where for them; x0 and o0 are input and output channels.
 CHUNK = np.dtype([(n, np.int64) for n in ("block", "blocks", "segment", "weights", "x0", "o0")])
 # Bytes of weights in a chunk: they stay in the first-level cache while pixels go by.
-_CHUNK_WEIGHTS = 16384
+CHUNK_WEIGHTS = 16384
 
 # Per slot: a TILE record, tables of addresses, and a tile of outputs for a block not full.
 _TABLE = 8 * 40
@@ -184,6 +184,20 @@ def first_channels(tile: Microkernel, layer: Layer) -> np.ndarray:
     return firsts + size * np.arange(groups)[:, None]
 
 
+def block_channels(tile: Microkernel, layer: Layer) -> np.ndarray:
+    """Output channels of all blocks, (blocks, channels); -1 for those that do not exist."""
+    firsts = first_channels(tile, layer)
+    existing = min(tile.channels, layer.weights.shape[0] // len(firsts))
+    rows = np.full((firsts.size, tile.channels), -1)
+    rows[:, :existing] = firsts.reshape(-1, 1) + np.arange(existing)
+    return rows
+
+
+def blocked(values: np.ndarray, rows: np.ndarray, dtype: type) -> np.ndarray:
+    """Return values of output channels block by block; 0 for channels that do not exist."""
+    return placed(np.where(rows < 0, 0, values[rows]), dtype)
+
+
 def _by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights as (blocks, steps, channels, weights of a step), and where the steps' inputs lie.
 
@@ -271,11 +285,8 @@ def _weave(weights, groups, initials, stream):
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:
-    firsts = first_channels(tile, layer)
-    blocks_of_group = firsts.shape[1]
-    existing = min(tile.channels, layer.weights.shape[0] // len(firsts))
-    rows = np.full((firsts.size, tile.channels), -1)
-    rows[:, :existing] = firsts.reshape(-1, 1) + np.arange(existing)
+    firsts, rows = first_channels(tile, layer), block_channels(tile, layer)
+    blocks_of_group, existing = firsts.shape[1], np.count_nonzero(rows[0] >= 0)
     weights, places = _by_step(tile, layer, rows)
     steps = weights.shape[1]
     depthwise = tile.kind == "depthwise"
@@ -293,7 +304,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     segments["second"], segments["then"] = cuts[:, 2], cuts[:, 3]
     first_segments = np.searchsorted(cuts[:, 0], np.arange(firsts.size))
 
-    together = max(1, _CHUNK_WEIGHTS // (steps * stream.shape[1]))
+    together = max(1, CHUNK_WEIGHTS // (steps * stream.shape[1]))
     chunks: list[list[int]] = []
     for block in range(firsts.size):
         g, i = divmod(block, blocks_of_group)
@@ -305,21 +316,14 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         x0 = o0 if depthwise else g * layer.weights.shape[3]
         chunks.append([block, 1, first_segments[block], begins[block] * stream.shape[1], x0, o0])
 
-    def blocked(values: np.ndarray, dtype: type) -> np.ndarray:
-        out = aligned(rows.shape, dtype)
-        out[:] = np.where(rows < 0, 0, values[rows])
-        return out
-
-    start = -layer.offset[rows] - begun
-    start_values = aligned(rows.shape, np.int32)
-    start_values[:] = np.where(rows < 0, 0, start)
+    start = np.where(rows < 0, 0, -layer.offset[rows] - begun)
     single = MICROKERNELS.get(replace(tile, pixels=1).name)
     return _PackedTiles(
         {
             "weights": stream,
-            "offset": start_values,
-            "m": blocked(layer.m, np.float32),
-            "b": blocked(layer.b, np.float32),
+            "offset": placed(start, np.int32),
+            "m": blocked(layer.m, rows, np.float32),
+            "b": blocked(layer.b, rows, np.float32),
             "block": tile.channels,
             "existing": existing,
             "tile": microkernels.address(tile),

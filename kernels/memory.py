@@ -30,6 +30,13 @@ def aligned(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
     return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
+def placed(values: np.ndarray, dtype: type) -> np.ndarray:
+    """Return a copy of an array where vector instructions may load it."""
+    out = aligned(values.shape, dtype)
+    out[...] = values
+    return out
+
+
 def arena(size: int) -> np.ndarray:
     """Return uninitialised bytes, as `aligned` does, that go back to the system when let go.
 

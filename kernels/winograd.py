@@ -43,7 +43,7 @@ from logshift.kernels.dot import (
     in_reading_order,
 )
 from logshift.kernels.layer import Layer, Packed
-from logshift.kernels.memory import aligned
+from logshift.kernels.memory import placed
 from logshift.kernels.microkernels import MICROKERNELS, RUN, SEGMENT, TILE, Microkernel
 from logshift.kernels.native import as_pointer, call_tile
 
@@ -162,9 +162,9 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     return Packed(
         {
             "weights": stream,
-            "offset": _placed(start, np.int32),
-            "m": _placed(layer.m[rows], np.float32),
-            "b": _placed(layer.b[rows], np.float32),
+            "offset": placed(start, np.int32),
+            "m": placed(layer.m[rows], np.float32),
+            "b": placed(layer.b[rows], np.float32),
             "block": tile.channels,
             "tile": microkernels.address(tile),
             "pixels": tile.pixels,
@@ -197,10 +197,10 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
     start = np.stack([second + first + fourth, third + first - fourth], axis=1)
     return Packed(
         {
-            "weights": _placed(in_pairs, np.uint32),
-            "offset": _placed(start[:, :, rows].transpose(2, 0, 1, 3), np.int32),
-            "m": _placed(layer.m[rows], np.float32),
-            "b": _placed(layer.b[rows], np.float32),
+            "weights": placed(in_pairs, np.uint32),
+            "offset": placed(start[:, :, rows].transpose(2, 0, 1, 3), np.int32),
+            "m": placed(layer.m[rows], np.float32),
+            "b": placed(layer.b[rows], np.float32),
             "block": tile.channels,
             "tile": microkernels.address(tile),
             "pixels": tile.pixels,
@@ -211,13 +211,6 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
             "added": 2 * top,
         }
     )
-
-
-def _placed(values: np.ndarray, dtype: type) -> np.ndarray:
-    """Return values where vector instructions may load them."""
-    out = aligned(values.shape, dtype)
-    out[...] = values
-    return out
 
 
 def _twin(tile: Microkernel) -> Microkernel | None:

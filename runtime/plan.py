@@ -634,11 +634,12 @@ class Plan:
             else:
                 team.run(self.program[part])
         own = {name: self._value(name, arrays) for name in self._outline.unshared}
-        others = [*inputs.values(), *self._found.values.values(), *own.values()]
-        for info in self.graph.outputs:
-            if info.name not in own:
-                own[info.name] = self._own(self._value(info.name, arrays), others)
-                others.append(own[info.name])
+        if len(own) < len(self.graph.outputs):
+            others = [*inputs.values(), *self._found.values.values(), *own.values()]
+            for info in self.graph.outputs:
+                if info.name not in own:
+                    own[info.name] = self._own(self._value(info.name, arrays), others)
+                    others.append(own[info.name])
         return arrays | own
 
     def bind(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -301,3 +301,30 @@ def random_inputs(graph, seed=0):
             x[special] = rng.choice([np.nan, np.inf, -np.inf], int(special.sum()))
             inputs[info.name] = x
     return inputs
+
+
+def with_ending(draw, rng, conv, q, inputs, scale, output):
+    """A graph of a convolution of codes "x" with a bias, and, as drawn, what else may be about it.
+
+    That is a residual, outputs in float32, or a lookup behind it. `output` is the convolution's
+    shape, `scale` that of its codes; `q` and `inputs` have those of "x" and "input".
+    """
+    is_float = draw(st.booleans())
+    if not is_float:
+        q["y"] = Quantization(scale, draw(st.integers(0, 255)), 8)
+    conv.bias = (rng.standard_normal(output[1]) * scale).astype(np.float32)
+    nodes = [Node("QuantizeLinear", "q", ["input"], ["x"])]
+    if draw(st.booleans()):
+        inputs["other"], q["r"] = output, draw(quantizations())
+        nodes.append(Node("QuantizeLinear", "q_r", ["other"], ["r"]))
+        conv.inputs.append("r")
+    nodes.append(conv)
+    if is_float:
+        return build(nodes, q, inputs, "y")
+    last = "y"
+    if draw(st.booleans()):
+        q["t"], last = draw(quantizations()), "t"
+        nodes.append(Node("Lookup", "lookup", ["y"], ["t"]))
+        nodes[-1].table = rng.integers(0, q["t"].top + 1, 256).astype(np.uint8)
+    nodes.append(Node("DequantizeLinear", "d", [last], ["z"]))
+    return build(nodes, q, inputs, "z")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graphs import build, quantizations, random_weights
+from graphs import build, quantizations, random_weights, with_ending
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,31 +76,13 @@ def graphs(draw, tile):
     )
     q = {"x": draw(quantizations())}
     scale = float(weights.unit().mean() * q["x"].scale * 20 * np.sqrt(kernel[0] * kernel[1]))
-    is_float = draw(st.booleans())
-    if not is_float:
-        q["y"] = Quantization(scale, draw(st.integers(0, 255)), 8)
     attributes = {"pads": pads, "strides": strides, "dilations": dilations, "group": channels}
     conv = Node("Conv", "conv", ["x"], ["y"], attributes, weights)
-    conv.bias = (rng.standard_normal(channels) * scale).astype(np.float32)
-    nodes = [Node("QuantizeLinear", "q", ["input"], ["x"])]
+    height, width = (
+        (size[i] + pads[i] + pads[i + 2] - extent[i]) // strides[i] + 1 for i in range(2)
+    )
     inputs = {"input": (n, channels, *size)}
-    if draw(st.booleans()):
-        height, width = (
-            (size[i] + pads[i] + pads[i + 2] - extent[i]) // strides[i] + 1 for i in range(2)
-        )
-        inputs["other"], q["r"] = (n, channels, height, width), draw(quantizations())
-        nodes.append(Node("QuantizeLinear", "q_r", ["other"], ["r"]))
-        conv.inputs.append("r")
-    nodes.append(conv)
-    if is_float:
-        return build(nodes, q, inputs, "y")
-    last = "y"
-    if draw(st.booleans()):
-        q["t"], last = draw(quantizations()), "t"
-        nodes.append(Node("Lookup", "lookup", ["y"], ["t"]))
-        nodes[-1].table = rng.integers(0, q["t"].top + 1, 256).astype(np.uint8)
-    nodes.append(Node("DequantizeLinear", "d", [last], ["z"]))
-    return build(nodes, q, inputs, "z")
+    return with_ending(draw, rng, conv, q, inputs, scale, (n, channels, height, width))
 
 
 @each_tile

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graphs import build, quantizations, random_weights
+from graphs import build, quantizations, random_weights, with_ending
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -60,27 +60,10 @@ def graphs(draw):
             words *= taps.transpose(0, 2, 1).reshape(words.shape)
     q = {"x": draw(quantizations())}
     scale = float(weights.unit().mean() * q["x"].scale * 20 * np.sqrt(9 * channels))
-    is_float = draw(st.booleans())
-    if not is_float:
-        q["y"] = Quantization(scale, draw(st.integers(0, 255)), 8)
     conv = Node("Conv", "conv", ["x"], ["y"], {"pads": pads}, weights)
-    conv.bias = (rng.standard_normal(out) * scale).astype(np.float32)
-    nodes, inputs = [Node("QuantizeLinear", "q", ["input"], ["x"])], {"input": (n, channels, *size)}
-    if draw(st.booleans()):
-        height, width = (size[i] + pads[i] + pads[i + 2] - 2 for i in range(2))
-        inputs["other"], q["r"] = (n, out, height, width), draw(quantizations())
-        nodes.append(Node("QuantizeLinear", "q_r", ["other"], ["r"]))
-        conv.inputs.append("r")
-    nodes.append(conv)
-    if is_float:
-        return build(nodes, q, inputs, "y")
-    last = "y"
-    if draw(st.booleans()):
-        q["t"], last = draw(quantizations()), "t"
-        nodes.append(Node("Lookup", "lookup", ["y"], ["t"]))
-        nodes[-1].table = rng.integers(0, q["t"].top + 1, 256).astype(np.uint8)
-    nodes.append(Node("DequantizeLinear", "d", [last], ["z"]))
-    return build(nodes, q, inputs, "z")
+    height, width = (size[i] + pads[i] + pads[i + 2] - 2 for i in range(2))
+    inputs = {"input": (n, channels, *size)}
+    return with_ending(draw, rng, conv, q, inputs, scale, (n, out, height, width))
 
 
 @given(graph=graphs(), seed=st.integers(0, 2**16))
