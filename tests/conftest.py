@@ -28,7 +28,8 @@ _COMMON = {
     "suppress_health_check": [HealthCheck.too_slow],
 }
 settings.register_profile("fixed", derandomize=True, **_COMMON)
-settings.register_profile("random", **_COMMON)
+# Said, because Hypothesis's default is another one where it believes to be in somebody's CI.
+settings.register_profile("random", derandomize=False, **_COMMON)
 # Hypothesis also draws numbers that it finds in modules, of those outside site-packages: examples
 # would depend on how the package is installed and on which other tests are run.
 providers.is_local_module_file = lambda path: False

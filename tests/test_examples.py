@@ -53,8 +53,13 @@ def test_the_same_examples_in_every_run(run):
     assert run(neighbour=True)[1] == drawn
 
 
-def test_random_examples_of_a_seed_that_is_printed(run):
+@pytest.mark.parametrize("ci", [False, True])
+def test_random_examples_of_a_seed_that_is_printed(run, monkeypatch, ci):
     _, fixed = run()
+    if ci:
+        monkeypatch.setenv("CI", "true")  # where Hypothesis has other defaults
+    else:
+        monkeypatch.delenv("CI", raising=False)
     text, drawn = run("-m", "slow")
     assert "no property ran" not in text and len(drawn) >= 100 and drawn != fixed
     (seed,) = re.findall("random examples, --hypothesis-seed=([0-9]+)", text)
