@@ -13,10 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from logshift.kernels import abi, codec
+from logshift.kernels import registry
+from logshift.kernels.stlq import codec
 from logshift.runtime import executor
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
-from logshift.runtime.plan import Plan, Planner, prepare
+from logshift.runtime.plan.program import Plan, Planner, prepare
 
 # name -> output channels, kernel, input channels per group, group
 CONVOLUTIONS = {
@@ -67,7 +68,7 @@ def convolution(name: str) -> Graph:
     return graph_of(node, channels * group, (out, _SIZE, _SIZE))
 
 
-def plan_with(graph: Graph, kernel: abi.Kernel) -> Plan:
+def plan_with(graph: Graph, kernel: registry.Kernel) -> Plan:
     """Plan of a graph that calls a kernel, also where another would be chosen."""
     convolutions = {
         index: [replace(part, kernel=kernel, packed=kernel.pack(part.layer)) for part in parts]
@@ -76,10 +77,10 @@ def plan_with(graph: Graph, kernel: abi.Kernel) -> Plan:
     return Planner(graph, convolutions, kernel.family, 1).plan(graph.nominal_inputs())
 
 
-def cases() -> Iterator[tuple[Graph, abi.Kernel]]:
+def cases() -> Iterator[tuple[Graph, registry.Kernel]]:
     """Yield every kernel with every operation that it supports."""
     convolutions = {name: convolution(name) for name in CONVOLUTIONS}
-    for kernel in abi.kernels():
+    for kernel in registry.kernels():
         if not kernel.available():
             continue
         if kernel.op == "conv":
@@ -94,7 +95,7 @@ def cases() -> Iterator[tuple[Graph, abi.Kernel]]:
 
 
 @pytest.mark.parametrize(("graph", "kernel"), list(cases()))
-def test_kernel(benchmark, graph: Graph, kernel: abi.Kernel) -> None:
+def test_kernel(benchmark, graph: Graph, kernel: registry.Kernel) -> None:
     """Time the calls of one kernel."""
     plan = plan_with(graph, kernel)
     inputs = {info.name: np.zeros(info.nominal, np.float32) for info in graph.inputs}

@@ -32,8 +32,8 @@ from logshift.converter.lower import ELEMENTWISE
 from logshift.converter.onnx_model import MIN_OPSET
 from logshift.converter.progress import reporting
 from logshift.kernels.errors import ConversionError
-from logshift.runtime import numpy_ops, plain
 from logshift.runtime.graph import DTYPES
+from logshift.runtime.onnx_ops import compiled, numpy_ops
 from logshift.runtime.session import Session
 
 PASSED, NOT_SUPPORTED, FAILED = "passed", "not supported", "failed"
@@ -389,7 +389,7 @@ def _otherwise(operator: str) -> str:
         return _REPLACED[operator]
     if operator not in numpy_ops.OPERATORS:
         return ""
-    if operator in plain.OPERATORS:
+    if operator in compiled.OPERATORS:
         return "kernels or NumPy"
     return "`onnx.reference`, slow" if operator in numpy_ops.SLOW else "NumPy"
 
@@ -402,7 +402,7 @@ _PAGE = """\
 Which ONNX operators convert and run, and how many of ONNX's own node tests (`onnx.backend.test`
 of onnx {version}) they pass. Each test is converted with `keep_float=["*"]`, written to a file,
 loaded, run and compared within its own tolerance. Where ONNX defines an operator by simpler ones,
-their combination counts as one more test of it. `tests/test_conformance.py` holds this page to what
+their combination counts as one more test of it. `tests/converter/test_conformance.py` holds this page to what
 a run makes of it; it is written by
 
     python -m benchmarks.conformance --write docs/operators.md

@@ -24,10 +24,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.machine import describe
 from logshift.converter.ort import session_options
-from logshift.kernels import abi
-from logshift.kernels.abi import Kernel
+from logshift.kernels import registry
 from logshift.kernels.layer import FloatLayer
-from logshift.kernels.memory import aligned
+from logshift.kernels.machine.memory import aligned
+from logshift.kernels.registry import Kernel
 from logshift.runtime import executor
 from logshift.runtime.table import text_table
 
@@ -92,7 +92,7 @@ class Layer:
         """Return our kernel, its program, its output, and arrays to keep alive."""
         out, kernel, _, group, stride, size = self.shape
         layer = FloatLayer(self.weights, group, (stride, stride), (1, 1), self.bias, self.size**2)
-        chosen = abi.kernel("float_conv", "auto", layer)
+        chosen = registry.kernel("float_conv", "auto", layer)
         padded = size + 2 * self.pad
         x = aligned((1, padded, padded, self.x.shape[2]), np.float32)
         x[:] = 0

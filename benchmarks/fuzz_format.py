@@ -31,7 +31,7 @@ import numpy as np
 
 from logshift.kernels.errors import FormatError, InputError
 from logshift.runtime import Session, warmup
-from logshift.runtime import format as packed_format
+from logshift.runtime.file import format as packed_format
 
 SECONDS_PER_FILE = 10
 LARGEST_RUN = 1e6  # elements and multiplications of a run that is worth its time

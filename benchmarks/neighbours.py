@@ -34,7 +34,7 @@ from benchmarks.compare import CACHE, Files, prepare
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.machine import describe
 from benchmarks.models import SUITE
-from logshift.kernels import abi
+from logshift.kernels import registry
 from logshift.runtime import Session, executor, load
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.table import text_table
@@ -179,7 +179,7 @@ def empty_session() -> Session:
 def empty_program(runs: int) -> dict[str, float]:
     """Time twenty empty steps, median seconds: through a session, and shared by both threads."""
     session, x = empty_session(), np.zeros((1, 1, 1, 1), np.float32)
-    fill = abi.kernel("fill", "portable")
+    fill = registry.kernel("fill", "portable")
     arguments = np.zeros(1, fill.record)  # of a picture without rows
     row = [fill.address, arguments.ctypes.data, _THREADS, 1]
     program = np.array([row] * _STEPS, np.int64)

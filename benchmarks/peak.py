@@ -12,8 +12,8 @@ from llvmlite.binding import llvm_version_info
 from numba import njit, types
 from numba.extending import intrinsic
 
-from logshift.kernels.memory import aligned
-from logshift.kernels.targets import has_features
+from logshift.kernels.machine.memory import aligned
+from logshift.kernels.machine.targets import has_features
 
 _ACCUMULATORS = 12  # independent sums, enough to hide the latency of either instruction
 _UNROLL = 4

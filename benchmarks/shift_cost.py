@@ -19,10 +19,10 @@ import numpy as np
 
 from benchmarks.bench_kernels import graph_of
 from benchmarks.machine import describe
-from logshift.kernels.codec import LogWeights, exponent_levels
+from logshift.kernels.stlq.codec import LogWeights, exponent_levels
 from logshift.runtime import executor
 from logshift.runtime.graph import Graph, Node
-from logshift.runtime.plan import Planner, prepare
+from logshift.runtime.plan.program import Planner, prepare
 from logshift.runtime.table import text_table
 
 CHANNELS, SIZE = 128, 28

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.engines import Engine
 from benchmarks.machine import describe
 from logshift import runtime
-from logshift.runtime import format
+from logshift.runtime.file import format
 
 
 def first_result(

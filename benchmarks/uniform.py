@@ -29,7 +29,7 @@ from onnx import numpy_helper
 from benchmarks import accuracy
 from benchmarks.accuracy import Data
 from benchmarks.quantizer import METHODS, quantized
-from logshift.kernels.bitpack import pack
+from logshift.kernels.stlq.bitpack import pack
 
 CALIBRATION = 512
 PLAIN_BITS = (3, 4, 8)

@@ -19,7 +19,7 @@ from logshift.converter.progress import Progress
 from logshift.converter.quantize import quantize_graph
 from logshift.converter.settings import Settings, Target
 from logshift.kernels.errors import ConversionError, InputError
-from logshift.runtime.format import serialize
+from logshift.runtime.file.format import serialize
 from logshift.runtime.graph import Graph
 from logshift.runtime.session import Session
 

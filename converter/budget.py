@@ -19,8 +19,8 @@ from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
-from logshift.kernels import codec
-from logshift.kernels.codec import LogWeights
+from logshift.kernels.stlq import codec
+from logshift.kernels.stlq.codec import LogWeights
 
 _PICTURES = 8  # that sensitivities are measured on
 _AUTO_BITS = (3, 4, 5)

@@ -358,8 +358,8 @@ def info(
         _show(summary.to_dict(), str(summary), as_json)
         return
     if cost:
-        from logshift.runtime import format
         from logshift.runtime.cost import cost as count
+        from logshift.runtime.file import format
 
         sides = _tile(tile)
         counted = count(format.read(packed), sides)
@@ -382,7 +382,7 @@ def _describe(path: Path) -> dict[str, Any]:
     import safetensors
 
     from logshift.converter.report import layer_bytes
-    from logshift.runtime import format
+    from logshift.runtime.file import format
 
     manifest = format.read_manifest(path)
     try:
@@ -422,13 +422,13 @@ def _value(record: dict[str, Any]) -> dict[str, Any]:
 def _describe_node(
     index: int, node: dict[str, Any], codes: dict[str, Any], size: int, tensors: Any
 ) -> dict[str, Any]:
-    from logshift.runtime import plain
+    from logshift.runtime.onnx_ops import compiled
     from logshift.runtime.session import numpy_name
 
     runs = "float32" if codes.keys().isdisjoint(node["inputs"] + node["outputs"]) else "codes"
     if node.get("domain"):
         # For some it depends on types and sizes, which are not inferred here.
-        runs = "float32 or numpy" if node["op"] in plain.OPERATORS else numpy_name(node["op"])
+        runs = "float32 or numpy" if node["op"] in compiled.OPERATORS else numpy_name(node["op"])
     result = {"name": node["name"], "op": node["op"], "runs": runs, "bytes": size}
     if "weight" in node:
         weight = node["weight"]

@@ -19,7 +19,7 @@ from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Functio
 from logshift.converter.layout import onnx_weight
 from logshift.converter.ort import session_options
 from logshift.kernels.errors import ConversionError, InputError
-from logshift.runtime import numpy_ops
+from logshift.runtime.onnx_ops import numpy_ops
 
 _OPSET = 19
 _IR_VERSION = 8

@@ -17,7 +17,7 @@ import numpy as np
 from logshift.converter.layout import onnx_weight
 from logshift.converter.metadata import KEY, WeightRecord
 from logshift.kernels.errors import ConversionError
-from logshift.runtime import files, format
+from logshift.runtime.file import files, format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 
 try:

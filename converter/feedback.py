@@ -17,8 +17,8 @@ import numpy as np
 from logshift.converter.evaluate import Fetch
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.settings import Settings
-from logshift.kernels import codec
-from logshift.kernels.codec import LogWeights
+from logshift.kernels.stlq import codec
+from logshift.kernels.stlq.codec import LogWeights
 
 _DAMPING = 0.01  # of the mean variance: inputs that never vary must not break the inverse
 # Of the mean variance, in the fit to what the float network computes: few samples must not rule.

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import ConversionError
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.graph import Quantization, Shape, ValueInfo
 
 Clamp = tuple[float | None, float | None]

@@ -29,9 +29,9 @@ from logshift.converter.layout import packed_weight
 from logshift.converter.onnx_model import Model, Trace, dim_name
 from logshift.converter.qdq import identity, table_function, table_of
 from logshift.converter.recognise import recognise
-from logshift.kernels.codec import LogWeights
-from logshift.runtime import numpy_ops
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape, ValueInfo
+from logshift.runtime.onnx_ops import numpy_ops
 
 # Clip bounds beyond this are float32's way to say "none".
 _NO_BOUND = 1e30

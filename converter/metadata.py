@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logshift.kernels import codec
-from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import ConversionError, LogshiftError
+from logshift.kernels.stlq import codec
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.picture import Preprocessing
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from logshift.converter.progress import Progress, reporting
 from logshift.converter.report import LayerReport, Report, layer_bytes
 from logshift.converter.settings import AUTO, Settings, Target
 from logshift.kernels.errors import ConversionError, InputError
-from logshift.runtime import format
+from logshift.runtime.file import format
 from logshift.runtime.graph import Graph
 from logshift.runtime.picture import Preprocessing
 

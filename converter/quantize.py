@@ -27,8 +27,8 @@ from logshift.converter.evaluate import (
 )
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.settings import Settings
-from logshift.kernels import codec
 from logshift.kernels.errors import ConversionError
+from logshift.kernels.stlq import codec
 from logshift.runtime.graph import (
     NEWEST_OPSET,
     ONNX_DOMAIN,

@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 
 from logshift.converter.metadata import WeightRecord
-from logshift.kernels import codec
-from logshift.kernels.codec import LogWeights
+from logshift.kernels.stlq import codec
+from logshift.kernels.stlq.codec import LogWeights
 
 # alpha and the value may each be rounded to float32 once.
 _ROUNDING = 2.0**-22

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
-from logshift.kernels import codec
 from logshift.kernels.errors import InputError
+from logshift.kernels.stlq import codec
 
 AUTO = "auto"  # as weight_bits
 ACTIVATION_RANGES = ("minmax", "percentile", "mse")

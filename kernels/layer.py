@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from logshift.kernels.codec import LogWeights
+from logshift.kernels.stlq.codec import LogWeights
 
 
 class _Shaped(Protocol):

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from logshift.kernels.codec import MAX_TILE, LogWeights
 from logshift.kernels.errors import InputError
+from logshift.kernels.stlq.codec import MAX_TILE, LogWeights
 from logshift.runtime.graph import Graph, Node, Shape
 from logshift.runtime.table import text_table
 

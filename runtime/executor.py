@@ -33,9 +33,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import carray, types
 
-from logshift.kernels.jit import njit
-from logshift.kernels.memory import aligned
-from logshift.kernels.native import (
+from logshift.kernels.machine.jit import njit
+from logshift.kernels.machine.memory import aligned
+from logshift.kernels.machine.native import (
     as_pointer,
     ask_for_short_turns,
     atomic_add,

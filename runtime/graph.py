@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from logshift.kernels.codec import LogWeights
 from logshift.kernels.errors import FormatError, InputError
-from logshift.runtime import numpy_ops
+from logshift.kernels.stlq.codec import LogWeights
+from logshift.runtime.onnx_ops import numpy_ops
 
 Shape = tuple[int, ...]
 Dim = int | str

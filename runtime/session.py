@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from logshift.kernels.abi import FAMILIES
 from logshift.kernels.errors import InputError
-from logshift.runtime import cores, executor, format, numpy_ops, plain
+from logshift.kernels.registry import FAMILIES
+from logshift.runtime import cores, executor
+from logshift.runtime.file import format
 from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
+from logshift.runtime.onnx_ops import compiled, numpy_ops
 from logshift.runtime.picture import Preprocessing, is_image
-from logshift.runtime.plan import NumpyStep, Plan, Planner, prepare
+from logshift.runtime.plan.program import NumpyStep, Plan, Planner, prepare
 from logshift.runtime.table import text_table
 
 # Plans that a session keeps while nobody runs them: of so many sets of input shapes, so many in all
@@ -331,7 +333,7 @@ class Session:
     def summary(self) -> Summary:
         """Describe every node at the nominal input size."""
         found = self.graph.nominal()
-        shapes, calls = found.shapes, plain.calls(self.graph, found)
+        shapes, calls = found.shapes, compiled.calls(self.graph, found)
         layers = []
         for index, node in enumerate(self.graph.nodes):
             # The shape of some ONNX operators' results only a run can tell.

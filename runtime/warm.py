@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from logshift.kernels import abi, cache, targets
+from logshift.kernels import registry
 from logshift.kernels.errors import InputError, LogshiftError
-from logshift.kernels.targets import Target
+from logshift.kernels.machine import cache, targets
+from logshift.kernels.machine.targets import Target
 from logshift.runtime import cores
 from logshift.runtime.session import family
 
@@ -94,12 +95,12 @@ def warmup(
 def is_warm(kernels: str) -> bool:
     """Whether `warmup` has compiled all that a family may use in this process."""
     known = cache.marked().get(targets.directories()[0], {})
-    return abi.families(family(kernels))[0] in known.get("families", ())
+    return registry.families(family(kernels))[0] in known.get("families", ())
 
 
 def _compile(kernels: str) -> Iterator[tuple[int, int, str]]:
     """Compile everything; yields how far it is."""
-    parts = abi.to_compile(kernels)
+    parts = registry.to_compile(kernels)
     for done, (name, compile) in enumerate(parts):
         yield done, len(parts), name
         compile()
@@ -109,7 +110,7 @@ def _compile(kernels: str) -> Iterator[tuple[int, int, str]]:
 def _note(kernels: str) -> Warmed:
     """Note that all has been compiled for the target of this process."""
     target, name = targets.chosen(), targets.directories()[0]
-    families = {abi.families(kernels)[0], *cache.marked().get(name, {}).get("families", ())}
+    families = {registry.families(kernels)[0], *cache.marked().get(name, {}).get("families", ())}
     place = cache.mark(name, asdict(target) | {"families": sorted(families)})
     if place is None:
         return Warmed(target.cpu, None, 0)

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if "NUMBA_CACHE_DIR" not in os.environ:
     os.environ.setdefault("LOGSHIFT_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "kernels"))
 
-from logshift.runtime import plan  # noqa: E402
+from logshift.runtime.plan import program as plan  # noqa: E402
 
 # Property tests draw the same examples for everybody, or, with `-m slow`, random ones of a seed
 # that the header of the run names. Compilation and busy machines make times meaningless.

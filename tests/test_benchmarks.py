@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from test_converter import noise
-from test_converter_lowering import Net
+from support.onnx_nets import Net, noise
 
 from benchmarks import bench_kernels, compare, layers, peak
 from benchmarks.engines import ENGINES, Engine

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from logshift import converter
-from logshift.kernels import targets
+from logshift.kernels.machine import targets
 from logshift.runtime import Session, load
 
 TEXT = (Path(__file__).parent.parent / "docs" / "deployment.md").read_text(encoding="utf-8")

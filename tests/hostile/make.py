@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from logshift.kernels import codec
-from logshift.runtime import format as packed_format
+from logshift.kernels.stlq import codec
+from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 
 HERE = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""The dot family: convolutions on the machine's products of bytes."""

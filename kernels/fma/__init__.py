@@ -1,0 +1,1 @@
+"""The fma family: convolutions on float32, on the machine's fused multiply-add."""

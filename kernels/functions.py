@@ -1,0 +1,408 @@
+"""Functions of float32 in fixed basic operations, so that every machine computes the same bits.
+
+Additions, multiplications and divisions are rounded one by one; only `fma` is fused, everywhere. No
+function of a mathematical library is called. All of them are free of branches, so that loops over
+them become vectors. Errors, against the exact result: exp, expm1, sigmoid and tanh stay within 2
+units in the last place.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from logshift.kernels.machine.targets import has_features
+
+
+@intrinsic
+def fma(typingctx, x, w, acc):
+    """Return x * w + acc, rounded once; float32."""
+    signature = types.float32(types.float32, types.float32, types.float32)
+
+    def codegen(context, builder, signature, args):
+        if platform.machine() in ("x86_64", "AMD64", "i386", "i686") and not has_features(("fma",)):
+            return _fma_in_float64(builder, *args)
+        kind = ir.FloatType()
+        function = builder.module.declare_intrinsic(
+            "llvm.fma", [kind], ir.FunctionType(kind, [kind] * 3)
+        )
+        return builder.call(function, args)
+
+    return signature, codegen
+
+
+def _fma_in_float64(b: ir.IRBuilder, x: Any, w: Any, acc: Any) -> Any:
+    """Emit a fused multiply-add for machines without one: much faster than the C library's.
+
+    The product is exact in float64. The sum is rounded to odd: if it is not exact, to whichever of
+    its two neighbours has an odd last bit, so that rounding it once more to float32 gives what a
+    single rounding would.
+    """
+    double, word = ir.DoubleType(), ir.IntType(64)
+    zero, one = ir.Constant(word, 0), ir.Constant(word, 1)
+    product = b.fmul(b.fpext(x, double), b.fpext(w, double))
+    acc = b.fpext(acc, double)
+    total = b.fadd(product, acc)
+    # What the sum lacks (Knuth).
+    part = b.fsub(total, product)
+    lacking = b.fadd(b.fsub(product, b.fsub(total, part)), b.fsub(acc, part))
+    bits = b.bitcast(total, word)
+    inexact = b.fcmp_ordered("!=", lacking, ir.Constant(double, 0.0))
+    even = b.icmp_signed("==", b.and_(bits, one), zero)
+    # Away from zero if what is lacking has the sign of the sum.
+    differ = b.icmp_signed("<", b.xor(bits, b.bitcast(lacking, word)), zero)
+    change = b.select(differ, ir.Constant(word, -1), one)
+    bits = b.add(bits, b.select(b.and_(inexact, even), change, zero))
+    return b.fptrunc(b.bitcast(bits, double), ir.FloatType())
+
+
+@intrinsic
+def _power_of_two(typingctx, n):
+    """Return 2^n for an int32 from -126 to 127."""
+    signature = types.float32(types.int32)
+
+    def codegen(context, builder, signature, args):
+        word = args[0].type
+        biased = builder.add(args[0], ir.Constant(word, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(word, 23)), ir.FloatType())
+
+    return signature, codegen
+
+
+_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
+_LOG2E = np.float32(1.44269504)
+# ln 2 in two parts; products of the first with integers of up to 9 bits are exact
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_ONE, _HALF, _TWO = np.float32(1), np.float32(0.5), np.float32(2)
+_LEAST, _LARGEST = np.float32(-104.0), np.float32(89.0)  # beyond: 0 and infinity
+
+
+def _chosen(order: str) -> Any:
+    """Return what emits `v if v <order> bound else bound`, without a branch.
+
+    From a branch the compiler may make a store under a condition, which is slow.
+    """
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(order, *args), *args)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def least(typingctx, v, bound):
+    """Return the smaller one; the bound if v is not a number."""
+    return _chosen("<")
+
+
+@intrinsic
+def greatest(typingctx, v, bound):
+    """Return the larger one; the bound if v is not a number."""
+    return _chosen(">")
+
+
+@njit(inline="always")
+def clamp(v, lo, hi):
+    """Return v within [lo, hi]; lo if it is not a number."""
+    return least(greatest(v, lo), hi)
+
+
+@njit(inline="always")
+def _reduced(x):
+    """Return n and exp(r) - 1 for x = n ln 2 + r, |r| <= ln 2 / 2, x within the range of exp."""
+    n = (x * _LOG2E + _ROUND) - _ROUND
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + _HALF
+    return np.int32(n), p * (r * r) + r
+
+
+@njit(inline="always")
+def exp(x):
+    """Return e^x."""
+    n, p = _reduced(clamp(x, _LEAST, _LARGEST))
+    # In two steps: neither 2^128 nor what is below 2^-126 is a factor that float32 has.
+    half = n >> np.int32(1)
+    return ((p + _ONE) * _power_of_two(half)) * _power_of_two(n - half)
+
+
+@njit(inline="always")
+def expm1(x):
+    """Return e^x - 1 for x <= 0."""
+    n, p = _reduced(clamp(x, np.float32(-87.0), np.float32(0)))
+    scale = _power_of_two(n)
+    return p * scale + (scale - _ONE)
+
+
+@njit(inline="always")
+def sigmoid(x):
+    """Return 1 / (1 + e^-x)."""
+    e = exp(-abs(x))
+    return (_ONE if x >= 0 else e) / (_ONE + e)
+
+
+@njit(inline="always")
+def tanh(x):
+    """Return the hyperbolic tangent."""
+    size = abs(x)
+    square = x * x
+    p = np.float32(-5.70498872745e-3)
+    p = p * square + np.float32(2.06390887954e-2)
+    p = p * square + np.float32(-5.37397155531e-2)
+    p = p * square + np.float32(1.33314422036e-1)
+    p = p * square + np.float32(-3.33332819422e-1)
+    near = p * square * x + x
+    far = _ONE - _TWO / (exp(size + size) + _ONE)
+    far = far if x >= 0 else -far
+    return near if size < np.float32(0.625) else far
+
+
+@njit(inline="always")
+def add(x, r):
+    """Return x + r."""
+    return x + r
+
+
+@njit(inline="always")
+def sub(x, r):
+    """Return x - r."""
+    return x - r
+
+
+@njit(inline="always")
+def mul(x, r):
+    """Return x * r."""
+    return x * r
+
+
+# --- what `records.UNARY` names, of x and two parameters -----------------------------------------
+
+
+@njit(inline="always")
+def leaky_relu(x, alpha, beta):
+    """Return x, or alpha * x where it is negative."""
+    return x if x >= 0 else alpha * x
+
+
+@njit(inline="always")
+def sigmoid_of(x, alpha, beta):
+    """Return sigmoid(x)."""
+    return sigmoid(x)
+
+
+@njit(inline="always")
+def hard_sigmoid(x, alpha, beta):
+    """Return alpha * x + beta within [0, 1]."""
+    return clamp(alpha * x + beta, np.float32(0), _ONE)
+
+
+@njit(inline="always")
+def hard_swish(x, alpha, beta):
+    """Return x * hard_sigmoid(x)."""
+    return x * hard_sigmoid(x, alpha, beta)
+
+
+@njit(inline="always")
+def silu(x, alpha, beta):
+    """Return x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+@njit(inline="always")
+def tanh_of(x, alpha, beta):
+    """Return tanh(x)."""
+    return tanh(x)
+
+
+@njit(inline="always")
+def elu(x, alpha, beta):
+    """Return x, or alpha * (e^x - 1) where it is negative."""
+    return x if x >= 0 else alpha * expm1(x)
+
+
+# --- of ONNX operators in ONNX's form: what is not a number stays so, as in NumPy -----------------
+
+
+@njit(inline="always", error_model="numpy")
+def div(x, r):
+    """Return x / r."""
+    return x / r
+
+
+@njit(inline="always")
+def maximum(x, r):
+    """Return the larger one; not a number if either is not."""
+    return x if x >= r or x != x else r
+
+
+@njit(inline="always")
+def minimum(x, r):
+    """Return the smaller one; not a number if either is not."""
+    return x if x <= r or x != x else r
+
+
+@njit(inline="always")
+def prelu(x, r):
+    """Return x, or r * x where it is negative."""
+    return x * r if x < 0 else x
+
+
+@njit(inline="always")
+def plain_clip(x, alpha, beta):
+    """Return x within [alpha, beta]."""
+    y = clamp(x, alpha, beta)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_abs(x, alpha, beta):
+    """Return |x|."""
+    return abs(x)
+
+
+@njit(inline="always")
+def plain_elu(x, alpha, beta):
+    """Return x, or alpha * (e^x - 1) where it is negative."""
+    y = elu(x, alpha, beta)
+    return y if x == x else x
+
+
+@njit(inline="always", error_model="numpy")
+def plain_erf(x, alpha, beta):
+    """Return the error function, from the rational function that `runtime.numpy_ops` has."""
+    v = clamp(x, np.float32(-4), np.float32(4))
+    square = v * v
+    p = np.float32(-2.72614225801306e-10)
+    p = p * square + np.float32(2.77068142495902e-08)
+    p = p * square + np.float32(-2.10102402082508e-06)
+    p = p * square + np.float32(-5.69250639462346e-05)
+    p = p * square + np.float32(-7.34990630326855e-04)
+    p = p * square + np.float32(-2.95459980854025e-03)
+    p = p * square + np.float32(-1.60960333262415e-02)
+    q = np.float32(-1.45660718464996e-05)
+    q = q * square + np.float32(-2.13374055278905e-04)
+    q = q * square + np.float32(-1.68282697438203e-03)
+    q = q * square + np.float32(-7.37332916720468e-03)
+    q = q * square + np.float32(-1.42647390514189e-02)
+    y = clamp(p * v / q, np.float32(-1), _ONE)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_exp(x, alpha, beta):
+    """Return e^x."""
+    y = exp(x)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_hard_sigmoid(x, alpha, beta):
+    """Return alpha * x + beta within [0, 1]."""
+    y = hard_sigmoid(x, alpha, beta)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_hard_swish(x, alpha, beta):
+    """Return x * hard_sigmoid(x)."""
+    return x * plain_hard_sigmoid(x, alpha, beta)
+
+
+@njit(inline="always")
+def plain_neg(x, alpha, beta):
+    """Return -x."""
+    return -x
+
+
+@njit(inline="always", error_model="numpy")
+def plain_reciprocal(x, alpha, beta):
+    """Return 1 / x."""
+    return _ONE / x
+
+
+@njit(inline="always")
+def plain_sigmoid(x, alpha, beta):
+    """Return sigmoid(x)."""
+    y = sigmoid(x)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def plain_sqrt(x, alpha, beta):
+    """Return the square root of x."""
+    return np.sqrt(x)
+
+
+@njit(inline="always")
+def plain_swish(x, alpha, beta):
+    """Return x * sigmoid(alpha * x)."""
+    return x * plain_sigmoid(alpha * x, alpha, beta)
+
+
+@njit(inline="always")
+def plain_tanh(x, alpha, beta):
+    """Return tanh(x)."""
+    y = tanh(x)
+    return y if x == x else x
+
+
+@njit
+def unary(function, x, alpha, beta):
+    """Return what the function of a number, its place in `records.UNARY`, makes of x."""
+    if function == 0:
+        return clamp(x, alpha, beta)
+    if function == 1:
+        return leaky_relu(x, alpha, beta)
+    if function == 2:
+        return sigmoid(x)
+    if function == 3:
+        return hard_sigmoid(x, alpha, beta)
+    if function == 4:
+        return hard_swish(x, alpha, beta)
+    if function == 5:
+        return silu(x, alpha, beta)
+    if function == 6:
+        return tanh(x)
+    return elu(x, alpha, beta)
+
+
+@njit
+def plain_unary(function, x, alpha, beta):
+    """Return what a function makes of x; its number is its place in PLAIN_UNARY_FUNCTIONS."""
+    if function == 0:
+        return plain_clip(x, alpha, beta)
+    if function == 1:
+        return plain_abs(x, alpha, beta)
+    if function == 2:
+        return plain_elu(x, alpha, beta)
+    if function == 3:
+        return plain_erf(x, alpha, beta)
+    if function == 4:
+        return plain_exp(x, alpha, beta)
+    if function == 5:
+        return plain_hard_sigmoid(x, alpha, beta)
+    if function == 6:
+        return plain_hard_swish(x, alpha, beta)
+    if function == 7:
+        return leaky_relu(x, alpha, beta)
+    if function == 8:
+        return plain_neg(x, alpha, beta)
+    if function == 9:
+        return plain_reciprocal(x, alpha, beta)
+    if function == 10:
+        return plain_sigmoid(x, alpha, beta)
+    if function == 11:
+        return plain_sqrt(x, alpha, beta)
+    if function == 12:
+        return plain_swish(x, alpha, beta)
+    return plain_tanh(x, alpha, beta)

@@ -1,0 +1,165 @@
+"""Which machines code is compiled for: this one, that of NUMBA_CPU_*, or one of a warmed cache."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from functools import cache
+
+import llvmlite.binding as llvm
+from numba.core import codegen, config
+
+from logshift.kernels.errors import InputError
+from logshift.kernels.machine import cache as store
+
+_V2 = {
+    "64bit", "cmov", "cx8", "fxsr", "mmx", "sse", "sse2", "cx16", "sahf", "popcnt", "sse3", "ssse3",
+    "sse4.1", "sse4.2", "crc32",
+}  # fmt: skip
+_V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "evex512"}
+_VNNI = _V4 | {"avx512vnni"}
+_ICELAKE = _VNNI | {
+    "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq", "avx512ifma", "gfni",
+}  # fmt: skip
+_SAPPHIRE = _ICELAKE | {"avx512bf16", "avx512fp16", "avxvnni"}
+_ALDERLAKE = _V3 | {"avxvnni", "gfni"}
+# What code for a CPU, by LLVM's name, may use; for warm-up, and for NUMBA_CPU_NAME with
+# NUMBA_CPU_FEATURES="".
+_X86: dict[str, set[str]] = {
+    "x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4,
+    "haswell": _V3, "broadwell": _V3, "skylake": _V3,
+    "skylake-avx512": _V4, "cascadelake": _VNNI, "cooperlake": _VNNI | {"avx512bf16"},
+    "icelake-client": _ICELAKE, "icelake-server": _ICELAKE, "tigerlake": _ICELAKE,
+    "rocketlake": _ICELAKE, "alderlake": _ALDERLAKE, "raptorlake": _ALDERLAKE,
+    "sapphirerapids": _SAPPHIRE, "emeraldrapids": _SAPPHIRE, "graniterapids": _SAPPHIRE,
+    "znver1": _V3, "znver2": _V3, "znver3": _V3,
+    "znver4": _ICELAKE | {"avx512bf16"}, "znver5": _ICELAKE | {"avx512bf16", "avxvnni"},
+}  # fmt: skip
+_NEON = {"neon", "fp-armv8"}
+_ARM: dict[str, set[str]] = dict.fromkeys(
+    ("generic", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-n2", "neoverse-v1",
+     "neoverse-v2", "apple-m1"), _NEON,
+)  # fmt: skip
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
+_CPUS = _X86 if _IS_X86 else _ARM if platform.machine() in ("aarch64", "arm64") else {}
+# Instructions that no compiler chooses by itself: a hypervisor that hides them changes no code.
+_SYSTEM = {
+    "clflushopt", "clwb", "cldemote", "clzero", "enqcmd", "fsgsbase", "hreset", "invpcid", "kl",
+    "lwp", "movdir64b", "movdiri", "mwaitx", "pconfig", "pku", "prfchw", "prefetchi", "ptwrite",
+    "rdpid", "rdpru", "rdrnd", "rdseed", "rtm", "serialize", "sgx", "shstk", "tsxldtrk", "uintr",
+    "usermsr", "waitpkg", "wbnoinvd", "widekl", "xsave", "xsavec", "xsaveopt", "xsaves",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine that code is compiled for, as LLVM is told.
+
+    Attributes
+    ----------
+    cpu : str
+    features : str
+        Comma separated, "+" or "-" in front of each.
+    """
+
+    cpu: str
+    features: str
+
+    @property
+    def name(self) -> str:
+        """Name of the directory of its code."""
+        flags = [f for f in self.features.split(",") if f[1:] not in _SYSTEM]
+        about = repr((llvm.get_process_triple(), self.cpu, sorted(flags)))
+        return f"{self.cpu}-{hashlib.blake2b(about.encode(), digest_size=5).hexdigest()}"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Features that its code may use, beyond what the CPU's name implies."""
+        return frozenset(f[1:] for f in self.features.split(",") if f.startswith("+")) - _SYSTEM
+
+    def fits(self, host: Target) -> bool:
+        """Whether its code, if made by `baked`, runs on a host."""
+        # Beyond x86 LLVM does not tell all that a host has, but CPUs of a name are alike.
+        alike = _IS_X86 or self.cpu in ("generic", host.cpu)
+        return alike and self.needs <= host.needs
+
+
+@cache
+def host() -> Target:
+    """Return what Numba compiles for in this process: this machine, or that of NUMBA_CPU_*."""
+    cpu, features = _given()
+    return Target(
+        llvm.get_host_cpu_name() if cpu is None else cpu,
+        codegen.get_host_cpu_features() if features is None else features,
+    )
+
+
+def _given() -> tuple[str | None, str | None]:
+    """Values of NUMBA_CPU_NAME and NUMBA_CPU_FEATURES; Numba makes them attributes when it runs."""
+    return getattr(config, "CPU_NAME"), getattr(config, "CPU_FEATURES")  # noqa: B009
+
+
+def baked(cpu: str) -> Target:
+    """Return the target of code that is made here to run on machines with a CPU of a name.
+
+    All features are said, those that the CPU has and those that it has not: so the code needs what
+    the target names and nothing else, whatever LLVM thinks of the name.
+
+    Raises
+    ------
+    InputError
+        If there is no CPU of that name.
+    """
+    if cpu not in _CPUS:
+        raise InputError(
+            f"no CPU {cpu!r} is known for {platform.machine()}; choose of {', '.join(_CPUS)}"
+        )
+    known = llvm.get_host_cpu_features()
+    absent = [f"-{name}" for name in sorted(known) if name not in _CPUS[cpu]]
+    return Target(cpu, ",".join(absent + [f"+{n}" for n in sorted(_CPUS[cpu]) if n in known]))
+
+
+@cache
+def chosen() -> Target:
+    """Return the target whose code is looked for.
+
+    That is the host, unless `warmup` has made code for other CPUs only, and the host is one of
+    these or can do all that one of these can. Then it is the best of them.
+    """
+    own = host()
+    if _given() != (None, None):
+        return own
+    marked = store.marked()
+    if own.name in marked:
+        return own
+    others = (Target(about["cpu"], about["features"]) for about in marked.values())
+    fitting = [t for t in others if t.name in marked and t.cpu in _CPUS and t.fits(own)]
+    return max(fitting, key=lambda t: (t.cpu == own.cpu, len(t.needs), t.cpu), default=own)
+
+
+@cache
+def directories() -> list[str]:
+    """Names of the directories to look for code in; what is compiled belongs into the last one."""
+    own, other = host(), chosen()
+    if own == other:
+        return [own.name]
+    # Numba compiles for the host all the same; kernels are chosen for the other target, though.
+    return [other.name, f"{own.name}-{other.name}"]
+
+
+@cache
+def target_features() -> frozenset[str]:
+    """Names of the instruction-set features, as LLVM spells them, that code may use."""
+    target = chosen()
+    flags = target.features.split(",")
+    without = {f[1:] for f in flags if f.startswith("-")}
+    return frozenset(
+        (_CPUS.get(target.cpu, set()) - without) | {f[1:] for f in flags if f[:1] == "+"}
+    )
+
+
+def has_features(names: tuple[str, ...]) -> bool:
+    """Whether all of the named features may be used."""
+    return set(names) <= target_features()

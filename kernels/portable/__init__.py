@@ -1,0 +1,1 @@
+"""Fast kernels in plain Numba, for any machine."""

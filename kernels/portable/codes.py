@@ -1,0 +1,780 @@
+"""Fast kernels in plain Numba, for any machine: LLVM vectorises the innermost loops.
+
+Convolutions multiply in floating point, and exactly: a code times a weight is an integer, and as
+long as no partial sum can reach 2^24 (2^53), float32 (float64) represents all of them, in any order
+of summation and with or without fused multiply-add. `Layer.accumulator_bound` decides.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numba import carray, njit, types
+
+from logshift.kernels import records
+from logshift.kernels.layer import Layer, Packed
+from logshift.kernels.machine.lookup import look_up
+from logshift.kernels.machine.memory import aligned
+from logshift.kernels.machine.native import as_pointer
+from logshift.kernels.records import codes, floats, share
+from logshift.kernels.registry import register, register_part
+from logshift.kernels.stlq import codec
+
+_PIXELS = 4  # output pixels that share one pass over the weights
+
+# Adding 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with an addition that
+# every machine has in vector form. The integer is then in the sum's lowest bits; subtracting
+# 1.5 * 2^23 again gives it as a float32.
+ROUND = np.float32(12582912.0)
+
+
+@njit(inline="always")
+def _to_code(v, lo, hi):
+    v = min(max(v, lo), hi)
+    return np.uint8(np.float32(v + ROUND).view(np.uint32))
+
+
+@njit(inline="always")
+def _pixel(tensor, n, row, column):
+    """Flat index of the first channel of a pixel; row and column are those of the buffer."""
+    return np.uintp(((n * tensor.h + row) * tensor.w + column) * tensor.c)
+
+
+# --- convolution --------------------------------------------------------------------------------
+
+
+def _block(channels: int) -> int:
+    """Output channels computed together: what keeps accumulators in registers on most machines."""
+    return 16 if channels <= 16 else 32
+
+
+def _pack_blocks(layer: Layer, dtype: type) -> Packed:
+    """W as (group, blocks, K, block), zeros in channels beyond the last; the rest as (O,)."""
+    w = layer.integers
+    group_size = w.shape[0] // layer.group
+    block = _block(group_size)
+    blocks = -(-group_size // block)
+    k = w.shape[1] * w.shape[2] * w.shape[3]
+    packed = aligned((layer.group, blocks, k, block), dtype)
+    packed[:] = 0
+    for g in range(layer.group):
+        matrix = w[g * group_size : (g + 1) * group_size].reshape(group_size, k)
+        for i in range(blocks):
+            rows = matrix[i * block : (i + 1) * block]
+            packed[g, i, :, : len(rows)] = rows.T
+    return _packed(layer, packed, block, dtype)
+
+
+def _packed(layer: Layer, weights: np.ndarray, block: int, accumulator: type) -> Packed:
+    # Sums begin at minus the offset: no partial sum then exceeds the bound either.
+    start: np.ndarray = (-layer.offset).astype(accumulator)
+    return Packed({"weights": weights, "block": block, "offset": start, "m": layer.m, "b": layer.b})
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _four_pixels(x, p0, p1, p2, p3, run, w, wk, block, acc):
+    """Add `run` products per channel for four pixels whose inputs begin at p0 ... p3 of x."""
+    # Unsigned indices: the test for negative ones that Numba makes otherwise stops vectorisation.
+    p0, p1, p2, p3 = np.uintp(p0), np.uintp(p1), np.uintp(p2), np.uintp(p3)
+    wk, block = np.uintp(wk), np.uintp(block)
+    one, two, three = np.uintp(1), np.uintp(2), np.uintp(3)
+    number = acc.dtype.type
+    for k in range(np.uintp(0), np.uintp(run - 1), two):
+        a0, a1 = number(x[p0 + k]), number(x[p0 + k + one])
+        b0, b1 = number(x[p1 + k]), number(x[p1 + k + one])
+        c0, c1 = number(x[p2 + k]), number(x[p2 + k + one])
+        d0, d1 = number(x[p3 + k]), number(x[p3 + k + one])
+        first = wk + k * block
+        second = first + block
+        for j in range(block):
+            w0, w1 = w[first + j], w[second + j]
+            acc[j] = acc[j] + a0 * w0 + a1 * w1
+            acc[block + j] = acc[block + j] + b0 * w0 + b1 * w1
+            acc[two * block + j] = acc[two * block + j] + c0 * w0 + c1 * w1
+            acc[three * block + j] = acc[three * block + j] + d0 * w0 + d1 * w1
+    if run % 2:
+        k = np.uintp(run - 1)
+        a0, b0, c0, d0 = number(x[p0 + k]), number(x[p1 + k]), number(x[p2 + k]), number(x[p3 + k])
+        first = wk + k * block
+        for j in range(block):
+            w0 = w[first + j]
+            acc[j] += a0 * w0
+            acc[block + j] += b0 * w0
+            acc[two * block + j] += c0 * w0
+            acc[three * block + j] += d0 * w0
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _one_pixel(x, p0, run, w, wk, block, acc):
+    """Do the same for one pixel."""
+    p0, wk, block = np.uintp(p0), np.uintp(wk), np.uintp(block)
+    one, two, three, four = np.uintp(1), np.uintp(2), np.uintp(3), np.uintp(4)
+    number = acc.dtype.type
+    whole = np.uintp(run - run % 4)
+    for k in range(np.uintp(0), whole, four):
+        a0, a1 = number(x[p0 + k]), number(x[p0 + k + one])
+        a2, a3 = number(x[p0 + k + two]), number(x[p0 + k + three])
+        first = wk + k * block
+        for j in range(block):
+            row = first + j
+            acc[j] = (
+                acc[j] + a0 * w[row] + a1 * w[row + block]
+                + a2 * w[row + two * block] + a3 * w[row + three * block]
+            )  # fmt: skip
+    for k in range(whole, np.uintp(run)):
+        a0 = number(x[p0 + k])
+        first = wk + k * block
+        for j in range(block):
+            acc[j] += a0 * w[first + j]
+
+
+@njit(error_model="numpy")
+def _accumulate(x, p0, p1, p2, p3, valid, run, w, wk, block, acc):
+    # A block size known to the compiler is worth a quarter of the time.
+    if valid > 1:
+        if block == 32:
+            _four_pixels(x, p0, p1, p2, p3, run, w, wk, 32, acc)
+        else:
+            _four_pixels(x, p0, p1, p2, p3, run, w, wk, 16, acc)
+    elif block == 32:
+        _one_pixel(x, p0, run, w, wk, 32, acc)
+    else:
+        _one_pixel(x, p0, run, w, wk, 16, acc)
+
+
+@njit(error_model="numpy")
+def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
+    """Requantize `count` channels of one pixel, from `o0` on, and store them at y0."""
+    acc0, o0, y0, r0 = np.uintp(acc0), np.uintp(o0), np.uintp(y0), np.uintp(r0)
+    # Read once: for all the compiler knows, a store to y may change the record.
+    lo, hi, z_r, m_r = a.lo, a.hi, np.float32(a.z_r), a.m_r
+    has_residual, float_output = a.has_residual != 0, a.float_output != 0
+    for j in range(np.uintp(count)):
+        v = np.float32(acc[acc0 + j]) * m[o0 + j]
+        v = v + b[o0 + j]
+        if has_residual:
+            v = v + (np.float32(r[r0 + j]) - z_r) * m_r
+        if float_output:
+            y_float[y0 + j] = min(max(v, lo), hi)
+        else:
+            y[y0 + j] = _to_code(v, lo, hi)
+
+
+@njit(error_model="numpy")
+def _conv_blocks(a, w, acc, start, first_part, end_part, parts):
+    """Convolve as `records.CONV` says, weights packed by `_pack_blocks`, in the type of `acc`."""
+    block = a.block
+    x, r = codes(a.x).ravel(), codes(a.r).ravel()
+    y, y_float = codes(a.y).ravel(), floats(a.y).ravel()
+    m = carray(as_pointer(a.m), a.channels, np.float32)
+    b = carray(as_pointer(a.b), a.channels, np.float32)
+    in_group, out_group = a.x.c // a.group, a.channels // a.group
+    blocks = (out_group + block - 1) // block
+    k = a.kernel_h * a.kernel_w * in_group
+    pixels = a.n * a.height * a.width
+    strips = (pixels + _PIXELS - 1) // _PIXELS
+    # A row of taps is one run of bytes where nothing lies between them.
+    joined = a.dilation_w == 1 and a.group == 1
+    runs = 1 if joined else a.kernel_w
+    run = a.kernel_w * in_group if joined else in_group
+    begin, end = share(a.group * blocks * strips, first_part, end_part, parts)
+    for item in range(begin, end):
+        strip = item % strips
+        index = item // strips
+        g, i_block = index // blocks, index % blocks
+        first = strip * _PIXELS
+        valid = min(_PIXELS, pixels - first)
+        p0 = _input_start(a, first)
+        p1 = _input_start(a, first + 1) if valid > 1 else p0
+        p2 = _input_start(a, first + 2) if valid > 2 else p0
+        p3 = _input_start(a, first + 3) if valid > 3 else p0
+        count = min(block, out_group - i_block * block)
+        o0 = g * out_group + i_block * block
+        for q in range(_PIXELS if valid > 1 else 1):
+            for c in range(block):
+                acc[q * block + c] = start[o0 + c] if c < count else 0
+        wk = index * k * block
+        for ky in range(a.kernel_h):
+            row = ky * a.dilation_h * a.x.w * a.x.c + g * in_group
+            for kx in range(runs):
+                tap = row + kx * a.dilation_w * a.x.c
+                _accumulate(
+                    x, p0 + tap, p1 + tap, p2 + tap, p3 + tap, valid, run, w, wk, block, acc
+                )
+                wk += run * block
+        for q in range(valid):
+            pixel = first + q
+            j = pixel % a.width
+            i = pixel // a.width % a.height
+            n = pixel // (a.width * a.height)
+            i, j = i * a.step_h, j * a.step_w
+            y0 = _pixel(a.y, n, a.y.top + i, a.y.left + j) + np.uintp(o0)
+            r0 = _pixel(a.r, n, a.r.top + i, a.r.left + j) + np.uintp(o0)
+            _write(a, acc, q * block, m, b, o0, count, y, y_float, y0, r, r0)
+
+
+@njit(inline="always", error_model="numpy")
+def _input_start(a, pixel):
+    """Flat index of the first input of an output pixel."""
+    j = pixel % a.width
+    i = pixel // a.width % a.height
+    n = pixel // (a.width * a.height)
+    row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
+    return ((n * a.x.h + row) * a.x.w + column) * a.x.c
+
+
+def _fits_depthwise(layer: Layer) -> bool:
+    return layer.is_depthwise and layer.accumulator_bound < 2**31
+
+
+def _pack_depthwise(layer: Layer, dtype: type) -> Packed:
+    """W as (kh * kw, C); the rest as (C,)."""
+    w = layer.integers
+    packed = aligned((w.shape[1] * w.shape[2], w.shape[0]), dtype)
+    packed[:] = w.reshape(packed.shape[::-1]).T
+    return _packed(layer, packed, w.shape[0], np.int32)
+
+
+@njit(error_model="numpy")
+def _add_taps(x, p, step, w, q, taps, channels, acc):
+    """Add to all channels a row of taps whose inputs lie `step` apart, from p on.
+
+    The sum of two products is taken in the type of w, which vectors of int16 make worth it.
+    """
+    number = w.dtype.type
+    p, step, q, channels = np.uintp(p), np.uintp(step), np.uintp(q), np.uintp(channels)
+    if taps == 3:
+        p1, p2, q1, q2 = p + step, p + step + step, q + channels, q + channels + channels
+        for c in range(channels):
+            two = number(number(x[p + c]) * w[q + c] + number(x[p1 + c]) * w[q1 + c])
+            acc[c] += np.int32(two) + np.int32(number(number(x[p2 + c]) * w[q2 + c]))
+        return
+    for _ in range(taps // 2):
+        p1, q1 = p + step, q + channels
+        for c in range(channels):
+            acc[c] += np.int32(number(number(x[p + c]) * w[q + c] + number(x[p1 + c]) * w[q1 + c]))
+        p, q = p1 + step, q1 + channels
+    if taps % 2:
+        for c in range(channels):
+            acc[c] += np.int32(number(number(x[p + c]) * w[q + c]))
+
+
+@njit(error_model="numpy")
+def _depthwise(a, w, first_part, end_part, parts, slot):
+    x, r = codes(a.x).ravel(), codes(a.r).ravel()
+    y, y_float = codes(a.y).ravel(), floats(a.y).ravel()
+    start = carray(as_pointer(a.offset), a.channels, np.int32)
+    m = carray(as_pointer(a.m), a.channels, np.float32)
+    b = carray(as_pointer(a.b), a.channels, np.float32)
+    acc = carray(as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), a.channels, np.int32)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        for j in range(a.width):
+            p = _input_start(a, item * a.width + j)
+            for c in range(np.uintp(a.channels)):
+                acc[c] = start[c]
+            for ky in range(a.kernel_h):
+                row = p + ky * a.dilation_h * a.x.w * a.channels
+                step, q = a.dilation_w * a.channels, ky * a.kernel_w * a.channels
+                _add_taps(x, row, step, w, q, a.kernel_w, a.channels, acc)
+            row, column = i * a.step_h, j * a.step_w
+            y0 = _pixel(a.y, n, a.y.top + row, a.y.left + column)
+            r0 = _pixel(a.r, n, a.r.top + row, a.r.left + column)
+            _write(a, acc, 0, m, b, 0, a.channels, y, y_float, y0, r, r0)
+
+
+@register(
+    "conv", "portable", records.CONV, "depthwise",
+    # Two products of 255 and 64 fit an int16.
+    supports=lambda layer: _fits_depthwise(layer) and layer.largest <= 64,
+    pack=lambda layer: _pack_depthwise(layer, np.int16),
+    scratch=lambda record: 4 * record["channels"],
+)  # fmt: skip
+def _conv_depthwise(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.int16)
+    _depthwise(a, w, first_part, end_part, parts, slot)
+
+
+@register(
+    "conv", "portable", records.CONV, "depthwise_wide",
+    supports=_fits_depthwise,
+    pack=lambda layer: _pack_depthwise(layer, np.int32),
+    scratch=lambda record: 4 * record["channels"],
+)  # fmt: skip
+def _conv_depthwise_wide(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    w = carray(as_pointer(a.weights), a.kernel_h * a.kernel_w * a.channels, np.int32)
+    _depthwise(a, w, first_part, end_part, parts, slot)
+
+
+@register(
+    "conv", "portable", records.CONV, "float32",
+    supports=lambda layer: layer.accumulator_bound < 2**24,
+    pack=lambda layer: _pack_blocks(layer, np.float32),
+    scratch=lambda record: 4 * _PIXELS * 32,
+)  # fmt: skip
+def _conv_float32(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    k = a.kernel_h * a.kernel_w * (a.x.c // a.group)
+    blocks = (a.channels // a.group + a.block - 1) // a.block
+    w = carray(as_pointer(a.weights), a.group * blocks * k * a.block, np.float32)
+    acc = carray(as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), _PIXELS * 32, np.float32)
+    start = carray(as_pointer(a.offset), a.channels, np.float32)
+    _conv_blocks(a, w, acc, start, first_part, end_part, parts)
+
+
+@register(
+    "conv", "portable", records.CONV, "float64",
+    supports=lambda layer: True,
+    pack=lambda layer: _pack_blocks(layer, np.float64),
+    scratch=lambda record: 8 * _PIXELS * 32,
+)  # fmt: skip
+def _conv_float64(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    k = a.kernel_h * a.kernel_w * (a.x.c // a.group)
+    blocks = (a.channels // a.group + a.block - 1) // a.block
+    w = carray(as_pointer(a.weights), a.group * blocks * k * a.block, np.float64)
+    acc = carray(as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), _PIXELS * 32, np.float64)
+    start = carray(as_pointer(a.offset), a.channels, np.float64)
+    _conv_blocks(a, w, acc, start, first_part, end_part, parts)
+
+
+# --- everything else ----------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _clip(low, high, first, stride, count):
+    """First and end of the taps `first + k * stride`, k < count, that lie in [low, high)."""
+    begin = 0 if first >= low else (low - first + stride - 1) // stride
+    end = count if first + (count - 1) * stride < high else (high - first + stride - 1) // stride
+    return begin, max(begin, end)
+
+
+@njit(error_model="numpy")
+def _raise_to_taps(y, q, x, p, step, taps, channels):
+    """Raise all channels of a pixel to those of `taps` pixels that lie `step` apart, from p on."""
+    p, step, q, channels = np.uintp(p), np.uintp(step), np.uintp(q), np.uintp(channels)
+    if taps == 3:
+        p1, p2 = p + step, p + step + step
+        for c in range(channels):
+            y[q + c] = max(y[q + c], max(x[p + c], max(x[p1 + c], x[p2 + c])))
+    elif taps == 2:
+        p1 = p + step
+        for c in range(channels):
+            y[q + c] = max(y[q + c], max(x[p + c], x[p1 + c]))
+    else:
+        for _ in range(taps):
+            for c in range(channels):
+                y[q + c] = max(y[q + c], x[p + c])
+            p += step
+
+
+@register("pool_max", "portable", records.POOL)
+def _pool_max(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    channels = np.uintp(a.channels)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        row0 = a.row0 + i * a.stride_h
+        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        for j in range(a.width):
+            column0 = a.column0 + j * a.stride_w
+            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            for c in range(channels):
+                y[q + c] = 0
+            column = column0 + kx0 * a.dilation_w
+            for ky in range(ky0, ky1):
+                p = _pixel(a.x, n, row0 + ky * a.dilation_h, column)
+                _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels)
+
+
+@register("pool_average", "portable", records.POOL, scratch=lambda record: 4 * record["channels"])
+def _pool_average(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    m = carray(as_pointer(a.m), a.kernel_h * a.kernel_w + 1, np.float32)
+    acc = carray(as_pointer(a.scratch + np.uintp(slot * a.scratch_size)), a.channels, np.int32)
+    channels = np.uintp(a.channels)
+    b, lo, hi = a.b, a.lo, a.hi
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        row0 = a.row0 + i * a.stride_h
+        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        cy0, cy1 = _clip(a.count_low_h, a.count_high_h, row0, a.dilation_h, a.kernel_h)
+        for j in range(a.width):
+            column0 = a.column0 + j * a.stride_w
+            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            cx0, cx1 = _clip(a.count_low_w, a.count_high_w, column0, a.dilation_w, a.kernel_w)
+            start = np.int32(-a.z_x * (ky1 - ky0) * (kx1 - kx0))
+            for c in range(channels):
+                acc[c] = start
+            for ky in range(ky0, ky1):
+                for kx in range(kx0, kx1):
+                    p = _pixel(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
+                    for c in range(channels):
+                        acc[c] += np.int32(x[p + c])
+            scale = m[(cy1 - cy0) * (cx1 - cx0)]
+            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            for c in range(channels):
+                v = np.float32(acc[c]) * scale
+                v = v + b
+                y[q + c] = _to_code(v, lo, hi)
+
+
+@njit(inline="always")
+def _start(tensor, height, n, i):
+    """Flat index where row i of picture n begins, or the one row, or picture, that is repeated."""
+    return _pixel(
+        tensor, n if tensor.n > 1 else 0, tensor.top + (i if height > 1 else 0), tensor.left
+    )
+
+
+@njit(error_model="numpy")
+def _repeat(source, p, step, own, pixels, channels, row):
+    """Write out `pixels` pixels that lie `step` apart, from p on; of one channel if `own` is 1."""
+    p, q, step, channels = np.uintp(p), np.uintp(0), np.uintp(step), np.uintp(channels)
+    for _ in range(pixels):
+        if own == 1:
+            value = source[p]
+            for c in range(channels):
+                row[q + c] = value
+        else:
+            for c in range(channels):
+                row[q + c] = source[p + c]
+        p += step
+        q += channels
+
+
+@njit(error_model="numpy")
+def _add_run(a, x, p, r, s, y, q, count):
+    p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
+    z_x, z_r, m, m_r = np.float32(a.z_x), np.float32(a.z_r), a.m, a.m_r
+    b, lo, hi = a.b, a.lo, a.hi
+    for k in range(count):
+        v = (np.float32(x[p + k]) - z_x) * m
+        v = v + b
+        v = v + (np.float32(r[s + k]) - z_r) * m_r
+        y[q + k] = _to_code(v, lo, hi)
+
+
+@njit(error_model="numpy")
+def _multiply_run(a, x, p, r, s, y, q, count):
+    p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
+    z_x, z_r, m = np.float32(a.z_x), np.float32(a.z_r), a.m
+    b, lo, hi = a.b, a.lo, a.hi
+    for k in range(count):
+        v = (np.float32(x[p + k]) - z_x) * (np.float32(r[s + k]) - z_r)
+        v = v * m
+        v = v + b
+        y[q + k] = _to_code(v, lo, hi)
+
+
+@njit(error_model="numpy")
+def _binary(a, multiply, first_part, end_part, parts, slot):
+    """Add or multiply all rows, or parts of rows where what is repeated must be written out."""
+    x, y, r = codes(a.x).ravel(), codes(a.y).ravel(), codes(a.r).ravel()
+    channels = a.channels
+    x_step = a.x.c if a.x_width > 1 else 0
+    r_step = a.r.c if a.r_width > 1 else 0
+    x_whole = a.x.c == channels and a.x_width == a.width
+    r_whole = a.r.c == channels and a.r_width == a.width
+    pixels = a.width if x_whole and r_whole else a.pixels
+    part = a.scratch + np.uintp(slot * a.scratch_size)
+    x_row = carray(as_pointer(part), pixels * channels, np.uint8)
+    r_row = carray(as_pointer(part + np.uintp(pixels * channels)), pixels * channels, np.uint8)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p, s = _start(a.x, a.x_height, n, i), _start(a.r, a.r_height, n, i)
+        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        # What all rows and parts of a picture have in common is written once.
+        fresh = item == begin or i == 0
+        for j in range(0, a.width, pixels):
+            count = min(pixels, a.width - j)
+            x_here, p_here = x, np.int64(p) + j * x_step
+            if not x_whole:
+                if x_step > 0 or (j == 0 and (fresh or a.x_height > 1)):
+                    _repeat(x, p_here, x_step, a.x.c, count, channels, x_row)
+                x_here, p_here = x_row, 0
+            r_here, s_here = r, np.int64(s) + j * r_step
+            if not r_whole:
+                if r_step > 0 or (j == 0 and (fresh or a.r_height > 1)):
+                    _repeat(r, s_here, r_step, a.r.c, count, channels, r_row)
+                r_here, s_here = r_row, 0
+            q_here = np.int64(q) + j * channels
+            if multiply:
+                _multiply_run(a, x_here, p_here, r_here, s_here, y, q_here, count * channels)
+            else:
+                _add_run(a, x_here, p_here, r_here, s_here, y, q_here, count * channels)
+
+
+def _binary_scratch(record):
+    return 2 * record["pixels"] * record["channels"]
+
+
+@register("add", "portable", records.BINARY, scratch=_binary_scratch)
+def _add(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    _binary(a, False, first_part, end_part, parts, slot)
+
+
+@register("multiply", "portable", records.BINARY, scratch=_binary_scratch)
+def _multiply(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    _binary(a, True, first_part, end_part, parts, slot)
+
+
+@register("copy", "portable", records.COPY)
+def _copy(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    table = carray(as_pointer(a.table), 256, np.uint8)
+    # A row whose pixels follow each other in both tensors is copied like one pixel.
+    joined = a.stride_w == 1 and a.channels == a.x.c and a.channels == a.y.c
+    pixels = 1 if joined else a.width
+    channels, step = np.uintp(a.width * a.channels // pixels), np.uintp(a.stride_c)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        for j in range(pixels):
+            p = _pixel(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
+            p += np.uintp(a.channel0_x)
+            q = _pixel(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
+            if a.has_table and a.stride_c == 1:
+                look_up(a.x.data + p, a.y.data + q, channels, a.table)
+            elif a.has_table:
+                for c in range(channels):
+                    y[q + c] = table[x[p + c * step]]
+            elif a.stride_c == 1:
+                for c in range(channels):
+                    y[q + c] = x[p + c]
+            else:
+                for c in range(channels):
+                    y[q + c] = x[p + c * step]
+
+
+@register("gather", "portable", records.GATHER)
+def _gather(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    indices = carray(as_pointer(a.indices), a.channels, np.int32)
+    channels, step = np.uintp(a.channels), np.uintp(a.x.c)
+    one, two = np.uintp(1), np.uintp(2)
+    pairs = channels // two if a.interleaved else np.uintp(0)
+    first, second = np.uintp(indices[0]), np.uintp(indices[min(1, a.channels - 1)])
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = _pixel(a.x, n, a.x.top + i, a.x.left)
+        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        for _ in range(a.width):
+            for c in range(pairs):
+                y[q + two * c] = x[p + first + c]
+                y[q + two * c + one] = x[p + second + c]
+            for c in range(two * pairs, channels):
+                y[q + c] = x[p + np.uintp(indices[c])]
+            p += step
+            q += channels
+
+
+_TABLES = 64  # that stay in the first-level cache together: 16 KB
+
+
+@register("lookup_channels", "portable", records.CHANNEL_LOOKUP)
+def _lookup_channels(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    tables = carray(as_pointer(a.tables), a.channels * 256, np.uint8)
+    channels, tables_held = np.uintp(a.channels), np.uintp(_TABLES)
+    rows = a.n * a.height
+    blocks = (a.channels + _TABLES - 1) // _TABLES
+    begin, end = share(rows * blocks, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item % rows // a.height, item % rows % a.height
+        first = np.uintp(item // rows * _TABLES)
+        count = min(tables_held, channels - first)
+        t = first * np.uintp(256)
+        p = _pixel(a.x, n, a.x.top + i, a.x.left) + first
+        q = _pixel(a.y, n, a.y.top + i, a.y.left) + first
+        for _ in range(a.width):
+            for c in range(count):
+                y[q + c] = tables[t + c * np.uintp(256) + np.uintp(x[p + c])]
+            p += channels
+            q += channels
+
+
+@register("fill", "portable", records.FILL)
+def _fill(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    y = codes(a.y).ravel()
+    value = np.uint8(a.value)
+    count = np.uintp(a.width * a.channels)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        q = _pixel(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
+        for j in range(count):
+            y[q + j] = value
+
+
+@register("resize", "portable", records.RESIZE)
+def _resize(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, y = codes(a.x).ravel(), codes(a.y).ravel()
+    row0 = carray(as_pointer(a.row_index0), a.height, np.int64)
+    row1 = carray(as_pointer(a.row_index1), a.height, np.int64)
+    row_weight = carray(as_pointer(a.row_weight), a.height, np.int64)
+    column0 = carray(as_pointer(a.column_index0), a.width, np.int64)
+    column1 = carray(as_pointer(a.column_index1), a.width, np.int64)
+    column_weight = carray(as_pointer(a.column_weight), a.width, np.int64)
+    channels = np.uintp(a.channels)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        v1 = np.int32(row_weight[i])
+        v0 = np.int32(2048) - v1
+        for j in range(a.width):
+            u1 = np.int32(column_weight[j])
+            u0 = np.int32(2048) - u1
+            w00, w01, w10, w11 = v0 * u0, v0 * u1, v1 * u0, v1 * u1
+            p00 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
+            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            if not a.linear:
+                for c in range(channels):
+                    y[q + c] = x[p00 + c]
+                continue
+            p01 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
+            p10 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
+            p11 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
+            for c in range(channels):
+                acc = np.int32(w00 * np.int32(x[p00 + c]) + w01 * np.int32(x[p01 + c]))
+                acc += np.int32(w10 * np.int32(x[p10 + c]) + w11 * np.int32(x[p11 + c]))
+                y[q + c] = np.uint8((acc + np.int32(2**21)) >> np.int32(22))
+
+
+@njit(error_model="numpy")
+def rearrange(a, x, y, first_part, end_part, parts):
+    """Do what DepthToSpace does with tensors of any type."""
+    size, block_first = a.blocksize, a.block_first != 0
+    channels, blocks = np.uintp(a.channels), np.uintp(size * size)
+    run = np.uintp(size) * channels
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = _pixel(a.x, n, a.x.top + i // size, a.x.left)
+        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        first = np.uintp(i % size * size)  # block of the row's first pixel
+        for _ in range(a.width // size):
+            if block_first:  # what one input pixel gives to a row lies side by side
+                for k in range(run):
+                    y[q + k] = x[p + first * channels + k]
+            else:
+                for j in range(np.uintp(size)):
+                    for c in range(channels):
+                        y[q + j * channels + c] = x[p + first + j + c * blocks]
+            p += np.uintp(a.x.c)
+            q += run
+
+
+@register("depth_to_space", "portable", records.DEPTH_TO_SPACE)
+def _depth_to_space(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    rearrange(a, codes(a.x).ravel(), codes(a.y).ravel(), first_part, end_part, parts)
+
+
+@njit(inline="always", error_model="numpy")
+def _quantized(v, scale, zero_point, top):
+    v = v / scale
+    if not v > -zero_point:  # also NaN
+        v = -zero_point
+    # Clamping before rounding gives the same code and keeps ROUND's trick in range.
+    v = (min(v, top - zero_point) + ROUND) - ROUND
+    return np.uint8(np.int32(v + zero_point))
+
+
+_ROW_PART = 64  # pixels that are quantized channel by channel before their codes are interleaved
+
+
+@register(
+    "quantize", "portable", records.QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"]
+)
+def _quantize(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
+    y = codes(a.y).ravel()
+    size, part_size = a.scratch_size, np.uintp(_ROW_PART)
+    part = carray(as_pointer(a.scratch + np.uintp(slot * size)), size, np.uint8)
+    plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    scale, zero_point, top = a.scale, np.float32(a.zero_point), np.float32(a.top)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
+        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        for j in range(np.uintp(0), np.uintp(a.width), part_size):
+            count = min(part_size, np.uintp(a.width) - j)
+            for c in range(channels):
+                for k in range(count):
+                    v = x[p + c * plane + j + k]
+                    part[c * part_size + k] = _quantized(v, scale, zero_point, top)
+            if channels == 3:  # pictures
+                for k in range(count):
+                    y[q], y[q + np.uintp(1)] = part[k], part[part_size + k]
+                    y[q + np.uintp(2)] = part[part_size + part_size + k]
+                    q += channels
+            else:
+                for k in range(count):
+                    for c in range(channels):
+                        y[q + c] = part[c * part_size + k]
+                    q += channels
+
+
+@register("dequantize", "portable", records.DEQUANTIZE)
+def _dequantize(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x = codes(a.x).ravel()
+    y = carray(as_pointer(a.y.data), a.n * a.channels * a.height * a.width, np.float32)
+    plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    scale, zero_point = a.scale, np.int32(a.zero_point)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = _pixel(a.x, n, a.x.top + i, a.x.left)
+        q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
+        for c in range(channels):
+            for j in range(np.uintp(a.width)):
+                code = np.int32(x[p + j * channels + c]) - zero_point
+                y[q + c * plane + j] = np.float32(code) * scale
+
+
+@register("to_channels_first", "portable", records.TO_CHANNELS_FIRST)
+def _to_channels_first(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x = floats(a.x).ravel()
+    y = carray(as_pointer(a.y.data), a.n * a.channels * a.height * a.width, np.float32)
+    plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, i = item // a.height, item % a.height
+        p = _pixel(a.x, n, a.x.top + i, a.x.left)
+        q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
+        for c in range(channels):
+            for j in range(np.uintp(a.width)):
+                y[q + c * plane + j] = x[p + j * channels + c]
+
+
+# --- decoding of weights, which all families need ------------------------------------------------
+
+_STREAM = types.uint8[::1]
+for _integer in (types.int8, types.int16, types.int32):
+    _signature = (_STREAM, _STREAM, _STREAM, types.int64, types.int64, _integer[::1])
+    register_part("portable", "words", partial(codec.join_words.compile, _signature), lambda: True)
+    register_part(
+        "portable", "sums", partial(codec.channel_sums.compile, (_integer[:, ::1],)), lambda: True
+    )

@@ -1,0 +1,324 @@
+"""Kernels of ONNX operators in ONNX's form: float32 tensors of any rank, without a border.
+
+Sums are made in float64, in ONNX's order of elements, and rounded once; everything else is one
+operation per element, or a function of `float_math`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from logshift.kernels import functions, records
+from logshift.kernels.functions import maximum, plain_exp
+from logshift.kernels.machine.native import as_pointer
+from logshift.kernels.records import share
+from logshift.kernels.registry import register
+
+_TILE = 16  # rows that are moved together where x is contiguous across them
+_COLUMNS = 64  # outputs next to each other whose sums are made at the same time
+_APART = 8  # as many where what they read is not contiguous
+_LANES = 16  # elements of a row whose largest is looked for at the same time
+_SIZE, _Y, _X, _R = range(4)  # columns of `axes`
+_MOST = 2**40  # elements that an address is given; indices were checked when the plan was made
+
+
+@njit(inline="always", error_model="numpy")
+def values(tensor):
+    """Return what begins at the address of a TENSOR record, as float32."""
+    return carray(as_pointer(tensor.data), _MOST, np.float32)
+
+
+@njit(inline="always", error_model="numpy")
+def axes_of(a, columns):
+    """Return sizes and steps of all axes."""
+    return carray(as_pointer(a.axes), (a.rank, columns), np.int64)
+
+
+@njit(inline="always", error_model="numpy")
+def row_of(axes, row, column):
+    """Where a row begins: its number counts over all axes but the last."""
+    place, rest = 0, row
+    for axis in range(len(axes) - 2, -1, -1):
+        place += rest % axes[axis, 0] * axes[axis, column]
+        rest //= axes[axis, 0]
+    return place
+
+
+@njit(inline="always", error_model="numpy")
+def _rows(axes):
+    count = 1
+    for axis in range(len(axes) - 1):
+        count *= axes[axis, 0]
+    return count
+
+
+# --- moves ---------------------------------------------------------------------------------------
+
+
+@njit(error_model="numpy")
+def _move_rows(x, p, x_row, x_step, y, q, y_row, y_step, rows, count):
+    p, x_row, x_step = np.uintp(p), np.uintp(x_row), np.uintp(x_step)  # they may be negative
+    q, y_row, y_step = np.uintp(q), np.uintp(y_row), np.uintp(y_step)
+    rows, count = np.uintp(rows), np.uintp(count)
+    if x_step == 1 and y_step == 1:
+        for _ in range(rows):
+            for j in range(count):
+                y[q + j] = x[p + j]
+            p += x_row
+            q += y_row
+    elif x_row == 1 and rows > 1:
+        # Whole lines of the cache are read: of some rows all columns, one after another.
+        for first in range(np.uintp(0), rows, np.uintp(_TILE)):
+            tile = min(np.uintp(_TILE), rows - first)
+            for j in range(count):
+                p0, q0 = p + first + j * x_step, q + first * y_row + j * y_step
+                for k in range(tile):
+                    y[q0 + k * y_row] = x[p0 + k]
+    else:
+        for _ in range(rows):
+            for j in range(count):
+                y[q + j * y_step] = x[p + j * x_step]
+            p += x_row
+            q += y_row
+
+
+@register("plain_move", "portable", records.PLAIN_MOVE)
+def _move(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, y, axes = values(a.x), values(a.y), axes_of(a, 3)
+    middle, inner = axes[-2], axes[-1]
+    row, end = share(_rows(axes), first_part, end_part, parts)
+    while row < end:
+        rows = min(middle[_SIZE] - row % middle[_SIZE], end - row)
+        p, q = a.start_x + row_of(axes, row, _X), a.start_y + row_of(axes, row, _Y)
+        _move_rows(x, p, middle[_X], inner[_X], y, q, middle[_Y], inner[_Y], rows, inner[_SIZE])
+        row += rows
+
+
+# --- element by element ---------------------------------------------------------------------------
+
+
+@njit(error_model="numpy")
+def _binary_rows(a, operation, first_part, end_part, parts):
+    x, r, y, axes = values(a.x), values(a.r), values(a.y), axes_of(a, 4)
+    middle, inner = axes[-2], axes[-1]
+    count = np.uintp(inner[_SIZE])
+    row, end = share(_rows(axes), first_part, end_part, parts)
+    while row < end:
+        rows = min(middle[_SIZE] - row % middle[_SIZE], end - row)
+        p, s, q = row_of(axes, row, _X), row_of(axes, row, _R), row_of(axes, row, _Y)
+        row += rows
+        for _ in range(rows):
+            p0, s0, q0 = np.uintp(p), np.uintp(s), np.uintp(q)
+            if inner[_R] == 0:
+                value = r[s0]
+                for j in range(count):
+                    y[q0 + j] = operation(x[p0 + j], value)
+            elif inner[_X] == 0:
+                value = x[p0]
+                for j in range(count):
+                    y[q0 + j] = operation(value, r[s0 + j])
+            else:
+                for j in range(count):
+                    y[q0 + j] = operation(x[p0 + j], r[s0 + j])
+            p += middle[_X]
+            s += middle[_R]
+            q += middle[_Y]
+
+
+@register("plain_binary", "portable", records.PLAIN_BINARY)
+def _binary(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    # A loop for each: with the choice inside, none would become vectors.
+    if a.function == 0:
+        _binary_rows(a, functions.add, first_part, end_part, parts)
+    elif a.function == 1:
+        _binary_rows(a, functions.sub, first_part, end_part, parts)
+    elif a.function == 2:
+        _binary_rows(a, functions.mul, first_part, end_part, parts)
+    elif a.function == 3:
+        _binary_rows(a, functions.div, first_part, end_part, parts)
+    elif a.function == 4:
+        _binary_rows(a, functions.maximum, first_part, end_part, parts)
+    elif a.function == 5:
+        _binary_rows(a, functions.minimum, first_part, end_part, parts)
+    elif a.function == 6:
+        _binary_rows(a, functions.prelu, first_part, end_part, parts)
+
+
+@njit(error_model="numpy")
+def _apply(a, function, first_part, end_part, parts):
+    x, y = values(a.x), values(a.y)
+    alpha, beta = a.alpha, a.beta
+    begin, end = share(a.n, first_part, end_part, parts)
+    for j in range(np.uintp(begin), np.uintp(end)):
+        y[j] = function(x[j], alpha, beta)
+
+
+@register("plain_unary", "portable", records.PLAIN_UNARY)
+def _unary(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if a.function == 0:
+        _apply(a, functions.plain_clip, first_part, end_part, parts)
+    elif a.function == 1:
+        _apply(a, functions.plain_abs, first_part, end_part, parts)
+    elif a.function == 2:
+        _apply(a, functions.plain_elu, first_part, end_part, parts)
+    elif a.function == 3:
+        _apply(a, functions.plain_erf, first_part, end_part, parts)
+    elif a.function == 4:
+        _apply(a, functions.plain_exp, first_part, end_part, parts)
+    elif a.function == 5:
+        _apply(a, functions.plain_hard_sigmoid, first_part, end_part, parts)
+    elif a.function == 6:
+        _apply(a, functions.plain_hard_swish, first_part, end_part, parts)
+    elif a.function == 7:
+        _apply(a, functions.leaky_relu, first_part, end_part, parts)
+    elif a.function == 8:
+        _apply(a, functions.plain_neg, first_part, end_part, parts)
+    elif a.function == 9:
+        _apply(a, functions.plain_reciprocal, first_part, end_part, parts)
+    elif a.function == 10:
+        _apply(a, functions.plain_sigmoid, first_part, end_part, parts)
+    elif a.function == 11:
+        _apply(a, functions.plain_sqrt, first_part, end_part, parts)
+    elif a.function == 12:
+        _apply(a, functions.plain_swish, first_part, end_part, parts)
+    elif a.function == 13:
+        _apply(a, functions.plain_tanh, first_part, end_part, parts)
+
+
+# --- along axes -----------------------------------------------------------------------------------
+
+
+@njit(error_model="numpy")
+def _reduce_columns(x, p, apart, columns, count, step, acc, operation):
+    """Add `count` elements, that lie `step` apart, to each of some columns."""
+    p, step, apart, columns = np.uintp(p), np.uintp(step), np.uintp(apart), np.uintp(columns)
+    for _ in range(count):
+        if apart == 1:
+            for j in range(columns):
+                acc[j] = operation(np.float64(x[p + j]), acc[j])
+        else:
+            for j in range(columns):
+                acc[j] = operation(np.float64(x[p + j * apart]), acc[j])
+        p += step
+
+
+@njit(error_model="numpy")
+def _reduce_rows(a, operation, initial, first_part, end_part, parts, slot):
+    x, y, axes = values(a.x), values(a.y), axes_of(a, 3)
+    reduced = carray(as_pointer(a.reduced), (a.reduced_rank, 2), np.int64)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
+    acc = carray(as_pointer(scratch), _COLUMNS, np.float64)
+    inner, innermost, divisor = axes[-1], reduced[-1], np.float64(a.divisor)
+    most = _COLUMNS if inner[_X] == 1 else _APART
+    blocks = (inner[_SIZE] + most - 1) // most
+    begin, end = share(_rows(axes) * blocks, first_part, end_part, parts)
+    for item in range(begin, end):
+        row, first = item // blocks, item % blocks * most
+        columns = min(most, inner[_SIZE] - first)
+        p = row_of(axes, row, _X) + first * inner[_X]
+        q, y_step = np.uintp(row_of(axes, row, _Y) + first * inner[_Y]), np.uintp(inner[_Y])
+        if columns == 1:
+            total, step = initial, np.uintp(innermost[1])
+            for i in range(_rows(reduced)):
+                p0 = np.uintp(p + row_of(reduced, i, 1))
+                for _ in range(innermost[_SIZE]):
+                    total = operation(np.float64(x[p0]), total)
+                    p0 += step
+            y[q] = np.float32(total / divisor)
+            continue
+        acc[:columns] = initial
+        for i in range(_rows(reduced)):
+            p0 = p + row_of(reduced, i, 1)
+            _reduce_columns(
+                x, p0, inner[_X], columns, innermost[_SIZE], innermost[1], acc, operation
+            )
+        for j in range(np.uintp(columns)):
+            y[q + j * y_step] = np.float32(acc[j] / divisor)
+
+
+@register("plain_reduce", "portable", records.PLAIN_REDUCE, scratch=lambda record: 8 * _COLUMNS)
+def _reduce(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if a.function == 0:
+        _reduce_rows(a, functions.add, 0.0, first_part, end_part, parts, slot)
+    elif a.function == 1:
+        _reduce_rows(a, functions.maximum, -np.inf, first_part, end_part, parts, slot)
+    elif a.function == 2:
+        _reduce_rows(a, functions.minimum, np.inf, first_part, end_part, parts, slot)
+
+
+@njit(error_model="numpy")
+def _raise_columns(x, p, columns, count, step, top):
+    """Raise each of some columns to the largest of `count` elements, that lie `step` apart."""
+    p, step, columns = np.uintp(p), np.uintp(step), np.uintp(columns)
+    for _ in range(count):
+        for j in range(columns):
+            top[j] = maximum(x[p + j], top[j])
+        p += step
+
+
+@njit(error_model="numpy")
+def _softmax_row(x, y, p, count, top):
+    """Softmax of contiguous elements, from p on."""
+    # The largest may be looked for in any order.
+    top[:_LANES] = -np.inf
+    _raise_columns(x, p, _LANES, count // _LANES, _LANES, top)
+    rest = count % _LANES
+    _raise_columns(x, p + count - rest, rest, 1, 0, top)
+    largest = top[0]
+    for j in range(1, _LANES):
+        largest = maximum(top[j], largest)
+    p, count, zero = np.uintp(p), np.uintp(count), np.float32(0)
+    for i in range(count):
+        y[p + i] = plain_exp(x[p + i] - largest, zero, zero)
+    total = 0.0
+    for i in range(count):
+        total += np.float64(y[p + i])
+    divisor = np.float32(total)
+    for i in range(count):
+        y[p + i] /= divisor
+
+
+@njit(error_model="numpy")
+def _softmax_columns(x, y, p, columns, count, step, top, total):
+    """Softmax of some columns; their elements lie `step` apart, from p on."""
+    top[:columns], total[:columns] = -np.inf, 0
+    _raise_columns(x, p, columns, count, step, top)
+    columns, step, zero = np.uintp(columns), np.uintp(step), np.float32(0)
+    p0 = np.uintp(p)
+    for _ in range(count):
+        for j in range(columns):
+            y[p0 + j] = plain_exp(x[p0 + j] - top[j], zero, zero)
+        for j in range(columns):
+            total[j] += np.float64(y[p0 + j])
+        p0 += step
+    for j in range(columns):
+        top[j] = np.float32(total[j])
+    p0 = np.uintp(p)
+    for _ in range(count):
+        for j in range(columns):
+            y[p0 + j] /= top[j]
+        p0 += step
+
+
+@register("plain_softmax", "portable", records.PLAIN_SOFTMAX, scratch=lambda record: 12 * _COLUMNS)
+def _softmax(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, y = values(a.x), values(a.y)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
+    total = carray(as_pointer(scratch), _COLUMNS, np.float64)
+    top = carray(as_pointer(scratch + np.uintp(8 * _COLUMNS)), _COLUMNS, np.float32)
+    blocks = (a.width + _COLUMNS - 1) // _COLUMNS
+    begin, end = share(a.n * blocks, first_part, end_part, parts)
+    for item in range(begin, end):
+        n, first = item // blocks, item % blocks * _COLUMNS
+        p = n * a.height * a.width + first
+        if a.width == 1:
+            _softmax_row(x, y, p, a.height, top)
+        else:
+            columns = min(_COLUMNS, a.width - first)
+            _softmax_columns(x, y, p, columns, a.height, a.width, top, total)

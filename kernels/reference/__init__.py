@@ -1,0 +1,1 @@
+"""The definition of every kernel, in plain loops."""

@@ -1,0 +1,334 @@
+"""The definition of every kernel, in plain loops: readable, obviously right, never fast.
+
+A quantized convolution here is what the method says it is: codes shifted and added, no product
+with a weight anywhere. Whoever has the first part does all the work.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from logshift.kernels import records
+from logshift.kernels.layer import Layer, Packed
+from logshift.kernels.machine.native import as_pointer
+from logshift.kernels.records import codes, floats
+from logshift.kernels.registry import register
+
+
+@njit
+def _clamp_round(y, lo, hi):
+    return min(max(np.rint(y), lo), hi)
+
+
+@njit
+def _shift_add(acc, code, word, bits, shift):
+    """Acc + code * word, as `docs/quantization.md` section 1 has it: ±(code << (e - 1))."""
+    sign = np.int64(1) << (bits - 1)
+    e = word & (sign - 1)
+    if e == 0:
+        return acc
+    shifted = code << (e - 1 + shift)
+    return acc - shifted if word & sign else acc + shifted
+
+
+def _pack_conv(layer: Layer) -> Packed:
+    """First and second words as codes, (2, O, K); offset int64, M and B float32, (O,)."""
+    words = np.stack([layer.weights.first, layer.weights.second])
+    return Packed({"weights": words, "offset": layer.offset, "m": layer.m, "b": layer.b})
+
+
+@register("conv", "reference", records.CONV, supports=lambda layer: True, pack=_pack_conv)
+def _conv(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y, y_float, r = codes(a.x), codes(a.y), floats(a.y), codes(a.r)
+    in_group = a.x.c // a.group
+    out_group = a.channels // a.group
+    k = a.kernel_h * a.kernel_w * in_group
+    words = carray(as_pointer(a.weights), (2, a.channels, k), np.uint8)
+    offset = carray(as_pointer(a.offset), a.channels, np.int64)
+    m = carray(as_pointer(a.m), a.channels, np.float32)
+    b = carray(as_pointer(a.b), a.channels, np.float32)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for o in range(a.channels):
+                    acc = np.int64(0)
+                    p = 0
+                    for ky in range(a.kernel_h):
+                        row = a.row0 + i * a.stride_h + ky * a.dilation_h
+                        for kx in range(a.kernel_w):
+                            column = a.column0 + j * a.stride_w + kx * a.dilation_w
+                            for c in range(in_group):
+                                code = np.int64(x[n, row, column, o // out_group * in_group + c])
+                                first, second = np.int64(words[0, o, p]), np.int64(words[1, o, p])
+                                acc = _shift_add(acc, code, first, a.bits, a.residual_shift)
+                                acc = _shift_add(acc, code, second, a.bits, 0)
+                                p += 1
+                    t = np.float32(acc - offset[o])
+                    v = t * m[o]
+                    v = v + b[o]
+                    row, column = i * a.step_h, j * a.step_w
+                    if a.has_residual:
+                        code = np.int64(r[n, a.r.top + row, a.r.left + column, o])
+                        v = v + np.float32(code - a.z_r) * a.m_r
+                    if a.float_output:
+                        v = min(max(v, a.lo), a.hi)
+                        y_float[n, a.y.top + row, a.y.left + column, o] = v
+                    else:
+                        code = np.uint8(_clamp_round(v, a.lo, a.hi))
+                        y[n, a.y.top + row, a.y.left + column, o] = code
+
+
+@register("pool_max", "reference", records.POOL)
+def _pool_max(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y = codes(a.x), codes(a.y)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    best = np.uint8(0)
+                    for ky in range(a.kernel_h):
+                        row = a.row0 + i * a.stride_h + ky * a.dilation_h
+                        for kx in range(a.kernel_w):
+                            column = a.column0 + j * a.stride_w + kx * a.dilation_w
+                            if a.low_h <= row < a.high_h and a.low_w <= column < a.high_w:
+                                best = max(best, x[n, row, column, c])
+                    y[n, a.y.top + i, a.y.left + j, c] = best
+
+
+@register("pool_average", "reference", records.POOL)
+def _pool_average(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y = codes(a.x), codes(a.y)
+    m = carray(as_pointer(a.m), a.kernel_h * a.kernel_w + 1, np.float32)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    acc, count = np.int64(0), 0
+                    for ky in range(a.kernel_h):
+                        row = a.row0 + i * a.stride_h + ky * a.dilation_h
+                        for kx in range(a.kernel_w):
+                            column = a.column0 + j * a.stride_w + kx * a.dilation_w
+                            if a.low_h <= row < a.high_h and a.low_w <= column < a.high_w:
+                                acc += np.int64(x[n, row, column, c]) - a.z_x
+                            if (
+                                a.count_low_h <= row < a.count_high_h
+                                and a.count_low_w <= column < a.count_high_w
+                            ):
+                                count += 1
+                    v = np.float32(acc) * m[count]
+                    v = v + a.b
+                    y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
+
+
+@njit
+def _repeated(tensor, picture, height, width, n, i, j, c):
+    """Code at (n, i, j, c) of a broadcast picture, whose axes of size 1 have one position."""
+    n = n if tensor.n > 1 else 0
+    i = i if height > 1 else 0
+    j = j if width > 1 else 0
+    c = c if tensor.c > 1 else 0
+    return np.int64(picture[n, tensor.top + i, tensor.left + j, c])
+
+
+@register("add", "reference", records.BINARY)
+def _add(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y, r = codes(a.x), codes(a.y), codes(a.r)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    left = _repeated(a.x, x, a.x_height, a.x_width, n, i, j, c) - a.z_x
+                    right = _repeated(a.r, r, a.r_height, a.r_width, n, i, j, c) - a.z_r
+                    v = np.float32(left) * a.m
+                    v = v + a.b
+                    v = v + np.float32(right) * a.m_r
+                    y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
+
+
+@register("multiply", "reference", records.BINARY)
+def _multiply(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y, r = codes(a.x), codes(a.y), codes(a.r)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    left = _repeated(a.x, x, a.x_height, a.x_width, n, i, j, c) - a.z_x
+                    right = _repeated(a.r, r, a.r_height, a.r_width, n, i, j, c) - a.z_r
+                    v = np.float32(left * right) * a.m
+                    v = v + a.b
+                    y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
+
+
+@register("copy", "reference", records.COPY)
+def _copy(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y = codes(a.x), codes(a.y)
+    table = carray(as_pointer(a.table), 256, np.uint8)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    code = x[
+                        n,
+                        a.row0 + i * a.stride_h,
+                        a.column0 + j * a.stride_w,
+                        a.channel0_x + c * a.stride_c,
+                    ]
+                    if a.has_table:
+                        code = table[code]
+                    y[n, a.row0_y + i, a.column0_y + j, a.channel0_y + c] = code
+
+
+@register("gather", "reference", records.GATHER)
+def _gather(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y = codes(a.x), codes(a.y)
+    indices = carray(as_pointer(a.indices), a.channels, np.int32)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    code = x[n, a.x.top + i, a.x.left + j, indices[c]]
+                    y[n, a.y.top + i, a.y.left + j, c] = code
+
+
+@register("lookup_channels", "reference", records.CHANNEL_LOOKUP)
+def _lookup_channels(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y = codes(a.x), codes(a.y)
+    tables = carray(as_pointer(a.tables), (a.channels, 256), np.uint8)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    code = tables[c, x[n, a.x.top + i, a.x.left + j, c]]
+                    y[n, a.y.top + i, a.y.left + j, c] = code
+
+
+@register("fill", "reference", records.FILL)
+def _fill(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    y = codes(a.y)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    y[n, a.y.top + i, a.y.left + j, c] = np.uint8(a.value)
+
+
+@register("resize", "reference", records.RESIZE)
+def _resize(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, y = codes(a.x), codes(a.y)
+    row0 = carray(as_pointer(a.row_index0), a.height, np.int64)
+    row1 = carray(as_pointer(a.row_index1), a.height, np.int64)
+    row_weight = carray(as_pointer(a.row_weight), a.height, np.int64)
+    column0 = carray(as_pointer(a.column_index0), a.width, np.int64)
+    column1 = carray(as_pointer(a.column_index1), a.width, np.int64)
+    column_weight = carray(as_pointer(a.column_weight), a.width, np.int64)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    v1, u1 = row_weight[i], column_weight[j]
+                    v0, u0 = 2048 - v1, 2048 - u1
+                    acc = v0 * u0 * x[n, a.x.top + row0[i], a.x.left + column0[j], c]
+                    acc += v0 * u1 * x[n, a.x.top + row0[i], a.x.left + column1[j], c]
+                    acc += v1 * u0 * x[n, a.x.top + row1[i], a.x.left + column0[j], c]
+                    acc += v1 * u1 * x[n, a.x.top + row1[i], a.x.left + column1[j], c]
+                    y[n, a.y.top + i, a.y.left + j, c] = np.uint8((acc + 2**21) >> 22)
+
+
+@njit
+def rearrange(a, x, y):
+    """Do what DepthToSpace does with tensors of any type."""
+    size = a.blocksize
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    block = i % size * size + j % size
+                    depth = block * a.channels + c if a.block_first else c * size * size + block
+                    value = x[n, a.x.top + i // size, a.x.left + j // size, depth]
+                    y[n, a.y.top + i, a.y.left + j, c] = value
+
+
+@register("depth_to_space", "reference", records.DEPTH_TO_SPACE)
+def _depth_to_space(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part == 0:
+        rearrange(a, codes(a.x), codes(a.y))
+
+
+@register("quantize", "reference", records.QUANTIZE)
+def _quantize(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x = carray(as_pointer(a.x.data), (a.n, a.channels, a.height, a.width), np.float32)
+    y = codes(a.y)
+    for n in range(a.n):
+        for i in range(a.height):
+            for j in range(a.width):
+                for c in range(a.channels):
+                    v = np.rint(x[n, c, i, j] / a.scale) + np.float32(a.zero_point)
+                    if v > 0:  # false for NaN, which becomes code 0
+                        code = np.uint8(min(v, np.float32(a.top)))
+                    else:
+                        code = np.uint8(0)
+                    y[n, a.y.top + i, a.y.left + j, c] = code
+
+
+@register("dequantize", "reference", records.DEQUANTIZE)
+def _dequantize(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x = codes(a.x)
+    y = carray(as_pointer(a.y.data), (a.n, a.channels, a.height, a.width), np.float32)
+    for n in range(a.n):
+        for c in range(a.channels):
+            for i in range(a.height):
+                for j in range(a.width):
+                    code = np.int64(x[n, a.x.top + i, a.x.left + j, c]) - a.zero_point
+                    y[n, c, i, j] = np.float32(code) * a.scale
+
+
+@register("to_channels_first", "reference", records.TO_CHANNELS_FIRST)
+def _to_channels_first(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x = floats(a.x)
+    y = carray(as_pointer(a.y.data), (a.n, a.channels, a.height, a.width), np.float32)
+    for n in range(a.n):
+        for c in range(a.channels):
+            for i in range(a.height):
+                for j in range(a.width):
+                    y[n, c, i, j] = x[n, a.x.top + i, a.x.left + j, c]

@@ -1,0 +1,1 @@
+"""The shift family: convolutions by additions and shifts alone."""

@@ -1,0 +1,1 @@
+"""The STLQ code: weights as first and second log-exponent words, and their bits in a file."""

@@ -1,0 +1,1 @@
+"""From a packed graph and input shapes to a program."""

@@ -1,0 +1,192 @@
+"""Export to ONNX: what onnxruntime computes from it, against the packed network itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from PIL import Image
+from support import graphs, oracle
+from support.graphs import assume_small_output_padding
+from support.onnx_nets import Net, noise
+from support.scripts import make
+
+onnx = pytest.importorskip("onnx", reason="needs the extra `converter`")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `converter`")
+from logshift.converter import ConversionError, Preprocessing, convert, metadata  # noqa: E402
+from logshift.converter.export import export  # noqa: E402
+from logshift.runtime import load  # noqa: E402
+from logshift.runtime.file import format as packed_format  # noqa: E402
+
+DEMO = Path(__file__).parents[2] / "converter" / "demo"
+
+
+def run(path, inputs, codes=()):
+    """Outputs by name, and the codes of these tensors; the model must be valid in every shape."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    for name in codes:
+        value = onnx.helper.make_tensor_value_info(
+            f"{name}/quantized", onnx.TensorProto.UINT8, None
+        )
+        model.graph.output.append(value)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [value.name for value in session.get_outputs()]
+    values = zip(names, session.run(names, inputs), strict=True)
+    return {name.removesuffix("/quantized"): y for name, y in values}
+
+
+def compare(graph, found, expected, tolerance=None):
+    """Codes are the same or neighbours, since engines sum in different orders.
+
+    tolerance : of float32 tensors; by default what summing in another order does.
+    """
+    for node in graph.nodes:
+        name = node.outputs[0]
+        if name not in found:
+            continue
+        x, y = (values[name].astype(np.float64) for values in (found, expected))
+        assert x.shape == y.shape
+        same = np.ones(x.shape, bool)
+        if node.op in ("Lookup", "DequantizeLinear"):  # any function of codes may jump
+            before = node.inputs[0]
+            same = found[before] == expected[before]
+            np.testing.assert_array_equal(x[same], y[same])
+        unit = 1.001 if graph.is_code(name) else tolerance or 1e-5 * np.abs(y).max()
+        assert (np.abs(x - y)[same] > unit).sum() <= 0.001 * x.size, node.op
+
+
+@pytest.mark.parametrize("kind", graphs.GRAPHS)
+@pytest.mark.hypothesis
+def test_random_graphs(kind, tmp_path_factory):
+    path = tmp_path_factory.mktemp(kind) / "net.onnx"
+
+    @settings(max_examples=40, suppress_health_check=list(HealthCheck))
+    @given(graph=graphs.GRAPHS[kind])
+    def check(graph):
+        for node in graph.nodes:  # onnxruntime has no other
+            a = node.attributes
+            assume_small_output_padding(node)
+            if node.op == "AveragePool":
+                assume(a["dilations"] == [1, 1] and not (a["ceil_mode"] and a["count_include_pad"]))
+        inputs = graphs.random_inputs(graph)
+        # ONNX does not say which code NaN becomes.
+        inputs = {name: np.nan_to_num(x, nan=1.0) for name, x in inputs.items()}
+        export(graph, path)
+        compare(graph, run(path, inputs, graph.quantization), oracle.evaluate(graph, inputs))
+
+    check()
+
+
+def test_words_are_plain_weights_of_exactly_their_values(tmp_path):
+    graph = make.classifier()
+    export(graph, tmp_path / "net.onnx")
+    model = onnx.load(tmp_path / "net.onnx")
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in graph.nodes:
+        if node.weights is not None:
+            values = weights[f"{node.outputs[0]}/weight"]
+            assert values.dtype == np.float32
+            np.testing.assert_array_equal(values.transpose(0, 2, 3, 1), node.weights.values())
+
+
+def test_metadata_and_free_dimensions(tmp_path):
+    graph = make.classifier()
+    packed_format.write(graph, tmp_path / "net.stlq")
+    export(tmp_path / "net.stlq", tmp_path / "net.onnx")
+    model = onnx.load(tmp_path / "net.onnx")
+    for info, value in zip(
+        graph.inputs + graph.outputs, [*model.graph.input, *model.graph.output], strict=True
+    ):
+        dims = value.type.tensor_type.shape.dim
+        assert info.name == value.name
+        assert info.shape == tuple(d.dim_param or d.dim_value for d in dims)
+    found = metadata.read(model)
+    assert found.labels == graph.labels
+    assert found.preprocessing == Preprocessing.from_manifest(graph.preprocessing)
+    for node in graph.nodes:
+        if node.weights is not None:
+            record = found.weights[f"{node.outputs[0]}/weight"]
+            assert record == metadata.WeightRecord.of(node.weights, "element")
+            assert record.bits == node.weights.bits
+            np.testing.assert_array_equal(np.float32(record.alpha), node.weights.alpha)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"weights": {"w": {"bits": 4}}}', '{"labels": [1]}'])
+def test_metadata_of_others_is_refused(text):
+    model = onnx.ModelProto()
+    assert metadata.read(model) == metadata.Metadata()
+    onnx.helper.set_model_props(model, {metadata.KEY: text})
+    with pytest.raises(ConversionError, match="docs/qdq.md"):
+        metadata.read(model)
+
+
+def test_failure_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("os.replace", None)
+    with pytest.raises(TypeError):
+        export(make.classifier(), path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_demo_network(tmp_path):
+    """ResNet-20: the same class for every picture, and codes that are the same or neighbours."""
+    preprocessing = Preprocessing()
+    convert(DEMO / "resnet20-cifar10.onnx", tmp_path / "net.stlq", calibration=DEMO / "pictures",
+            preprocessing=preprocessing)  # fmt: skip
+    export(tmp_path / "net.stlq", tmp_path / "net.onnx")
+    session = load(tmp_path / "net.stlq")
+    pictures = [Image.open(p) for p in sorted((DEMO / "pictures").glob("*.jpg"))]
+    x = np.stack([preprocessing.apply(p, (32, 32)) for p in pictures])
+    found = run(tmp_path / "net.onnx", {session.inputs[0].name: x}, session.graph.quantization)
+    expected = session.trace_codes(x)
+    last = [q.scale for q in session.graph.quantization.values()][-1]
+    compare(session.graph, found, expected, tolerance=2 * last)
+    output = session.outputs[0].name
+    assert (found[output].argmax(axis=1) == expected[output].argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18])
+@pytest.mark.parametrize("options", [{}, {"activation_bits": 32}, {"keep_float": ["*"]}])
+def test_float32_and_onnx_operators(opset, options, tmp_path):
+    net = Net(shape=("batch", 4, 8, 8), opset=opset)
+    x = net.node("LeakyRelu", net.conv("x"), alpha=0.2)
+    x = net.node("Mul", x, net.node("HardSigmoid", net.conv(x), alpha=1 / 6))
+    x = net.node("Clip", net.conv(x), net.constant(-1.0), net.constant(2.0))
+    y = net.conv(x)
+    x = net.node("Add", net.node("Mul", y, net.node("Sigmoid", y)), x)
+    x = net.node("Concat", net.node("Elu", net.conv(x)), net.node("Tanh", net.conv(x)), axis=1)
+    roi = net.constant([])
+    x = net.node("Resize", x, roi, net.constant([1, 1, 2, 2]), mode="nearest",
+                 coordinate_transformation_mode="asymmetric", nearest_mode="floor")  # fmt: skip
+    x = net.node("Reshape", x, net.constant([0, 8, -1], np.int64))
+    x = net.node("Softmax", net.node("Transpose", x, perm=[0, 2, 1]), axis=2)
+    model = net.model(net.node("ReduceMax", x, axes=[1]) if opset < 18 else x)
+    convert(model, tmp_path / "net.stlq", calibration=noise(8, (4, 8, 8)), **options)
+    export(tmp_path / "net.stlq", tmp_path / "net.onnx")
+    x = noise(3, (4, 8, 8), seed=1)
+    session = load(tmp_path / "net.stlq")
+    found = run(tmp_path / "net.onnx", {"x": x})[session.outputs[0].name]
+    expected = session.run(x)
+    assert found.shape == expected.shape
+    # A neighbouring code somewhere moves all that comes after it.
+    tolerance = 1e-5 if options else 0.02
+    assert (np.abs(found - expected) <= tolerance).mean() >= 0.999
+    written = onnx.load(tmp_path / "net.onnx")
+    assert any(node.op_type == "QuantizeLinear" for node in written.graph.node) != bool(options)
+    assert bool(metadata.read(written).weights) == ("keep_float" not in options)
+
+
+def test_old_onnx_operators_are_refused(tmp_path):
+    net = Net(shape=("batch", 4, 8, 8), opset=10)
+    model = net.model(net.node("Softmax", net.node("Flatten", net.conv("x"))))
+    convert(model, tmp_path / "net.stlq", calibration=noise(8, (4, 8, 8)))
+    with pytest.raises(ConversionError, match="version 10"):
+        export(tmp_path / "net.stlq", tmp_path / "net.onnx")

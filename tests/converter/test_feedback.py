@@ -1,0 +1,206 @@
+"""Error feedback: the covariance of inputs, and what rounding with it keeps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.onnx_nets import Net
+
+from logshift.converter import budget, convert, feedback
+from logshift.converter.evaluate import Evaluator
+from logshift.converter.float_graph import FloatNode
+from logshift.converter.settings import Settings
+from logshift.kernels.stlq import codec
+from logshift.runtime.file import format as packed_format
+
+CONVOLUTIONS = {
+    "3x3": (3, 5, 1, {"pads": [1, 1, 1, 1]}),
+    "strided": (3, 4, 1, {"strides": [2, 1], "pads": [0, 1, 2, 1]}),
+    "dilated": (2, 3, 1, {"dilations": [2, 3]}),
+    "grouped": (3, 6, 2, {"pads": [1, 1, 1, 1]}),
+    "depthwise": (3, 4, 4, {"pads": [1, 1, 1, 1]}),
+    "1x1": (1, 8, 1, {}),
+}
+
+
+def convolution(kernel, channels, group, attributes, out=None):
+    """A Conv that has the inputs of its weights as outputs, if `out` is not given."""
+    in_group = channels // group
+    size = kernel * kernel * in_group
+    defaults = {"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0], "group": group}
+    weight = np.tile(np.eye(size, dtype=np.float32), (group, 1))
+    if out is not None:
+        weight = np.random.default_rng(1).laplace(0, 0.1, (out, size)).astype(np.float32)
+    weight = weight.reshape(-1, kernel, kernel, in_group)
+    bias = np.zeros(len(weight), np.float32)
+    return FloatNode("Conv", "conv", ["x"], "y", defaults | attributes, weight, bias)
+
+
+def covariance(node, x, center, exact=None):
+    """Those of inputs x, all of which are looked at, in both networks if `exact` is not given."""
+    fetch_exact = (lambda rows: [x[rows]]) if exact is None else (lambda rows: [exact[rows]])
+    return feedback.covariance(node, lambda rows: [x[rows]], fetch_exact, len(x), center)
+
+
+def inputs(channels, count=6, size=9):
+    """Pictures whose neighbouring pixels and channels go together."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((count, channels, size, size))
+    x += rng.standard_normal((count, 1, size, size))
+    for axis in (2, 3):
+        x = x + np.roll(x, 1, axis) + np.roll(x, 2, axis) + np.roll(x, 3, axis)
+    return (x + 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("center", [True, False])
+def test_covariance_is_that_of_what_weights_see(kind, center):
+    node = convolution(*CONVOLUTIONS[kind])
+    x, group = inputs(CONVOLUTIONS[kind][1]), CONVOLUTIONS[kind][2]
+    columns = Evaluator(node)([x]).transpose(1, 0, 2, 3)
+    columns = columns.reshape(group, len(columns) // group, -1).astype(np.float64)
+    if center:
+        columns -= columns.mean(axis=2, keepdims=True)
+    expected = columns @ columns.transpose(0, 2, 1) / columns.shape[2]
+    found, _ = covariance(node, x, center)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_taps_of_a_transposed_convolution_count_as_independent():
+    node = convolution(2, 4, 2, {"strides": [2, 2]})
+    node.op = "ConvTranspose"
+    x = inputs(4)
+    found, cross = covariance(node, x, True)
+    assert found.shape == cross.shape == (2, 8, 8)
+    tap = np.cov(x.transpose(1, 0, 2, 3).reshape(4, -1), bias=True)
+    blocks = found.reshape(2, 4, 2, 4, 2)
+    for g in range(2):
+        for i in range(4):
+            for j in range(4):
+                expected = tap[2 * g : 2 * g + 2, 2 * g : 2 * g + 2] if i == j else 0.0
+                np.testing.assert_allclose(blocks[g, i, :, j], expected, atol=1e-4)
+
+
+def output_error(weight, words, moments):
+    """Mean squared error of outputs."""
+    group = len(moments)
+    difference = (words.values() - weight).reshape(group, len(weight) // group, -1)
+    return float(np.einsum("gok,gkl,gol->", difference, moments, difference))
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("granularity", codec.GRANULARITIES)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_feedback_keeps_outputs_better_for_as_many_words(kind, granularity, bits):
+    kernel, channels, group, attributes = CONVOLUTIONS[kind]
+    node = convolution(kernel, channels, group, attributes, out=8 * group)
+    x = inputs(channels)
+    moments, cross = covariance(node, x, True)
+    settings = Settings(bits, granularity=granularity, tile=4)
+    words = feedback.encode(node.weight, moments, cross, settings, 0.25)
+    plain = codec.encode(node.weight, bits, 0.25, granularity=granularity, tile=4)
+    errors = [output_error(node.weight, w, moments) for w in (words, plain)]
+    assert errors[0] < errors[1]
+    chosen = (words.second & (2 ** (bits - 1) - 1)) != 0
+    if granularity == "element":
+        assert chosen.mean() <= 0.25
+    else:
+        block = 4 if granularity == "tile" else chosen[0].size
+        blocks = chosen.reshape(-1)[: chosen.size // block * block].reshape(-1, block)
+        assert blocks.any(axis=1).sum() <= 0.25 * chosen.size / block + 1
+    assert np.abs(words.integers()).max() <= words.limit
+
+
+def test_inputs_that_are_independent_leave_nothing_to_make_up_for():
+    weight = np.random.default_rng(0).laplace(0, 0.1, (12, 3, 3, 7)).astype(np.float32)
+    settings = Settings(4)
+    words = feedback.encode(weight, np.eye(63)[None], np.zeros((1, 63, 63)), settings, 0.15)
+    plain = codec.encode(weight, 4, 0.15)
+    assert np.array_equal(words.first, plain.first)
+    assert (words.second != plain.second).mean() < 0.01  # ties among gains
+
+
+def test_inputs_that_never_vary():
+    weight = np.random.default_rng(0).laplace(0, 0.1, (8, 1, 1, 10)).astype(np.float32)
+    moments = np.zeros((1, 10, 10))
+    for last in (0.0, 1.0):
+        moments[0, -1, -1] = last
+        words = feedback.encode(weight, moments, 0 * moments, Settings(4), 0.15)
+        assert np.isfinite(words.values()).all()
+
+
+def test_fit_makes_up_for_what_inputs_have_lost():
+    node = convolution(3, 6, 1, {"pads": [1, 1, 1, 1]}, out=8)
+    exact = inputs(6)
+    x = 0.8 * exact  # as if quantization had shrunk them
+    moments, cross = covariance(node, x, True, exact)
+    np.testing.assert_allclose(cross, 0.25 * moments, atol=1e-3 * np.abs(moments).max())
+    words = feedback.encode(node.weight, moments, cross, Settings(4), 1.0)
+    larger = np.vdot(words.values(), node.weight) / np.vdot(node.weight, node.weight)
+    assert 1.05 < larger < 1.3
+
+
+def test_budget_goes_where_outputs_gain(tmp_path):
+    net = Net(shape=("batch", 4, 8, 8))
+    kept = net.conv("x", 4, 16)
+    lost = net.node("Mul", net.conv("x", 4, 16), net.constant(1e-3))
+    model = net.model(net.conv(net.node("Add", kept, lost), 16, 4))
+    x = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
+    report = convert(model, tmp_path / "net.stlq", calibration=x, residual_ratio=0.2)
+    ratios = [layer.nzr for layer in report.layers if layer.nzr is not None]
+    assert len(ratios) == 3
+    assert min(ratios) < 0.01 and max(ratios) > 0.2
+    assert 0.19 < report.nzr <= 0.2
+
+
+@pytest.mark.parametrize("granularity", ["tile", "filter"])
+def test_budget_is_kept_by_blocks(granularity, tmp_path):
+    net = Net(shape=("batch", 4, 8, 8))
+    model = net.model(net.conv(net.node("Relu", net.conv("x", 4, 32)), 32, 12))
+    x = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
+    settings = {"granularity": granularity, "tile": 8, "residual_ratio": 0.3}
+    report = convert(model, tmp_path / "net.stlq", calibration=x, **settings)
+    assert 0.05 < report.nzr <= 0.3
+
+
+def test_layers_of_too_many_inputs_are_rounded_as_they_are(tmp_path, monkeypatch):
+    net = Net(shape=("batch", 4, 8, 8))
+    model = net.model(net.conv(net.conv("x", 4, 6), 6, 4))
+    x = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
+
+    def words(**settings):
+        convert(model, tmp_path / "net.stlq", calibration=x, residual_ratio=1.0, **settings)
+        nodes = packed_format.read(tmp_path / "net.stlq").nodes
+        return [node.weights.values() for node in nodes if node.weights]
+
+    plain, full = words(error_feedback=False), words()
+    monkeypatch.setattr(feedback, "MOST_INPUTS", 4 * 9)
+    first, second = words()
+    np.testing.assert_array_equal(first, full[0])
+    np.testing.assert_array_equal(second, plain[1])
+    assert (second != full[1]).any()
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=1), min_size=1, max_size=5),
+    st.floats(0, 1),
+    st.data(),
+)
+def test_what_the_budget_buys(worth, share, data):
+    worth = [np.array(part, np.float32) for part in worth]
+    size = st.integers(1, 4)
+    sizes = [data.draw(size)] * len(worth) if data.draw(st.booleans()) else [
+        data.draw(size) for _ in worth
+    ]  # fmt: skip
+    left = share * sum(len(part) * size for part, size in zip(worth, sizes, strict=True))
+    found = np.concatenate(budget._bought(worth, sizes, left))
+    everything, costs = np.concatenate(worth), np.repeat(sizes, [len(part) for part in worth])
+    expected = np.zeros(len(everything), bool)
+    for index in sorted(range(len(everything)), key=lambda i: -everything[i]):
+        left -= costs[index]
+        if left < 0:
+            break
+        expected[index] = True
+    np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,105 @@
+"""Every kernel against its slow twin: the same codes, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import oracle
+from support.graphs import GRAPHS, build, random_inputs, random_weights
+
+from logshift.kernels import registry
+from logshift.kernels.stlq.codec import LogWeights
+from logshift.runtime import Session
+from logshift.runtime.graph import Node, Quantization
+
+FAST = ("portable", "dot", "shift")
+
+
+def assert_same(expected, actual, context):
+    """Assert that two dicts of tensors hold the same bits."""
+    for name, tensor in expected.items():
+        assert tensor.dtype == actual[name].dtype, (context, name)
+        assert tensor.tobytes() == actual[name].tobytes(), (context, name)
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.hypothesis
+def test_fast_equals_reference_equals_numpy(kind):
+    @settings(max_examples=60, deadline=None)
+    @given(graph=GRAPHS[kind], seed=st.integers(0, 2**16))
+    def check(graph, seed):
+        inputs = random_inputs(graph, seed)
+        expected = Session(graph, threads=1, kernels="reference").trace_codes(inputs)
+        tensors = oracle.evaluate(graph, inputs)
+        names = [info.name for info in graph.outputs]
+        for name in graph.quantization:
+            assert np.array_equal(tensors[name], expected[name]), name
+        for kernels in FAST:
+            for threads in (1, 2):
+                session = Session(graph, threads=threads, kernels=kernels)
+                assert_same(expected, session.trace_codes(inputs), (kind, kernels, threads))
+                # A trace keeps every tensor; a run fuses and reuses what it can.
+                output = session.run(inputs)
+                assert_same({k: expected[k] for k in names}, {names[0]: output}, (kind, kernels))
+
+    check()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("signs", ["plus", "minus", "pairs", "halves"])
+def test_largest_weights_and_codes_do_not_overflow(bits, signs):
+    shape = (17, 3, 3, 8)
+    largest = 2 ** (bits - 1) - 1  # the field e of the largest magnitude
+    negative = {
+        "plus": np.zeros(shape, bool),
+        "minus": np.ones(shape, bool),
+        "pairs": np.arange(np.prod(shape)).reshape(shape) // 2 % 2 == 1,
+        "halves": np.arange(np.prod(shape)).reshape(shape) % 72 >= 36,
+    }[signs]
+    first = np.where(negative, largest + 2 ** (bits - 1), largest).astype(np.uint8)
+    # At 3 bits both words may be at their largest, at 4 bits the bound is the first word's.
+    second = first if bits == 3 else np.zeros_like(first)
+    weights = LogWeights(first, second, np.ones(17, np.float32), bits, clip=2 if bits == 3 else 1)
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("Conv", "conv", ["x"], ["y"], {}, weights),
+    ]
+    graph = build(nodes, {"x": Quantization(1.0, 0, 8)}, {"input": (1, 8, 5, 9)}, "y")
+    x = np.full((1, 8, 5, 9), 255, np.float32)
+    expected = Session(graph, kernels="reference").run(x)
+    for kernels in FAST:
+        assert np.array_equal(Session(graph, kernels=kernels).run(x), expected)
+
+
+@pytest.mark.parametrize("scales", [(1e3, None), (1e-9, 1e3), (1e3, 1e3)])
+def test_outputs_beyond_int32_are_clamped(scales):
+    """Scales of the input and of a residual against which that of the output is tiny."""
+    rng = np.random.default_rng(0)
+    scale_x, scale_r = scales
+    q = {"x": Quantization(scale_x, 100, 8), "y": Quantization(1e-9, 7, 8)}
+    conv = Node("Conv", "conv", ["x"], ["y"], {"clamp": [3, 250]})
+    conv.weights = random_weights(rng, (40, 3, 3, 5), 4, 0.15, 0)
+    nodes, inputs = [Node("QuantizeLinear", "q", ["input"], ["x"])], {"input": (1, 5, 6, 7)}
+    if scale_r is not None:
+        q["r"], inputs["other"] = Quantization(scale_r, 100, 8), (1, 40, 4, 5)
+        nodes.append(Node("QuantizeLinear", "q_r", ["other"], ["r"]))
+        conv.inputs.append("r")
+    nodes += [conv, Node("DequantizeLinear", "d", ["y"], ["z"])]
+    graph = build(nodes, q, inputs, "z")
+    x = {
+        info.name: (rng.standard_normal(info.nominal) * 50 * scale).astype(np.float32)
+        for info, scale in zip(graph.inputs, scales, strict=False)
+    }
+    expected = Session(graph, kernels="reference").run(x)
+    for kernels in FAST:
+        assert np.array_equal(Session(graph, kernels=kernels).run(x), expected)
+
+
+def test_every_operation_has_a_reference_and_a_portable_kernel():
+    operations = {k.op for k in registry.kernels()}
+    for op in operations:
+        families = {k.family for k in registry.kernels() if k.op == op}
+        known = {name for names in registry.FAMILIES.values() for name in names}
+        assert {"reference", "portable"} <= families <= known

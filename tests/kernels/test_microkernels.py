@@ -1,0 +1,42 @@
+"""Microkernels compile to the instructions that they are named after, wherever they are run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from support.assembly import needs_x86, printed_for
+
+from logshift.kernels.dot.tiles import MICROKERNELS
+
+CPUS = {"avx512vnni": "icelake-server", "avxvnni": "alderlake", "avx2": "haswell"}
+
+ASSEMBLY = """
+import sys
+from numba import cfunc, types
+from logshift.kernels.dot import tiles
+assert tiles.MICROKERNELS[sys.argv[1]].available
+function = tiles.function(sys.argv[1])
+print(cfunc(types.void(types.uintp))(function)._library.get_asm_str())
+"""
+# Of a kind: the instruction of its inner loop, and how many per pixel and vector of channels.
+PRODUCTS = {
+    "pair": ("vpmaddubsw", 1), "dot": ("vpdpbusd", 1), "wide": ("vpmaddwd|vpdpwssd", 2),
+    "depthwise": ("vpmaddubsw", 0.5), "winograd": ("vpmaddubsw", 1),
+    "winograd_dot": ("vpdpbusd", 2), "rows": ("vpdpbusd", 1),
+}  # fmt: skip
+
+
+@needs_x86
+@pytest.mark.parametrize("name", MICROKERNELS)
+def test_steps_have_no_more_products_than_they_need(name):
+    kernel = MICROKERNELS[name]
+    assembly = printed_for(CPUS[kernel.isa], ASSEMBLY, name)
+    register = "zmm" if kernel.lanes == 16 else "ymm"
+    instruction, per_vector = PRODUCTS[kernel.kind]
+    products = re.findall(rf"\b(?:{instruction})\s.*%{register}\d+", assembly)
+    needed = kernel.pixels * kernel.vectors * per_vector
+    # Steps are there more than once: the first one, loops, what the compiler unrolled of them.
+    assert products and len(products) % needed == 0
+    others = {"vpmaddubsw", "vpdpbusd"} - {instruction}
+    assert not any(other in assembly for other in others)

@@ -1,0 +1,462 @@
+"""Compiled ONNX operators in ONNX's form: what NumPy makes of them, in one native program."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from support.graphs import network, node, random_weights
+
+from logshift.kernels import records
+from logshift.kernels.errors import InputError
+from logshift.runtime import Session
+from logshift.runtime.graph import Node, Quantization, ValueInfo
+from logshift.runtime.onnx_ops import compiled, numpy_ops
+from logshift.runtime.plan.program import NumpyStep
+
+SHAPES = arrays.array_shapes(min_dims=1, max_dims=5, min_side=1, max_side=7)
+SEEDS = st.integers(0, 2**32)
+SPECIAL = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e30, -1e30, 1e-40], np.float32)
+
+
+def floats(shape, seed=0, special=False):
+    rng = np.random.default_rng(seed)
+    x = (3 * rng.standard_normal(shape)).astype(np.float32)
+    if special:
+        x = np.where(rng.random(shape) < 0.2, rng.choice(SPECIAL, shape), x)
+    return x
+
+
+def steps_in_numpy(session, inputs):
+    """Operators that run in NumPy."""
+    return [p.node.op for p in session._plan(inputs).parts if isinstance(p, NumpyStep)]
+
+
+def bits(x):
+    """Bytes of an array; which NaN it is does not count."""
+    return np.where(np.isnan(x), np.float32(np.nan), x).tobytes()
+
+
+def run(graph, inputs):
+    """Outputs, the same bits for every kernel and number of threads, without NumPy."""
+    found = []
+    for kernels, threads in (("reference", 1), ("portable", 1), ("portable", 2)):
+        session = Session(graph, threads=threads, kernels=kernels)
+        assert steps_in_numpy(session, inputs) == []
+        result = session.run(inputs)
+        if len(graph.outputs) == 1:
+            result = {graph.outputs[0].name: result}
+        found.append({name: np.array(y) for name, y in result.items()})
+        traced = session.trace_codes(inputs)
+        assert all(bits(traced[name]) == bits(y) for name, y in found[-1].items())
+    for other in found[1:]:
+        for name, y in found[0].items():
+            assert y.shape == other[name].shape and bits(y) == bits(other[name]), name
+    return found[0]
+
+
+def check(op, *inputs, opset=18, outputs=1, compare=np.testing.assert_array_equal, **attributes):
+    """Compare with NumPy; inputs that are no float32 are constants."""
+    names = [f"x{i}" for i in range(len(inputs))]
+    given = {n: x for n, x in zip(names, inputs, strict=True) if x.dtype == np.float32}
+    constants = {n: x for n, x in zip(names, inputs, strict=True) if n not in given}
+    results = [f"y{i}" for i in range(outputs)]
+    graph = network([node(op, names, *results, **attributes)], given, results, constants, opset)
+    found = run(graph, given)
+    expected = numpy_ops.compute(op, attributes, opset, inputs, outputs)
+    for name, y in zip(results, expected, strict=True):
+        assert found[name].shape == y.shape and found[name].dtype == y.dtype
+        compare(found[name], y)
+
+
+def near(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-7)
+
+
+def ints(*values):
+    return np.array(values, np.int64)
+
+
+# --- moves ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_transpose(shape, seed, data):
+    order = data.draw(st.permutations(range(len(shape))))
+    check("Transpose", floats(shape, seed), perm=order)
+
+
+@pytest.mark.parametrize("shape", [(1, 70, 33), (130, 3, 65), (4, 2100)])
+def test_transpose_of_many(shape):
+    check("Transpose", floats(shape), perm=list(range(len(shape)))[::-1])
+
+
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_slice(shape, seed, data):
+    steps = [data.draw(st.sampled_from([1, 2, 3, -1, -2])) for _ in shape]
+    bounds = [sorted((data.draw(st.integers(0, size - 1)), size)) for size in shape]
+    bounds = [
+        (a, b) if step > 0 else (b - 1, a - size - 1)
+        for (a, b), step, size in zip(bounds, steps, shape, strict=True)
+    ]
+    starts, ends = zip(*bounds, strict=True)
+    check("Slice", floats(shape, seed), ints(*starts), ints(*ends), ints(*range(len(shape))),
+          ints(*steps))  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(SHAPES, SEEDS, st.data())
+def test_expand(shape, seed, data):
+    x = floats([data.draw(st.sampled_from([1, size])) for size in shape], seed)
+    check("Expand", x, ints(data.draw(st.integers(1, 2)), *shape))
+
+
+@settings(max_examples=30)
+@given(SHAPES, SEEDS, st.data())
+def test_split_and_concat(shape, seed, data):
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+    whole = (*shape[:axis], sum(sizes), *shape[axis + 1 :])
+    x = floats(whole, seed)
+    check("Split", x, ints(*sizes), outputs=len(sizes), axis=axis)
+    parts = np.split(x, np.cumsum(sizes)[:-1], axis)
+    check("Concat", *map(np.ascontiguousarray, parts), axis=axis)
+
+
+def test_names_of_the_same_bytes():
+    x = floats((2, 3, 4, 5))
+    check("Reshape", x, ints(0, -1))
+    check("Flatten", x, axis=3)
+    check("Unsqueeze", x, ints(0, 3))
+    check("Squeeze", floats((1, 3, 1, 4)), ints(0, 2))
+    check("Identity", x)
+    check("Transpose", floats((1, 3, 1, 4)), perm=[1, 0, 3, 2])
+    graph = network([node("Flatten", ["x"], "y")], {"x": x}, ["y"])
+    session = Session(graph)
+    assert len(session._plan({"x": x}).program) == 0
+    assert not np.may_share_memory(session.run(x), x)
+
+
+def test_outputs_that_are_views_of_each_other():
+    x = floats((2, 3, 4))
+    nodes = [node("Neg", ["x"], "a"), node("Reshape", ["a", "s"], "b"), node("Abs", ["b"], "c")]
+    graph = network(nodes, {"x": x}, ["a", "b", "c"], {"s": ints(4, 6)})
+    found = run(graph, {"x": x})
+    np.testing.assert_array_equal(found["a"], -x)
+    np.testing.assert_array_equal(found["b"], -x.reshape(4, 6))
+    np.testing.assert_array_equal(found["c"], abs(x).reshape(4, 6))
+
+
+@pytest.mark.parametrize("outputs", [["a", "b", "c", "d"], ["d", "c", "b", "a"]])
+def test_outputs_are_the_callers_own(outputs):
+    x = floats((2, 3, 4))
+    nodes = [
+        node("Neg", ["x"], "a"), node("Reshape", ["a", "s"], "b"), node("Cast", ["a"], "c", to=1),
+        node("Flatten", ["x"], "d"),
+    ]  # fmt: skip
+    graph = network(nodes, {"x": x}, outputs, {"s": ints(4, 6)})
+    session = Session(graph)
+    found = [x, *session.run({"x": x}).values(), *session.run({"x": x}).values()]
+    for i, y in enumerate(found):
+        assert not any(np.may_share_memory(y, other) for other in found[:i])
+    for name, y in session.run({"x": x}).items():
+        np.testing.assert_array_equal(y.ravel(), (x if name == "d" else -x).ravel())
+
+
+# --- element by element ---------------------------------------------------------------------------
+
+BINARY = ["Add", "Sub", "Mul", "Div", "Max", "Min", "Sum"]
+
+
+@pytest.mark.parametrize("op", BINARY)
+@settings(max_examples=30)
+@given(arrays.mutually_broadcastable_shapes(num_shapes=2, min_side=1, max_side=6, max_dims=5),
+       SEEDS)  # fmt: skip
+def test_broadcasting(op, shapes, seed):
+    x, r = (floats(shape, seed + i, special=True) for i, shape in enumerate(shapes.input_shapes))
+    check(op, x, r)
+
+
+@settings(max_examples=30)
+@given(SHAPES, SEEDS, st.data())
+def test_slopes(shape, seed, data):
+    slope = floats([data.draw(st.sampled_from([1, size])) for size in shape], seed + 1)
+    check("PRelu", floats(shape, seed, special=True), slope)
+
+
+@pytest.mark.parametrize("shape", [(9000,), (2, 3, 8192), (37 * 1024,)])
+def test_long_axes_are_shared(shape):
+    check("Add", floats(shape), floats(shape, 1))
+    check("Mul", floats(shape), floats((1,), 1))
+    check("Sigmoid", floats(shape), compare=near)
+
+
+def test_squares():
+    x = floats((3, 4), special=True)
+    check("Pow", x, np.array([2.0], np.float64), compare=near)
+    graph = network([node("Pow", ["x", "n"], "y")], {"x": x}, ["y"], {"n": np.array(3, np.int64)})
+    session = Session(graph)
+    assert steps_in_numpy(session, {"x": x}) == ["Pow"]
+
+
+EXACT = ["Abs", "HardSigmoid", "HardSwish", "LeakyRelu", "Neg", "Reciprocal", "Relu", "Sqrt"]
+FUNCTIONS = {
+    "Elu": {"alpha": 1.25}, "Erf": {}, "Exp": {}, "Sigmoid": {}, "Swish": {"alpha": 0.75},
+    "Tanh": {}, "HardSigmoid": {"alpha": 0.3, "beta": 0.4}, "LeakyRelu": {"alpha": 0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", sorted({*EXACT, *FUNCTIONS}))
+def test_functions(op):
+    x = floats((3, 1000, 7), special=True)
+    x[0] *= np.float32(20)
+    check(op, x, compare=np.testing.assert_array_equal if op in EXACT else near, opset=24,
+          **FUNCTIONS.get(op, {}))  # fmt: skip
+
+
+def test_every_function_is_asked_for():
+    asked = {
+        name for name in compiled.OPERATORS if name in numpy_ops._UNARY | numpy_ops._PARAMETRIC
+    }
+    assert asked - {"Identity"} == {*EXACT, *FUNCTIONS}
+    assert len(asked - {"Identity", "Relu"} | {"Clip"}) == len(records.PLAIN_UNARY_FUNCTIONS)
+
+
+@pytest.mark.parametrize("low", [None, -1, math.inf])
+@pytest.mark.parametrize("high", [None, 0.5, 1e300])
+def test_clip(low, high):
+    x = floats((5, 6), special=True)
+    bounds = {name: v for name, v in (("min", low), ("max", high)) if v is not None}
+    check("Clip", x, opset=6, **bounds)
+
+
+def test_bounds_that_only_a_run_tells():
+    inputs = {"x": floats((5, 6)), "low": np.float32(-1).reshape(())}
+    graph = network([node("Clip", ["x", "low"], "y")], inputs, ["y"])
+    session = Session(graph)
+    assert steps_in_numpy(session, inputs) == ["Clip"]
+    np.testing.assert_array_equal(session.run(inputs), np.maximum(inputs["x"], -1))
+
+
+# --- along axes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"])
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_reductions(op, shape, seed, data):
+    axes = data.draw(st.sets(st.integers(0, len(shape) - 1)))
+    axes = [axis - data.draw(st.sampled_from([0, len(shape)])) for axis in axes]
+    exact = op in ("ReduceMax", "ReduceMin")
+    check(
+        op, floats(shape, seed, special=exact), ints(*axes),
+        keepdims=data.draw(st.integers(0, 1)),
+        compare=np.testing.assert_array_equal if exact else lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=1e-5
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [[0], [1], [2], [0, 2], [0, 1, 2]])
+def test_sums_are_rounded_once(axes):
+    x = floats((65, 33, 70))
+    (exact,) = numpy_ops.compute("ReduceSum", {}, 18, [x.astype(np.float64), ints(*axes)], 1)
+    graph = network([node("ReduceSum", ["x", "a"], "y")], {"x": x}, ["y"], {"a": ints(*axes)})
+    np.testing.assert_array_equal(run(graph, {"x": x})["y"], exact.astype(np.float32))
+
+
+@settings(max_examples=60)
+@given(SHAPES, SEEDS, st.data())
+def test_softmax(shape, seed, data):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    opset = data.draw(st.sampled_from([11, 13]))
+    check("Softmax", floats(shape, seed, special=seed % 3 == 0), opset=opset, axis=axis,
+          compare=near)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 1000), (1, 16, 4, 130), (3, 5, 200)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_softmax_of_many(shape, axis):
+    check("Softmax", 10 * floats(shape), axis=axis, compare=near)
+
+
+# --- in networks ----------------------------------------------------------------------------------
+
+
+def test_other_types_and_empty_tensors_stay_with_numpy():
+    empty = np.zeros((0, 3), np.float32)
+    for x in (empty, np.ones((2, 3), np.float64), np.ones((2, 3), np.int32)):
+        graph = network([node("Add", ["x", "x"], "y")], {"x": x}, ["y"])
+        session = Session(graph)
+        assert steps_in_numpy(session, {"x": x}) == ["Add"]
+
+
+def backbone(rng):
+    """Codes and a convolution, whose output is float32."""
+    weights = random_weights(rng, (8, 3, 3, 4), 4, 0.15, 0)
+    nodes = [
+        Node("QuantizeLinear", "q", ["x"], ["c"]),
+        Node("Conv", "conv", ["c"], ["features"], {"pads": [1] * 4}, weights),
+    ]
+    return nodes, {"c": Quantization(0.05, 120, 8)}
+
+
+def test_a_classifier_is_one_program():
+    rng = np.random.default_rng(0)
+    nodes, quantization = backbone(rng)
+    fc = random_weights(rng, (5, 1, 1, 8), 4, 0.15, 0)
+    nodes += [
+        Node("GlobalAveragePool", "pool", ["features"], ["pooled"]),
+        Node("QuantizeLinear", "q2", ["pooled"], ["c2"]),
+        Node("Conv", "fc", ["c2"], ["scores"], {}, fc),
+        node("Flatten", ["scores"], "flat"),
+        node("Softmax", ["flat"], "y", axis=-1),
+    ]
+    quantization["c2"] = Quantization(0.05, 120, 8)
+    inputs = {"x": floats((2, 4, 6, 6))}
+    graph = network(nodes, inputs, ["y", "flat"], quantization=quantization)
+    session = Session(graph, threads=1)
+    assert len(session._plan(inputs).parts) == 1
+    found = run(graph, inputs)
+    near(found["y"], numpy_ops.compute("Softmax", {"axis": -1}, 18, [found["flat"]], 1)[0])
+    kernels = {layer.name: layer.kernel for layer in session.summary().layers}
+    assert kernels["flat"] == "" and kernels["y"] == "portable-plain_softmax"
+    assert "portable-plain_softmax" in [time.kernel for time in session.profile(inputs, 1)]
+
+
+def detector(rng):
+    """The end of a detector such as YOLOv8, after a convolution."""
+    nodes, quantization = backbone(rng)
+    nodes += [
+        node("Reshape", ["features", "rows"], "all"),
+        node("Split", ["all", "sizes"], "boxes", "scores", axis=1),
+        node("Reshape", ["boxes", "bins"], "binned"),
+        node("Transpose", ["binned"], "turned", perm=[0, 2, 1, 3]),
+        node("Softmax", ["turned"], "shares", axis=1),
+        node("Mul", ["shares", "weights"], "weighted"),
+        node("ReduceSum", ["weighted", "one"], "distances", keepdims=0),
+        node("Slice", ["distances", "zero", "one", "one"], "first"),
+        node("Slice", ["distances", "one", "two", "one"], "second"),
+        node("Sub", ["anchors", "first"], "low"),
+        node("Add", ["anchors", "second"], "high"),
+        node("Add", ["low", "high"], "sum"),
+        node("Div", ["sum", "half"], "centre"),
+        node("Sub", ["high", "low"], "size"),
+        node("Concat", ["centre", "size"], "box", axis=1),
+        node("Mul", ["box", "strides"], "scaled"),
+        node("Sigmoid", ["scores"], "shown"),
+        node("Concat", ["scaled", "shown"], "y", axis=1),
+    ]
+    constants = {
+        "rows": ints(0, 8, 36), "sizes": ints(4, 4), "bins": ints(0, 2, 2, 36),
+        "weights": np.arange(2, dtype=np.float32).reshape(1, 2, 1, 1),
+        "zero": ints(0), "one": ints(1), "two": ints(2),
+        "anchors": floats((1, 1, 36)), "half": np.float32(2).reshape(()),
+        "strides": abs(floats((36,))),
+    }  # fmt: skip
+    return nodes, quantization, constants
+
+
+def test_the_end_of_a_detector_is_one_program():
+    nodes, quantization, constants = detector(np.random.default_rng(1))
+    inputs = {"x": floats((2, 4, 6, 6))}
+    graph = network(nodes, inputs, ["y", "features"], constants, quantization=quantization)
+    assert len(Session(graph, threads=1)._plan(inputs).parts) == 1
+    found = run(graph, inputs)
+    values = constants | {"features": found["features"]}
+    for each in nodes[2:]:
+        results = numpy_ops.compute(
+            each.op, each.attributes, 18, [values[name] for name in each.inputs], len(each.outputs)
+        )
+        values |= dict(zip(each.outputs, results, strict=True))
+    np.testing.assert_allclose(found["y"], values["y"], rtol=1e-5, atol=1e-6)
+    traced = Session(graph, threads=2).trace(inputs)
+    for name in values.keys() - constants.keys():
+        assert traced[name].shape == values[name].shape
+        np.testing.assert_allclose(traced[name], values[name], rtol=1e-5, atol=1e-6)
+
+
+def test_packed_operators_read_what_is_compiled():
+    rng = np.random.default_rng(2)
+    nodes, quantization = backbone(rng)
+    nodes += [
+        node("Reshape", ["features", "s"], "view"),
+        Node("Tanh", "tanh", ["view"], ["t"]),
+        node("Mul", ["view", "t"], "product"),
+        Node("QuantizeLinear", "q2", ["product"], ["c2"]),
+        Node("DequantizeLinear", "d", ["c2"], ["y"]),
+        Node("Tanh", "tanh2", ["product"], ["z"]),
+    ]
+    quantization["c2"] = Quantization(0.05, 120, 8)
+    inputs = {"x": floats((2, 4, 6, 6))}
+    graph = network(
+        nodes, inputs, ["y", "z", "features"], {"s": ints(2, 9, 4, 8)}, quantization=quantization
+    )
+    assert len(Session(graph, threads=1)._plan(inputs).parts) == 1
+    found = run(graph, inputs)
+    view = found["features"].reshape(2, 9, 4, 8)
+    product = view * np.tanh(view)
+    np.testing.assert_allclose(found["z"], np.tanh(product), rtol=1e-5, atol=1e-6)
+    assert abs(found["y"] - np.clip(product, -6, 6.75)).max() < 0.03
+
+
+def test_numpy_between_programs():
+    x = floats((3, 4))
+    nodes = [
+        node("Neg", ["x"], "a"), node("Reshape", ["a", "s"], "view"), node("Sin", ["view"], "b"),
+        node("Reshape", ["b", "t"], "c"), node("Abs", ["c"], "d"), node("NonZero", ["d"], "where"),
+        node("Transpose", ["where"], "turned"), node("Exp", ["c"], "e"),
+    ]  # fmt: skip
+    inputs = {"x": x}
+    graph = network(nodes, inputs, ["d", "e"], {"s": ints(2, 6), "t": ints(12)})
+    graph.outputs.append(ValueInfo("turned", ("n", 1), (12, 1), "int64"))
+    graph.validate()
+    session = Session(graph, threads=2)
+    assert steps_in_numpy(session, inputs) == ["Sin", "NonZero", "Transpose"]
+    found = session.run(inputs)
+    expected = np.sin(-x).reshape(12)
+    near(found["d"], abs(expected))
+    near(found["e"], np.exp(expected))
+    np.testing.assert_array_equal(found["turned"], np.argwhere(expected))
+
+
+def test_axes_that_are_given_twice():
+    """The rule of shapes takes the attribute, the operator the input; nothing tells at 3 x 3."""
+    nodes = [node("ReduceSum", ["x", "a"], "t", axes=[0]), node("Neg", ["t"], "y")]
+    graph = network(nodes, {"x": floats((3, 3))}, ["y"], {"a": ints(1)})
+    graph.inputs = [ValueInfo("x", ("n", "m"), (3, 3))]
+    graph.outputs = [ValueInfo("y", ("p", "q"), (3, 1))]
+    session = Session(graph)
+    for shape in ((3, 3), (400, 3), (3, 400)):
+        x = floats(shape)
+        with contextlib.suppress(InputError):
+            near(session.run(x), -x.sum(1, keepdims=True))
+
+
+def test_another_size():
+    """A session's outline serves other sizes, whose calls are others."""
+    nodes = [node("Transpose", ["x"], "t", perm=[1, 0]), node("Softmax", ["t"], "y", axis=0)]
+    x = floats((3, 4))
+    graph = network(nodes, {"x": x}, ["y"])
+    graph.inputs = [ValueInfo("x", ("n", 4), (3, 4))]
+    graph.outputs = [ValueInfo("y", (4, "n"), (4, 3))]
+    session = Session(graph)
+    for n in (3, 1, 50, 3):
+        x = floats((n, 4), n)
+        near(session.run(x), numpy_ops.compute("Softmax", {"axis": 0}, 18, [x.T], 1)[0])
+
+
+def test_values_that_numpy_refuses_are_still_refused():
+    x = floats((4, 6))
+    nodes = [node("Abs", ["x"], "a"), node("Gather", ["a", "i"], "y")]
+    inputs = {"x": x, "i": ints(9)}
+    graph = network(nodes, inputs, ["y"])
+    with pytest.raises(InputError, match="'y' .Gather"):
+        Session(graph).run(inputs)

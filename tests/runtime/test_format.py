@@ -1,0 +1,299 @@
+"""The packed file: what goes in comes out, nothing is half written, nothing damaged gets in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.graphs import GRAPHS, build, random_weights
+from support.scripts import HOSTILE, make, script
+
+from logshift import runtime
+from logshift.kernels.errors import FormatError
+from logshift.kernels.stlq import codec
+from logshift.runtime.file import format as packed_format
+from logshift.runtime.graph import Node
+
+
+def hostile_table():
+    """Rows (file, reason, message part) of the README."""
+    lines = (HOSTILE / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return rows[2:]
+
+
+def assert_same(a, b):
+    """Assert that two graphs are equal, arrays included."""
+    assert (a.inputs, a.outputs, a.quantization) == (b.inputs, b.outputs, b.quantization)
+    assert (a.preprocessing, a.labels, a.settings) == (b.preprocessing, b.labels, b.settings)
+    assert a.opset == b.opset and list(a.constants) == list(b.constants)
+    for name, x in a.constants.items():
+        assert x.dtype == b.constants[name].dtype and np.array_equal(x, b.constants[name])
+    for x, y in zip(a.nodes, b.nodes, strict=True):
+        assert x.domain == y.domain
+        assert (x.op, x.name, x.inputs, x.outputs) == (y.op, y.name, y.inputs, y.outputs)
+        assert x.attributes == y.attributes
+        pairs = (x.bias, y.bias), (x.table, y.table), (x.float_weights, y.float_weights)
+        for p, q in pairs:
+            assert p is q is None or np.array_equal(p, q)
+        if x.weights is None:
+            assert y.weights is None
+            continue
+        for key in ("bits", "residual_shift", "clip"):
+            assert getattr(x.weights, key) == getattr(y.weights, key)
+        for key in ("first", "second", "alpha"):
+            p, q = getattr(x.weights, key), getattr(y.weights, key)
+            assert p.dtype == q.dtype and np.array_equal(p, q), key
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.hypothesis
+def test_graphs_round_trip(kind):
+    @settings(max_examples=40)
+    @given(graph=GRAPHS[kind], tile=st.integers(1, 256))
+    def check(graph, tile):
+        graph.settings["tile"] = tile
+        data = packed_format.serialize(graph)
+        again = packed_format.deserialize(data)
+        assert_same(graph, again)
+        assert packed_format.serialize(again) == data
+
+    check()
+
+
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))]
+)
+def test_graphs_are_copied_and_pickled(network, duplicate):
+    data = packed_format.serialize(network())
+    for graph in (packed_format.deserialize(data), network()):  # words as stored, and as arrays
+        again = duplicate(graph)
+        assert_same(graph, again)
+        assert packed_format.serialize(again) == data
+    stored = packed_format.deserialize(data)
+    assert len(pickle.dumps(stored)) < 1.1 * len(data)
+
+
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
+def test_optional_parts_round_trip(network):
+    graph = network()
+    graph.settings = {"tile": 100, "note": "ä 漢 😀", "nested": [1, 2.5, None, {"a": True}]}
+    graph.labels = ["chat", "犬", 'a "quoted" one\n']
+    assert_same(graph, packed_format.deserialize(packed_format.serialize(graph)))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.001, 0.02, 0.15, 0.6, 1.0])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_every_encoding_round_trips_and_the_smaller_is_taken(bits, ratio):
+    graph = make.classifier()
+    w = np.random.default_rng(1).standard_normal((12, 3, 3, 2)).astype(np.float32)
+    graph.nodes[make.SPARSE].weights = codec.encode(w, bits, ratio)
+    data = packed_format.serialize(graph)
+    assert_same(graph, packed_format.deserialize(data))
+    encoding = make.take_apart(data)[0]["nodes"][make.SPARSE]["weight"]["positions"]
+    selected = np.count_nonzero(graph.nodes[make.SPARSE].weights.second)
+    assert encoding == ("none" if selected == 0 else "list" if selected <= 20 else "bitmap")
+
+
+@pytest.mark.parametrize("bits", range(codec.MIN_BITS, codec.MAX_BITS + 1))
+@pytest.mark.parametrize("shift", [0, 1, codec.MAX_RESIDUAL_SHIFT])
+@pytest.mark.parametrize("ratio", [0, 0.02, 0.9])
+def test_streams_decode_to_the_integers_of_their_words(bits, shift, ratio):
+    rng = np.random.default_rng(bits)
+    for shape in ((5, 3, 3, 7), (1, 1, 1, 1), (16, 1, 1, 1031)):
+        weights = random_weights(rng, shape, bits, ratio, shift)
+        graph = conv_of(weights)
+        stored = packed_format.deserialize(packed_format.serialize(graph)).nodes[0].weights
+        for again in (stored, stored.words()):
+            assert np.array_equal(again.integers(), weights.integers())
+            assert again.integers().dtype == weights.integers().dtype
+            assert np.array_equal(again.sums(), weights.sums())
+            assert (again.largest, again.nzr) == (weights.largest, weights.nzr)
+
+
+def conv_of(weights):
+    """Return a graph of one convolution of float32 with quantized weights."""
+    o, kh, kw, c = weights.shape
+    node = Node("Conv", "c", ["x"], ["y"], {}, weights, np.zeros(o, np.float32))
+    return build([node], {}, {"x": (1, c, kh, kw)}, "y")
+
+
+def test_load_decodes_every_stream_once_and_keeps_nothing_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "net.stlq"
+    packed_format.write(make.classifier(), path)
+    inflated = []
+    unpacked = packed_format._Streams._unpacked
+    monkeypatch.setattr(
+        packed_format._Streams, "_unpacked",
+        lambda self: inflated.append(self.where) or unpacked(self),
+    )  # fmt: skip
+    session = runtime.load(path, threads=2)
+    nodes = [node for node in session.graph.nodes if node.weights is not None]
+    assert len(inflated) == len(set(inflated)) == len(nodes)
+    assert all(node.weights._integers is None for node in nodes)
+    # Whoever only reads a file keeps nothing but the streams.
+    nodes = [n for n in packed_format.read(path).nodes if n.weights is not None]
+    assert all(node.weights._integers is None for node in nodes)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_of_several_faults_the_first_nodes_is_told(threads, monkeypatch):
+    data = packed_format.serialize(make.classifier())
+    integers = packed_format._Streams.integers
+
+    def fails(self):
+        integers(self)
+        raise FormatError(f"fault in {self.where}")
+
+    monkeypatch.setattr(packed_format._Streams, "integers", fails)
+    names = [n.name for n in make.classifier().nodes if n.weights is not None]
+    with pytest.raises(FormatError, match=f"fault in node {names[0]!r}"):
+        packed_format.deserialize(data, threads=threads)
+
+
+def test_streams_are_deflated_where_that_is_smaller():
+    graph = make.classifier()
+    w = np.random.default_rng(1).standard_normal((12, 3, 3, 2)) * 0
+    w[0, 0, 0, 0] = 1
+    graph.nodes[make.SPARSE].weights = codec.encode(w, 4, 0.0)
+    data = packed_format.serialize(graph)
+    assert make.take_apart(data)[0]["nodes"][make.SPARSE]["weight"]["zlib"] == ["first"]
+    assert_same(graph, packed_format.deserialize(data))
+
+
+def test_degenerate_weights_stay_readable():
+    """A layer of equal weights would deflate 1000 times, more than a reader accepts."""
+    graph = make.classifier()
+    same = codec.encode(np.ones((12, 64, 64, 12)), 4, 0.0)
+    graph.nodes[make.DENSE].weights = same
+    graph.nodes[make.DENSE].attributes["pads"] = [32, 32, 31, 31]
+    data = packed_format.serialize(graph)
+    assert len(data) < 200_000
+    assert_same(graph, packed_format.deserialize(data))
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_files_round_trip_and_tell_their_manifest(tmp_path):
+    path = tmp_path / "net.stlq"
+    size = packed_format.write(make.classifier(), path)
+    assert path.stat().st_size == size
+    assert_same(make.classifier(), packed_format.read(path))
+    manifest = packed_format.read_manifest(path)
+    assert manifest == make.take_apart(path.read_bytes())[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["net.stlq"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="permissions are POSIX's")
+def test_new_files_have_ordinary_permissions(tmp_path):
+    packed_format.write(make.classifier(), tmp_path / "net.stlq")
+    (tmp_path / "other").write_bytes(b"")
+    modes = [(tmp_path / name).stat().st_mode for name in ("net.stlq", "other")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, function):
+    path = tmp_path / "net.stlq"
+    packed_format.write(make.classifier(), path)
+    old = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OSError, match="no space"):
+        packed_format.write(make.upscaler(), path)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["net.stlq"]
+
+
+def test_an_invalid_graph_is_not_written(tmp_path):
+    graph = make.classifier()
+    graph.nodes[make.SPARSE].inputs = ["ghost"]
+    with pytest.raises(FormatError, match="ghost"):
+        packed_format.write(graph, tmp_path / "net.stlq")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_name_the_file(tmp_path):
+    path = tmp_path / "net.stlq"
+    path.write_bytes(b"not a packed file")
+    for read in (packed_format.read, packed_format.read_manifest):
+        with pytest.raises(FormatError, match="net.stlq"):
+            read(path)
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "ghost.stlq")
+
+
+def test_the_manifest_is_read_without_the_weights(tmp_path):
+    """A file cut off behind its header still tells what it holds; loading it fails."""
+    data = packed_format.serialize(make.classifier())
+    path = tmp_path / "net.stlq"
+    path.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    assert packed_format.read_manifest(path)["format_version"] == packed_format.FORMAT_VERSION
+    with pytest.raises(FormatError, match="container"):
+        packed_format.read(path)
+
+
+def test_unknown_keys_of_later_writers_are_ignored():
+    manifest, tensors = make.take_apart(packed_format.serialize(make.classifier()))
+    manifest["comment"] = manifest["nodes"][make.SPARSE]["weight"]["comment"] = "new"
+    assert_same(
+        make.classifier(), packed_format.deserialize(make.sign(json.dumps(manifest), tensors))
+    )
+
+
+# --- what must be refused -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "reason", "message"), hostile_table())
+def test_hostile_file_is_refused(name, reason, message):
+    with pytest.raises(FormatError) as caught:
+        packed_format.read(HOSTILE / name)
+    assert message in str(caught.value)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    try:
+        packed_format.read_manifest(HOSTILE / name)
+    except FormatError:
+        pass
+
+
+def test_hostile_table_and_directory_agree():
+    files = {path.name for path in HOSTILE.glob("*.stlq")}
+    assert files == {name for name, *_ in hostile_table()}
+    assert files == {f"{name}.stlq" for name in make.FILES}
+    assert make.table() in (HOSTILE / "README.md").read_text(encoding="utf-8")
+    assert max((HOSTILE / name).stat().st_size for name in files) < 5000
+
+
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
+def test_every_flipped_byte_is_found(network):
+    data = packed_format.serialize(network())
+    for position in range(0, len(data), 7):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        with pytest.raises(FormatError):
+            packed_format.deserialize(bytes(damaged))
+
+
+@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed])
+def test_every_truncation_is_found(network):
+    data = packed_format.serialize(network())
+    for size in range(0, len(data), 11):
+        with pytest.raises(FormatError):
+            packed_format.deserialize(data[:size])
+
+
+def test_fuzzing_finds_only_format_errors(repository):
+    fuzz = script(repository / "benchmarks" / "fuzz_format.py")
+    outcome = fuzz.run(count=3000, seed=1)
+    assert outcome.rejected > 1000 and outcome.ran > 100

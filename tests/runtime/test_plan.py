@@ -1,0 +1,226 @@
+"""Memory plan: what is in use at the same time lies apart, borders hold, garbage is harmless."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.graphs import build, random_inputs, random_weights
+
+from logshift.kernels.machine.memory import ALIGNMENT, Block, aligned, arena, arrange
+from logshift.runtime import Session
+from logshift.runtime import graph as graph_module
+from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.onnx_ops import numpy_ops
+from logshift.runtime.plan import program as plan
+
+BLOCKS = st.lists(
+    st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 9)).map(
+        lambda t: Block(t[0] * ALIGNMENT, min(t[1:]), max(t[1:]))
+    ),
+    max_size=20,
+)
+
+
+def live_bytes(blocks):
+    """Most bytes that are in use at once."""
+    return max(sum(b.size for b in blocks if b.first <= t <= b.last) for t in range(10))
+
+
+def have_bytes_in_common(a, b):
+    return a.offset < b.offset + b.size and b.offset < a.offset + a.size
+
+
+@given(blocks=BLOCKS)
+def test_blocks_in_use_at_once_lie_apart(blocks):
+    total = arrange(blocks)
+    assert live_bytes(blocks) <= total <= sum(b.size for b in blocks)
+    for i, a in enumerate(blocks):
+        assert a.offset % ALIGNMENT == 0 and 0 <= a.offset <= total - a.size
+        for b in blocks[:i]:
+            in_use_at_once = a.first <= b.last and b.first <= a.last
+            assert not (have_bytes_in_common(a, b) and in_use_at_once)
+        assert a.shared == any(have_bytes_in_common(a, b) for b in blocks if b is not a)
+
+
+def test_a_freed_place_is_used_again():
+    blocks = [Block(640, 0, 1), Block(640, 1, 2), Block(640, 2, 3), Block(64, 0, 3)]
+    assert arrange(blocks) == 640 + 640 + 64
+    assert blocks[0].offset == blocks[2].offset
+
+
+def chain(size=9, zero_points=(3, 0, 250, 7, 114, 9)):
+    """Convolutions of several sizes of border, a residual, and tensors without any border."""
+    rng = np.random.default_rng(5)
+    kernels = [3, 1, 5, 3, 3]
+    q = {f"t{i}": Quantization(0.3, z, 8) for i, z in enumerate(zero_points)}
+    nodes = [Node("QuantizeLinear", "q", ["input"], ["t0"])]
+    for i, k in enumerate(kernels):
+        inputs = [f"t{i}", "t1"] if i == 3 else [f"t{i}"]
+        nodes.append(
+            Node("Conv", f"c{i}", inputs, [f"t{i + 1}"], {"pads": [k // 2] * 4},
+                 random_weights(rng, (8, k, k, 8), 4, 0.15, 0))
+        )  # fmt: skip
+    nodes.append(Node("DequantizeLinear", "d", [f"t{len(kernels)}"], ["out"]))
+    return build(nodes, q, {"input": (2, 8, size, size)}, "out")
+
+
+# All borders are written at every run, none is, and both.
+SMALL = [0, 2400, 2**30]
+
+
+@pytest.mark.parametrize("small", SMALL)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_runs_do_not_depend_on_what_memory_held(small, threads, monkeypatch):
+    graph = chain()
+    first, second = random_inputs(graph, 1), random_inputs(graph, 2)
+    expected = [Session(graph, threads=1, kernels="reference").run(x) for x in (first, second)]
+
+    def poisoned(shape, dtype):
+        array = aligned(shape, dtype)
+        array.view(np.uint8).reshape(-1)[:] = 0xA5
+        return array
+
+    monkeypatch.setattr(plan, "aligned", poisoned)
+    monkeypatch.setattr(plan, "arena", lambda size: poisoned((size,), np.uint8))
+    monkeypatch.setattr(plan, "_SMALL", small)
+    session = Session(graph, threads=threads)
+    for x, y in ((first, 0), (second, 1), (second, 1), (first, 0)):
+        assert np.array_equal(session.run(x), expected[y])
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_an_arena_is_as_large_as_it_has_to_be(small, monkeypatch):
+    monkeypatch.setattr(plan, "_SMALL", small)
+    session = Session(chain(), threads=1)
+    x = session._arrays(random_inputs(session.graph))
+    sizes = [8 * 2 * (9 + 2 * border) ** 2 for border in (1, 0, 2, 1, 1, 0)]
+    lower = max(sizes[1] + sizes[2] + sizes[3], sizes[1] + sizes[3] + sizes[4])
+    kept_apart = session._plan(x, keep_all=True).nbytes
+    assert lower <= session._plan(x).nbytes <= kept_apart
+    if small == 0:
+        assert session._plan(x).nbytes < lower + 4 * ALIGNMENT
+
+
+def test_a_border_is_written_at_every_run_only_where_others_use_its_bytes(monkeypatch):
+    def fills(small):
+        monkeypatch.setattr(plan, "_SMALL", small)
+        session = Session(chain(), threads=1)
+        steps = session._plan(session._arrays(random_inputs(session.graph))).steps
+        return sum(step.kernel.op == "fill" for step in steps)
+
+    assert fills(0) > 0
+    assert fills(2**30) == 0
+
+
+def of_any_size(graph):
+    """Let the pictures of a graph have any size."""
+    (info,) = graph.inputs
+    (output,) = graph.outputs
+    graph.inputs = [dataclasses.replace(info, shape=("n", info.shape[1], "h", "w"))]
+    graph.outputs = [dataclasses.replace(output, shape=("n", output.shape[1], "oh", "ow"))]
+    return graph
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_a_session_gives_for_every_size_what_a_new_one_gives(small, monkeypatch):
+    monkeypatch.setattr(plan, "_SMALL", small)
+    graph = of_any_size(chain())
+    session = Session(graph, threads=2)
+    rng = np.random.default_rng(3)
+    for n, h, w in [(1, 9, 9), (2, 5, 31), (1, 31, 5), (3, 1, 1), (1, 9, 9), (1, 64, 40)]:
+        x = rng.standard_normal((n, 8, h, w)).astype(np.float32)
+        fresh = Session(graph, threads=1, kernels="reference")
+        assert np.array_equal(session.run(x), fresh.run(x))
+        plans = [s._plan({"input": x}) for s in (session, fresh)]
+        assert plans[0].shapes == plans[1].shapes and plans[0].nbytes == plans[1].nbytes
+
+
+def test_a_new_size_uses_what_the_first_one_made(monkeypatch):
+    session = Session(of_any_size(chain()), threads=1)
+    session._plan({"input": np.zeros((1, 8, 9, 9), np.float32)})
+    (outline,) = session._planner._outlines.values()
+    templates = dict(outline.templates)
+    monkeypatch.setattr(plan, "kernel", None)  # that would be called to choose one
+    for size in (3, 17, 80):
+        other = session._plan({"input": np.zeros((1, 8, size, size), np.float32)})
+        assert other._outline is outline
+    assert all(outline.templates[conv] is kept for conv, kept in templates.items())
+    assert len(outline.templates) == len(templates) == 5
+
+
+def test_reads_within_a_row_are_shared_by_all_sizes():
+    session = Session(of_any_size(chain()), threads=1, kernels="dot")
+    if not any(c.kernel.family == "dot" for (c,) in session._planner.convolutions.values()):
+        pytest.skip("needs a machine with products of bytes")
+    plans = [session._plan({"input": np.zeros((1, 8, s, s), np.float32)}) for s in (9, 10)]
+    kept = [{id(array) for array in p._keep} for p in plans]
+    (pointwise,) = (
+        c for (c,) in session._planner.convolutions.values() if c.layer.weights.shape[1] == 1
+    )
+    assert kept[0] & kept[1] == {id(vars(pointwise.packed)["_kept"])}
+
+
+def test_shapes_of_onnx_operators_are_inferred_by_rules_that_proved_right(monkeypatch):
+    def onnx(op, inputs, output, **attributes):
+        return Node(op, output, inputs, [output], attributes, domain="ai.onnx")
+
+    nodes = [
+        onnx("ReduceMean", ["x"], "mean", axes=[-1], keepdims=1),
+        onnx("Sub", ["x", "mean"], "centred"),
+        onnx("Transpose", ["centred"], "turned", perm=[0, 1, 3, 2]),
+        onnx("MatMul", ["centred", "turned"], "product"),
+        onnx("Softmax", ["product"], "share", axis=-1),
+        onnx("ReduceMax", ["share"], "largest", axes=[2, 3], keepdims=0),
+        onnx("Unsqueeze", ["largest", "axes"], "tall"),
+        onnx("Squeeze", ["tall", "axes"], "y"),
+    ]
+    graph = Graph(
+        [ValueInfo("x", ("n", 3, "h", "w"), (1, 3, 4, 5))], [ValueInfo("y", ("n", 3), (1, 3))],
+        {}, nodes, constants={"axes": np.array([2])}, opset=13,
+    )  # fmt: skip
+    graph.validate()
+    shapes = [(1, 3, 4, 5), (2, 3, 7, 1), (1, 3, 1, 9)]
+    expected = [graph.infer({"x": shape}) for shape in shapes]
+    seen = {}
+    graph.infer({"x": shapes[0]}, seen)
+    assert sorted(seen) == list(range(len(nodes))) and None not in seen.values()
+    monkeypatch.setattr(numpy_ops, "compute", None)  # nothing is run on zeros any more
+    for shape, found in zip(shapes, expected, strict=True):
+        again = graph.infer({"x": shape}, seen)
+        assert (again.shapes, again.dtypes) == (found.shapes, found.dtypes)
+
+
+def test_a_rule_that_does_not_hold_is_not_used(monkeypatch):
+    node = Node("Softmax", "s", ["x"], ["y"], {}, domain="ai.onnx")
+    graph = Graph(
+        [ValueInfo("x", ("n", 3), (1, 3))], [ValueInfo("y", ("n", 3), (1, 3))], {}, [node]
+    )
+    monkeypatch.setitem(graph_module._ONNX_SHAPES, "Softmax", lambda *_: (7,))
+    seen = {}
+    for n in (1, 2):
+        assert graph.infer({"x": (n, 3)}, seen).shapes["y"] == (n, 3)
+    assert seen == {0: None}
+
+
+def test_large_arenas_are_private_pages_that_are_let_go():
+    small, large = arena(100), arena(2**22)
+    assert small.nbytes == 100 and large.nbytes == 2**22
+    for array in (small, large):
+        assert array.ctypes.data % ALIGNMENT == 0
+        array[:] = 1
+    region = weakref.ref(large.base.base if large.base.base is not None else large.base)
+    del large, array
+    assert region() is None
+    with pytest.raises(MemoryError):
+        arena(2**60)
+
+
+def test_plans_that_are_let_go_are_freed_at_once():
+    session = Session(of_any_size(chain()), threads=1)
+    found = weakref.ref(session._plan({"input": np.zeros((1, 8, 9, 9), np.float32)}))
+    assert found() is None
