@@ -17,7 +17,10 @@ from logshift.kernels import registry
 from logshift.kernels.stlq import codec
 from logshift.runtime import executor
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
-from logshift.runtime.plan.program import Plan, Planner, prepare
+from logshift.runtime.plan.planner import Planner
+from logshift.runtime.plan.prepare import prepare
+from logshift.runtime.plan.program import Plan
+from logshift.runtime.validate import validate
 
 # name -> output channels, kernel, input channels per group, group
 CONVOLUTIONS = {
@@ -54,7 +57,7 @@ def graph_of(
     quantization = dict.fromkeys([*node.inputs, *node.outputs], q)
     outputs = [ValueInfo("output", (1, *output), (1, *output))]
     graph = Graph(infos, outputs, quantization, nodes)
-    graph.validate()
+    validate(graph)
     return graph
 
 

@@ -32,6 +32,7 @@ import numpy as np
 from logshift.kernels.errors import FormatError, InputError
 from logshift.runtime import Session, warmup
 from logshift.runtime.file import format as packed_format
+from logshift.runtime.infer import nominal_shapes
 
 SECONDS_PER_FILE = 10
 LARGEST_RUN = 1e6  # elements and multiplications of a run that is worth its time
@@ -204,7 +205,7 @@ def files(count: int, seed: int) -> Iterator[bytes]:
 
 def cost(session: Session) -> float:
     """Elements and window positions of a run at the nominal size, about."""
-    shapes = session.graph.nominal_shapes()
+    shapes = nominal_shapes(session.graph)
     total = sum(float(np.prod(shape, dtype=float)) for shape in shapes.values())
     for layer, node in zip(session.summary().layers, session.graph.nodes, strict=True):
         total += layer.macs

@@ -20,7 +20,8 @@ from benchmarks import peak
 from benchmarks.machine import describe
 from logshift import runtime
 from logshift.runtime import executor
-from logshift.runtime.plan.program import Planner, prepare
+from logshift.runtime.plan.planner import Planner
+from logshift.runtime.plan.prepare import prepare
 from logshift.runtime.session import LayerSummary
 from logshift.runtime.table import text_table
 

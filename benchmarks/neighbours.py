@@ -38,6 +38,7 @@ from logshift.kernels import registry
 from logshift.runtime import Session, executor, load
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.table import text_table
+from logshift.runtime.validate import validate
 
 _NAMES = ("logshift", "openvino int8", "onnxruntime int8")
 _THREADS = 2
@@ -172,7 +173,7 @@ def empty_session() -> Session:
         [ValueInfo("x", shape, shape)], [ValueInfo("y", shape, shape)],
         {f"t{step}": q for step in range(_STEPS - 1)}, nodes,
     )  # fmt: skip
-    graph.validate()
+    validate(graph)
     return Session(graph, threads=_THREADS)
 
 

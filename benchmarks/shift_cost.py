@@ -22,7 +22,8 @@ from benchmarks.machine import describe
 from logshift.kernels.stlq.codec import LogWeights, exponent_levels
 from logshift.runtime import executor
 from logshift.runtime.graph import Graph, Node
-from logshift.runtime.plan.program import Planner, prepare
+from logshift.runtime.plan.planner import Planner
+from logshift.runtime.plan.prepare import prepare
 from logshift.runtime.table import text_table
 
 CHANNELS, SIZE = 128, 28

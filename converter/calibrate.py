@@ -51,17 +51,6 @@ def choose_quantization(values: np.ndarray, bits: int, method: str) -> Quantizat
     return best
 
 
-def quantize(x: np.ndarray, q: Quantization) -> np.ndarray:
-    """Return the codes of x, uint8."""
-    codes = np.rint(x / np.float32(q.scale)) + np.float32(q.zero_point)
-    return np.clip(codes, 0, q.top).astype(np.uint8)
-
-
-def dequantize(codes: np.ndarray, q: Quantization) -> np.ndarray:
-    """Return the real values of codes, float32."""
-    return (codes.astype(np.float32) - np.float32(q.zero_point)) * np.float32(q.scale)
-
-
 def _sample(values: np.ndarray, count: int) -> np.ndarray:
     """Return at most `count` values, drawn without any pattern of their positions."""
     flat = values.reshape(-1)
@@ -81,4 +70,4 @@ def _range(q: Quantization) -> tuple[float, float]:
 
 
 def _squared_error(values: np.ndarray, q: Quantization) -> float:
-    return float(np.square(dequantize(quantize(values, q), q) - values).sum(dtype=np.float64))
+    return float(np.square(q.dequantize(q.quantize(values)) - values).sum(dtype=np.float64))

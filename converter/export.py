@@ -19,6 +19,8 @@ from logshift.converter.metadata import KEY, WeightRecord
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.file import files, format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.infer import nominal_shapes
+from logshift.runtime.validate import validate
 
 try:
     import onnx
@@ -68,9 +70,9 @@ _CONVS = ("Conv", "ConvTranspose")
 
 class _Export:
     def __init__(self, graph: Graph) -> None:
-        graph.validate()  # fills in what attributes are by default
+        validate(graph)  # fills in what attributes are by default
         self.graph = graph
-        self.shapes = graph.nominal_shapes()
+        self.shapes = nominal_shapes(graph)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.weights: dict[str, WeightRecord] = {}
@@ -252,7 +254,7 @@ def _lookup(ctx: _Export, node: Node, x: list[str]) -> None:
     assert node.table is not None
     out = node.outputs[0]
     q = ctx.graph.quantization[out]
-    table = (node.table.astype(np.float32) - np.float32(q.zero_point)) * np.float32(q.scale)
+    table = q.dequantize(node.table)
     steps: list[Step] = [("Cast", [ctx.quantized[node.inputs[0]]], {"to": TensorProto.INT32})]
     if table.ndim == 2:
         begin = (table.shape[1] * np.arange(len(table))).reshape(1, -1, 1, 1)

@@ -74,7 +74,7 @@ class FloatNode:
     Attributes
     ----------
     op : str
-        A key of `runtime.graph.OPERATORS`; before fusion also "Affine" (weight * x + bias per
+        A key of `runtime.operators.OPERATORS`; before fusion also "Affine" (weight * x + bias per
         channel) and "Elementwise" (`function`, of one or more tensors). Or an ONNX operator.
     name : str
         Name of the ONNX node it came from.

@@ -18,7 +18,7 @@ from logshift.converter.float_graph import (
     zero_side,
 )
 from logshift.converter.recognise import scaled
-from logshift.runtime.graph import OPERATORS
+from logshift.runtime.operators import OPERATORS
 
 _CLAMPING = [op for op, operator in OPERATORS.items() if "clamp" in operator.attributes]
 

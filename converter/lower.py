@@ -30,6 +30,7 @@ from logshift.converter.onnx_model import Model, Trace, dim_name
 from logshift.converter.qdq import identity, table_function, table_of
 from logshift.converter.recognise import recognise
 from logshift.kernels.stlq.codec import LogWeights
+from logshift.runtime import geometry
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape, ValueInfo
 from logshift.runtime.onnx_ops import numpy_ops
 
@@ -611,10 +612,8 @@ def _window_attributes(
     if mode.startswith("SAME"):
         ctx.fixed_size |= strides != [1, 1]
         for i in range(2):
-            extent = dilations[i] * (kernel[i] - 1) + 1
-            size = shape[2 + i]
-            total = max((-(-size // strides[i]) - 1) * strides[i] + extent - size, 0)
-            pads[i], pads[i + 2] = _split_pad(total, mode)
+            extent = geometry.extent(kernel[i], dilations[i])
+            pads[i], pads[i + 2] = geometry.same_pads(shape[2 + i], extent, strides[i], mode)
     return {"strides": strides, "pads": pads, "dilations": dilations}
 
 
@@ -636,16 +635,11 @@ def _transposed_pads(
     ctx.fixed_size |= "output_shape" in a
     out = ctx.trace.shapes[node.output[0]]
     for i in range(2):
-        extent = attributes["dilations"][i] * (kernel[i] - 1) + 1
+        extent = geometry.extent(kernel[i], attributes["dilations"][i])
         full = attributes["strides"][i] * (shape[2 + i] - 1) + extent
         total = full + attributes["output_padding"][i] - out[2 + i]
-        pads[i], pads[i + 2] = _split_pad(total, mode)
+        pads[i], pads[i + 2] = geometry.split_pads(total, mode)
     return pads
-
-
-def _split_pad(total: int, mode: str) -> tuple[int, int]:
-    small, large = total // 2, total - total // 2
-    return (small, large) if mode == "SAME_UPPER" else (large, small)
 
 
 # --- pooling ------------------------------------------------------------------------------------

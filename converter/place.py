@@ -11,7 +11,8 @@ from logshift.converter.evaluate import evaluate_function
 from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function, ordered
 from logshift.converter.fuse import onnx_nodes
 from logshift.kernels.errors import ConversionError
-from logshift.runtime.graph import NEWEST_OPSET, OPERATORS
+from logshift.runtime.graph import NEWEST_OPSET
+from logshift.runtime.operators import OPERATORS
 
 # Functions of one tensor that packed operators compute on float32, under their ONNX names.
 _ELEMENTWISE = {"Add", "Lookup", "Mul", "Sub"}

@@ -16,7 +16,8 @@ from onnx.reference import ReferenceEvaluator
 from logshift.converter.float_graph import FloatGraph, FloatNode, Function, clamp_twice, zero_side
 from logshift.converter.metadata import Metadata
 from logshift.kernels.errors import ConversionError
-from logshift.runtime.graph import OPERATORS, SAME_QUANTIZATION, Quantization
+from logshift.runtime.graph import Quantization
+from logshift.runtime.operators import OPERATORS
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Integer types of codes: bits, and what makes them codes that start from 0.
@@ -372,7 +373,7 @@ def settle(graph: FloatGraph) -> None:
 
 
 def _moves(node: FloatNode) -> bool:
-    return node.op in SAME_QUANTIZATION and not node.is_onnx
+    return not node.is_onnx and OPERATORS[node.op].keeps_quantization
 
 
 def identity(source: str, result: str) -> Function:

@@ -15,7 +15,7 @@ import numpy as np
 
 from logshift.converter import feedback
 from logshift.converter.budget import Plan, fixed_plan
-from logshift.converter.calibrate import choose_quantization, dequantize, quantize
+from logshift.converter.calibrate import choose_quantization
 from logshift.converter.evaluate import (
     Evaluator,
     Value,
@@ -29,15 +29,8 @@ from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.settings import Settings
 from logshift.kernels.errors import ConversionError
 from logshift.kernels.stlq import codec
-from logshift.runtime.graph import (
-    NEWEST_OPSET,
-    ONNX_DOMAIN,
-    OPERATORS,
-    SAME_QUANTIZATION,
-    Graph,
-    Node,
-    Quantization,
-)
+from logshift.runtime.graph import NEWEST_OPSET, ONNX_DOMAIN, Graph, Node, Quantization
+from logshift.runtime.operators import OPERATORS
 
 # Before the walk, float stream and codes of the quantized one: bytes per value of a tensor.
 _BYTES_PER_VALUE = 5
@@ -221,10 +214,10 @@ class _Walk:
             q = self._choose(node, exact)
             self.quantization[node.output] = q
             if node.output in self.graph.quantization:
-                exact = np.clip(exact, *dequantize(np.array([0, q.top]), q))
-            codes = quantize(quantized, q)
+                exact = np.clip(exact, *q.dequantize(np.array([0, q.top])))
+            codes = q.quantize(quantized)
             self.streams[node.output] = _Streams(exact, codes)
-            error = snr_db(exact, dequantize(codes, q))
+            error = snr_db(exact, q.dequantize(codes))
         self._fill_in(packed, node)
         return packed, LayerError(weight_snr, error)
 
@@ -237,7 +230,7 @@ class _Walk:
                 (self.streams[n].quantized[part], n) for n in node.inputs
             ]
             return [
-                dequantize(x, self.quantization[name]) if name in self.quantization else x
+                self.quantization[name].dequantize(x) if name in self.quantization else x
                 for x, name in parts
             ]
 
@@ -264,7 +257,7 @@ class _Walk:
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
         if node.output in self.graph.quantization:
             return self.graph.quantization[node.output]
-        if node.op in SAME_QUANTIZATION:
+        if OPERATORS[node.op].keeps_quantization:
             return self.quantization[node.inputs[0]]
         return choose_quantization(exact, self._bits(node), self.settings.activation_range)
 

@@ -16,6 +16,8 @@ import numpy as np
 from logshift.kernels.errors import InputError
 from logshift.kernels.stlq.codec import MAX_TILE, LogWeights
 from logshift.runtime.graph import Graph, Node, Shape
+from logshift.runtime.infer import nominal_shapes
+from logshift.runtime.operators.conv import weight_uses
 from logshift.runtime.table import text_table
 
 # pJ per operation at 45 nm; docs/cost.md has the sources.
@@ -186,7 +188,7 @@ def cost(graph: Graph, tile: tuple[int, int] = (16, 16)) -> Cost:
     """
     if min(tile) < 1:
         raise InputError(f"tile is {tile[0]}x{tile[1]}; both sides must be at least 1")
-    shapes = graph.nominal_shapes()
+    shapes = nominal_shapes(graph)
     layers = [
         _layer_cost(graph, node, node.weights, shapes, tile)
         for node in graph.nodes
@@ -199,7 +201,7 @@ def _layer_cost(
     graph: Graph, node: Node, weights: LogWeights, shapes: Mapping[str, Shape],
     tile: tuple[int, int],
 ) -> LayerCost:  # fmt: skip
-    uses = node.weight_uses(shapes)
+    uses = weight_uses(node, shapes)
     count = math.prod(weights.shape)
     nonzero = int(np.count_nonzero(weights.first))
     second = weights.second.reshape(weights.shape[0], -1) != 0

@@ -18,9 +18,14 @@ from logshift.kernels.registry import FAMILIES
 from logshift.runtime import cores, executor
 from logshift.runtime.file import format
 from logshift.runtime.graph import Graph, Node, Shape, ValueInfo
+from logshift.runtime.infer import infer_nominal
 from logshift.runtime.onnx_ops import compiled, numpy_ops
+from logshift.runtime.operators.conv import weight_uses
 from logshift.runtime.picture import Preprocessing, is_image
-from logshift.runtime.plan.program import NumpyStep, Plan, Planner, prepare
+from logshift.runtime.plan.planner import Planner
+from logshift.runtime.plan.prepare import prepare
+from logshift.runtime.plan.program import Plan
+from logshift.runtime.plan.schedule import NumpyStep
 from logshift.runtime.table import text_table
 
 # Plans that a session keeps while nobody runs them: of so many sets of input shapes, so many in all
@@ -264,9 +269,7 @@ class Session:
         dict of tensor name to float32 array in ONNX's layout, in order of computation.
         """
         return {
-            name: (array.astype(np.int64) - q.zero_point).astype(np.float32) * np.float32(q.scale)
-            if (q := self.graph.quantization.get(name))
-            else array
+            name: q.dequantize(array) if (q := self.graph.quantization.get(name)) else array
             for name, array in self.trace_codes(x).items()
         }
 
@@ -332,7 +335,7 @@ class Session:
 
     def summary(self) -> Summary:
         """Describe every node at the nominal input size."""
-        found = self.graph.nominal()
+        found = infer_nominal(self.graph)
         shapes, calls = found.shapes, compiled.calls(self.graph, found)
         layers = []
         for index, node in enumerate(self.graph.nodes):
@@ -431,7 +434,7 @@ def _macs(node: Node, shapes: Mapping[str, Shape]) -> int:
     """Multiplications that a convolution stands for; 0 for other nodes."""
     if node.weight_shape is None:
         return 0
-    return node.weight_uses(shapes) * math.prod(node.weight_shape)
+    return weight_uses(node, shapes) * math.prod(node.weight_shape)
 
 
 def numpy_name(op: str) -> str:

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if "NUMBA_CACHE_DIR" not in os.environ:
     os.environ.setdefault("LOGSHIFT_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "kernels"))
 
-from logshift.runtime.plan import program as plan  # noqa: E402
+from logshift.runtime.plan import work  # noqa: E402
 
 # Property tests draw the same examples for everybody, or, with `-m slow`, random ones of a seed
 # that the header of the run names. Compilation and busy machines make times meaningless.
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
 def share_small_steps():
     """Let all threads work on networks that are far too small for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_SHARE", 1)
+        patch.setattr(work, "SHARE", 1)
         yield
 
 

@@ -26,6 +26,7 @@ from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.executor import spread
 from logshift.runtime.file import files
 from logshift.runtime.graph import NEWEST_OPSET, Graph, Node, Quantization, ValueInfo
+from logshift.runtime.validate import validate
 
 FORMAT_VERSION = 2
 MANIFEST_KEY = "logshift"
@@ -68,7 +69,7 @@ def write(graph: Graph, path: str | os.PathLike[str]) -> int:
 
 def serialize(graph: Graph) -> bytes:
     """Return the bytes of the packed file; see `write`."""
-    graph.validate()
+    validate(graph)
     tensors: dict[str, np.ndarray] = {}
     nodes = [_pack_node(index, node, graph, tensors) for index, node in enumerate(graph.nodes)]
     manifest: dict[str, Any] = {
@@ -373,7 +374,7 @@ def _graph(
         constants,
         _field(manifest, "opset", int, where) if "opset" in manifest else NEWEST_OPSET,
     )
-    graph.validate()
+    validate(graph)
     return graph
 
 

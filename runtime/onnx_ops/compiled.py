@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,33 +15,11 @@ import numpy as np
 from logshift.kernels import records
 from logshift.runtime.graph import Graph, Inference, Node, Shape
 from logshift.runtime.onnx_ops import numpy_ops
+from logshift.runtime.plan.call import Call
+from logshift.runtime.plan.work import ELEMENT, FUNCTION, SOFTMAX
 
-# Work per element, in multiplications of a convolution.
-_SIMPLE, _FUNCTION, _SOFTMAX = 16, 64, 128
 _FLOAT = np.dtype(np.float32)
 _CUT = 2**12  # elements of a contiguous axis above which it is cut in two, for threads to share
-
-
-@dataclass(frozen=True)
-class Call:
-    """One kernel call: its operation, tensors by fields of the argument record, other fields."""
-
-    op: str
-    tensors: dict[str, str]
-    work: int
-    fields: dict[str, Any]
-
-    @property
-    def record(self) -> np.dtype:
-        """Type of the argument record."""
-        return _RECORDS[self.op]
-
-
-_RECORDS = {
-    "plain_move": records.PLAIN_MOVE, "plain_binary": records.PLAIN_BINARY,
-    "plain_unary": records.PLAIN_UNARY, "plain_reduce": records.PLAIN_REDUCE,
-    "plain_softmax": records.PLAIN_SOFTMAX,
-}  # fmt: skip
 
 
 def calls(graph: Graph, found: Inference) -> dict[int, tuple[Call, ...]]:
@@ -53,7 +30,7 @@ def calls(graph: Graph, found: Inference) -> dict[int, tuple[Call, ...]]:
     result = {}
     for index, node in enumerate(graph.nodes):
         build = OPERATORS.get(node.op) if node.is_onnx else None
-        if build is None or not _are_plain(node, found):
+        if build is None or not _has_kernels(node, found):
             continue
         made = build(_Node(graph, node, found))
         if made is not None:
@@ -61,7 +38,7 @@ def calls(graph: Graph, found: Inference) -> dict[int, tuple[Call, ...]]:
     return result
 
 
-def _are_plain(node: Node, found: Inference) -> bool:
+def _has_kernels(node: Node, found: Inference) -> bool:
     for name in (*node.inputs[:1], *node.outputs):
         if found.dtypes.get(name) != _FLOAT or 0 in found.shapes[name]:
             return False
@@ -156,7 +133,7 @@ def _move(
     y_start: int = 0,
 ) -> Call:  # fmt: skip
     fields = _fields(axes(shape, y_steps, steps)) | {"start_x": start, "start_y": y_start}
-    return Call("plain_move", {"x": x, "y": y}, _SIMPLE, fields)
+    return Call("plain_move", {"x": x, "y": y}, fields)
 
 
 def _view(n: _Node) -> list[Call]:
@@ -235,7 +212,7 @@ def _of_two(n: _Node, r: str, function: str) -> Call:
         table = axes(whole, _contiguous(whole), *steps)
     fields = _fields(table)
     fields["function"] = records.PLAIN_BINARY_FUNCTIONS.index(function)
-    return Call("plain_binary", {"x": n.x, "r": r, "y": n.y}, _SIMPLE, fields)
+    return Call("plain_binary", {"x": n.x, "r": r, "y": n.y}, fields)
 
 
 def _power(n: _Node) -> list[Call] | None:
@@ -254,7 +231,7 @@ def _function(n: _Node, function: str, alpha: float = 0, beta: float = 0) -> Cal
         "n": math.prod(n.shape(n.x)), "height": 1, "width": 1, "channels": 1,
         "function": records.PLAIN_UNARY_FUNCTIONS.index(function), "alpha": alpha, "beta": beta,
     }  # fmt: skip
-    return Call("plain_unary", {"x": n.x, "y": n.y}, _FUNCTION, fields)
+    return Call("plain_unary", {"x": n.x, "y": n.y}, fields, FUNCTION)
 
 
 def _clip(n: _Node) -> list[Call] | None:
@@ -295,7 +272,7 @@ def _reduce(function: str, mean: bool = False) -> Callable[[_Node], list[Call] |
             "divisor": math.prod(reduced) if mean else 1,
         }  # fmt: skip
         fields["reduced_rank"] = len(fields["reduced"])
-        return [Call("plain_reduce", {"x": n.x, "y": n.y}, _SIMPLE * math.prod(reduced), fields)]
+        return [Call("plain_reduce", {"x": n.x, "y": n.y}, fields, ELEMENT * math.prod(reduced))]
 
     return build
 
@@ -312,7 +289,7 @@ def _softmax(n: _Node) -> list[Call] | None:
         "n": math.prod(shape[:axis]), "height": math.prod(shape[axis:]) // after,
         "width": after, "channels": 1,
     }  # fmt: skip
-    return [Call("plain_softmax", {"x": n.x, "y": n.y}, _SOFTMAX, fields)]
+    return [Call("plain_softmax", {"x": n.x, "y": n.y}, fields, SOFTMAX)]
 
 
 # What makes the calls for a node, None where only NumPy can do it.

@@ -17,7 +17,7 @@ from support.onnx_nets import Net, network, noise, reference
 
 from logshift import converter
 from logshift.converter import ConversionError, InputError, Preprocessing, convert
-from logshift.converter.calibrate import choose_quantization, dequantize, quantize
+from logshift.converter.calibrate import choose_quantization
 from logshift.converter.verify import verify
 from logshift.runtime import cores
 from logshift.runtime.file import format as packed_format
@@ -145,9 +145,9 @@ def test_range(method, bits):
     assert choose_quantization(relu, bits, method).zero_point == 0
     q = choose_quantization(rng.standard_normal(100_000).astype(np.float32) - 1, bits, method)
     assert q.scale > 0 and 0 < q.zero_point <= q.top == 2**bits - 1
-    assert dequantize(quantize(np.zeros(1, np.float32), q), q) == 0
+    assert q.dequantize(q.quantize(np.zeros(1, np.float32))) == 0
     q = choose_quantization(np.full(10, -3.0, np.float32), bits, method)
-    np.testing.assert_allclose(dequantize(quantize(np.array([-3.0]), q), q), -3.0, rtol=1e-6)
+    np.testing.assert_allclose(q.dequantize(q.quantize(np.array([-3.0]))), -3.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
@@ -162,7 +162,7 @@ def test_mse_clips_outliers_of_few_bits():
 
     def error(method):
         q = choose_quantization(values, 4, method)
-        return np.square(dequantize(quantize(values, q), q) - values).mean()
+        return np.square(q.dequantize(q.quantize(values)) - values).mean()
 
     assert error("mse") < error("minmax") / 4
 

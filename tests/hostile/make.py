@@ -21,6 +21,8 @@ import safetensors.numpy
 from logshift.kernels.stlq import codec
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.infer import nominal_shapes
+from logshift.runtime.validate import validate
 
 HERE = Path(__file__).parent
 Manifest = dict[str, Any]
@@ -40,10 +42,10 @@ def _finish(nodes: list[Node], quantization: dict[str, Quantization], size: int,
     # Attribute defaults, which shapes depend on, are filled in by the first validation.
     graph.outputs = [ValueInfo("y", ("batch",), (1,))]
     try:
-        graph.validate()
+        validate(graph)
     except packed_format.FormatError as error:
         assert "is declared" in str(error), error
-    shape = graph.nominal_shapes()["y"]
+    shape = nominal_shapes(graph)["y"]
     graph.outputs = [ValueInfo("y", ("batch", *shape[1:]), shape)]
     return graph
 

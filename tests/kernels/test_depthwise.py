@@ -15,7 +15,7 @@ from logshift.kernels.dot.tiles import MICROKERNELS
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization
-from logshift.runtime.plan.program import prepare
+from logshift.runtime.plan.prepare import prepare
 
 TILES = [tile for tile in MICROKERNELS.values() if tile.kind == "rows" and tile.pixels > 1]
 each_tile = pytest.mark.parametrize(

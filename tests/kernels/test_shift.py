@@ -15,7 +15,7 @@ from logshift.kernels.shift.adders import ADDERS
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization
-from logshift.runtime.plan.program import prepare
+from logshift.runtime.plan.prepare import prepare
 
 CPUS = {"avx512": "icelake-server", "avx2": "haswell", "any": "x86-64"}
 REGISTERS = {"avx512": "zmm", "avx2": "ymm", "any": "xmm"}

@@ -16,7 +16,7 @@ from logshift.kernels.machine.targets import has_features
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization
-from logshift.runtime.plan.program import prepare
+from logshift.runtime.plan.prepare import prepare
 
 KERNELS = [k for k in registry.kernels() if "winograd" in k.variant]
 

@@ -13,7 +13,8 @@ from support.graphs import build, random_inputs, random_weights
 from logshift.kernels.errors import FormatError, InputError
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization, ValueInfo
-from logshift.runtime.plan import program as plan
+from logshift.runtime.plan import work
+from logshift.runtime.validate import validate
 
 UNIT = Quantization(1.0, 0, 8)
 
@@ -88,7 +89,7 @@ def test_all_ways_to_broadcast(op, full):
 
 @pytest.mark.parametrize("share", [1, 2000])
 def test_threads_share_rows_and_channels(share, monkeypatch):
-    monkeypatch.setattr(plan, "_SHARE", share)
+    monkeypatch.setattr(work, "SHARE", share)
     rng = np.random.default_rng(4)
     shape = (2, 150, 5, 7)
     table = rng.integers(0, 256, (150, 256)).astype(np.uint8)
@@ -174,14 +175,14 @@ def test_inputs_of_a_run_are_checked_like_the_nominal_ones():
     ):
         graph = network(node, {"a": (1, 3, 2, 2)}, [UNIT, UNIT])
         graph.inputs = [channels]
-        graph.validate()
+        validate(graph)
         with pytest.raises(InputError, match=message):
             Session(graph).run(np.zeros((1, 2, 2, 2), np.float32))
     graph = network(
         Node("Mul", "n", ["a", "b"], ["y"]), dict.fromkeys("ab", (2, 3, 2, 2)), [UNIT] * 3
     )
     graph.inputs = [ValueInfo(f"float {x}", (x, 3, 2, 2), (2, 3, 2, 2)) for x in "ab"]
-    graph.validate()
+    validate(graph)
     a, b = np.ones((1, 3, 2, 2), np.float32), np.ones((3, 3, 2, 2), np.float32)
     assert Session(graph).run({"float a": a, "float b": b}).shape == (3, 3, 2, 2)
     with pytest.raises(InputError, match="cannot broadcast"):

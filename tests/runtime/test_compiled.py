@@ -17,7 +17,9 @@ from logshift.kernels.errors import InputError
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization, ValueInfo
 from logshift.runtime.onnx_ops import compiled, numpy_ops
-from logshift.runtime.plan.program import NumpyStep
+from logshift.runtime.onnx_ops.numpy_ops import elementwise
+from logshift.runtime.plan.schedule import NumpyStep
+from logshift.runtime.validate import validate
 
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=5, min_side=1, max_side=7)
 SEEDS = st.integers(0, 2**32)
@@ -223,7 +225,7 @@ def test_functions(op):
 
 def test_every_function_is_asked_for():
     asked = {
-        name for name in compiled.OPERATORS if name in numpy_ops._UNARY | numpy_ops._PARAMETRIC
+        name for name in compiled.OPERATORS if name in elementwise._UNARY | elementwise._PARAMETRIC
     }
     assert asked - {"Identity"} == {*EXACT, *FUNCTIONS}
     assert len(asked - {"Identity", "Relu"} | {"Clip"}) == len(records.PLAIN_UNARY_FUNCTIONS)
@@ -417,7 +419,7 @@ def test_numpy_between_programs():
     inputs = {"x": x}
     graph = network(nodes, inputs, ["d", "e"], {"s": ints(2, 6), "t": ints(12)})
     graph.outputs.append(ValueInfo("turned", ("n", 1), (12, 1), "int64"))
-    graph.validate()
+    validate(graph)
     session = Session(graph, threads=2)
     assert steps_in_numpy(session, inputs) == ["Sin", "NonZero", "Transpose"]
     found = session.run(inputs)

@@ -13,10 +13,12 @@ from support.graphs import build, random_inputs, random_weights
 
 from logshift.kernels.machine.memory import ALIGNMENT, Block, aligned, arena, arrange
 from logshift.runtime import Session
-from logshift.runtime import graph as graph_module
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.infer import infer
 from logshift.runtime.onnx_ops import numpy_ops
-from logshift.runtime.plan import program as plan
+from logshift.runtime.onnx_ops import shapes as onnx_shapes
+from logshift.runtime.plan import place, planner, program
+from logshift.runtime.validate import validate
 
 BLOCKS = st.lists(
     st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 9)).map(
@@ -85,9 +87,9 @@ def test_runs_do_not_depend_on_what_memory_held(small, threads, monkeypatch):
         array.view(np.uint8).reshape(-1)[:] = 0xA5
         return array
 
-    monkeypatch.setattr(plan, "aligned", poisoned)
-    monkeypatch.setattr(plan, "arena", lambda size: poisoned((size,), np.uint8))
-    monkeypatch.setattr(plan, "_SMALL", small)
+    monkeypatch.setattr(program, "aligned", poisoned)
+    monkeypatch.setattr(place, "arena", lambda size: poisoned((size,), np.uint8))
+    monkeypatch.setattr(place, "_SMALL", small)
     session = Session(graph, threads=threads)
     for x, y in ((first, 0), (second, 1), (second, 1), (first, 0)):
         assert np.array_equal(session.run(x), expected[y])
@@ -95,7 +97,7 @@ def test_runs_do_not_depend_on_what_memory_held(small, threads, monkeypatch):
 
 @pytest.mark.parametrize("small", SMALL)
 def test_an_arena_is_as_large_as_it_has_to_be(small, monkeypatch):
-    monkeypatch.setattr(plan, "_SMALL", small)
+    monkeypatch.setattr(place, "_SMALL", small)
     session = Session(chain(), threads=1)
     x = session._arrays(random_inputs(session.graph))
     sizes = [8 * 2 * (9 + 2 * border) ** 2 for border in (1, 0, 2, 1, 1, 0)]
@@ -108,7 +110,7 @@ def test_an_arena_is_as_large_as_it_has_to_be(small, monkeypatch):
 
 def test_a_border_is_written_at_every_run_only_where_others_use_its_bytes(monkeypatch):
     def fills(small):
-        monkeypatch.setattr(plan, "_SMALL", small)
+        monkeypatch.setattr(place, "_SMALL", small)
         session = Session(chain(), threads=1)
         steps = session._plan(session._arrays(random_inputs(session.graph))).steps
         return sum(step.kernel.op == "fill" for step in steps)
@@ -128,7 +130,7 @@ def of_any_size(graph):
 
 @pytest.mark.parametrize("small", SMALL)
 def test_a_session_gives_for_every_size_what_a_new_one_gives(small, monkeypatch):
-    monkeypatch.setattr(plan, "_SMALL", small)
+    monkeypatch.setattr(place, "_SMALL", small)
     graph = of_any_size(chain())
     session = Session(graph, threads=2)
     rng = np.random.default_rng(3)
@@ -143,14 +145,14 @@ def test_a_session_gives_for_every_size_what_a_new_one_gives(small, monkeypatch)
 def test_a_new_size_uses_what_the_first_one_made(monkeypatch):
     session = Session(of_any_size(chain()), threads=1)
     session._plan({"input": np.zeros((1, 8, 9, 9), np.float32)})
-    (outline,) = session._planner._outlines.values()
-    templates = dict(outline.templates)
-    monkeypatch.setattr(plan, "kernel", None)  # that would be called to choose one
+    (schedule,) = session._planner._schedules.values()
+    templates = dict(schedule.templates)
+    monkeypatch.setattr(planner, "kernel", None)  # that would be called to choose one
     for size in (3, 17, 80):
         other = session._plan({"input": np.zeros((1, 8, size, size), np.float32)})
-        assert other._outline is outline
-    assert all(outline.templates[conv] is kept for conv, kept in templates.items())
-    assert len(outline.templates) == len(templates) == 5
+        assert other._schedule is schedule
+    assert all(schedule.templates[conv] is kept for conv, kept in templates.items())
+    assert len(schedule.templates) == len(templates) == 5
 
 
 def test_reads_within_a_row_are_shared_by_all_sizes():
@@ -183,15 +185,15 @@ def test_shapes_of_onnx_operators_are_inferred_by_rules_that_proved_right(monkey
         [ValueInfo("x", ("n", 3, "h", "w"), (1, 3, 4, 5))], [ValueInfo("y", ("n", 3), (1, 3))],
         {}, nodes, constants={"axes": np.array([2])}, opset=13,
     )  # fmt: skip
-    graph.validate()
+    validate(graph)
     shapes = [(1, 3, 4, 5), (2, 3, 7, 1), (1, 3, 1, 9)]
-    expected = [graph.infer({"x": shape}) for shape in shapes]
+    expected = [infer(graph, {"x": shape}) for shape in shapes]
     seen = {}
-    graph.infer({"x": shapes[0]}, seen)
+    infer(graph, {"x": shapes[0]}, seen)
     assert sorted(seen) == list(range(len(nodes))) and None not in seen.values()
     monkeypatch.setattr(numpy_ops, "compute", None)  # nothing is run on zeros any more
     for shape, found in zip(shapes, expected, strict=True):
-        again = graph.infer({"x": shape}, seen)
+        again = infer(graph, {"x": shape}, seen)
         assert (again.shapes, again.dtypes) == (found.shapes, found.dtypes)
 
 
@@ -200,10 +202,10 @@ def test_a_rule_that_does_not_hold_is_not_used(monkeypatch):
     graph = Graph(
         [ValueInfo("x", ("n", 3), (1, 3))], [ValueInfo("y", ("n", 3), (1, 3))], {}, [node]
     )
-    monkeypatch.setitem(graph_module._ONNX_SHAPES, "Softmax", lambda *_: (7,))
+    monkeypatch.setitem(onnx_shapes.RULES, "Softmax", lambda *_: (7,))
     seen = {}
     for n in (1, 2):
-        assert graph.infer({"x": (n, 3)}, seen).shapes["y"] == (n, 3)
+        assert infer(graph, {"x": (n, 3)}, seen).shapes["y"] == (n, 3)
     assert seen == {0: None}
 
 

@@ -20,7 +20,7 @@ from logshift.kernels import registry
 from logshift.runtime import InputError, Preprocessing, Session, executor
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import Node, Quantization, ValueInfo
-from logshift.runtime.plan import program as plan
+from logshift.runtime.plan import work
 
 
 def test_batch_and_picture_size_are_free():
@@ -95,7 +95,7 @@ def test_threads_and_kernels_do_not_change_bits(kernels):
 @pytest.mark.parametrize("share", [1, 3_000, 20_000, 10**9])
 def test_steps_of_one_thread_and_of_several_mix(share, monkeypatch):
     expected = Session(small_network(), threads=1).run(pictures(3))
-    monkeypatch.setattr(plan, "_SHARE", share)
+    monkeypatch.setattr(work, "SHARE", share)
     for threads in (2, 4):
         session = Session(small_network(), threads=threads)
         for pause in (0, 0, 0.1, 0, 0.1):  # workers awake and asleep
@@ -107,7 +107,7 @@ def test_a_step_gets_as_many_threads_as_it_is_worth(monkeypatch):
     session = Session(small_network(), threads=3)
 
     def threads_of(share):
-        monkeypatch.setattr(plan, "_SHARE", share)
+        monkeypatch.setattr(work, "SHARE", share)
         return [step.homes for step in session._plan(session._arrays(pictures())).steps]
 
     a = 12 * 10 * 8 * 27  # multiplications

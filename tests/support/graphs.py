@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from logshift.kernels.errors import FormatError
 from logshift.kernels.stlq import codec
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.infer import infer_nominal, nominal_shapes
+from logshift.runtime.validate import validate
 
 
 def build(nodes, quantization, inputs, output, settings=None):
@@ -23,13 +25,13 @@ def build(nodes, quantization, inputs, output, settings=None):
     # Attribute defaults are filled in by validation, which shape inference relies on.
     graph.outputs = [ValueInfo(output, (1,), (1,))]
     try:
-        graph.validate()
+        validate(graph)
     except Exception as error:
         if "is declared" not in str(error):
             raise
-    shape = graph.nominal_shapes()[output]
+    shape = nominal_shapes(graph)[output]
     graph.outputs = [ValueInfo(output, shape, shape)]
-    graph.validate()
+    validate(graph)
     return graph
 
 
@@ -47,13 +49,13 @@ def network(nodes, inputs, outputs, constants=None, opset=18, quantization=None)
             each.bias = np.zeros(each.weights.shape[0], np.float32)
     graph.outputs = [ValueInfo(name, (), ()) for name in outputs]
     with contextlib.suppress(FormatError):  # it fills in attributes, and shapes are not told yet
-        graph.validate()
-    found = graph.nominal()
+        validate(graph)
+    found = infer_nominal(graph)
     graph.outputs = [
         ValueInfo(name, found.shapes[name], found.shapes[name], found.dtypes[name].name)
         for name in outputs
     ]
-    graph.validate()
+    validate(graph)
     return graph
 
 

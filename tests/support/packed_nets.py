@@ -7,6 +7,7 @@ from support.graphs import random_weights
 
 from logshift.runtime import Preprocessing
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.validate import validate
 
 
 def small_network(height="height", width="width", classes=5):
@@ -35,7 +36,7 @@ def small_network(height="height", width="width", classes=5):
         preprocessing=Preprocessing().to_manifest(),
         labels=[f"class {i}" for i in range(classes)],
     )
-    graph.validate()
+    validate(graph)
     return graph
 
 

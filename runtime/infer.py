@@ -1,0 +1,170 @@
+"""What shapes, types and values follow from the shapes of a graph's inputs, before any run.
+
+Packed operators tell the shape of their output. ONNX operators are run on zeros that take no
+memory, or on values where these are known; for common ones a rule tells the shape, once it has
+proved right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from logshift.kernels.errors import InputError
+from logshift.runtime.graph import MAX_ELEMENTS, MAX_RANK, Graph, Inference, Node, Shape
+from logshift.runtime.onnx_ops import numpy_ops
+from logshift.runtime.onnx_ops.shapes import RULES, VALUES
+from logshift.runtime.operators import OPERATORS
+from logshift.runtime.operators.base import NodeError
+
+# Values up to this size are computed from shapes before a run, and kept.
+_KEPT_ELEMENTS = 2**20
+
+
+def infer(
+    graph: Graph, inputs: Mapping[str, Shape], seen: dict[int, np.dtype | None] | None = None
+) -> Inference:
+    """Infer what can be known of all tensors from input shapes alone.
+
+    Parameters
+    ----------
+    graph : Graph, validated
+    inputs : dict of input name to Shape
+    seen : dict, optional
+        What was learnt of ONNX operators of this graph, for the next time; empty at first.
+
+    Raises
+    ------
+    InputError
+        If the inputs do not fit the graph's declared shapes or a node cannot take them.
+    """
+    found = Inference({}, {}, dict(graph.constants))
+    for name, array in graph.constants.items():
+        found.shapes[name], found.dtypes[name] = array.shape, array.dtype
+    bound: dict[str, int] = {}
+    for info in graph.inputs:
+        shape = tuple(int(d) for d in inputs[info.name])
+        declared = "(" + ", ".join(str(d) for d in info.shape) + ")"
+        if len(shape) != len(info.shape):
+            raise InputError(f"input {info.name!r} has shape {shape}, expected {declared}")
+        for size, dim in zip(shape, info.shape, strict=True):
+            expected = bound.setdefault(dim, size) if isinstance(dim, str) else dim
+            if size != expected or size < (dim != 0):
+                raise InputError(f"input {info.name!r} has shape {shape}, expected {declared}")
+        found.shapes[info.name], found.dtypes[info.name] = shape, np.dtype(info.dtype)
+    for index, node in enumerate(graph.nodes):
+        try:
+            if node.is_onnx:
+                if seen is None or not _infer_quickly(index, node, found, seen):
+                    _infer_onnx(graph, node, found)
+                    _learn(index, node, found, seen)
+            else:
+                _infer_packed(graph, node, found)
+        except (NodeError, InputError) as error:
+            raise InputError(f"node {node.name!r} ({node.op}): {error}") from None
+    return found
+
+
+def infer_nominal(graph: Graph) -> Inference:
+    """Infer at the nominal input size."""
+    return infer(graph, graph.nominal_inputs())
+
+
+def nominal_shapes(graph: Graph) -> dict[str, Shape]:
+    """Return the shapes of all tensors at the nominal input size."""
+    return infer_nominal(graph).shapes
+
+
+def _infer_packed(graph: Graph, node: Node, found: Inference) -> None:
+    out = node.outputs[0]
+    for name in node.inputs:
+        if name not in found.shapes:
+            raise NodeError(f"the shape of its input {name!r} depends on values")
+        expected = np.dtype(np.uint8 if graph.is_code(name) else np.float32)
+        if found.dtypes[name] != expected:
+            raise NodeError(f"its input {name!r} is {found.dtypes[name]}, not {expected}")
+    shape = OPERATORS[node.op].shape(node, [found.shapes[name] for name in node.inputs])
+    if min(shape, default=0) < 1 or math.prod(shape) > MAX_ELEMENTS:
+        raise NodeError(
+            f"would produce shape {shape}; the input is too small or too large for this network"
+        )
+    found.shapes[out] = shape
+    found.dtypes[out] = np.dtype(np.uint8 if graph.is_code(out) else np.float32)
+
+
+def _infer_onnx(graph: Graph, node: Node, found: Inference) -> None:
+    """Run an ONNX operator: on what is known, else on zeros, whose result has the right shape."""
+    names = [name for name in node.inputs if name]
+    if any(name not in found.shapes for name in names):
+        return
+    if node.op in ("Shape", "Size"):
+        known = True
+        arguments = [_zeros(found, name) for name in node.inputs]
+    else:
+        known = all(name in found.values for name in names)
+        if not known and node.op in numpy_ops.DATA_DEPENDENT:
+            return
+        for index in VALUES.get(node.op, ()):
+            name = node.inputs[index] if index < len(node.inputs) else ""
+            if name and name not in found.values:
+                return
+        arguments = [
+            found.values[name] if name in found.values else _zeros(found, name)
+            for name in node.inputs
+        ]
+    results = numpy_ops.compute(node.op, node.attributes, graph.opset, arguments, len(node.outputs))
+    for name, y in zip(node.outputs, results, strict=True):
+        if not name:
+            continue
+        if y.size > MAX_ELEMENTS or y.ndim > MAX_RANK:
+            raise NodeError(f"would produce shape {y.shape}; the input is too large")
+        found.shapes[name], found.dtypes[name] = y.shape, y.dtype
+        if known and y.size <= _KEPT_ELEMENTS:
+            found.values[name] = y
+
+
+def _infer_quickly(
+    index: int, node: Node, found: Inference, seen: dict[int, np.dtype | None]
+) -> bool:
+    """Infer by a rule, if one has proved right before; says whether it did."""
+    dtype = seen.get(index)
+    if dtype is None or all(name in found.values for name in node.inputs if name):
+        return False
+    shape = _rule(node, found)
+    if shape is None or math.prod(shape) > MAX_ELEMENTS or len(shape) > MAX_RANK:
+        return False
+    found.shapes[node.outputs[0]], found.dtypes[node.outputs[0]] = shape, dtype
+    return True
+
+
+def _learn(
+    index: int, node: Node, found: Inference, seen: dict[int, np.dtype | None] | None
+) -> None:
+    """Note the type of an operator's output, or that no rule tells its shape."""
+    out = node.outputs[0]
+    if seen is None or index in seen or out in found.values:
+        return
+    shape = found.shapes.get(out)
+    right = shape is not None and len(node.outputs) == 1 and _rule(node, found) == shape
+    seen[index] = found.dtypes[out] if right else None
+
+
+def _rule(node: Node, found: Inference) -> Shape | None:
+    """Shape of the output of an ONNX operator, where that is easily told."""
+    rule = RULES.get(node.op)
+    shapes = [found.shapes.get(name) for name in node.inputs if name]
+    if rule is None or not shapes or None in shapes:
+        return None
+    try:
+        return rule(node, shapes, found)
+    except (ValueError, IndexError):  # what does not fit, computing on zeros will name
+        return None
+
+
+def _zeros(found: Inference, name: str) -> np.ndarray | None:
+    """Return zeros that take no memory; None for an input that is not given."""
+    if not name:
+        return None
+    return np.broadcast_to(np.zeros((), found.dtypes[name]), found.shapes[name])

@@ -1,0 +1,38 @@
+"""One kernel call of a plan, told by names: before tensors have places and kernels addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from logshift.runtime.plan.convolution import Convolution
+from logshift.runtime.plan.work import ELEMENT
+
+
+@dataclass(slots=True)
+class Call:
+    """What one kernel is to do.
+
+    Attributes
+    ----------
+    op : str
+        Operation of the kernel.
+    tensors : mapping of field of the argument record to name of a tensor
+    fields : dict
+        Other fields; an array stands for its address. `n`, `height`, `width` and `channels` are
+        of what is computed.
+    work : int
+        Of one element of that, see `work`.
+    moved : mapping of field to (rows, columns)
+        The pictures of these tensors begin so much further.
+    convolution : Convolution, optional
+        Which kernel it is then, and what else its argument record holds.
+    """
+
+    op: str
+    tensors: Mapping[str, str]
+    fields: dict[str, Any]
+    work: int = ELEMENT
+    moved: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    convolution: Convolution | None = None

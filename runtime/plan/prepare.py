@@ -1,0 +1,89 @@
+"""The convolutions of a network: their kernels chosen, and their weights as these want them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from logshift.kernels.layer import FloatLayer, Layer
+from logshift.kernels.registry import kernel
+from logshift.runtime.executor import spread
+from logshift.runtime.graph import Graph, Node, Shape
+from logshift.runtime.infer import nominal_shapes
+from logshift.runtime.operators.conv import phases
+from logshift.runtime.plan.convolution import Convolution
+
+
+def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convolution]]:
+    """Choose kernels and lay out weights for all convolutions; keyed by the node's position.
+
+    `threads` nodes are worked on at once. The largest go first, so that what they need on the way
+    never adds to what others have left.
+    """
+    sizes = {
+        index: math.prod(node.weight_shape)
+        for index, node in enumerate(graph.nodes)
+        if node.weight_shape is not None
+    }
+    shapes = nominal_shapes(graph)
+    order = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    prepared = spread(
+        lambda index: list(_prepare_node(graph, graph.nodes[index], family, shapes)), order, threads
+    )
+    return dict(zip(order, prepared, strict=True))
+
+
+def _prepare_node(
+    graph: Graph, node: Node, family: str, shapes: dict[str, Shape]
+) -> Iterator[Convolution]:
+    is_coded = graph.on_codes(node)
+    layer_of = _coded_layer(graph, node) if is_coded else _float_layer(node)
+    for taps, phase in phases(node):
+        pixels = shapes[node.outputs[0]][0] * math.prod(shapes[node.outputs[0]][2:])
+        layer = layer_of(
+            taps, group=node.attributes["group"], strides=phase.strides,
+            dilations=phase.dilations, pixels=pixels // math.prod(phase.steps),
+        )  # fmt: skip
+        chosen = kernel("conv" if is_coded else "float_conv", family, layer)
+        assert chosen.pack is not None
+        packed = chosen.pack(layer)
+        # A layer keeps what it has computed; a new one holds nothing that only packing needs.
+        yield Convolution(chosen, replace(layer), packed, phase)
+
+
+def _coded_layer(graph: Graph, node: Node) -> Callable[..., Layer]:
+    """Return what makes a layer of some of the weights of a convolution of codes."""
+    weights, bias = node.weights, node.bias
+    assert weights is not None and bias is not None
+    q_x = graph.quantization[node.inputs[0]]
+    q_y = graph.quantization.get(node.outputs[0])
+    scale_y, z_y = (q_y.scale, q_y.zero_point) if q_y else (1.0, 0)
+    # docs/quantization.md section 4; float64 until the last step
+    m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
+    b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
+    # Of a ConvTranspose all words are needed once for every phase.
+    words = cache(weights.words)
+
+    def layer(taps: Any, **geometry: Any) -> Layer:
+        part = weights
+        if taps is not ...:
+            part = replace(words(), first=words().first[taps], second=words().second[taps])
+        return Layer(part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m, b=b, **geometry)
+
+    return layer
+
+
+def _float_layer(node: Node) -> Callable[..., FloatLayer]:
+    """Return what makes a layer of some of the weights of a convolution of float32."""
+    bias, weights = node.bias, node.float_weights
+    if node.weights is not None:
+        weights = node.weights.values()
+    assert bias is not None and weights is not None
+    return lambda taps, **geometry: FloatLayer(
+        np.ascontiguousarray(weights[taps], np.float32), bias=bias, **geometry
+    )
