@@ -114,7 +114,7 @@ def refused(message, op, *inputs, opset=NEWEST, outputs=1, **attributes):
 BETWEEN = {"Acos": (-1, 1), "Asin": (-1, 1), "Atanh": (-0.9, 0.9), "Acosh": (1, 50),
            "Log": (0.01, 50), "Sqrt": (0, 50), "Sinh": (-9, 9), "Cosh": (-9, 9),
            "Tan": (-1.5, 1.5)}  # fmt: skip
-FLOAT_UNARY = sorted(set(numpy_ops._UNARY) - {"BitwiseNot", "Not", "Identity"})
+FLOAT_UNARY = sorted(set(numpy_ops.elementwise._UNARY) - {"BitwiseNot", "Not", "Identity"})
 # Operators that are compared with onnx.reference, and their version.
 OF_REFERENCE = {"Swish": 24}
 
@@ -128,11 +128,11 @@ def test_unary(op, shape, seed):
     compare(op, x, opset=20)
 
 
-@pytest.mark.parametrize("op", sorted(numpy_ops._PARAMETRIC))
+@pytest.mark.parametrize("op", sorted(numpy_ops.elementwise._PARAMETRIC))
 @given(shape=SHAPES, seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=15)
 def test_unary_with_attributes(op, shape, seed, data):
-    defaults = numpy_ops._PARAMETRIC[op][1]
+    defaults = numpy_ops.elementwise._PARAMETRIC[op][1]
     attributes = {}
     for name, default in defaults.items():
         if data.draw(st.booleans()):
@@ -260,12 +260,12 @@ def test_dropout():
 
 
 @pytest.mark.parametrize("source", ["float32", "float64", "int8", "uint8", "int64", "bool"])
-@pytest.mark.parametrize("number", sorted(numpy_ops._DTYPES))
+@pytest.mark.parametrize("number", sorted(numpy_ops.types._DTYPES))
 def test_cast(source, number):
-    x = np.arange(6) - (2 if source != "uint8" and numpy_ops._DTYPES[number][0] != "u" else 0)
+    x = np.arange(6) - (2 if source != "uint8" and numpy_ops.types._DTYPES[number][0] != "u" else 0)
     x = x.reshape(2, 3).astype(source)
     compare("Cast", x, opset=13, to=number)
-    compare("CastLike", x, np.zeros(2, numpy_ops._DTYPES[number]), opset=15)
+    compare("CastLike", x, np.zeros(2, numpy_ops.types._DTYPES[number]), opset=15)
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -542,7 +542,7 @@ def test_range(dtype, start, limit, delta):
 
 # --- reductions -----------------------------------------------------------------------------------
 
-REDUCTIONS = [f"Reduce{kind}" for kind in numpy_ops._REDUCE]
+REDUCTIONS = [f"Reduce{kind}" for kind in numpy_ops.reductions._REDUCE]
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)
@@ -837,9 +837,9 @@ def test_newest_operators():
 def test_through_reference():
     x, w = values((1, 2, 9)), values((3, 2, 3), 1)
     compare("Conv", x, w, atol=1e-5, pads=[1, 1])
-    before = numpy_ops._evaluator.cache_info()
+    before = numpy_ops.reference._evaluator.cache_info()
     compute("Conv", {"pads": [1, 1]}, NEWEST, [x, w], 1)
-    after = numpy_ops._evaluator.cache_info()
+    after = numpy_ops.reference._evaluator.cache_info()
     assert after.hits == before.hits + 1 and after.misses == before.misses
 
 
@@ -863,7 +863,7 @@ def test_without_the_package_onnx():
 def test_sets_are_consistent():
     assert numpy_ops.SLOW <= numpy_ops.OPERATORS
     assert numpy_ops.DATA_DEPENDENT <= numpy_ops.OPERATORS
-    assert set(numpy_ops._SIZES) <= numpy_ops.SLOW
+    assert set(numpy_ops.reference._SIZES) <= numpy_ops.SLOW
     known = {s.name for s in onnx.defs.get_all_schemas_with_history() if not s.domain}
     assert numpy_ops.OPERATORS - known <= {"BitCast", "CumProd", "SwiGLU"}  # of the newest versions
 

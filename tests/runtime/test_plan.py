@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.graphs import build, random_inputs, random_weights
 
+from logshift.kernels import registry
 from logshift.kernels.machine.memory import ALIGNMENT, Block, aligned, arena, arrange
 from logshift.runtime import Session
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
@@ -226,3 +227,26 @@ def test_plans_that_are_let_go_are_freed_at_once():
     session = Session(of_any_size(chain()), threads=1)
     found = weakref.ref(session._plan({"input": np.zeros((1, 8, 9, 9), np.float32)}))
     assert found() is None
+
+
+def test_a_step_fills_in_the_record_that_its_kernel_reads(monkeypatch):
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["a"]),
+        Node("Pad", "p", ["a"], ["b"], {"pads": [0, 1, 2, 1, 0, 0, 1, 2]}),
+        Node("DequantizeLinear", "d", ["b"], ["out"]),
+    ]
+    q = dict.fromkeys("ab", Quantization(0.1, 3, 8))
+    graph = build(nodes, q, {"input": (1, 3, 8, 7)}, "out")
+    x = random_inputs(graph)
+    expected = Session(graph, kernels="portable").run(x)
+    # The same kernel, with two fields of its record in each other's place.
+    kernel = registry.kernel("fill", "reference")
+    names = list(kernel.record.names)
+    i, j = names.index("height"), names.index("value")
+    names[i], names[j] = names[j], names[i]
+    record = np.dtype([(name, kernel.record[name]) for name in names])
+    kernel = dataclasses.replace(kernel, record=record)
+    monkeypatch.setitem(registry._REGISTRY, ("fill", "reference", ""), kernel)
+    session = Session(graph, threads=1, kernels="reference")
+    assert np.array_equal(session.run(x), expected)
+    assert kernel in [step.kernel for step in session._plan(x).steps]
