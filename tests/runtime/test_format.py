@@ -129,9 +129,9 @@ def test_load_decodes_every_stream_once_and_keeps_nothing_decoded(tmp_path, monk
     path = tmp_path / "net.stlq"
     packed_format.write(make.classifier(), path)
     inflated = []
-    unpacked = packed_format._Streams._unpacked
+    unpacked = packed_format.weights.Streams._unpacked
     monkeypatch.setattr(
-        packed_format._Streams, "_unpacked",
+        packed_format.weights.Streams, "_unpacked",
         lambda self: inflated.append(self.where) or unpacked(self),
     )  # fmt: skip
     session = runtime.load(path, threads=2)
@@ -146,13 +146,13 @@ def test_load_decodes_every_stream_once_and_keeps_nothing_decoded(tmp_path, monk
 @pytest.mark.parametrize("threads", [1, 4])
 def test_of_several_faults_the_first_nodes_is_told(threads, monkeypatch):
     data = packed_format.serialize(make.classifier())
-    integers = packed_format._Streams.integers
+    integers = packed_format.weights.Streams.integers
 
     def fails(self):
         integers(self)
         raise FormatError(f"fault in {self.where}")
 
-    monkeypatch.setattr(packed_format._Streams, "integers", fails)
+    monkeypatch.setattr(packed_format.weights.Streams, "integers", fails)
     names = [n.name for n in make.classifier().nodes if n.weights is not None]
     with pytest.raises(FormatError, match=f"fault in node {names[0]!r}"):
         packed_format.deserialize(data, threads=threads)
@@ -239,7 +239,9 @@ def test_the_manifest_is_read_without_the_weights(tmp_path):
     data = packed_format.serialize(make.classifier())
     path = tmp_path / "net.stlq"
     path.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
-    assert packed_format.read_manifest(path)["format_version"] == packed_format.FORMAT_VERSION
+    assert (
+        packed_format.read_manifest(path)["format_version"] == packed_format.manifest.FORMAT_VERSION
+    )
     with pytest.raises(FormatError, match="container"):
         packed_format.read(path)
 
@@ -250,6 +252,24 @@ def test_unknown_keys_of_later_writers_are_ignored():
     assert_same(
         make.classifier(), packed_format.deserialize(make.sign(json.dumps(manifest), tensors))
     )
+
+
+def test_nodes_share_no_attributes():
+    manifest, tensors = make.take_apart(packed_format.serialize(make.classifier()))
+    for record in manifest["nodes"]:
+        if record["op"] in ("QuantizeLinear", "Lookup"):
+            assert "attributes" not in record
+    graph = packed_format.deserialize(make.sign(json.dumps(manifest), tensors))
+    empty = [node.attributes for node in graph.nodes if not node.attributes]
+    assert len(empty) > 1 and len({id(attributes) for attributes in empty}) == len(empty)
+
+
+@pytest.mark.parametrize("field", ["op", "name", "inputs", "outputs"])
+def test_a_missing_field_is_named(field):
+    manifest, tensors = make.take_apart(packed_format.serialize(make.classifier()))
+    del manifest["nodes"][2][field]
+    with pytest.raises(FormatError, match=f"node 2: '{field}' is missing"):
+        packed_format.deserialize(make.sign(json.dumps(manifest), tensors))
 
 
 # --- what must be refused -----------------------------------------------------------------------
