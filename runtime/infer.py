@@ -21,6 +21,7 @@ from logshift.runtime.operators.base import NodeError
 
 # Values up to this size are computed from shapes before a run, and kept.
 _KEPT_ELEMENTS = 2**20
+_CODES, _FLOATS = np.dtype(np.uint8), np.dtype(np.float32)
 
 
 def infer(
@@ -82,7 +83,7 @@ def _infer_packed(graph: Graph, node: Node, found: Inference) -> None:
     for name in node.inputs:
         if name not in found.shapes:
             raise NodeError(f"the shape of its input {name!r} depends on values")
-        expected = np.dtype(np.uint8 if graph.is_code(name) else np.float32)
+        expected = _CODES if graph.is_code(name) else _FLOATS
         if found.dtypes[name] != expected:
             raise NodeError(f"its input {name!r} is {found.dtypes[name]}, not {expected}")
     shape = OPERATORS[node.op].shape(node, [found.shapes[name] for name in node.inputs])
@@ -91,7 +92,7 @@ def _infer_packed(graph: Graph, node: Node, found: Inference) -> None:
             f"would produce shape {shape}; the input is too small or too large for this network"
         )
     found.shapes[out] = shape
-    found.dtypes[out] = np.dtype(np.uint8 if graph.is_code(out) else np.float32)
+    found.dtypes[out] = _CODES if graph.is_code(out) else _FLOATS
 
 
 def _infer_onnx(graph: Graph, node: Node, found: Inference) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from logshift.runtime.graph import MAX_ATTRIBUTE, Graph, Node, Quantization, Shape
 from logshift.runtime.plan.call import Call
@@ -16,8 +16,7 @@ class NodeError(Exception):
     """Inputs or attributes that an operator cannot take; wrapped with the node's name."""
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """A tensor that kernels read or write."""
 
     name: str  # under which it is stored
@@ -33,8 +32,7 @@ class Operand:
         return {"n": n, "height": h, "width": w, "channels": c}
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """A node where it is built: what its operator makes kernel calls from."""
 
     node: Node

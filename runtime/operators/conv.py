@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,42 +36,44 @@ def weight_uses(node: Node, shapes: Mapping[str, Shape]) -> int:
     return n * height * width
 
 
-def _extents(node: Node) -> list[int]:
+def _extents(node: Node) -> tuple[int, int]:
+    """Return how many rows and columns of the input a window reaches over."""
     assert node.weight_shape is not None
-    _, *kernel, _ = node.weight_shape
-    return list(map(geometry.extent, kernel, node.attributes["dilations"]))
+    _, kh, kw, _ = node.weight_shape
+    rows, columns = node.attributes["dilations"]
+    return geometry.extent(kh, rows), geometry.extent(kw, columns)
 
 
 def _shape(node: Node, inputs: list[Shape]) -> Shape:
-    a, sizes = node.attributes, rank4(inputs[0])[2:]
-    return _whole_shape(node, inputs, [
-        geometry.windows(size, extent, stride, before + after)
-        for size, extent, stride, before, after in zip(
-            sizes, _extents(node), a["strides"], a["pads"][:2], a["pads"][2:], strict=True
-        )
-    ])  # fmt: skip
+    _, _, h, w = rank4(inputs[0])
+    top, left, bottom, right = node.attributes["pads"]
+    stride_h, stride_w = node.attributes["strides"]
+    rows, columns = _extents(node)
+    height = geometry.windows(h, rows, stride_h, top + bottom)
+    width = geometry.windows(w, columns, stride_w, left + right)
+    return _whole_shape(node, inputs, height, width)
 
 
 def _transposed_shape(node: Node, inputs: list[Shape]) -> Shape:
-    a, sizes = node.attributes, rank4(inputs[0])[2:]
-    return _whole_shape(node, inputs, [
-        stride * (size - 1) + more + extent - before - after
-        for size, extent, stride, more, before, after in zip(
-            sizes, _extents(node), a["strides"], a["output_padding"], a["pads"][:2], a["pads"][2:],
-            strict=True,
-        )
-    ])  # fmt: skip
+    _, _, h, w = rank4(inputs[0])
+    top, left, bottom, right = node.attributes["pads"]
+    stride_h, stride_w = node.attributes["strides"]
+    more_h, more_w = node.attributes["output_padding"]
+    rows, columns = _extents(node)
+    height = stride_h * (h - 1) + more_h + rows - top - bottom
+    width = stride_w * (w - 1) + more_w + columns - left - right
+    return _whole_shape(node, inputs, height, width)
 
 
-def _whole_shape(node: Node, inputs: list[Shape], sizes: Sequence[int]) -> Shape:
-    """Return the output's shape, given its height and width, if the inputs go with it."""
+def _whole_shape(node: Node, inputs: list[Shape], height: int, width: int) -> Shape:
+    """Return the shape of an output of this height and width, if the inputs go with it."""
     assert node.weight_shape is not None
     n, c, _, _ = inputs[0]
     o, _, _, per_group = node.weight_shape
     channels = per_group * node.attributes["group"]
     if c != channels:
         raise NodeError(f"takes {channels} channels, its input has {c}")
-    out = (n, o, *sizes)
+    out = (n, o, height, width)
     if len(inputs) == 2 and inputs[1] != out:
         raise NodeError(f"adds a tensor of shape {inputs[1]} to its result of shape {out}")
     return out
@@ -93,7 +95,7 @@ def _check(graph: Graph, node: Node) -> None:
     extents = _extents(node)
     for side, pad in enumerate(a["pads"]):
         if pad >= max(extents[side % 2], 2):
-            raise NodeError(f"pads {a['pads']} reach beyond the kernel's extent {extents}")
+            raise NodeError(f"pads {a['pads']} reach beyond the kernel's extent {list(extents)}")
     if not np.isfinite(bias).all():
         raise NodeError("bias must be finite")
     if node.float_weights is None:
@@ -217,20 +219,21 @@ def _build(site: Site) -> Iterator[Call]:
     tensors = {"x": x.name, "y": y.name}
     if len(site.inputs) > 1:
         tensors["r"] = site.inputs[1].name
-    n, c, *size = y.shape
+    n, c, h, w = y.shape
     for conv in site.convolutions:
         phase = conv.phase
-        height, width = phase.count(0, size[0]), phase.count(1, size[1])
+        height, width = phase.count(0, h), phase.count(1, w)
         if height <= 0 or width <= 0:
             continue
+        _, kernel_h, kernel_w, _ = conv.layer.weights.shape
         fields = {
             "n": n, "height": height, "width": width, "channels": c,
             "row0": x.top + phase.first[0], "column0": x.left + phase.first[1],
             "dilation_h": phase.dilations[0], "dilation_w": phase.dilations[1],
-            "kernel_h": conv.layer.weights.shape[1], "kernel_w": conv.layer.weights.shape[2],
+            "kernel_h": kernel_h, "kernel_w": kernel_w,
         }  # fmt: skip
         # A phase writes into the picture from its own first row and column on.
-        moved = {"y": phase.begin, "r": phase.begin} if phase.begin != (0, 0) else {}
+        moved = {"y": phase.begin, "r": phase.begin} if phase.begin != (0, 0) else None
         yield Call(conv.kernel.op, tensors, fields, conv.work, moved, conv)
 
 

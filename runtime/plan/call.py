@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from logshift.runtime.plan.convolution import Convolution
@@ -24,7 +24,7 @@ class Call:
         of what is computed.
     work : int
         Of one element of that, see `work`.
-    moved : mapping of field to (rows, columns)
+    moved : mapping of field to (rows, columns), optional
         The pictures of these tensors begin so much further.
     convolution : Convolution, optional
         Which kernel it is then, and what else its argument record holds.
@@ -34,5 +34,5 @@ class Call:
     tensors: Mapping[str, str]
     fields: dict[str, Any]
     work: int = ELEMENT
-    moved: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    moved: Mapping[str, tuple[int, int]] | None = None
     convolution: Convolution | None = None

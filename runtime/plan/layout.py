@@ -11,6 +11,7 @@ import numpy as np
 
 from logshift.kernels import records
 from logshift.kernels.machine.memory import ALIGNMENT
+from logshift.kernels.registry import Kernel
 
 _CODES = {np.dtype(np.uintp): "Q", np.dtype(np.int64): "q", np.dtype(np.float32): "f"}
 _TENSOR_FIELDS = {name: index for index, name in enumerate(records.TENSOR.names or ())}
@@ -65,6 +66,6 @@ class Layout:
 
 
 @cache
-def layout(record: np.dtype) -> Layout:
-    """Return the layout of a type of records."""
-    return Layout(record)
+def layout(kernel: Kernel) -> Layout:
+    """Return the layout of the records that a kernel reads."""
+    return Layout(kernel.record)

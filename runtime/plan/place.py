@@ -160,19 +160,19 @@ class Places:
             if x not in self._shapes:  # nobody computes it
                 continue
             size, out = self._shapes[x][2:], self._shapes[node.outputs[0]][2:]
+            needed = list(borders.get(x, (0, 0, 0, 0)))
             for conv in convolutions:
-                needed, phase, shape = [0, 0, 0, 0], conv.phase, conv.layer.weights.shape
+                phase, shape = conv.phase, conv.layer.weights.shape
                 for axis in (0, 1):
                     count = phase.count(axis, out[axis])
                     if count > 0 and 0 not in shape:
                         first = phase.first[axis]
                         extent = phase.dilations[axis] * (shape[1 + axis] - 1)
                         last = first + (count - 1) * phase.strides[axis] + extent
-                        needed[axis] = max(0, -first)
-                        needed[2 + axis] = max(0, last - size[axis] + 1)
-                old = borders.get(x, (0, 0, 0, 0))
-                top, left, bottom, right = map(max, old, needed)
-                borders[x] = (top, left, bottom, right)
+                        needed[axis] = max(needed[axis], -first)
+                        needed[2 + axis] = max(needed[2 + axis], last - size[axis] + 1)
+            top, left, bottom, right = needed
+            borders[x] = (top, left, bottom, right)
         return borders
 
     def _geometry(self, name: str, border: _Border) -> Geometry:

@@ -77,6 +77,7 @@ class Plan:
         self.parts: list[slice | NumpyStep] = []
         self._schedule, self._found, self._calls = schedule, found, calls
         self._kernel, self._threads = kernel, threads
+        self._operands: dict[str, Operand] = {}
         self._scratch: list[tuple[list[Any], Layout, int]] = []  # values, bytes per thread
         self._keep: list[np.ndarray] = []  # arrays whose addresses argument records hold
         # Words of argument records: addresses of float tensors that are set anew at every run.
@@ -243,37 +244,44 @@ class Plan:
         return [Call(operation.kind, {"x": inputs[0], "y": output}, y.sizes)]
 
     def _operand(self, name: str) -> Operand:
-        place, shape = self._places.found.get(name), nchw(self.shapes[name])
-        top, left = (place.geometry.top, place.geometry.left) if place else (0, 0)
-        return Operand(name, shape, top, left, self.graph.quantization.get(name))
+        found = self._operands.get(name)
+        if found is None:
+            place, shape = self._places.found.get(name), nchw(self.shapes[name])
+            top, left = (place.geometry.top, place.geometry.left) if place else (0, 0)
+            found = Operand(name, shape, top, left, self.graph.quantization.get(name))
+            self._operands[name] = found
+        return found
 
     def _step(self, node: Node, call: Call) -> None:
         """Append a step that makes a call."""
         conv, fields, schedule = call.convolution, call.fields, self._schedule
         kernel = self._kernel(call.op) if conv is None else conv.kernel
-        form = layout(kernel.record)
+        form = layout(kernel)
         values = (form.empty if conv is None else schedule.templates[conv]).copy()
         total = call.work * fields["n"] * fields["height"] * fields["width"] * fields["channels"]
         homes, parts = work.divided(total, self._threads)
         step = Step(node, kernel, form, values, homes, parts)
-        places = {}
+        tells = conv is not None or kernel.scratch is not None  # hooks of the kernel
+        known = fields.copy() if tells else {}
         for key, name in call.tensors.items():
-            origin = schedule.origin(name)
-            place = self._places.found.get(origin)
+            place = self._places.found.get(name)
+            if place is None:
+                origin = schedule.origin(name)
+                place = self._places.found.get(origin)
             if place is None:
                 n, c, h, w = nchw(self.shapes[origin])
                 tensor: tuple[int, ...] = (0, n, h, w, c, 0, 0)
                 self._bindings.setdefault(origin, []).append((step, form.word[key]))
             else:
                 tensor = place.values
-            if key in call.moved:
+            if call.moved is not None and key in call.moved:
                 top, left = call.moved[key]
                 tensor = (*tensor[:5], tensor[5] + top, tensor[6] + left)
             begin = form.index[key]
             values[begin : begin + len(tensor)] = tensor
-            places[key] = TensorValues(tensor)
-        if conv is not None or kernel.scratch is not None:
-            known = {**fields, **places}
+            if tells:
+                known[key] = TensorValues(tensor)
+        if tells:
             if conv is not None:
                 fields = fields | conv.packed.sized(known)
             if kernel.pieces is not None:

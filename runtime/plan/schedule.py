@@ -146,7 +146,7 @@ class Schedule:
             lookup = self.lookups.get(node.outputs[0])
             for conv in convolutions:
                 fields = constants(self.graph, node, conv, lookup.table if lookup else None)
-                templates[conv] = layout(conv.kernel.record).filled(fields)
+                templates[conv] = layout(conv.kernel).filled(fields)
         return templates
 
     def _numpy_steps(self) -> dict[int, NumpyStep]:
