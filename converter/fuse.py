@@ -19,6 +19,7 @@ from logshift.converter.float_graph import (
 )
 from logshift.converter.recognise import scaled
 from logshift.runtime.operators import OPERATORS
+from logshift.runtime.operators.conv import pads_fit
 
 _CLAMPING = [op for op, operator in OPERATORS.items() if "clamp" in operator.attributes]
 
@@ -195,9 +196,10 @@ class _Fusion:
         if pad is None:
             return
         _, c0, top, left, _, c1, bottom, right = pad.attributes["pads"]
-        own = conv.attributes["pads"]
+        own, weight = conv.attributes["pads"], conv.weight
+        assert weight is not None
         pads = [p + q for p, q in zip(own, (top, left, bottom, right), strict=True)]
-        if c0 == c1 == 0 and pads_fit(conv, pads):
+        if c0 == c1 == 0 and pads_fit(pads, weight.shape[1:3], conv.attributes["dilations"]):
             conv.attributes["pads"] = pads
             conv.inputs[0] = pad.inputs[0]
             self.nodes.remove(pad)
@@ -240,15 +242,6 @@ def onnx_nodes(function: Function, name: str, graph: FloatGraph) -> list[FloatNo
             FloatNode(node.op_type, name, inputs, output, attributes, opset=function.opset)
         )
     return nodes
-
-
-def pads_fit(conv: FloatNode, pads: list[int]) -> bool:
-    """Tell whether the packed convolution allows these pads: less than the kernel's extent."""
-    assert conv.weight is not None
-    kernel = conv.weight.shape[1:3]
-    dilations = conv.attributes["dilations"]
-    extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    return all(0 <= pad < max(extent[side % 2], 2) for side, pad in enumerate(pads))
 
 
 def _drop_unused(graph: FloatGraph) -> None:

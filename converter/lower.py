@@ -24,7 +24,6 @@ from logshift.converter.float_graph import (
     Problems,
     ordered,
 )
-from logshift.converter.fuse import pads_fit
 from logshift.converter.layout import packed_weight
 from logshift.converter.onnx_model import Model, Trace, dim_name
 from logshift.converter.qdq import identity, table_function, table_of
@@ -33,6 +32,8 @@ from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime import geometry
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape, ValueInfo
 from logshift.runtime.onnx_ops import numpy_ops
+from logshift.runtime.operators import conv as conv_ops
+from logshift.runtime.operators import pool as pool_ops
 
 # Clip bounds beyond this are float32's way to say "none".
 _NO_BOUND = 1e30
@@ -582,7 +583,7 @@ def _emit_conv(
         bias,
         ctx.words(node, weight),
     )
-    if not pads_fit(conv, pads):
+    if not conv_ops.pads_fit(pads, weight.shape[1:3], attributes["dilations"]):
         if node.op_type == "ConvTranspose":
             raise _Unsupported(f"pads {pads} reach beyond the kernel's extent")
         conv.inputs = [_emit_pad(ctx, conv, pads)]
@@ -659,7 +660,7 @@ def _pool(ctx: _Lowering, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     attributes |= {"kernel_shape": kernel, "ceil_mode": a.get("ceil_mode", 0)}
     if node.op_type == "AveragePool":
         attributes["count_include_pad"] = a.get("count_include_pad", 0)
-    if any(not 0 <= p < kernel[i % 2] for i, p in enumerate(attributes["pads"])):
+    if not pool_ops.pads_fit(attributes["pads"], kernel):
         raise _Unsupported(f"pads {attributes['pads']} must be below the kernel's size {kernel}")
     ctx.emit(node.op_type, node, [x], attributes=attributes)
 

@@ -104,7 +104,7 @@ class Operator:
     renames: bool = False
 
 
-# --- shapes -------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------
 
 
 def rank4(shape: Shape) -> Shape:
@@ -112,14 +112,6 @@ def rank4(shape: Shape) -> Shape:
     if len(shape) != 4:
         raise NodeError(f"needs a tensor of rank 4, got shape {shape}")
     return shape
-
-
-def same_shape(node: Node, inputs: list[Shape]) -> Shape:
-    """Return the shape of the input, of any rank."""
-    return inputs[0]
-
-
-# --- checks of attributes -----------------------------------------------------------------------
 
 
 def integer(low: int, high: int = MAX_ATTRIBUTE) -> Check:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,12 @@ def _whole_shape(node: Node, inputs: list[Shape], height: int, width: int) -> Sh
 # --- checks -------------------------------------------------------------------------------------
 
 
+def pads_fit(pads: Sequence[int], kernel: Sequence[int], dilations: Sequence[int]) -> bool:
+    """Tell whether pads are allowed: less than the extent of the kernel, but always 1."""
+    extents = list(map(geometry.extent, kernel, dilations))
+    return all(0 <= pad < max(extents[side % 2], 2) for side, pad in enumerate(pads))
+
+
 def _check(graph: Graph, node: Node) -> None:
     check_clamp(graph, node)
     shape, bias, a = node.weight_shape, node.bias, node.attributes
@@ -92,10 +98,9 @@ def _check(graph: Graph, node: Node) -> None:
         raise NodeError(f"weight shape {shape} is not allowed")
     if o % a["group"]:
         raise NodeError(f"{o} output channels do not divide into {a['group']} groups")
-    extents = _extents(node)
-    for side, pad in enumerate(a["pads"]):
-        if pad >= max(extents[side % 2], 2):
-            raise NodeError(f"pads {a['pads']} reach beyond the kernel's extent {list(extents)}")
+    if not pads_fit(a["pads"], (kh, kw), a["dilations"]):
+        extents = list(_extents(node))
+        raise NodeError(f"pads {a['pads']} reach beyond the kernel's extent {extents}")
     if not np.isfinite(bias).all():
         raise NodeError("bias must be finite")
     if node.float_weights is None:
@@ -156,17 +161,9 @@ def phases(node: Node) -> Iterator[tuple[Any, Phase]]:
     )
     for p, (taps_h, first_h, dilation_h) in enumerate(rows):
         for q, (taps_w, first_w, dilation_w) in enumerate(columns):
+            first, dilations = (first_h, first_w), (dilation_h, dilation_w)
             grid = np.ix_(range(shape[0]), taps_h, taps_w, range(shape[3]))
-            yield (
-                grid,
-                Phase(
-                    (first_h, first_w),
-                    (1, 1),
-                    (dilation_h, dilation_w),
-                    (p, q),
-                    tuple(a["strides"]),
-                ),
-            )
+            yield grid, Phase(first, (1, 1), dilations, (p, q), tuple(a["strides"]))
 
 
 def _phases(

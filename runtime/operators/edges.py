@@ -7,8 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from logshift.runtime.graph import Node, Shape
-from logshift.runtime.operators.base import NodeError, Operator, Site, rank4, same_shape
+from logshift.runtime.operators.base import NodeError, Operator, Site, rank4
 from logshift.runtime.plan.call import Call
+
+
+def _same_shape(node: Node, inputs: list[Shape]) -> Shape:
+    return inputs[0]
 
 
 def _quantize(site: Site) -> Iterator[Call]:
@@ -39,7 +43,7 @@ def _nothing(site: Site) -> Iterator[Call]:
 
 
 OPERATORS = [
-    Operator("QuantizeLinear", "fc", same_shape, _quantize, reads_onnx=True),
-    Operator("DequantizeLinear", "cf", same_shape, _dequantize, writes_onnx=True),
+    Operator("QuantizeLinear", "fc", _same_shape, _quantize, reads_onnx=True),
+    Operator("DequantizeLinear", "cf", _same_shape, _dequantize, writes_onnx=True),
     Operator("Flatten", "ff", _flat_shape, _nothing, renames=True),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,15 @@ def _global_shape(node: Node, inputs: list[Shape]) -> Shape:
     return (n, c, 1, 1)
 
 
+def pads_fit(pads: Sequence[int], kernel: Sequence[int]) -> bool:
+    """Tell whether pads are allowed: less than the kernel's size."""
+    return all(0 <= pad < kernel[side % 2] for side, pad in enumerate(pads))
+
+
 def _check(graph: Graph, node: Node) -> None:
     a = node.attributes
-    for side, pad in enumerate(a["pads"]):
-        if pad >= a["kernel_shape"][side % 2]:
-            raise NodeError(f"pads {a['pads']} must be below kernel_shape {a['kernel_shape']}")
+    if not pads_fit(a["pads"], a["kernel_shape"]):
+        raise NodeError(f"pads {a['pads']} must be below kernel_shape {a['kernel_shape']}")
 
 
 def _window(site: Site) -> dict[str, Any]:
