@@ -15,7 +15,7 @@ import numpy as np
 from logshift.kernels.errors import InputError
 from logshift.runtime.graph import MAX_ELEMENTS, MAX_RANK, Graph, Inference, Node, Shape
 from logshift.runtime.onnx_ops import numpy_ops
-from logshift.runtime.onnx_ops.shapes import RULES, VALUES
+from logshift.runtime.onnx_ops.shapes import OF_SHAPE, RULES, VALUES
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.operators.base import NodeError
 
@@ -100,7 +100,7 @@ def _infer_onnx(graph: Graph, node: Node, found: Inference) -> None:
     names = [name for name in node.inputs if name]
     if any(name not in found.shapes for name in names):
         return
-    if node.op in ("Shape", "Size"):
+    if node.op in OF_SHAPE:
         known = True
         arguments = [_zeros(found, name) for name in node.inputs]
     else:

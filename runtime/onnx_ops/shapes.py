@@ -9,6 +9,9 @@ import numpy as np
 
 from logshift.runtime.graph import Inference, Node, Shape
 
+# Operators that read nothing of their input but its shape.
+OF_SHAPE = frozenset({"Shape", "Size"})
+
 # Inputs of ONNX operators whose values decide about the output's shape.
 VALUES: dict[str, tuple[int, ...]] = {
     "AffineGrid": (1,), "BlackmanWindow": (0,), "CenterCropPad": (1,), "Col2Im": (1, 2),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logshift.runtime.graph import Graph, Node
+from logshift.runtime.onnx_ops.shapes import OF_SHAPE
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.operators.conv import constants
 from logshift.runtime.operators.lookup import has_one_table
@@ -175,7 +176,7 @@ class Schedule:
                 if node.outputs[0] in needed:
                     needed.add(node.inputs[0])
             elif written and wanted:
-                shape_only = node.is_onnx and node.op in ("Shape", "Size")
+                shape_only = node.is_onnx and node.op in OF_SHAPE
                 needed.update(self.root(n) for n in node.inputs if n and not shape_only)
                 nodes.append((index, node))
         return nodes[::-1]
