@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from logshift.kernels.errors import InputError
+from logshift.runtime.geometry import extent
 from logshift.runtime.onnx_ops.numpy_ops.call import Array, Call, Implementation, limited
 
 # Operators that `onnx.reference` runs.
@@ -31,9 +32,8 @@ def _convolved(c: Call, x: Array, weights: Array) -> list[int]:
     rank = x.ndim - 2
     ones = [1] * rank
     pads, strides = c.get("pads", [0] * (2 * rank)), c.get("strides", ones)
-    extents = [
-        d * (k - 1) + 1 for d, k in zip(c.get("dilations", ones), weights.shape[2:], strict=True)
-    ]
+    dilations = c.get("dilations", ones)
+    extents = [extent(k, d) for k, d in zip(weights.shape[2:], dilations, strict=True)]
     limited([*weights.shape[:2], *extents])
     before = [n + max(pads[i], 0) + max(pads[i + rank], 0) for i, n in enumerate(x.shape[2:])]
     if c.op != "ConvTranspose":
