@@ -74,7 +74,10 @@ def _power_of_two(typingctx, n):
     return signature, codegen
 
 
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
+# Adding 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with an addition that
+# every machine has in vector form. The integer is then in the sum's lowest bits; subtracting
+# 1.5 * 2^23 again gives it as a float32.
+ROUND = np.float32(12582912.0)
 _LOG2E = np.float32(1.44269504)
 # ln 2 in two parts; products of the first with integers of up to 9 bits are exact
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -115,7 +118,7 @@ def clamp(v, lo, hi):
 @njit(inline="always")
 def _reduced(x):
     """Return n and exp(r) - 1 for x = n ln 2 + r, |r| <= ln 2 / 2, x within the range of exp."""
-    n = (x * _LOG2E + _ROUND) - _ROUND
+    n = (x * _LOG2E + ROUND) - ROUND
     r = x - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     p = np.float32(1.9875691500e-4)

@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray
 
 from logshift.kernels import records
-from logshift.kernels.dot import tiles
+from logshift.kernels.dot import microkernels
 from logshift.kernels.dot.family import (
     CHUNK,
     CHUNK_WEIGHTS,
@@ -23,10 +23,9 @@ from logshift.kernels.dot.family import (
     block_channels,
     blocked,
     by_block,
-    fill_in,
     fits_int32,
 )
-from logshift.kernels.dot.tiles import MICROKERNELS, READS, TILE, Microkernel
+from logshift.kernels.dot.tiles import MICROKERNELS, READS, TILE, Microkernel, fill_in
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.machine.jit import njit
 from logshift.kernels.machine.memory import placed
@@ -127,8 +126,8 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
             "b": blocked(layer.b, rows, np.float32),
             "block": tile.channels,
             "existing": np.count_nonzero(rows[0] >= 0),
-            "tile": tiles.address(tile),
-            "single": tiles.address(single),
+            "tile": microkernels.address(tile),
+            "single": microkernels.address(single),
             "pixels": tile.pixels,
             "chunks": np.array(chunks, CHUNK),
             "chunk_count": len(chunks),

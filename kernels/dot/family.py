@@ -20,7 +20,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from logshift.kernels import records
-from logshift.kernels.dot import tiles
+from logshift.kernels.dot import microkernels
 from logshift.kernels.dot.tiles import (
     CONTINUE,
     END,
@@ -29,13 +29,13 @@ from logshift.kernels.dot.tiles import (
     SEGMENT,
     TILE,
     Microkernel,
+    fill_in,
 )
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.machine.emit import Emitter, i64
 from logshift.kernels.machine.jit import njit
 from logshift.kernels.machine.memory import aligned, placed
 from logshift.kernels.machine.native import as_pointer, call_tile
-from logshift.kernels.portable.codes import ROUND
 from logshift.kernels.records import share
 from logshift.kernels.registry import register, register_part
 
@@ -107,7 +107,7 @@ def cut(weights, run_steps, top):
     Returns
     -------
     segments : int64 (segments, 4)
-        Block, first step, number of steps, what then (`microkernels.SEGMENT`).
+        Block, first step, number of steps, what then (`tiles.SEGMENT`).
     groups : int64 (blocks, steps)
         How many flushes of all blocks come before a step.
     initials : int16 (flushes, channels, lanes)
@@ -328,8 +328,8 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
             "b": blocked(layer.b, rows, np.float32),
             "block": tile.channels,
             "existing": existing,
-            "tile": tiles.address(tile),
-            "single": tiles.address(single) if single else 0,
+            "tile": microkernels.address(tile),
+            "single": microkernels.address(single) if single else 0,
             "pixels": tile.pixels,
             "x_step": tile.channels if depthwise else 0,
             "chunks": np.array([tuple(chunk) for chunk in chunks], CHUNK),
@@ -346,19 +346,6 @@ def address_of(tensor, n, row, column, channel, size):
     """Address of a channel of a pixel of a TENSOR record; `size` bytes a channel."""
     pixel = (n * tensor.h + row) * tensor.w + column
     return np.int64(tensor.data) + size * (pixel * tensor.c + channel)
-
-
-@njit(inline="always", error_model="numpy")
-def fill_in(a, t):
-    """Fill in what all calls of a microkernel have in common; returns the bytes of an output."""
-    t.z_r, t.m_r, t.lo, t.hi = np.int32(a.z_r), a.m_r, a.lo, a.hi
-    t.has_residual, t.float_output = np.int32(a.has_residual), np.int32(a.float_output)
-    t.x_step, t.table, t.table_end = a.x_step, a.table, a.table + np.uintp(256)
-    if a.float_output:
-        return 4
-    t.lo_code = np.int32(np.int64((a.lo + ROUND) - ROUND) * 0x01010101)
-    t.hi_code = np.int32(np.int64((a.hi + ROUND) - ROUND) * 0x01010101)
-    return 1
 
 
 @njit(error_model="numpy")
@@ -494,7 +481,7 @@ def _conv_tiles(arguments, first_part, end_part, parts, slot):
 
 for _tile in MICROKERNELS.values():
     _available = partial(getattr, _tile, "available")
-    register_part("dot", _tile.name, partial(tiles.address, _tile), _available)
+    register_part("dot", _tile.name, partial(microkernels.address, _tile), _available)
     if _tile.pixels > 1 and _tile.kind in _LARGEST:
         register(
             "conv", "dot", records.CONV, _tile.name,

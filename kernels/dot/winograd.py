@@ -32,17 +32,16 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, register_jitable
 
 from logshift.kernels import records
-from logshift.kernels.dot import tiles
+from logshift.kernels.dot import microkernels
 from logshift.kernels.dot.family import (
     CHUNK,
     address_of,
     cut,
-    fill_in,
     first_channels,
     fits_int32,
     in_reading_order,
 )
-from logshift.kernels.dot.tiles import MICROKERNELS, RUN, SEGMENT, TILE, Microkernel
+from logshift.kernels.dot.tiles import MICROKERNELS, RUN, SEGMENT, TILE, Microkernel, fill_in
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.memory import placed
 from logshift.kernels.machine.native import as_pointer, call_tile
@@ -168,7 +167,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
             "m": placed(layer.m[rows], np.float32),
             "b": placed(layer.b[rows], np.float32),
             "block": tile.channels,
-            "tile": tiles.address(tile),
+            "tile": microkernels.address(tile),
             "pixels": tile.pixels,
             "segments": segments,
             "chunks": np.array(chunks, CHUNK),
@@ -204,9 +203,9 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
             "m": placed(layer.m[rows], np.float32),
             "b": placed(layer.b[rows], np.float32),
             "block": tile.channels,
-            "tile": tiles.address(tile),
+            "tile": microkernels.address(tile),
             "pixels": tile.pixels,
-            "single": tiles.address(twin) if (twin := _twin(tile)) else 0,
+            "single": microkernels.address(twin) if (twin := _twin(tile)) else 0,
             "steps": steps,
             "chunks": np.array([(n, 1, 0, 0, 0, o0) for n, o0 in enumerate(rows[:, 0])], CHUNK),
             "chunk_count": len(rows),

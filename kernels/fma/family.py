@@ -1,6 +1,6 @@
 """The fma family: convolutions on float32, on the machine's fused multiply-add.
 
-There is no im2col: a microkernel (`float_tiles`) reads what a row of taps covers where it lies, and
+There is no im2col: a microkernel (`tiles`) reads what a row of taps covers where it lies, and
 writes outputs where they belong. Pixels are taken in *panels*, whose inputs stay in the cache while
 one *chunk* of weights after another serves them.
 """
@@ -15,7 +15,7 @@ from numba import carray, njit
 
 from logshift.kernels import records
 from logshift.kernels.dot.family import address_of, single_pixels
-from logshift.kernels.fma import tiles
+from logshift.kernels.fma import microkernels
 from logshift.kernels.fma.tiles import FLOAT_SEGMENT, FLOAT_TILE, FLOAT_TILES, FloatTile
 from logshift.kernels.layer import FloatLayer, Packed, PackedReads
 from logshift.kernels.machine.memory import aligned
@@ -123,8 +123,8 @@ def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
             "b": bias,
             "block": tile.channels,
             "existing": existing,
-            "tile": tiles.address(tile),
-            "single": tiles.address(single) if single else 0,
+            "tile": microkernels.address(tile),
+            "single": microkernels.address(single) if single else 0,
             # A product takes four cycles, of which two begin in each.
             "few": (tile.pixels * tile.vectors - 1) // 8 if single and tile.window is None else 0,
             "pixels": tile.pixels,
@@ -328,7 +328,7 @@ def _conv_window(arguments, first_part, end_part, parts, slot):
 
 for _tile in FLOAT_TILES.values():
     _available = partial(getattr, _tile, "available")
-    register_part("fma", _tile.name, partial(tiles.address, _tile), _available)
+    register_part("fma", _tile.name, partial(microkernels.address, _tile), _available)
     if _tile.pixels > 1 or _tile.channels >= 64:
         register(
             "float_conv", "fma", records.FLOAT_CONV, _tile.name,

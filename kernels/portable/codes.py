@@ -13,20 +13,16 @@ import numpy as np
 from numba import carray, njit, types
 
 from logshift.kernels import records
+from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed
-from logshift.kernels.machine.lookup import look_up
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
+from logshift.kernels.portable.lookup import look_up
 from logshift.kernels.records import codes, floats, share
 from logshift.kernels.registry import register, register_part
 from logshift.kernels.stlq import codec
 
 _PIXELS = 4  # output pixels that share one pass over the weights
-
-# Adding 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with an addition that
-# every machine has in vector form. The integer is then in the sum's lowest bits; subtracting
-# 1.5 * 2^23 again gives it as a float32.
-ROUND = np.float32(12582912.0)
 
 
 @njit(inline="always")

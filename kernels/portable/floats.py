@@ -1,6 +1,6 @@
-"""Kernels on float32 in plain Numba, for any machine, as `portable` has them for codes.
+"""Kernels on float32 in plain Numba, for any machine, as `codes` has them for codes.
 
-Convolutions sum in the order that `float_reference` defines, with a fused multiply-add per step;
+Convolutions sum in the order that `reference` defines, with a fused multiply-add per step;
 lanes are output channels.
 """
 

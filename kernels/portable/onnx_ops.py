@@ -1,7 +1,7 @@
 """Kernels of ONNX operators in ONNX's form: float32 tensors of any rank, without a border.
 
 Sums are made in float64, in ONNX's order of elements, and rounded once; everything else is one
-operation per element, or a function of `float_math`.
+operation per element, or one of `functions`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The definition of every kernel on float32, in plain loops, as `reference` is that of codes.
+"""The definition of every kernel on float32, in plain loops, as `codes` has it for codes.
 
 Sums are made in the order of these loops, each step rounded once: what is faster gives the same
 bits.

@@ -27,11 +27,11 @@ from numba import carray, types
 
 from logshift.kernels import records
 from logshift.kernels.dot.family import address_of
+from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.machine.jit import njit
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.codes import ROUND
 from logshift.kernels.records import share
 from logshift.kernels.registry import register, register_part
 from logshift.kernels.shift.adders import ADDERS, DIGIT, PIECE, Adder, add_rows, gather, scatter
