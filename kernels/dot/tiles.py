@@ -18,7 +18,7 @@ The kinds differ in what a step is and in what it is summed:
 
 Sums in int16 are modulo 2^16. A *segment* is a run of steps that are contiguous in memory; after
 some segments sums are widened to int32 (*flushed*), and begin again from initial values that keep
-the total until the next flush within int16 (`segments.cut`).
+the total until the next flush within int16 (`steps.cut`).
 
 All are listed in `MICROKERNELS`: a row names the instruction set whose products it is made of.
 Tests and benchmarks walk that table; `microkernels` emits what it lists.
@@ -51,7 +51,7 @@ TILE = np.dtype(
         # "winograd_dot": column of the transform, steps of 4 codes, what columns leave each other
         ("column", _I), ("steps", _I), ("sums", _P),
         ("segments", _P),  # SEGMENT records, those of one block after those of another
-        ("weights", _P),  # in the order in which they are read, see `segments`
+        ("weights", _P),  # in the order in which they are read, see `steps`
         ("start", _P),  # int32 (blocks * channels,): minus z_x * sum of W
         ("m", _P), ("b", _P),  # float32 (blocks * channels,)
         ("table", _P),  # uint8 (256,) that codes go through at the end, or 0
@@ -75,6 +75,11 @@ CONTINUE, FLUSH, END = 0, 1, 2
 # What a "rows" kernel reads: byte offsets from the pixel's address of the rows of a window, or of
 # four taps.
 READS = np.dtype([("offset", np.int32, 4)])
+# Blocks of channels that one call of a microkernel takes: the first one, how many, and what begins
+# where for them; x0 and o0 are input and output channels.
+CHUNK = np.dtype([(n, np.int64) for n in ("block", "blocks", "segment", "weights", "x0", "o0")])
+# Bytes of weights in a chunk: they stay in the first-level cache while pixels go by.
+CHUNK_WEIGHTS = 16384
 # Bytes of codes of one transformed tile and position that lie side by side for "winograd_dot".
 RUN = 64
 

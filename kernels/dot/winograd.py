@@ -32,21 +32,24 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, register_jitable
 
 from logshift.kernels import records
+from logshift.kernels.blocks import first_channels
 from logshift.kernels.dot import microkernels
-from logshift.kernels.dot.family import (
+from logshift.kernels.dot.steps import cut, in_reading_order
+from logshift.kernels.dot.tiles import (
     CHUNK,
-    address_of,
-    cut,
-    first_channels,
-    fits_int32,
-    in_reading_order,
+    MICROKERNELS,
+    RUN,
+    SEGMENT,
+    TILE,
+    Microkernel,
+    fill_in,
 )
-from logshift.kernels.dot.tiles import MICROKERNELS, RUN, SEGMENT, TILE, Microkernel, fill_in
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.memory import placed
 from logshift.kernels.machine.native import as_pointer, call_tile
 from logshift.kernels.records import share
 from logshift.kernels.registry import register
+from logshift.kernels.walk import places_of
 
 _POSITIONS = 16
 _BOTH_ADD = 5  # the position (1, 1), the only one that has no difference of codes in it
@@ -94,7 +97,7 @@ def _largest(tile: Microkernel, layer: Layer) -> int:
         and layer.group == 1
         and layer.activation_bits <= 6
         and 32 * layer.accumulator_bound < 2**31  # with all that is added: see `_pack_dot`
-        and fits_int32(layer)
+        and layer.fits_int32
     )
     return int(np.abs(_transformed(tile, layer)).max()) if fits else 0
 
@@ -115,7 +118,7 @@ def _cost(tile: Microkernel, layer: Layer) -> float:
     The products are less than half as many; what is done once per output counts the more the fewer
     input channels there are, and the transform of codes the more the fewer output channels.
     """
-    computed = first_channels(tile, layer).size * tile.channels
+    computed = first_channels(tile.channels, layer).size * tile.channels
     return computed * (0.47 + 8 / layer.weights.shape[3]) + 3
 
 
@@ -125,13 +128,13 @@ def _cost_dot(tile: Microkernel, layer: Layer) -> float:
     As above; and tiles reach beyond the edges of pictures of odd sizes.
     """
     channels = layer.weights.shape[3]
-    computed = first_channels(tile, layer).size * tile.channels
+    computed = first_channels(tile.channels, layer).size * tile.channels
     beyond = 1 + 2 / max(layer.pixels, 1) ** 0.5
     return beyond * (computed * (0.47 + 2.4 / channels) + 1 + 130 / channels)
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:
-    rows = first_channels(tile, layer).reshape(-1, 1) + np.arange(tile.channels)
+    rows = first_channels(tile.channels, layer).reshape(-1, 1) + np.arange(tile.channels)
     channels = layer.weights.shape[3]
     steps = -(-channels // 4)
     top = 2**layer.activation_bits - 1
@@ -178,7 +181,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
 
 
 def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
-    rows = first_channels(tile, layer).reshape(-1, 1) + np.arange(tile.channels)
+    rows = first_channels(tile.channels, layer).reshape(-1, 1) + np.arange(tile.channels)
     o, _, _, channels = layer.weights.shape
     steps = -(-channels // 4)
     top = 2**layer.activation_bits - 1
@@ -356,7 +359,7 @@ def _prepare(a, first, count, tiles, steps, u, y, r, beyond, size):
         for q in range(tiles):
             tile = first + call * tiles + q
             below, right = i + 1 < a.height, j + 1 < a.width
-            x = address_of(a.x, n, a.row0 + i, a.column0 + j, 0, 1)
+            x, y_first, r_first = places_of(a, n, i, j, 0, 0, 1, size)
             # Of codes that only outputs beyond the edge need there may be none.
             last_row, last_column = row_bytes if below else 0, a.x.c if right else 0
             codes = np.int64(u) + call * _call_bytes(tiles, a.x.c) + q * steps[0]
@@ -370,9 +373,6 @@ def _prepare(a, first, count, tiles, steps, u, y, r, beyond, size):
                     _transform_half(
                         x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
                     )
-            row, column = i * a.step_h, j * a.step_w
-            y_first = address_of(a.y, n, a.y.top + row, a.y.left + column, 0, size)
-            r_first = address_of(a.r, n, a.r.top + row, a.r.left + column, 0, 1)
             for p in range(4):
                 exists = (below or p < 2) and (right or p % 2 == 0)
                 y_place, r_place = (

@@ -16,9 +16,10 @@ from logshift.kernels.functions import clamp, fma, greatest, least
 from logshift.kernels.layer import FloatLayer, Packed
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.codes import _clip, _input_start, _pixel, rearrange
+from logshift.kernels.portable.codes import rearrange
 from logshift.kernels.records import floats, share
 from logshift.kernels.registry import register
+from logshift.kernels.walk import first_input, pixel_at, position, taps_within
 
 _PIXELS = 4  # output pixels that share one pass over the weights
 _BLOCK = 16  # output channels computed together
@@ -74,10 +75,10 @@ def _write(a, acc, acc0, b, o0, count, y, y0, r, r0):
 @njit(inline="always", error_model="numpy")
 def _targets(a, number):
     """Flat indices of an output pixel, counted over all pictures, and of its residual."""
-    i, j = number // a.width % a.height * a.step_h, number % a.width * a.step_w
-    n = number // (a.width * a.height)
-    y0 = _pixel(a.y, n, a.y.top + i, a.y.left + j)
-    return y0, _pixel(a.r, n, a.r.top + i, a.r.left + j)
+    n, i, j = position(a, number)
+    i, j = i * a.step_h, j * a.step_w
+    y0 = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
+    return y0, pixel_at(a.r, n, a.r.top + i, a.r.left + j)
 
 
 @register(
@@ -105,8 +106,8 @@ def _conv(arguments, first_part, end_part, parts, slot):
         count = min(_BLOCK, out_group - o0)
         o0 += g * out_group
         last = pixels - 1
-        p0, p1 = _input_start(a, first), _input_start(a, min(first + 1, last))
-        p2, p3 = _input_start(a, min(first + 2, last)), _input_start(a, min(first + 3, last))
+        p0, p1 = first_input(a, first), first_input(a, min(first + 1, last))
+        p2, p3 = first_input(a, min(first + 2, last)), first_input(a, min(first + 3, last))
         acc[:] = 0
         wk = index * size
         for ky in range(a.kernel_h):
@@ -143,7 +144,7 @@ def _conv_depthwise(arguments, first_part, end_part, parts, slot):
     acc = carray(as_pointer(scratch), a.channels, np.float32)
     begin, end = share(a.n * a.height * a.width, first_part, end_part, parts)
     for item in range(begin, end):
-        first = _input_start(a, item)
+        first = first_input(a, item)
         for c in range(channels):
             acc[c] = 0
         q = np.uintp(0)
@@ -188,16 +189,16 @@ def _pool_max(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
-        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        ky0, ky1 = taps_within(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
         for j in range(a.width):
             column0 = a.column0 + j * a.stride_w
-            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            kx0, kx1 = taps_within(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             for c in range(channels):
                 y[q + c] = -np.inf
             column = column0 + kx0 * a.dilation_w
             for ky in range(ky0, ky1):
-                p = _pixel(a.x, n, row0 + ky * a.dilation_h, column)
+                p = pixel_at(a.x, n, row0 + ky * a.dilation_h, column)
                 _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels, hi)
             for c in range(channels):
                 y[q + c] = clamp(y[q + c], lo, hi)
@@ -212,18 +213,18 @@ def _pool_average(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
-        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
-        cy0, cy1 = _clip(a.count_low_h, a.count_high_h, row0, a.dilation_h, a.kernel_h)
+        ky0, ky1 = taps_within(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        cy0, cy1 = taps_within(a.count_low_h, a.count_high_h, row0, a.dilation_h, a.kernel_h)
         for j in range(a.width):
             column0 = a.column0 + j * a.stride_w
-            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
-            cx0, cx1 = _clip(a.count_low_w, a.count_high_w, column0, a.dilation_w, a.kernel_w)
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            kx0, kx1 = taps_within(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            cx0, cx1 = taps_within(a.count_low_w, a.count_high_w, column0, a.dilation_w, a.kernel_w)
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             for c in range(channels):
                 y[q + c] = 0
             for ky in range(ky0, ky1):
                 for kx in range(kx0, kx1):
-                    p = _pixel(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
+                    p = pixel_at(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
                     for c in range(channels):
                         y[q + c] += x[p + c]
             count = np.float32(max((cy1 - cy0) * (cx1 - cx0), 1))
@@ -243,9 +244,9 @@ def _binary(arguments, operation, first_part, end_part, parts):
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n * a.x_step_n, a.x.top + i * a.x_step_h, a.x.left)
-        s = _pixel(a.r, n * a.r_step_n, a.r.top + i * a.r_step_h, a.r.left)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        p = pixel_at(a.x, n * a.x_step_n, a.x.top + i * a.x_step_h, a.x.left)
+        s = pixel_at(a.r, n * a.r_step_n, a.r.top + i * a.r_step_h, a.r.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         for _ in range(stretches):
             if a.x_step_c == 1 and a.r_step_c == 1:
                 for c in range(count):
@@ -291,9 +292,9 @@ def _copy(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         for j in range(a.width):
-            p = _pixel(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
+            p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
             p += np.uintp(a.channel0_x)
-            q = _pixel(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
+            q = pixel_at(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
             if a.stride_c == 1:
                 for c in range(channels):
                     y[q + c] = x[p + c]
@@ -309,7 +310,7 @@ def _fill(arguments, first_part, end_part, parts, slot):
     value, count = a.value, np.uintp(a.width * a.channels)
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
-        q = _pixel(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
+        q = pixel_at(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
         for j in range(count):
             y[q + j] = value
 
@@ -333,15 +334,15 @@ def _resize(arguments, first_part, end_part, parts, slot):
         for j in range(a.width):
             u1 = column_weight[j]
             u0 = one - u1
-            p00 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            p00 = pixel_at(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             if not a.linear:
                 for c in range(channels):
                     y[q + c] = x[p00 + c]
                 continue
-            p01 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
-            p10 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
-            p11 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
+            p01 = pixel_at(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
+            p10 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
+            p11 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
             for c in range(channels):
                 above = u0 * x[p00 + c] + u1 * x[p01 + c]
                 below = u0 * x[p10 + c] + u1 * x[p11 + c]
@@ -361,8 +362,8 @@ def _apply(a, function, first_part, end_part, parts):
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n, a.x.top + i, a.x.left)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        p = pixel_at(a.x, n, a.x.top + i, a.x.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         for j in range(count):
             y[q + j] = function(x[p + j], alpha, beta)
 
@@ -399,7 +400,7 @@ def _to_channels_last(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         for first in range(np.uintp(0), np.uintp(a.width), np.uintp(_TRANSPOSED)):
             end_of_part = min(first + np.uintp(_TRANSPOSED), np.uintp(a.width))
             for c in range(channels):

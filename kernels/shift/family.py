@@ -26,7 +26,6 @@ import numpy as np
 from numba import carray, types
 
 from logshift.kernels import records
-from logshift.kernels.dot.family import address_of
 from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.machine.jit import njit
@@ -36,6 +35,7 @@ from logshift.kernels.records import share
 from logshift.kernels.registry import register, register_part
 from logshift.kernels.shift.adders import ADDERS, DIGIT, PIECE, Adder, add_rows, gather, scatter
 from logshift.kernels.stlq.codec import exponent_levels
+from logshift.kernels.walk import copy_bytes, places_of, position
 
 _ONE_DIGIT = 5  # bits of codes that need not be split
 
@@ -240,21 +240,8 @@ def _addresses(a, first, pixels, x0, o0, x, y, r, size):
     """Note where inputs, outputs and residuals of pixels lie; those beyond the last repeat it."""
     total = a.n * a.height * a.width
     for q in range(pixels):
-        pixel = min(first + q, total - 1)
-        j, i, n = pixel % a.width, pixel // a.width % a.height, pixel // (a.width * a.height)
-        row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
-        x[q] = address_of(a.x, n, row, column, x0, 1)
-        row, column = i * a.step_h, j * a.step_w
-        y[q] = address_of(a.y, n, a.y.top + row, a.y.left + column, o0, size)
-        r[q] = address_of(a.r, n, a.r.top + row, a.r.left + column, o0, 1)
-
-
-@njit(error_model="numpy")
-def _copy_bytes(source, target, count):
-    source = carray(as_pointer(np.uintp(source)), count, np.uint8)
-    target = carray(as_pointer(np.uintp(target)), count, np.uint8)
-    for byte in range(np.uintp(count)):
-        target[byte] = source[byte]
+        n, i, j = position(a, min(first + q, total - 1))
+        x[q], y[q], r[q] = places_of(a, n, i, j, x0, o0, 1, size)
 
 
 @njit(inline="always", error_model="numpy")
@@ -401,7 +388,7 @@ def _convolution(adder: Adder) -> Callable[..., None]:
                         continue
                     scatter(tile_at, x_at + np.uintp(24 * pixels), 0, vector, pixel_vectors, pixels)
                     for q in range(valid):
-                        _copy_bytes(spare[q], y[q] + channel, count)
+                        copy_bytes(spare[q], y[q] + channel, count)
             item += last - first
 
     return convolution
