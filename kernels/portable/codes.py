@@ -19,6 +19,19 @@ from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
 from logshift.kernels.portable.lookup import look_up
 from logshift.kernels.records import codes, floats, share
+from logshift.kernels.reference.codes import (
+    BINARY,
+    CHANNEL_LOOKUP,
+    COPY,
+    DEPTH_TO_SPACE,
+    DEQUANTIZE,
+    FILL,
+    GATHER,
+    POOL,
+    QUANTIZE,
+    RESIZE,
+    TO_CHANNELS_FIRST,
+)
 from logshift.kernels.registry import register, register_part
 from logshift.kernels.stlq import codec
 from logshift.kernels.walk import first_input, pixel_at, position, taps_within
@@ -342,7 +355,7 @@ def _raise_to_taps(y, q, x, p, step, taps, channels):
             p += step
 
 
-@register("pool_max", "portable", records.POOL)
+@register("pool_max", "portable", POOL)
 def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -364,7 +377,7 @@ def _pool_max(arguments, first_part, end_part, parts, slot):
                 _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels)
 
 
-@register("pool_average", "portable", records.POOL, scratch=lambda record: 4 * record["channels"])
+@register("pool_average", "portable", POOL, scratch=lambda record: 4 * record["channels"])
 def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -489,19 +502,19 @@ def _binary_scratch(record):
     return 2 * record["pixels"] * record["channels"]
 
 
-@register("add", "portable", records.BINARY, scratch=_binary_scratch)
+@register("add", "portable", BINARY, scratch=_binary_scratch)
 def _add(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     _binary(a, False, first_part, end_part, parts, slot)
 
 
-@register("multiply", "portable", records.BINARY, scratch=_binary_scratch)
+@register("multiply", "portable", BINARY, scratch=_binary_scratch)
 def _multiply(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     _binary(a, True, first_part, end_part, parts, slot)
 
 
-@register("copy", "portable", records.COPY)
+@register("copy", "portable", COPY)
 def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -530,7 +543,7 @@ def _copy(arguments, first_part, end_part, parts, slot):
                     y[q + c] = x[p + c * step]
 
 
-@register("gather", "portable", records.GATHER)
+@register("gather", "portable", GATHER)
 def _gather(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -557,7 +570,7 @@ def _gather(arguments, first_part, end_part, parts, slot):
 _TABLES = 64  # that stay in the first-level cache together: 16 KB
 
 
-@register("lookup_channels", "portable", records.CHANNEL_LOOKUP)
+@register("lookup_channels", "portable", CHANNEL_LOOKUP)
 def _lookup_channels(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -580,7 +593,7 @@ def _lookup_channels(arguments, first_part, end_part, parts, slot):
             q += channels
 
 
-@register("fill", "portable", records.FILL)
+@register("fill", "portable", FILL)
 def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     y = codes(a.y).ravel()
@@ -593,7 +606,7 @@ def _fill(arguments, first_part, end_part, parts, slot):
             y[q + j] = value
 
 
-@register("resize", "portable", records.RESIZE)
+@register("resize", "portable", RESIZE)
 def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -652,7 +665,7 @@ def rearrange(a, x, y, first_part, end_part, parts):
             q += run
 
 
-@register("depth_to_space", "portable", records.DEPTH_TO_SPACE)
+@register("depth_to_space", "portable", DEPTH_TO_SPACE)
 def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     rearrange(a, codes(a.x).ravel(), codes(a.y).ravel(), first_part, end_part, parts)
@@ -671,9 +684,7 @@ def _quantized(v, scale, zero_point, top):
 _ROW_PART = 64  # pixels that are quantized channel by channel before their codes are interleaved
 
 
-@register(
-    "quantize", "portable", records.QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"]
-)
+@register("quantize", "portable", QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"])
 def _quantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
@@ -705,7 +716,7 @@ def _quantize(arguments, first_part, end_part, parts, slot):
                     q += channels
 
 
-@register("dequantize", "portable", records.DEQUANTIZE)
+@register("dequantize", "portable", DEQUANTIZE)
 def _dequantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = codes(a.x).ravel()
@@ -723,7 +734,7 @@ def _dequantize(arguments, first_part, end_part, parts, slot):
                 y[q + c * plane + j] = np.float32(code) * scale
 
 
-@register("to_channels_first", "portable", records.TO_CHANNELS_FIRST)
+@register("to_channels_first", "portable", TO_CHANNELS_FIRST)
 def _to_channels_first(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = floats(a.x).ravel()

@@ -18,6 +18,18 @@ from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
 from logshift.kernels.portable.codes import rearrange
 from logshift.kernels.records import floats, share
+from logshift.kernels.reference.codes import (
+    COPY,
+    DEPTH_TO_SPACE,
+    RESIZE,
+)
+from logshift.kernels.reference.floats import (
+    FLOAT_BINARY,
+    FLOAT_FILL,
+    FLOAT_POOL,
+    FLOAT_UNARY,
+    TO_CHANNELS_LAST,
+)
 from logshift.kernels.registry import register
 from logshift.kernels.walk import first_input, pixel_at, position, taps_within
 
@@ -180,7 +192,7 @@ def _raise_to_taps(y, q, x, p, step, taps, channels, hi):
         p += step
 
 
-@register("float_pool_max", "portable", records.FLOAT_POOL)
+@register("float_pool_max", "portable", FLOAT_POOL)
 def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
@@ -204,7 +216,7 @@ def _pool_max(arguments, first_part, end_part, parts, slot):
                 y[q + c] = clamp(y[q + c], lo, hi)
 
 
-@register("float_pool_average", "portable", records.FLOAT_POOL)
+@register("float_pool_average", "portable", FLOAT_POOL)
 def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
@@ -268,22 +280,22 @@ def _binary(arguments, operation, first_part, end_part, parts):
             q += np.uintp(a.y.c)
 
 
-@register("float_add", "portable", records.FLOAT_BINARY)
+@register("float_add", "portable", FLOAT_BINARY)
 def _add(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.add, first_part, end_part, parts)
 
 
-@register("float_sub", "portable", records.FLOAT_BINARY)
+@register("float_sub", "portable", FLOAT_BINARY)
 def _sub(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.sub, first_part, end_part, parts)
 
 
-@register("float_mul", "portable", records.FLOAT_BINARY)
+@register("float_mul", "portable", FLOAT_BINARY)
 def _mul(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.mul, first_part, end_part, parts)
 
 
-@register("float_copy", "portable", records.COPY)
+@register("float_copy", "portable", COPY)
 def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
@@ -303,7 +315,7 @@ def _copy(arguments, first_part, end_part, parts, slot):
                     y[q + c] = x[p + c * step]
 
 
-@register("float_fill", "portable", records.FLOAT_FILL)
+@register("float_fill", "portable", FLOAT_FILL)
 def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     y = floats(a.y).ravel()
@@ -315,7 +327,7 @@ def _fill(arguments, first_part, end_part, parts, slot):
             y[q + j] = value
 
 
-@register("float_resize", "portable", records.RESIZE)
+@register("float_resize", "portable", RESIZE)
 def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
@@ -349,14 +361,14 @@ def _resize(arguments, first_part, end_part, parts, slot):
                 y[q + c] = v0 * above + v1 * below
 
 
-@register("float_depth_to_space", "portable", records.DEPTH_TO_SPACE)
+@register("float_depth_to_space", "portable", DEPTH_TO_SPACE)
 def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     rearrange(a, floats(a.x).ravel(), floats(a.y).ravel(), first_part, end_part, parts)
 
 
 @njit(error_model="numpy")
-def _apply(a, function, first_part, end_part, parts):
+def _apply(function, a, first_part, end_part, parts):
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
     alpha, beta, count = a.alpha, a.beta, np.uintp(a.width * a.channels)
     begin, end = share(a.n * a.height, first_part, end_part, parts)
@@ -368,29 +380,16 @@ def _apply(a, function, first_part, end_part, parts):
             y[q + j] = function(x[p + j], alpha, beta)
 
 
-@register("float_unary", "portable", records.FLOAT_UNARY)
+_apply_by_number = functions.by_number(functions.UNARY_FUNCTIONS, _apply)
+
+
+@register("float_unary", "portable", FLOAT_UNARY)
 def _unary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    # A loop for each: with the choice inside, none would become vectors.
-    if a.function == 0:
-        _apply(a, functions.clamp, first_part, end_part, parts)
-    elif a.function == 1:
-        _apply(a, functions.leaky_relu, first_part, end_part, parts)
-    elif a.function == 2:
-        _apply(a, functions.sigmoid_of, first_part, end_part, parts)
-    elif a.function == 3:
-        _apply(a, functions.hard_sigmoid, first_part, end_part, parts)
-    elif a.function == 4:
-        _apply(a, functions.hard_swish, first_part, end_part, parts)
-    elif a.function == 5:
-        _apply(a, functions.silu, first_part, end_part, parts)
-    elif a.function == 6:
-        _apply(a, functions.tanh_of, first_part, end_part, parts)
-    elif a.function == 7:
-        _apply(a, functions.elu, first_part, end_part, parts)
+    _apply_by_number(a.function, a, first_part, end_part, parts)
 
 
-@register("to_channels_last", "portable", records.TO_CHANNELS_LAST)
+@register("to_channels_last", "portable", TO_CHANNELS_LAST)
 def _to_channels_last(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)

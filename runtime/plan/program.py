@@ -26,6 +26,7 @@ import numpy as np
 
 from logshift.kernels import records
 from logshift.kernels.errors import InputError
+from logshift.kernels.functions import UNARY_FUNCTIONS
 from logshift.kernels.layer import FloatLayer, Layer, Packed
 from logshift.kernels.machine.memory import ALIGNMENT, Block, aligned, arena, arrange
 from logshift.kernels.registry import Kernel, kernel
@@ -754,13 +755,11 @@ class Plan:
             elif operation.kind == "plain":
                 for call in self._calls[operation.index]:
                     self._step(
-                        node, call.op, call.record, tensors=call.tensors, work=call.work,
-                        **call.fields,
+                        node, call.op, tensors=call.tensors, work=call.work, **call.fields,
                     )  # fmt: skip
             else:
                 (x,), (y,) = operation.reads, operation.writes
-                record = getattr(records, operation.kind.upper())
-                self._step(node, operation.kind, record, tensors={"x": x, "y": y}, **self._sizes(y))
+                self._step(node, operation.kind, tensors={"x": x, "y": y}, **self._sizes(y))
             for name in operation.writes:
                 if name in self._rewritten:
                     self._write_border(node, name)
@@ -892,7 +891,7 @@ class Plan:
             if height and width:
                 q = self.graph.quantization.get(name)
                 self._step(
-                    node, "fill" if q else "float_fill", records.FILL if q else records.FLOAT_FILL,
+                    node, "fill" if q else "float_fill",
                     tensors={"y": name}, moved={"y": (top - held.top, left - held.left)},
                     n=n, height=height, width=width, channels=c,
                     value=q.zero_point if q else 0,
@@ -902,7 +901,6 @@ class Plan:
         self,
         node: Node,
         op: str,
-        record: np.dtype,
         *,
         conv: Convolution | None = None,
         tensors: dict[str, str],
@@ -918,7 +916,7 @@ class Plan:
         of the argument record, arrays stand for their addresses; `template` has the others.
         """
         chosen = self._planner.kernel(op) if conv is None else conv.kernel
-        layout = _layout(record)
+        layout = _layout(chosen.record)
         index = layout.index
         values = (template or layout.empty).copy()
         total = work * fields["n"] * fields["height"] * fields["width"] * fields["channels"]
@@ -983,7 +981,7 @@ class Plan:
             # A phase writes into the picture from its own first row and column on.
             moved = {"y": conv.phase, "r": conv.phase} if conv.phase != (0, 0) else _NOTHING
             self._step(
-                node, conv.kernel.op, conv.kernel.record,
+                node, conv.kernel.op,
                 conv=conv, tensors=tensors, work=conv.work, moved=moved,
                 template=self._conv_template(node, conv),
                 n=n, height=height, width=width, channels=c,
@@ -1064,7 +1062,6 @@ class Plan:
             }  # fmt: skip
         self._step(
             node, self._op(node, "pool_max" if largest else "pool_average"),
-            records.POOL if on_codes else records.FLOAT_POOL,
             tensors={"x": x, "y": out}, work=_ELEMENT * size[0] * size[1], **self._sizes(out),
             kernel_h=size[0], kernel_w=size[1], stride_h=strides[0], stride_w=strides[1],
             dilation_h=dilations[0], dilation_w=dilations[1],
@@ -1093,7 +1090,7 @@ class Plan:
         _, c, _, w = self.shapes[out]
         parts = -(-w * c // _REPEATED)
         self._step(
-            node, "multiply" if node.op == "Mul" else "add", records.BINARY,
+            node, "multiply" if node.op == "Mul" else "add",
             tensors={"x": x, "r": r, "y": out}, **self._sizes(out),
             x_height=self.shapes[x][2], x_width=self.shapes[x][3],
             r_height=self.shapes[r][2], r_width=self.shapes[r][3],
@@ -1110,7 +1107,7 @@ class Plan:
             for axis, size, whole in zip("nchw", self.shapes[name], self.shapes[y], strict=True):
                 steps[f"{key}_step_{axis}"] = size == whole
         self._step(
-            node, f"float_{node.op.lower()}", records.FLOAT_BINARY, tensors=tensors,
+            node, f"float_{node.op.lower()}", tensors=tensors,
             **self._sizes(y), **steps, **self._range(node),
         )  # fmt: skip
 
@@ -1122,9 +1119,9 @@ class Plan:
         elif node.op == "HardSwish":
             alpha, beta = np.float32(1 / 6), 0.5
         self._step(
-            node, "float_unary", records.FLOAT_UNARY,
+            node, "float_unary",
             tensors={"x": self._outline.stored(node.inputs[0]), "y": y}, **self._sizes(y),
-            function=records.UNARY.index(_UNARY[node.op]), alpha=alpha, beta=beta,
+            function=[*UNARY_FUNCTIONS].index(_UNARY[node.op]), alpha=alpha, beta=beta,
         )  # fmt: skip
 
     def _copy(
@@ -1142,7 +1139,7 @@ class Plan:
         x, y = self._outline.stored(x), self._outline.target(node)
         source, target = self._tensors[x], self._tensors[y]
         self._step(
-            node, self._op(node, "copy"), records.COPY, tensors={"x": x, "y": y},
+            node, self._op(node, "copy"), tensors={"x": x, "y": y},
             **(sizes or self._sizes(x)),
             channel0_x=start[0], row0=source.top + start[1], column0=source.left + start[2],
             stride_c=step[0], stride_h=step[1], stride_w=step[2],
@@ -1156,7 +1153,7 @@ class Plan:
             self._copy(node, node.inputs[0], table=node.table)
             return
         self._step(
-            node, "lookup_channels", records.CHANNEL_LOOKUP,
+            node, "lookup_channels",
             tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
             tables=np.ascontiguousarray(node.table),
         )  # fmt: skip
@@ -1164,7 +1161,7 @@ class Plan:
     def _gather(self, index: int, node: Node) -> None:
         indices = np.array(node.attributes["indices"], np.int32)
         self._step(
-            node, "gather", records.GATHER,
+            node, "gather",
             tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
             indices=indices, interleaved=bool((indices[2:] == indices[:-2] + 1).all()),
         )  # fmt: skip
@@ -1204,7 +1201,7 @@ class Plan:
         out, pads = self._outline.target(node), node.attributes["pads"]
         q = self.graph.quantization.get(out)
         self._step(
-            node, self._op(node, "fill"), records.FILL if q else records.FLOAT_FILL,
+            node, self._op(node, "fill"),
             tensors={"y": out}, **self._sizes(out), value=q.zero_point if q else 0,
         )  # fmt: skip
         self._copy(node, node.inputs[0], at=(pads[1], pads[2], pads[3]))
@@ -1224,14 +1221,14 @@ class Plan:
                 f"{label}_index0": first, f"{label}_index1": second, f"{label}_weight": weight
             }  # fmt: skip
         self._step(
-            node, self._op(node, "resize"), records.RESIZE,
+            node, self._op(node, "resize"),
             tensors={"x": x, "y": out}, **self._sizes(out),
             linear=node.attributes["mode"] == "linear", **tables,
         )  # fmt: skip
 
     def _depth_to_space(self, index: int, node: Node) -> None:
         self._step(
-            node, self._op(node, "depth_to_space"), records.DEPTH_TO_SPACE,
+            node, self._op(node, "depth_to_space"),
             tensors={"x": self._outline.stored(node.inputs[0]), "y": self._outline.target(node)},
             **self._sizes(node.outputs[0]),
             blocksize=node.attributes["blocksize"], block_first=node.attributes["mode"] == "DCR",
@@ -1240,7 +1237,7 @@ class Plan:
     def _quantize(self, index: int, node: Node) -> None:
         q = self.graph.quantization[node.outputs[0]]
         self._step(
-            node, "quantize", records.QUANTIZE,
+            node, "quantize",
             tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
             scale=np.float32(q.scale), zero_point=q.zero_point, top=q.top,
         )  # fmt: skip
@@ -1248,7 +1245,7 @@ class Plan:
     def _dequantize(self, index: int, node: Node) -> None:
         q = self.graph.quantization[node.inputs[0]]
         self._step(
-            node, "dequantize", records.DEQUANTIZE,
+            node, "dequantize",
             tensors={"x": node.inputs[0], "y": node.outputs[0]}, **self._sizes(node.outputs[0]),
             scale=np.float32(q.scale), zero_point=q.zero_point,
         )  # fmt: skip
@@ -1296,7 +1293,7 @@ _NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ceil": np.ceil,
 }
 
-# Packed functions of float32 by their names among `records.UNARY`.
+# Packed functions of float32 by their names among `functions.UNARY_FUNCTIONS`.
 _UNARY = {
     "Clip": "clip", "Elu": "elu", "HardSigmoid": "hard_sigmoid", "HardSwish": "hard_swish",
     "LeakyRelu": "leaky_relu", "Sigmoid": "sigmoid", "Swish": "silu", "Tanh": "tanh",

@@ -13,7 +13,7 @@ from numba import njit
 from support import float_oracle as oracle
 from support.float_driver import Picture, call, convolution, program, sizes
 
-from logshift.kernels import functions, records, registry
+from logshift.kernels import functions, registry
 from logshift.kernels.fma.tiles import FLOAT_TILES
 from logshift.kernels.layer import FloatLayer
 from logshift.kernels.machine.targets import has_features
@@ -407,7 +407,7 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", records.UNARY)
+@pytest.mark.parametrize("name", functions.UNARY_FUNCTIONS)
 def test_functions(name):
     rng = np.random.default_rng(8)
     values = np.concatenate([
@@ -418,7 +418,7 @@ def test_functions(name):
     x = Picture(values, (1, 1, 0, 0))
     y = Picture(np.zeros_like(values), (0, 0, 1, 1))
     alpha, beta = map(np.float32, PARAMETERS.get(name, (0, 0)))
-    fields = {"function": records.UNARY.index(name), "alpha": alpha, "beta": beta}
+    fields = {"function": [*functions.UNARY_FUNCTIONS].index(name), "alpha": alpha, "beta": beta}
 
     def make(kernel, threads):
         call(kernel, threads, {"x": x, "y": y}, **sizes(y), **fields)
