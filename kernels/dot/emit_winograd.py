@@ -1,19 +1,87 @@
-"""Microkernels of Winograd convolution: products of transformed codes, and the way back to outputs.
+"""Winograd convolution emitted as IR: the transform of codes, products, the way back to outputs.
 
-`winograd` says what they compute.
+`winograd` says what is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from logshift.kernels.dot.emission import OFFSETS, Emission
 from logshift.kernels.dot.emit_direct import Direct
 from logshift.kernels.dot.tiles import RUN
 from logshift.kernels.machine.emit import i64
+
+POSITIONS = 16
+BOTH_ADD = 5  # the position (1, 1), the only one that has no difference of codes in it
+
+
+# --- codes --------------------------------------------------------------------------------------
+
+
+def _differences(b, x):
+    """B^T x, along one axis."""
+    return b.sub(x[0], x[2]), b.add(x[1], x[2]), b.sub(x[2], x[1]), b.sub(x[1], x[3])
+
+
+def _transforming(vector: int) -> Callable:
+    """Return what transforms the codes of some channels of a tile."""
+
+    @intrinsic
+    def transform(typingctx, x, row, last_row, column, last_column, added, u, step):
+        """Store B^T x B, and `added` where a difference is in it.
+
+        x is the address of its first code; row, column, last_row, last_column are bytes to the
+        next, and to the last, row and column. u is the address of position 0, step bytes to the
+        next one.
+        """
+        signature = types.void(x, row, last_row, column, last_column, added, u, step)
+
+        def codegen(context, b, signature, args):
+            x, row, last_row, column, last_column, added, u, step = args
+            word = partial(ir.Constant, ir.IntType(64))
+            kind = ir.VectorType(ir.IntType(8), vector)
+            undefined = ir.Constant(kind, ir.Undefined)
+            one = b.insert_element(undefined, b.trunc(added, kind.element), word(0))
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector), [0] * vector)
+            added = b.shuffle_vector(one, undefined, lanes)
+            rows, columns = (
+                [word(0), first, b.add(first, first), b.add(b.add(first, first), last)]
+                for first, last in ((row, last_row), (column, last_column))
+            )
+
+            def pointer(base, *offsets):
+                for offset in offsets:
+                    base = b.add(base, offset)
+                return b.inttoptr(base, kind.as_pointer())
+
+            halfway = [
+                _differences(b, [b.load(pointer(x, r, s), align=1) for r in rows]) for s in columns
+            ]
+            for i in range(4):
+                for j, value in enumerate(_differences(b, [column[i] for column in halfway])):
+                    position = 4 * i + j
+                    if position != BOTH_ADD:
+                        value = b.add(value, added)
+                    place = pointer(u, b.mul(step, word(position)))
+                    b.store(value, place, align=vector)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return transform
+
+
+transform_half, transform_run = _transforming(RUN // 2), _transforming(RUN)
+
+
+# --- microkernels -------------------------------------------------------------------------------
 
 
 class Winograd(Direct):
