@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import llvm_version_info
 from numba import njit, types
 from numba.extending import intrinsic
 
+from logshift.kernels.machine.emit import Emitter
+from logshift.kernels.machine.isa.avx2 import AVX2
+from logshift.kernels.machine.isa.avx512 import AVX512_VNNI
+from logshift.kernels.machine.isa.avxvnni import AVX_VNNI
+from logshift.kernels.machine.isa.base import InstructionSet
 from logshift.kernels.machine.memory import aligned
-from logshift.kernels.machine.targets import has_features
 
 _ACCUMULATORS = 12  # independent sums, enough to hide the latency of either instruction
 _UNROLL = 4
@@ -21,30 +24,32 @@ _UNROLL = 4
 
 @dataclass(frozen=True)
 class Dot:
-    """A byte dot product: its LLVM name, vector width and what it needs."""
+    """A byte dot product of an instruction set."""
 
-    llvm: str
-    lanes: int  # int32 per vector
+    isa: InstructionSet
     pair: bool  # sums into int16, and takes an addition of its own
-    features: tuple[str, ...]
 
     @property
     def macs(self) -> int:
         """Multiplications per vector."""
-        return 4 * self.lanes
+        return self.isa.vector
+
+    def add(self, e: Emitter, acc: ir.Value, x: ir.Value) -> ir.Value:
+        """Add products of a vector with itself."""
+        if self.pair:
+            return e.b.add(acc, self.isa.byte_pairs(e, x, x))
+        return self.isa.byte_dot(e, acc, x, x)
 
 
 # The widest first.
 DOTS = {
-    "avx512vnni": Dot("llvm.x86.avx512.vpdpbusd.512", 16, False, ("avx512vnni", "avx512bw")),
-    "avxvnni": Dot("llvm.x86.avx512.vpdpbusd.256", 8, False, ("avxvnni",)),
-    "avx2": Dot("llvm.x86.avx2.pmadd.ub.sw", 8, True, ("avx2",)),
-}
+    "avx512vnni": Dot(AVX512_VNNI, False), "avxvnni": Dot(AVX_VNNI, False), "avx2": Dot(AVX2, True),
+}  # fmt: skip
 
 
 def best() -> str | None:
     """Name of the widest byte dot product that this machine has, or None."""
-    return next((name for name, dot in DOTS.items() if has_features(dot.features)), None)
+    return next((name for name, dot in DOTS.items() if dot.isa.available), None)
 
 
 @intrinsic(prefer_literal=True)
@@ -59,42 +64,32 @@ def _loop(typingctx, count, out, name):
 
 
 def _emit(dot: Dot, b: ir.IRBuilder, count: ir.Value, out: ir.Value) -> None:
-    words = ir.VectorType(ir.IntType(32), dot.lanes)
-    pairs = ir.VectorType(ir.IntType(16), 2 * dot.lanes)
-    codes = ir.VectorType(ir.IntType(8), 4 * dot.lanes)
-    sums = pairs if dot.pair else words
-    operand = words if not dot.pair and llvm_version_info[0] < 21 else codes
-    kind = ir.FunctionType(sums, [operand] * 2 if dot.pair else [sums, operand, operand])
-    product = ir.Function(b.module, kind, dot.llvm)
+    e, isa = Emitter(b), dot.isa
+    codes, sums = isa.bytes, isa.int16s if dot.pair else isa.int32s
     # No instruction, but LLVM cannot tell what comes out: nothing is the same twice.
-    opaque = ir.InlineAsm(ir.FunctionType(operand, [operand]), "", "=v,0", side_effect=True)
+    opaque = ir.InlineAsm(ir.FunctionType(codes, [codes]), "", "=v,0", side_effect=True)
 
     before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
     b.branch(loop)
     b.position_at_end(loop)
-    index, x = b.phi(count.type), b.phi(operand)
+    index, x = b.phi(count.type), b.phi(codes)
     acc = [b.phi(sums) for _ in range(_ACCUMULATORS)]
-    w, x_next, new = ir.Constant(operand, None), x, list(acc)
+    x_next, new = x, list(acc)
     for _ in range(_UNROLL):
         for i in range(_ACCUMULATORS):
             x_next = b.call(opaque, [x_next])
-            if dot.pair:
-                new[i] = b.add(new[i], b.call(product, [x_next, x_next]))
-            else:
-                new[i] = b.call(product, [new[i], x_next, x_next])
+            new[i] = dot.add(e, new[i], x_next)
     following = b.add(index, ir.Constant(count.type, 1))
     for phi, first, value in (
         (index, ir.Constant(count.type, 0), following),
-        (x, w, x_next),
+        (x, ir.Constant(codes, None), x_next),
         *((a, ir.Constant(sums, None), n) for a, n in zip(acc, new, strict=True)),
     ):
-        phi.add_incoming(first, before)
-        phi.add_incoming(value, loop)
+        e.incoming(phi, (before, first), (loop, value))
     b.cbranch(b.icmp_signed("<", following, count), loop, after)
     b.position_at_end(after)
     for i, value in enumerate(new):
-        address = b.add(out, ir.Constant(out.type, 4 * dot.lanes * i))
-        b.store(value, b.inttoptr(address, sums.as_pointer()), align=4 * dot.lanes)
+        e.store(value, b.add(out, ir.Constant(out.type, isa.vector * i)), isa.vector)
 
 
 def peak_loop(name: str) -> Callable[[float], float]:
@@ -105,7 +100,7 @@ def peak_loop(name: str) -> Callable[[float], float]:
     def loop(count, out):
         _loop(count, out, name)
 
-    sums = aligned((_ACCUMULATORS, 4 * dot.lanes), np.uint8)
+    sums = aligned((_ACCUMULATORS, dot.isa.vector), np.uint8)
     rate = 1e9
 
     def run(seconds: float) -> float:

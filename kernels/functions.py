@@ -9,6 +9,7 @@ units in the last place.
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,10 @@ def _power_of_two(typingctx, n):
     return signature, codegen
 
 
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
+# Adding 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with an addition that
+# every machine has in vector form. The integer is then in the sum's lowest bits; subtracting
+# 1.5 * 2^23 again gives it as a float32.
+ROUND = np.float32(12582912.0)
 _LOG2E = np.float32(1.44269504)
 # ln 2 in two parts; products of the first with integers of up to 9 bits are exact
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -115,7 +119,7 @@ def clamp(v, lo, hi):
 @njit(inline="always")
 def _reduced(x):
     """Return n and exp(r) - 1 for x = n ln 2 + r, |r| <= ln 2 / 2, x within the range of exp."""
-    n = (x * _LOG2E + _ROUND) - _ROUND
+    n = (x * _LOG2E + ROUND) - ROUND
     r = x - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     p = np.float32(1.9875691500e-4)
@@ -185,7 +189,7 @@ def mul(x, r):
     return x * r
 
 
-# --- what `records.UNARY` names, of x and two parameters -----------------------------------------
+# --- of x and two parameters ----------------------------------------------------------------------
 
 
 @njit(inline="always")
@@ -258,151 +262,151 @@ def prelu(x, r):
 
 
 @njit(inline="always")
-def plain_clip(x, alpha, beta):
+def onnx_clip(x, alpha, beta):
     """Return x within [alpha, beta]."""
     y = clamp(x, alpha, beta)
     return y if x == x else x
 
 
 @njit(inline="always")
-def plain_abs(x, alpha, beta):
+def onnx_abs(x, alpha, beta):
     """Return |x|."""
     return abs(x)
 
 
 @njit(inline="always")
-def plain_elu(x, alpha, beta):
+def onnx_elu(x, alpha, beta):
     """Return x, or alpha * (e^x - 1) where it is negative."""
     y = elu(x, alpha, beta)
     return y if x == x else x
 
 
+# An odd rational function on [-4, 4], with a relative error below 5e-7.
+ERF_NUMERATOR = (
+    -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
+    -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02,
+)  # fmt: skip
+ERF_DENOMINATOR = (
+    -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)  # fmt: skip
+
+
 @njit(inline="always", error_model="numpy")
-def plain_erf(x, alpha, beta):
-    """Return the error function, from the rational function that `runtime.numpy_ops` has."""
+def onnx_erf(x, alpha, beta):
+    """Return the error function."""
     v = clamp(x, np.float32(-4), np.float32(4))
     square = v * v
-    p = np.float32(-2.72614225801306e-10)
-    p = p * square + np.float32(2.77068142495902e-08)
-    p = p * square + np.float32(-2.10102402082508e-06)
-    p = p * square + np.float32(-5.69250639462346e-05)
-    p = p * square + np.float32(-7.34990630326855e-04)
-    p = p * square + np.float32(-2.95459980854025e-03)
-    p = p * square + np.float32(-1.60960333262415e-02)
-    q = np.float32(-1.45660718464996e-05)
-    q = q * square + np.float32(-2.13374055278905e-04)
-    q = q * square + np.float32(-1.68282697438203e-03)
-    q = q * square + np.float32(-7.37332916720468e-03)
-    q = q * square + np.float32(-1.42647390514189e-02)
+    p = np.float32(ERF_NUMERATOR[0])
+    p = p * square + np.float32(ERF_NUMERATOR[1])
+    p = p * square + np.float32(ERF_NUMERATOR[2])
+    p = p * square + np.float32(ERF_NUMERATOR[3])
+    p = p * square + np.float32(ERF_NUMERATOR[4])
+    p = p * square + np.float32(ERF_NUMERATOR[5])
+    p = p * square + np.float32(ERF_NUMERATOR[6])
+    q = np.float32(ERF_DENOMINATOR[0])
+    q = q * square + np.float32(ERF_DENOMINATOR[1])
+    q = q * square + np.float32(ERF_DENOMINATOR[2])
+    q = q * square + np.float32(ERF_DENOMINATOR[3])
+    q = q * square + np.float32(ERF_DENOMINATOR[4])
     y = clamp(p * v / q, np.float32(-1), _ONE)
     return y if x == x else x
 
 
 @njit(inline="always")
-def plain_exp(x, alpha, beta):
+def onnx_exp(x, alpha, beta):
     """Return e^x."""
     y = exp(x)
     return y if x == x else x
 
 
 @njit(inline="always")
-def plain_hard_sigmoid(x, alpha, beta):
+def onnx_hard_sigmoid(x, alpha, beta):
     """Return alpha * x + beta within [0, 1]."""
     y = hard_sigmoid(x, alpha, beta)
     return y if x == x else x
 
 
 @njit(inline="always")
-def plain_hard_swish(x, alpha, beta):
+def onnx_hard_swish(x, alpha, beta):
     """Return x * hard_sigmoid(x)."""
-    return x * plain_hard_sigmoid(x, alpha, beta)
+    return x * onnx_hard_sigmoid(x, alpha, beta)
 
 
 @njit(inline="always")
-def plain_neg(x, alpha, beta):
+def onnx_neg(x, alpha, beta):
     """Return -x."""
     return -x
 
 
 @njit(inline="always", error_model="numpy")
-def plain_reciprocal(x, alpha, beta):
+def onnx_reciprocal(x, alpha, beta):
     """Return 1 / x."""
     return _ONE / x
 
 
 @njit(inline="always")
-def plain_sigmoid(x, alpha, beta):
+def onnx_sigmoid(x, alpha, beta):
     """Return sigmoid(x)."""
     y = sigmoid(x)
     return y if x == x else x
 
 
 @njit(inline="always")
-def plain_sqrt(x, alpha, beta):
+def onnx_sqrt(x, alpha, beta):
     """Return the square root of x."""
     return np.sqrt(x)
 
 
 @njit(inline="always")
-def plain_swish(x, alpha, beta):
+def onnx_swish(x, alpha, beta):
     """Return x * sigmoid(alpha * x)."""
-    return x * plain_sigmoid(alpha * x, alpha, beta)
+    return x * onnx_sigmoid(alpha * x, alpha, beta)
 
 
 @njit(inline="always")
-def plain_tanh(x, alpha, beta):
+def onnx_tanh(x, alpha, beta):
     """Return tanh(x)."""
     y = tanh(x)
     return y if x == x else x
 
 
-@njit
-def unary(function, x, alpha, beta):
-    """Return what the function of a number, its place in `records.UNARY`, makes of x."""
-    if function == 0:
-        return clamp(x, alpha, beta)
-    if function == 1:
-        return leaky_relu(x, alpha, beta)
-    if function == 2:
-        return sigmoid(x)
-    if function == 3:
-        return hard_sigmoid(x, alpha, beta)
-    if function == 4:
-        return hard_swish(x, alpha, beta)
-    if function == 5:
-        return silu(x, alpha, beta)
-    if function == 6:
-        return tanh(x)
-    return elu(x, alpha, beta)
+# --- by name and by number ------------------------------------------------------------------------
+
+# What the argument `function` of a kernel says is a function's place in one of these.
+UNARY_FUNCTIONS = {
+    "clip": clamp, "leaky_relu": leaky_relu, "sigmoid": sigmoid_of, "hard_sigmoid": hard_sigmoid,
+    "hard_swish": hard_swish, "silu": silu, "tanh": tanh_of, "elu": elu,
+}  # fmt: skip
+ONNX_UNARY_FUNCTIONS = {
+    "clip": onnx_clip, "abs": onnx_abs, "elu": onnx_elu, "erf": onnx_erf, "exp": onnx_exp,
+    "hard_sigmoid": onnx_hard_sigmoid, "hard_swish": onnx_hard_swish, "leaky_relu": leaky_relu,
+    "neg": onnx_neg, "reciprocal": onnx_reciprocal, "sigmoid": onnx_sigmoid, "sqrt": onnx_sqrt,
+    "swish": onnx_swish, "tanh": onnx_tanh,
+}  # fmt: skip
+ONNX_BINARY_FUNCTIONS = {
+    "add": add, "sub": sub, "mul": mul, "div": div, "maximum": maximum, "minimum": minimum,
+    "prelu": prelu,
+}  # fmt: skip
+ONNX_REDUCTIONS = {"sum": add, "max": maximum, "min": minimum}
+FIRST_TOTALS = (0.0, -np.inf, np.inf)  # of what reduces nothing yet
 
 
 @njit
-def plain_unary(function, x, alpha, beta):
-    """Return what a function makes of x; its number is its place in PLAIN_UNARY_FUNCTIONS."""
-    if function == 0:
-        return plain_clip(x, alpha, beta)
-    if function == 1:
-        return plain_abs(x, alpha, beta)
-    if function == 2:
-        return plain_elu(x, alpha, beta)
-    if function == 3:
-        return plain_erf(x, alpha, beta)
-    if function == 4:
-        return plain_exp(x, alpha, beta)
-    if function == 5:
-        return plain_hard_sigmoid(x, alpha, beta)
-    if function == 6:
-        return plain_hard_swish(x, alpha, beta)
-    if function == 7:
-        return leaky_relu(x, alpha, beta)
-    if function == 8:
-        return plain_neg(x, alpha, beta)
-    if function == 9:
-        return plain_reciprocal(x, alpha, beta)
-    if function == 10:
-        return plain_sigmoid(x, alpha, beta)
-    if function == 11:
-        return plain_sqrt(x, alpha, beta)
-    if function == 12:
-        return plain_swish(x, alpha, beta)
-    return plain_tanh(x, alpha, beta)
+def called(function, *arguments):
+    """Return what a function makes of its arguments; for `by_number`."""
+    return function(*arguments)
+
+
+def by_number(table: Mapping[str, Any], call: Any) -> Any:
+    """Return what calls `call(function, *arguments)` with the function of a number in a table.
+
+    That is compiled for each function by itself: with the choice inside, no loop would become
+    vectors. Numba takes no function out of a table, so the choice is written out.
+    """
+    lines = ["def choose(number, *arguments):"]
+    for number in range(len(table)):
+        lines += [f"    if number == {number}:", f"        return call(f{number}, *arguments)"]
+    names = {f"f{number}": function for number, function in enumerate(table.values())}
+    exec("\n".join(lines), scope := {"call": call, **names})
+    return njit(error_model="numpy")(scope["choose"])

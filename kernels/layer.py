@@ -86,6 +86,14 @@ class Layer(_Geometry):
         return int(self.sums[:, 1].max(initial=0)) * (2**self.activation_bits - 1)
 
     @property
+    def fits_int32(self) -> bool:
+        """Whether every output but for the residual, before it is clamped, is within int32."""
+        # Codes and their zero point are at most `top` apart.
+        top = 2**self.activation_bits - 1
+        largest = self.sums[:, 1] * top * np.abs(self.m, dtype=np.float64) + np.abs(self.b)
+        return bool(np.all(largest < 2.0**30))  # twice as large would be: float32 rounds
+
+    @property
     def offset(self) -> np.ndarray:
         """z_x times the sum of W, int64 (O,)."""
         return self.z_x * self.sums[:, 0]

@@ -50,7 +50,7 @@ class Kernel:
         Of those that `FAMILIES` falls back to.
     variant : str
         What sets it apart from others of the same op and family; "" if nothing does.
-    record : numpy dtype of its arguments
+    record : numpy dtype of its arguments, the same for all kernels of an op
     function : the Python function, compiled on first use
     supports : callable(layer.Layer) -> bool, or None
         Whether it can serve a convolution; None for other ops.
@@ -110,7 +110,16 @@ _PARTS: list[tuple[str, str, Callable[[], object], Callable[[], bool]]] = []
 
 
 def register(op: str, family: str, record: np.dtype, variant: str = "", **hooks: Any) -> Callable:
-    """Enter a function in the registry; a decorator."""
+    """Enter a function in the registry; a decorator.
+
+    Raises
+    ------
+    ValueError
+        If other kernels of `op` have another argument record.
+    """
+    others = [k for k in _REGISTRY.values() if k.op == op]
+    if any(k.record != record for k in others):  # it would be taken for what it is not
+        raise ValueError(f"{family}: arguments of {op} are declared otherwise by {others[0].name}")
 
     def enter(function: Callable[..., None]) -> Callable[..., None]:
         _REGISTRY[op, family, variant] = Kernel(op, family, variant, record, function, **hooks)
@@ -142,7 +151,7 @@ def _import(family: str) -> None:
 
 
 def _of(family: str) -> Iterator[Kernel]:
-    """Yield the kernels of one family that the machine can run; imports no other family's."""
+    """Yield the kernels of one family that the machine can run."""
     _import(family)
     # A list: another thread may import one more family.
     return (k for k in list(_REGISTRY.values()) if k.family == family and k.available())

@@ -15,24 +15,24 @@ import numpy as np
 from numba import carray
 
 from logshift.kernels import records
-from logshift.kernels.dot import tiles
-from logshift.kernels.dot.family import (
+from logshift.kernels.blocks import block_channels, blocked, by_block
+from logshift.kernels.dot import microkernels
+from logshift.kernels.dot.tiles import (
     CHUNK,
     CHUNK_WEIGHTS,
-    address_of,
-    block_channels,
-    blocked,
-    by_block,
+    MICROKERNELS,
+    READS,
+    TILE,
+    Microkernel,
     fill_in,
-    fits_int32,
 )
-from logshift.kernels.dot.tiles import MICROKERNELS, READS, TILE, Microkernel
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.machine.jit import njit
 from logshift.kernels.machine.memory import placed
 from logshift.kernels.machine.native import as_pointer, call_tile
 from logshift.kernels.records import share
 from logshift.kernels.registry import register
+from logshift.kernels.walk import copy_bytes, places_of
 
 _HEAD = 256  # bytes of a slot's scratch memory for a TILE record
 assert TILE.itemsize <= _HEAD
@@ -72,7 +72,7 @@ def _supports(tile: Microkernel, layer: Layer) -> bool:
         layer.is_depthwise
         and 0 < layer.largest <= 127
         and layer.accumulator_bound < 2**31
-        and fits_int32(layer)
+        and layer.fits_int32
     )
     if not fits or tile.window is None:
         return fits
@@ -104,7 +104,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     taps = np.concatenate([windows.reshape(-1, 4), others])
     integers = np.zeros((channels + 1, kh * kw + 1), np.int8)
     integers[:-1, :-1] = layer.integers.reshape(channels, -1)
-    rows = block_channels(tile, layer)
+    rows = block_channels(tile.channels, layer)
     words = np.ascontiguousarray(integers[:, taps]).view(np.uint32)[..., 0]
     weights = placed(by_block(words, rows), np.uint32)
 
@@ -127,8 +127,8 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
             "b": blocked(layer.b, rows, np.float32),
             "block": tile.channels,
             "existing": np.count_nonzero(rows[0] >= 0),
-            "tile": tiles.address(tile),
-            "single": tiles.address(single),
+            "tile": microkernels.address(tile),
+            "single": microkernels.address(single),
             "pixels": tile.pixels,
             "chunks": np.array(chunks, CHUNK),
             "chunk_count": len(chunks),
@@ -157,10 +157,7 @@ def _partial_block(a, t, tile, pixels, size, scratch):
     t.y, t.y_pixel = spare, a.block * size
     call_tile(tile, scratch)
     for q in range(pixels):
-        source = carray(as_pointer(spare + np.uintp(q * t.y_pixel)), a.block * size, np.uint8)
-        target = carray(as_pointer(y + np.uintp(q * y_pixel)), a.block * size, np.uint8)
-        for byte in range(np.uintp(a.existing * size)):
-            target[byte] = source[byte]
+        copy_bytes(spare + np.uintp(q * t.y_pixel), y + np.uintp(q * y_pixel), a.existing * size)
     t.y, t.y_pixel = y, y_pixel
 
 
@@ -198,15 +195,8 @@ def _conv_rows(arguments, first_part, end_part, parts, slot):
                 else:  # overlaps the one before
                     j = a.width - a.pixels
             for q in range(j, j + calls):
-                x_row, x_column = a.row0 + i * a.stride_h, a.column0 + q * a.stride_w
-                t.x = np.uintp(address_of(a.x, n, x_row, x_column, chunk.o0, 1))
-                y_row, y_column = i * a.step_h, q * a.step_w
-                t.y = np.uintp(
-                    address_of(a.y, n, a.y.top + y_row, a.y.left + y_column, chunk.o0, size)
-                )
-                t.r = np.uintp(
-                    address_of(a.r, n, a.r.top + y_row, a.r.left + y_column, chunk.o0, 1)
-                )
+                x, y, r = places_of(a, n, i, q, chunk.o0, chunk.o0, 1, size)
+                t.x, t.y, t.r = np.uintp(x), np.uintp(y), np.uintp(r)
                 if a.existing == a.block:
                     call_tile(tile, scratch)
                 else:

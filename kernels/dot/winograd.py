@@ -22,35 +22,34 @@ two kinds of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic, register_jitable
+from numba import carray, njit
+from numba.extending import register_jitable
 
 from logshift.kernels import records
-from logshift.kernels.dot import tiles
-from logshift.kernels.dot.family import (
+from logshift.kernels.blocks import first_channels
+from logshift.kernels.dot import microkernels
+from logshift.kernels.dot.emit_winograd import BOTH_ADD, POSITIONS, transform_half, transform_run
+from logshift.kernels.dot.steps import cut, in_reading_order
+from logshift.kernels.dot.tiles import (
     CHUNK,
-    address_of,
-    cut,
+    MICROKERNELS,
+    RUN,
+    SEGMENT,
+    TILE,
+    Microkernel,
     fill_in,
-    first_channels,
-    fits_int32,
-    in_reading_order,
 )
-from logshift.kernels.dot.tiles import MICROKERNELS, RUN, SEGMENT, TILE, Microkernel
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.memory import placed
 from logshift.kernels.machine.native import as_pointer, call_tile
 from logshift.kernels.records import share
 from logshift.kernels.registry import register
+from logshift.kernels.walk import places_of
 
-_POSITIONS = 16
-_BOTH_ADD = 5  # the position (1, 1), the only one that has no difference of codes in it
 # G with its rows made integers. For "winograd_dot" rows that only take are not doubled, and the
 # last one's sign is turned, so that all that is done with its products is to add them.
 _G = {
@@ -95,7 +94,7 @@ def _largest(tile: Microkernel, layer: Layer) -> int:
         and layer.group == 1
         and layer.activation_bits <= 6
         and 32 * layer.accumulator_bound < 2**31  # with all that is added: see `_pack_dot`
-        and fits_int32(layer)
+        and layer.fits_int32
     )
     return int(np.abs(_transformed(tile, layer)).max()) if fits else 0
 
@@ -116,7 +115,7 @@ def _cost(tile: Microkernel, layer: Layer) -> float:
     The products are less than half as many; what is done once per output counts the more the fewer
     input channels there are, and the transform of codes the more the fewer output channels.
     """
-    computed = first_channels(tile, layer).size * tile.channels
+    computed = first_channels(tile.channels, layer).size * tile.channels
     return computed * (0.47 + 8 / layer.weights.shape[3]) + 3
 
 
@@ -126,22 +125,22 @@ def _cost_dot(tile: Microkernel, layer: Layer) -> float:
     As above; and tiles reach beyond the edges of pictures of odd sizes.
     """
     channels = layer.weights.shape[3]
-    computed = first_channels(tile, layer).size * tile.channels
+    computed = first_channels(tile.channels, layer).size * tile.channels
     beyond = 1 + 2 / max(layer.pixels, 1) ** 0.5
     return beyond * (computed * (0.47 + 2.4 / channels) + 1 + 130 / channels)
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:
-    rows = first_channels(tile, layer).reshape(-1, 1) + np.arange(tile.channels)
+    rows = first_channels(tile.channels, layer).reshape(-1, 1) + np.arange(tile.channels)
     channels = layer.weights.shape[3]
     steps = -(-channels // 4)
     top = 2**layer.activation_bits - 1
     transformed = _transformed(tile, layer)
-    padded = np.zeros((len(transformed), _POSITIONS, 4 * steps), np.int8)
+    padded = np.zeros((len(transformed), POSITIONS, 4 * steps), np.int8)
     padded[:, :, :channels] = transformed
     # (blocks and positions, steps, channels, codes of a step)
     weights = np.ascontiguousarray(
-        padded.reshape(-1, _POSITIONS, steps, 4)[rows].transpose(0, 2, 3, 1, 4)
+        padded.reshape(-1, POSITIONS, steps, 4)[rows].transpose(0, 2, 3, 1, 4)
     ).reshape(-1, steps, tile.channels, 4)
     cuts, groups, initials, begun = cut(weights, steps, 4 * top)
     stream, begins = in_reading_order(tile, weights, groups, initials)
@@ -149,15 +148,15 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     segments = np.zeros(len(cuts), SEGMENT)
     segments["offset"] = 4 * cuts[:, 1]
     segments["second"], segments["then"] = cuts[:, 2], cuts[:, 3]
-    first_segments = np.searchsorted(cuts[:, 0], np.arange(0, len(weights), _POSITIONS))
+    first_segments = np.searchsorted(cuts[:, 0], np.arange(0, len(weights), POSITIONS))
 
     # Take away what was added to codes, initial values, and in all four outputs the zero point.
     start = -2 * top * transformed.sum(axis=2, dtype=np.int64)
-    start[:, _BOTH_ADD] = -4 * layer.offset
+    start[:, BOTH_ADD] = -4 * layer.offset
     start = start[rows].transpose(0, 2, 1).reshape(-1, tile.channels) - begun
 
     chunks = [
-        (block, 1, first_segments[block], begins[_POSITIONS * block] * stream.shape[1], 0, o0)
+        (block, 1, first_segments[block], begins[POSITIONS * block] * stream.shape[1], 0, o0)
         for block, o0 in enumerate(rows[:, 0])
     ]
 
@@ -168,7 +167,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
             "m": placed(layer.m[rows], np.float32),
             "b": placed(layer.b[rows], np.float32),
             "block": tile.channels,
-            "tile": tiles.address(tile),
+            "tile": microkernels.address(tile),
             "pixels": tile.pixels,
             "segments": segments,
             "chunks": np.array(chunks, CHUNK),
@@ -179,12 +178,12 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
 
 
 def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
-    rows = first_channels(tile, layer).reshape(-1, 1) + np.arange(tile.channels)
+    rows = first_channels(tile.channels, layer).reshape(-1, 1) + np.arange(tile.channels)
     o, _, _, channels = layer.weights.shape
     steps = -(-channels // 4)
     top = 2**layer.activation_bits - 1
     transformed = _transformed(tile, layer)
-    padded = np.zeros((o, _POSITIONS, 4 * steps), np.int8)
+    padded = np.zeros((o, POSITIONS, 4 * steps), np.int8)
     padded[:, :, :channels] = transformed
     # What a step takes of a channel is moved as one number: (O, row, column, step).
     words = padded.view(np.uint32).reshape(o, 4, 4, steps)
@@ -194,7 +193,7 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
     # Take away what was added to codes, and in all four outputs the zero point. What rows 0 and 3
     # begin with is half the sum, and half the difference, of what is added to rows 1 and 2 for it.
     begin = -2 * top * transformed.sum(axis=2, dtype=np.int64)
-    begin[:, _BOTH_ADD] = -4 * layer.offset
+    begin[:, BOTH_ADD] = -4 * layer.offset
     first, second, third, fourth = begin.reshape(o, 4, 4).transpose(1, 2, 0)
     start = np.stack([second + first + fourth, third + first - fourth], axis=1)
     return Packed(
@@ -204,9 +203,9 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
             "m": placed(layer.m[rows], np.float32),
             "b": placed(layer.b[rows], np.float32),
             "block": tile.channels,
-            "tile": tiles.address(tile),
+            "tile": microkernels.address(tile),
             "pixels": tile.pixels,
-            "single": tiles.address(twin) if (twin := _twin(tile)) else 0,
+            "single": microkernels.address(twin) if (twin := _twin(tile)) else 0,
             "steps": steps,
             "chunks": np.array([(n, 1, 0, 0, 0, o0) for n, o0 in enumerate(rows[:, 0])], CHUNK),
             "chunk_count": len(rows),
@@ -224,7 +223,7 @@ def _twin(tile: Microkernel) -> Microkernel | None:
 @register_jitable
 def _call_bytes(tiles, channels):
     """Return the bytes of the transformed codes of one call."""
-    return _POSITIONS * tiles * (-(-channels // RUN) * RUN)
+    return POSITIONS * tiles * (-(-channels // RUN) * RUN)
 
 
 @register_jitable
@@ -275,62 +274,6 @@ def _sums_bytes(tiles, block):
     return _TOGETHER * 4 * 4 * tiles * block
 
 
-def _differences(b, x):
-    """B^T x, along one axis."""
-    return b.sub(x[0], x[2]), b.add(x[1], x[2]), b.sub(x[2], x[1]), b.sub(x[1], x[3])
-
-
-def _transforming(vector: int) -> Callable:
-    """Return what transforms the codes of some channels of a tile."""
-
-    @intrinsic
-    def transform(typingctx, x, row, last_row, column, last_column, added, u, step):
-        """Store B^T x B, and `added` where a difference is in it.
-
-        x is the address of its first code; row, column, last_row, last_column are bytes to the
-        next, and to the last, row and column. u is the address of position 0, step bytes to the
-        next one.
-        """
-        signature = types.void(x, row, last_row, column, last_column, added, u, step)
-
-        def codegen(context, b, signature, args):
-            x, row, last_row, column, last_column, added, u, step = args
-            word = partial(ir.Constant, ir.IntType(64))
-            kind = ir.VectorType(ir.IntType(8), vector)
-            undefined = ir.Constant(kind, ir.Undefined)
-            one = b.insert_element(undefined, b.trunc(added, kind.element), word(0))
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector), [0] * vector)
-            added = b.shuffle_vector(one, undefined, lanes)
-            rows, columns = (
-                [word(0), first, b.add(first, first), b.add(b.add(first, first), last)]
-                for first, last in ((row, last_row), (column, last_column))
-            )
-
-            def pointer(base, *offsets):
-                for offset in offsets:
-                    base = b.add(base, offset)
-                return b.inttoptr(base, kind.as_pointer())
-
-            halfway = [
-                _differences(b, [b.load(pointer(x, r, s), align=1) for r in rows]) for s in columns
-            ]
-            for i in range(4):
-                for j, value in enumerate(_differences(b, [column[i] for column in halfway])):
-                    position = 4 * i + j
-                    if position != _BOTH_ADD:
-                        value = b.add(value, added)
-                    place = pointer(u, b.mul(step, word(position)))
-                    b.store(value, place, align=vector)
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return transform
-
-
-_transform_half, _transform_run = _transforming(RUN // 2), _transforming(RUN)
-
-
 @njit(error_model="numpy")
 def _prepare(a, first, count, tiles, steps, u, y, r, beyond, size):
     """Transform the tiles of some calls, and note the addresses of their outputs and residuals.
@@ -357,23 +300,20 @@ def _prepare(a, first, count, tiles, steps, u, y, r, beyond, size):
         for q in range(tiles):
             tile = first + call * tiles + q
             below, right = i + 1 < a.height, j + 1 < a.width
-            x = address_of(a.x, n, a.row0 + i, a.column0 + j, 0, 1)
+            x, y_first, r_first = places_of(a, n, i, j, 0, 0, 1, size)
             # Of codes that only outputs beyond the edge need there may be none.
             last_row, last_column = row_bytes if below else 0, a.x.c if right else 0
             codes = np.int64(u) + call * _call_bytes(tiles, a.x.c) + q * steps[0]
             for c in range(0, a.x.c, RUN):
                 place = codes + c // RUN * steps[2]
                 if a.x.c - c > RUN // 2:
-                    _transform_run(
+                    transform_run(
                         x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
                     )
                 else:
-                    _transform_half(
+                    transform_half(
                         x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
                     )
-            row, column = i * a.step_h, j * a.step_w
-            y_first = address_of(a.y, n, a.y.top + row, a.y.left + column, 0, size)
-            r_first = address_of(a.r, n, a.r.top + row, a.r.left + column, 0, 1)
             for p in range(4):
                 exists = (below or p < 2) and (right or p % 2 == 0)
                 y_place, r_place = (
@@ -400,7 +340,7 @@ def _conv_winograd(arguments, first_part, end_part, parts, slot):
     size = fill_in(a, t)
     tiles, bytes_ = a.pixels, _call_bytes(a.pixels, a.x.c)
     largest = _largest_strip(tiles, a.x.c)
-    t.blocks, t.x_step = _POSITIONS, bytes_ // _POSITIONS
+    t.blocks, t.x_step = POSITIONS, bytes_ // POSITIONS
     t.x = scratch + np.uintp(_HEAD // 2)
     x = carray(as_pointer(t.x), tiles, np.int64)
     u = scratch + np.uintp(_HEAD)
@@ -422,7 +362,7 @@ def _conv_winograd(arguments, first_part, end_part, parts, slot):
         words = np.uintp(4 * block * a.block)
         t.segments = a.segments + np.uintp(16 * chunk.segment)
         t.weights = a.weights + np.uintp(chunk.weights)
-        t.start, t.m, t.b = a.offset + np.uintp(_POSITIONS) * words, a.m + words, a.b + words
+        t.start, t.m, t.b = a.offset + np.uintp(POSITIONS) * words, a.m + words, a.b + words
         t.channel = chunk.o0
         for call in range(last - first):
             for q in range(tiles):
@@ -459,9 +399,9 @@ def _conv_winograd_dot(arguments, first_part, end_part, parts, slot):
         u_few = u + np.uintp(own * _call_bytes(tiles, a.x.c))
         y_few, r_few = y + np.uintp(own * table), r + np.uintp(own * table)
         if strip != prepared:
-            steps = (RUN, tiles * RUN, _POSITIONS * tiles * RUN)
+            steps = (RUN, tiles * RUN, POSITIONS * tiles * RUN)
             _prepare(a, first * tiles, own, tiles, steps, u, y, r, beyond, size)
-            steps = (RUN, _FEW * RUN, _POSITIONS * _FEW * RUN)
+            steps = (RUN, _FEW * RUN, POSITIONS * _FEW * RUN)
             tile = full * tiles + max(first - full, 0) * _FEW
             _prepare(a, tile, others, _FEW, steps, u_few, y_few, r_few, beyond, size)
             prepared = strip
@@ -474,7 +414,7 @@ def _conv_winograd_dot(arguments, first_part, end_part, parts, slot):
 @njit(error_model="numpy")
 def _columns(a, t, microkernel, tiles, calls, block, u, y, r, sums, scratch):
     """Take the transformed tiles of some calls through all columns, and one block of channels."""
-    of_column, of_start = _POSITIONS * a.steps * a.block, 2 * 4 * a.block
+    of_column, of_start = POSITIONS * a.steps * a.block, 2 * 4 * a.block
     t.x_step = _call_bytes(tiles, a.x.c)
     for call in range(0, calls, _TOGETHER):
         t.blocks = min(_TOGETHER, calls - call)

@@ -1,6 +1,6 @@
 """The fma family: convolutions on float32, on the machine's fused multiply-add.
 
-There is no im2col: a microkernel (`float_tiles`) reads what a row of taps covers where it lies, and
+There is no im2col: a microkernel (`tiles`) reads what a row of taps covers where it lies, and
 writes outputs where they belong. Pixels are taken in *panels*, whose inputs stay in the cache while
 one *chunk* of weights after another serves them.
 """
@@ -14,14 +14,15 @@ import numpy as np
 from numba import carray, njit
 
 from logshift.kernels import records
-from logshift.kernels.dot.family import address_of, single_pixels
-from logshift.kernels.fma import tiles
+from logshift.kernels.blocks import first_channels, runs_of_blocks
+from logshift.kernels.fma import microkernels
 from logshift.kernels.fma.tiles import FLOAT_SEGMENT, FLOAT_TILE, FLOAT_TILES, FloatTile
 from logshift.kernels.layer import FloatLayer, Packed, PackedReads
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer, call_tile
 from logshift.kernels.records import share
 from logshift.kernels.registry import register, register_part
+from logshift.kernels.walk import copy_bytes, places_of, position, single_pixels
 
 # Blocks of channels that one call of a microkernel takes: the first one, how many, and the first
 # input and output channel.
@@ -68,14 +69,6 @@ def _cost(tile: FloatTile, layer: FloatLayer) -> float:
     return padded * unused * {1: 1.3, 3: 1.02}.get(tile.vectors, 1.0)
 
 
-def _first_channels(tile: FloatTile, layer: FloatLayer) -> np.ndarray:
-    """First output channels of all blocks, (groups, blocks); the last one overlaps if need be."""
-    groups = 1 if layer.is_depthwise else layer.group
-    size = layer.weights.shape[0] // groups
-    firsts = np.minimum(np.arange(0, size, tile.channels), max(size - tile.channels, 0))
-    return firsts + size * np.arange(groups)[:, None]
-
-
 def _segments(tile: FloatTile, layer: FloatLayer) -> tuple[np.ndarray, np.ndarray]:
     """Segments, and the places that they read from, for the steps of every block."""
     _, kh, kw, in_group = layer.weights.shape
@@ -88,8 +81,7 @@ def _segments(tile: FloatTile, layer: FloatLayer) -> tuple[np.ndarray, np.ndarra
 
 def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
     o, kh, kw, in_group = layer.weights.shape
-    firsts = _first_channels(tile, layer)
-    blocks_of_group = firsts.shape[1]
+    firsts = first_channels(tile.channels, layer)
     existing = min(tile.channels, o // len(firsts))
     steps = kh * kw * in_group
     weights = aligned((firsts.size, steps, tile.channels), np.float32)
@@ -104,15 +96,10 @@ def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
     depthwise = layer.is_depthwise
     w_step = 4 * steps * tile.channels
     together = max(1, _CHUNK_WEIGHTS // w_step)
-    chunks: list[list[int]] = []
-    for block in range(firsts.size):
-        g, i = divmod(block, blocks_of_group)
-        o0 = firsts[g, i]
-        in_line = o0 == firsts[g, 0] + i * tile.channels
-        if i and in_line and chunks[-1][1] < together:
-            chunks[-1][1] += 1
-        else:
-            chunks.append([block, 1, o0 if depthwise else g * in_group, o0])
+    chunks = [
+        (block, blocks, o0 if depthwise else group * in_group, o0)
+        for block, blocks, group, o0 in runs_of_blocks(firsts, tile.channels, together)
+    ]
     pixel_bytes = 4 * layer.group * in_group * layer.strides[0] * layer.strides[1]
     panel = _PANEL_INPUTS // (pixel_bytes * tile.pixels)
     kind = "depthwise" if depthwise else "dense"
@@ -123,15 +110,15 @@ def _pack(tile: FloatTile, layer: FloatLayer) -> Packed:
             "b": bias,
             "block": tile.channels,
             "existing": existing,
-            "tile": tiles.address(tile),
-            "single": tiles.address(single) if single else 0,
+            "tile": microkernels.address(tile),
+            "single": microkernels.address(single) if single else 0,
             # A product takes four cycles, of which two begin in each.
             "few": (tile.pixels * tile.vectors - 1) // 8 if single and tile.window is None else 0,
             "pixels": tile.pixels,
             "x_step": 4 * tile.channels if depthwise else 0,
             "w_step": w_step,
             "segment_count": len(segments),
-            "chunks": np.array([tuple(chunk) for chunk in chunks], CHUNK),
+            "chunks": np.array(chunks, CHUNK),
             "chunk_count": len(chunks),
             "panel": max(8, min(panel, _PANEL)),
         },
@@ -163,7 +150,7 @@ def _addresses(a, first, count, x, y, r):
 
     Those beyond the last repeat it.
     """
-    j, i, n = first % a.width, first // a.width % a.height, first // (a.width * a.height)
+    n, i, j = position(a, first)
     total = a.n * a.height * a.width
     x_column = 4 * a.stride_w * a.x.c
     y_column, r_column = 4 * a.step_w * a.y.c, 4 * a.step_w * a.r.c
@@ -171,11 +158,7 @@ def _addresses(a, first, count, x, y, r):
     begins = True  # a row of outputs, or the table
     for q in range(min(count, total - first)):
         if begins:
-            row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
-            x_next = address_of(a.x, n, row, column, 0, 4)
-            row, column = i * a.step_h, j * a.step_w
-            y_next = address_of(a.y, n, a.y.top + row, a.y.left + column, 0, 4)
-            r_next = address_of(a.r, n, a.r.top + row, a.r.left + column, 0, 4)
+            x_next, y_next, r_next = places_of(a, n, i, j, 0, 0, 4, 4)
         x[q], y[q], r[q] = x_next, y_next, r_next
         x_next, y_next, r_next = x_next + x_column, y_next + y_column, r_next + r_column
         j += 1
@@ -199,7 +182,6 @@ def _partial_block(a, t, spare, valid, scratch):
     """
     y_table, y_offset = t.y, t.y_offset
     addresses = carray(as_pointer(y_table), a.pixels, np.int64)
-    outputs = carray(as_pointer(spare), a.pixels * a.block, np.float32)
     table = spare + np.uintp(4 * a.pixels * a.block)
     targets = carray(as_pointer(table), a.pixels, np.int64)
     for q in range(a.pixels):
@@ -209,9 +191,7 @@ def _partial_block(a, t, spare, valid, scratch):
     call_tile(a.tile, scratch)
     t.y = y_table
     for q in range(valid):
-        y = carray(as_pointer(np.uintp(addresses[q] + y_offset)), a.existing, np.float32)
-        for c in range(np.uintp(a.existing)):
-            y[c] = outputs[np.uintp(q * a.block) + c]
+        copy_bytes(targets[q] + y_offset, addresses[q] + y_offset, 4 * a.existing)
 
 
 def _conv(arguments, first_part, end_part, parts, slot):
@@ -261,17 +241,6 @@ def _conv(arguments, first_part, end_part, parts, slot):
         item += last - first
 
 
-@njit(inline="always", error_model="numpy")
-def _start(a, n, i, j, o0):
-    """Addresses of the first input of an output pixel, of its output and its residual."""
-    row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
-    x = address_of(a.x, n, row, column, o0, 4)
-    row, column = i * a.step_h, j * a.step_w
-    y = address_of(a.y, n, a.y.top + row, a.y.left + column, o0, 4)
-    r = address_of(a.r, n, a.r.top + row, a.r.left + column, o0, 4)
-    return np.uintp(x), np.uintp(y), np.uintp(r)
-
-
 @njit(error_model="numpy")
 def _small_picture(a, t, chunk, n, table, scratch):
     """Compute a picture that no rectangle fits into pixel by pixel."""
@@ -280,7 +249,7 @@ def _small_picture(a, t, chunk, n, table, scratch):
     t.x_offset = t.y_offset = 0
     for i in range(a.height):
         for j in range(a.width):
-            x, y, r = _start(a, n, i, j, chunk.o0)
+            x, y, r = places_of(a, n, i, j, chunk.o0, chunk.o0, 4, 4)
             addresses[0], addresses[1], addresses[2] = x, y, r
             call_tile(a.single, scratch)
 
@@ -322,13 +291,14 @@ def _conv_window(arguments, first_part, end_part, parts, slot):
             t.blocks = chunk.blocks
             t.b = a.b + np.uintp(4 * chunk.block * a.block)
             t.weights = a.weights + np.uintp(chunk.block * a.w_step)
-            t.x, t.y, t.r = _start(a, n, i, j, chunk.o0)
+            x, y, r = places_of(a, n, i, j, chunk.o0, chunk.o0, 4, 4)
+            t.x, t.y, t.r = np.uintp(x), np.uintp(y), np.uintp(r)
             call_tile(a.tile, scratch)
 
 
 for _tile in FLOAT_TILES.values():
     _available = partial(getattr, _tile, "available")
-    register_part("fma", _tile.name, partial(tiles.address, _tile), _available)
+    register_part("fma", _tile.name, partial(microkernels.address, _tile), _available)
     if _tile.pixels > 1 or _tile.channels >= 64:
         register(
             "float_conv", "fma", records.FLOAT_CONV, _tile.name,

@@ -1,4 +1,4 @@
-"""Float32 microkernels: a tile of output pixels times blocks of output channels, emitted as IR.
+"""Microkernels of the fma family: the table of tiles, and what a call of one is told.
 
 A microkernel computes, for `pixels` output pixels and each of some blocks of `channels` output
 channels,
@@ -14,26 +14,19 @@ instruction set. Inputs are read where they lie. The kinds differ in what a step
     window      the same for a fixed kernel and stride: tiles are rectangles of pixels, which load
                 every input once for all outputs that it is part of
 
-All are listed in `FLOAT_TILES`; tests and benchmarks walk that table.
+All are listed in `FLOAT_TILES`: tests and benchmarks walk that table, `microkernels` emits them.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core.compiler_lock import global_compiler_lock
-from numba.extending import intrinsic
 
-from logshift.kernels.machine.emit import Emitter, f32, i64
-from logshift.kernels.machine.jit import cfunc
-from logshift.kernels.machine.targets import has_features
+from logshift.kernels.machine.isa.avx2 import FMA
+from logshift.kernels.machine.isa.avx512 import AVX512
+from logshift.kernels.machine.isa.base import InstructionSet
+from logshift.kernels.machine.isa.neon import NEON
 
 _I, _F, _P = np.int64, np.float32, np.uintp
 
@@ -64,21 +57,21 @@ FLOAT_TILE = np.dtype(
 # how many bytes. A depthwise segment is one step.
 FLOAT_SEGMENT = np.dtype([("offset", _I), ("size", _I)])
 
-_OFFSETS = {name: FLOAT_TILE.fields[name][1] for name in FLOAT_TILE.names}  # type: ignore[index, union-attr]
-_UNROLLED = 4  # steps of a dense tile
-
 
 @dataclass(frozen=True, eq=False)
 class FloatTile:
     """One entry of the table: `<pixels>x<channels>` of a kind on an instruction set."""
 
-    isa: str
+    isa: InstructionSet
     kind: str
     pixels: int
     vectors: int  # of output channels
-    lanes: int  # float32 per vector
-    features: tuple[str, ...]
     window: tuple[int, int] | None = None  # height and width of the kernel; stride
+
+    @property
+    def lanes(self) -> int:
+        """Float32 per vector."""
+        return self.isa.lanes
 
     @property
     def rows(self) -> int:
@@ -101,302 +94,58 @@ class FloatTile:
         if self.window is not None:
             kernel, stride = self.window
             rectangle = f"{self.rows}x{self.columns}x{self.channels}"
-            return f"{self.isa}-depthwise{kernel}s{stride}-{rectangle}"
+            return f"{self.isa.name}-depthwise{kernel}s{stride}-{rectangle}"
         kind = "" if self.kind == "dense" else f"{self.kind}-"
-        return f"{self.isa}-{kind}{self.pixels}x{self.channels}"
+        return f"{self.isa.name}-{kind}{self.pixels}x{self.channels}"
 
     @property
     def available(self) -> bool:
         """Whether the machine that code is compiled for has the instructions."""
-        if self.isa == "neon":  # which every such machine has
-            return platform.machine() in ("aarch64", "arm64")
-        return has_features(self.features)
-
-
-@intrinsic(prefer_literal=True)
-def _tile(typingctx, arguments, name):
-    """Emit the microkernel of a name; takes the address of a FLOAT_TILE record."""
-
-    def codegen(context, builder, signature, args):
-        tile = FLOAT_TILES[name.literal_value]
-        kinds = {"dense": _Emission, "depthwise": _Depthwise, "window": _Window}
-        kinds[tile.kind](tile, builder, args[0]).emit()
-        return context.get_dummy_value()
-
-    return types.void(arguments, name), codegen
-
-
-class _Emission(Emitter):
-    """The body of one microkernel, in LLVM IR."""
-
-    def __init__(self, tile: FloatTile, builder: ir.IRBuilder, arguments: Any) -> None:
-        super().__init__(builder)
-        self.k, self.base = tile, arguments
-        self.floats = ir.VectorType(f32, tile.lanes)
-        self.size = 4 * tile.lanes
-        self.tiles = [(i, j) for i in range(tile.pixels) for j in range(tile.vectors)]
-        self.step_bytes = 4 * tile.channels
-
-    def field(self, name: str, kind: ir.Type = i64) -> Any:
-        address = self.b.add(self.base, self.word(_OFFSETS[name]))
-        return self.load(address, kind, 4 if kind == f32 else 8)
-
-    def fma(self, x: Any, w: Any, acc: Any) -> Any:
-        return self.intrinsic(f"llvm.fma.v{self.k.lanes}f32", self.floats, [x, w, acc])
-
-    def phis(self, values: dict) -> dict:
-        """Make a phi node for each of some vectors."""
-        return {t: self.b.phi(value.type) for t, value in values.items()}
-
-    # --- steps ----------------------------------------------------------------------------------
-
-    def step(self, acc: dict, rows: list[Any], w: Any) -> dict:
-        """Add the products of an input of each pixel; the weights of the step begin at w."""
-        b, k = self.b, self.k
-        vectors = [
-            self.load(b.add(w, self.word(self.size * j)), self.floats, self.size)
-            for j in range(k.vectors)
-        ]
-        new = {}
-        for i, row in enumerate(rows):
-            x = self.splat(self.load(row, f32, 4), self.floats)
-            for j in range(k.vectors):
-                new[i, j] = self.fma(x, vectors[j], acc[i, j])
-        return new
-
-    def loop(self, steps: int, acc: dict, bases: list[Any], q: Any, end: Any, w: Any) -> tuple:
-        """Emit a loop of so many steps at a time, from q on while so many are left until `end`."""
-        b = self.b
-        before = b.block
-        head, body, after = (b.append_basic_block(f"{n}_{steps}") for n in ("head", "body", "end"))
-        b.branch(head)
-        b.position_at_end(head)
-        q_phi, w_phi, held = b.phi(i64), b.phi(i64), self.phis(acc)
-        following = b.add(q_phi, self.word(4 * steps))
-        b.cbranch(b.icmp_signed("<=", following, end), body, after)
-        b.position_at_end(body)
-        new = held
-        for s in range(steps):
-            rows = [b.add(b.add(base, q_phi), self.word(4 * s)) for base in bases]
-            new = self.step(new, rows, b.add(w_phi, self.word(self.step_bytes * s)))
-        w_next = b.add(w_phi, self.word(self.step_bytes * steps))
-        b.branch(head)
-        self.incoming(q_phi, (before, q), (b.block, following))
-        self.incoming(w_phi, (before, w), (b.block, w_next))
-        for t, phi in held.items():
-            self.incoming(phi, (before, acc[t]), (b.block, new[t]))
-        b.position_at_end(after)
-        return held, q_phi, w_phi
-
-    def run(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
-        """Emit the steps of a segment; returns sums and the end of the weights."""
-        b = self.b
-        q = self.load(segment, i64, 8)
-        end = b.add(q, self.load(b.add(segment, self.word(8)), i64, 8))
-        acc, q, w = self.loop(_UNROLLED, acc, bases, q, end, w)
-        acc, q, w = self.loop(1, acc, bases, q, end, w)
-        return acc, w
-
-    # --- the kernel -----------------------------------------------------------------------------
-
-    def emit(self) -> None:
-        b, k = self.b, self.k
-        blocks, segments, segments_end = map(self.field, ("blocks", "segments", "segments_end"))
-        x_table, x_offset, x_step = map(self.field, ("x", "x_offset", "x_step"))
-        first_weights = self.field("weights")
-        entry = b.block
-        block, segment, after = (b.append_basic_block(n) for n in ("block", "segment", "after"))
-        done = b.append_basic_block("done")
-        b.branch(block)
-
-        b.position_at_end(block)
-        index = b.phi(i64)
-        offset = b.add(x_offset, b.mul(index, x_step))
-        bases = [b.add(self.at(x_table, i), offset) for i in range(k.pixels)]
-        weights = b.add(first_weights, b.mul(index, self.field("w_step")))
-        channel = b.mul(index, self.word(4 * k.channels))
-        b.branch(segment)
-
-        b.position_at_end(segment)
-        s, w = b.phi(i64), b.phi(i64)
-        zeros = {t: self.constant(0.0, self.floats) for t in self.tiles}
-        acc = self.phis(zeros)
-        new, w_next = self.run(acc, bases, s, w)
-        s_next = b.add(s, self.word(FLOAT_SEGMENT.itemsize))
-        self.incoming(s, (block, segments), (b.block, s_next))
-        self.incoming(w, (block, weights), (b.block, w_next))
-        for t, phi in acc.items():
-            self.incoming(phi, (block, zeros[t]), (b.block, new[t]))
-        b.cbranch(b.icmp_signed("<", s_next, segments_end), segment, after)
-
-        b.position_at_end(after)
-        self.epilogue(new, channel)
-        index_next = b.add(index, self.word(1))
-        self.incoming(index, (entry, self.word(0)), (b.block, index_next))
-        b.cbranch(b.icmp_signed("<", index_next, blocks), block, done)
-        b.position_at_end(done)
-
-    def places(self, name: str, channel: Any) -> Callable[[int], Any]:
-        """Return what gives the address of a pixel's output, or residual, in the present block."""
-        table, offset = self.field(name), self.b.add(channel, self.field("y_offset"))
-        return lambda i: self.b.add(self.at(table, i), offset)
-
-    def epilogue(self, acc: dict, channel: Any) -> None:
-        """Add the bias, and the residual if there is one, clamp and store."""
-        b = self.b
-        residual = b.icmp_signed("!=", self.field("has_residual"), self.word(0))
-        with b.if_else(residual) as branches:
-            for branch, has_residual in zip(branches, (True, False), strict=True):
-                with branch:
-                    self.write(acc, channel, has_residual)
-
-    def write(self, acc: dict, channel: Any, has_residual: bool) -> None:
-        b, k = self.b, self.k
-        bias = b.add(self.field("b"), channel)
-        lo, hi = (self.splat(self.field(n, f32), self.floats) for n in ("lo", "hi"))
-        y, r = self.places("y", channel), self.places("r", channel)
-        for j in range(k.vectors):
-            at = self.word(self.size * j)
-            shift = self.load(b.add(bias, at), self.floats, self.size)
-            for i in range(k.pixels):
-                v = b.fadd(acc[i, j], shift)
-                if has_residual:
-                    v = b.fadd(v, self.load(b.add(r(i), at), self.floats, 4))
-                v = b.select(b.fcmp_ordered(">", v, lo), v, lo)
-                v = b.select(b.fcmp_ordered("<", v, hi), v, hi)
-                self.store(v, b.add(y(i), at), 4)
-
-
-class _Depthwise(_Emission):
-    """Steps of one tap of every channel."""
-
-    def run(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
-        b, k = self.b, self.k
-        q = self.load(segment, i64, 8)
-        new = {}
-        for j in range(k.vectors):
-            offset = b.add(q, self.word(self.size * j))
-            vector = self.load(b.add(w, self.word(self.size * j)), self.floats, self.size)
-            for i, base in enumerate(bases):
-                x = self.load(b.add(base, offset), self.floats, 4)
-                new[i, j] = self.fma(x, vector, acc[i, j])
-        return new, b.add(w, self.word(self.step_bytes))
-
-
-class _Window(_Emission):
-    """A rectangle of pixels of a depthwise convolution; a block is one vector of channels."""
-
-    def emit(self) -> None:
-        b, k = self.b, self.k
-        assert k.window is not None
-        kernel, stride = k.window
-        x_first, x_row, x_column = map(self.field, ("x", "x_row", "x_column"))
-        blocks, first_weights = self.field("blocks"), self.field("weights")
-        entry = b.block
-        block, done = (b.append_basic_block(n) for n in ("block", "done"))
-        b.branch(block)
-
-        b.position_at_end(block)
-        index = b.phi(i64)
-        channel = b.mul(index, self.word(self.size))
-        x = b.add(x_first, channel)
-        w = b.add(first_weights, b.mul(channel, self.word(kernel**2)))
-        acc = {t: self.constant(0.0, self.floats) for t in self.tiles}
-        weights = {}
-        reads = [(n - 1) * stride + kernel for n in (k.rows, k.columns)]
-        for row in range(reads[0]):
-            line = b.add(x, b.mul(x_row, self.word(row)))
-            for column in range(reads[1]):
-                place = b.add(line, b.mul(x_column, self.word(column)))
-                value = self.load(place, self.floats, 4)
-                for i in range(k.pixels):
-                    ky = row - i // k.columns * stride
-                    kx = column - i % k.columns * stride
-                    if not (0 <= ky < kernel and 0 <= kx < kernel):
-                        continue
-                    if (ky, kx) not in weights:
-                        at = self.word(self.size * (ky * kernel + kx))
-                        weights[ky, kx] = self.load(b.add(w, at), self.floats, self.size)
-                    acc[i, 0] = self.fma(value, weights[ky, kx], acc[i, 0])
-        self.epilogue(acc, channel)
-        index_next = b.add(index, self.word(1))
-        self.incoming(index, (entry, self.word(0)), (b.block, index_next))
-        b.cbranch(b.icmp_signed("<", index_next, blocks), block, done)
-        b.position_at_end(done)
-
-    def places(self, name: str, channel: Any) -> Callable[[int], Any]:
-        b, columns = self.b, self.k.columns
-        first = b.add(self.field(name), channel)
-        row, column = self.field(f"{name}_row"), self.field(f"{name}_column")
-
-        def place(i: int) -> Any:
-            line = b.add(first, b.mul(row, self.word(i // columns)))
-            return b.add(line, b.mul(column, self.word(i % columns)))
-
-        return place
+        return self.isa.available
 
 
 # --- the table ----------------------------------------------------------------------------------
 
-_FMA, _AVX512 = ("avx2", "fma"), ("avx512f", "avx512vl")
 
-
-def _windows(isa: str, lanes: int, features: tuple[str, ...]) -> list[FloatTile]:
+def _windows(isa: InstructionSet) -> list[FloatTile]:
     """Rectangles of 2x4 or 2x2 pixels for the windows and strides of the usual networks."""
     windows = [(3, 1), (3, 2), (5, 1), (5, 2)]
-    return [FloatTile(isa, "window", 8 // w[1], 1, lanes, features, w) for w in windows]
+    return [FloatTile(isa, "window", 8 // w[1], 1, w) for w in windows]
 
 
 FLOAT_TILES = {
     tile.name: tile
     for tile in (
-        FloatTile("avx512", "dense", 6, 4, 16, _AVX512),
-        FloatTile("avx512", "dense", 1, 4, 16, _AVX512),
-        FloatTile("avx512", "dense", 8, 3, 16, _AVX512),
-        FloatTile("avx512", "dense", 1, 3, 16, _AVX512),
-        FloatTile("avx512", "dense", 8, 2, 16, _AVX512),
-        FloatTile("avx512", "dense", 1, 2, 16, _AVX512),
-        FloatTile("avx512", "dense", 8, 1, 16, _AVX512),
-        FloatTile("avx512", "dense", 1, 1, 16, _AVX512),
-        FloatTile("avx512", "dense", 1, 8, 16, _AVX512),
-        FloatTile("avx512", "depthwise", 4, 1, 16, _AVX512),
-        FloatTile("avx512", "depthwise", 1, 1, 16, _AVX512),
-        *_windows("avx512", 16, _AVX512),
-        FloatTile("fma", "dense", 6, 2, 8, _FMA),
-        FloatTile("fma", "dense", 1, 2, 8, _FMA),
-        FloatTile("fma", "dense", 4, 3, 8, _FMA),
-        FloatTile("fma", "dense", 1, 3, 8, _FMA),
-        FloatTile("fma", "dense", 8, 1, 8, _FMA),
-        FloatTile("fma", "dense", 1, 1, 8, _FMA),
-        FloatTile("fma", "dense", 1, 8, 8, _FMA),
-        FloatTile("fma", "depthwise", 4, 2, 8, _FMA),
-        FloatTile("fma", "depthwise", 4, 1, 8, _FMA),
-        FloatTile("fma", "depthwise", 1, 1, 8, _FMA),
-        *_windows("fma", 8, _FMA),
-        FloatTile("neon", "dense", 6, 4, 4, ()),
-        FloatTile("neon", "dense", 1, 4, 4, ()),
-        FloatTile("neon", "dense", 8, 2, 4, ()),
-        FloatTile("neon", "dense", 1, 2, 4, ()),
-        FloatTile("neon", "depthwise", 4, 4, 4, ()),
-        FloatTile("neon", "depthwise", 4, 1, 4, ()),
-        FloatTile("neon", "depthwise", 1, 1, 4, ()),
-        *_windows("neon", 4, ()),
+        FloatTile(AVX512, "dense", 6, 4),
+        FloatTile(AVX512, "dense", 1, 4),
+        FloatTile(AVX512, "dense", 8, 3),
+        FloatTile(AVX512, "dense", 1, 3),
+        FloatTile(AVX512, "dense", 8, 2),
+        FloatTile(AVX512, "dense", 1, 2),
+        FloatTile(AVX512, "dense", 8, 1),
+        FloatTile(AVX512, "dense", 1, 1),
+        FloatTile(AVX512, "dense", 1, 8),
+        FloatTile(AVX512, "depthwise", 4, 1),
+        FloatTile(AVX512, "depthwise", 1, 1),
+        *_windows(AVX512),
+        FloatTile(FMA, "dense", 6, 2),
+        FloatTile(FMA, "dense", 1, 2),
+        FloatTile(FMA, "dense", 4, 3),
+        FloatTile(FMA, "dense", 1, 3),
+        FloatTile(FMA, "dense", 8, 1),
+        FloatTile(FMA, "dense", 1, 1),
+        FloatTile(FMA, "dense", 1, 8),
+        FloatTile(FMA, "depthwise", 4, 2),
+        FloatTile(FMA, "depthwise", 4, 1),
+        FloatTile(FMA, "depthwise", 1, 1),
+        *_windows(FMA),
+        FloatTile(NEON, "dense", 6, 4),
+        FloatTile(NEON, "dense", 1, 4),
+        FloatTile(NEON, "dense", 8, 2),
+        FloatTile(NEON, "dense", 1, 2),
+        FloatTile(NEON, "depthwise", 4, 4),
+        FloatTile(NEON, "depthwise", 4, 1),
+        FloatTile(NEON, "depthwise", 1, 1),
+        *_windows(NEON),
     )
 }
-
-
-def function(name: str) -> Callable[[int], None]:
-    """Return the Python function that compiles to a microkernel."""
-
-    def microkernel(arguments):
-        _tile(arguments, name)
-
-    return microkernel
-
-
-@global_compiler_lock  # of threads that load a network the first compiles, others wait
-@cache
-def address(tile: FloatTile) -> int:
-    """Address of the compiled microkernel, `void (FLOAT_TILE *)`."""
-    compiled: Any = cfunc(types.void(types.uintp))(function(tile.name))
-    return compiled.address

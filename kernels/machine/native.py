@@ -29,7 +29,7 @@ def as_pointer(typingctx, address):
 
 @intrinsic
 def call_kernel(typingctx, function, arguments, first_part, end_part, parts, slot):
-    """Call the kernel at an address, see `abi`."""
+    """Call the kernel at an address, see `registry`."""
     signature = types.void(*[types.intp] * 6)
 
     def codegen(context, builder, signature, args):
@@ -46,7 +46,7 @@ def call_kernel(typingctx, function, arguments, first_part, end_part, parts, slo
 
 @intrinsic
 def call_tile(typingctx, function, arguments):
-    """Call the microkernel at an address: void (address of a TILE), see `microkernels`."""
+    """Call the microkernel at an address: void (address of a record), see `microkernel`."""
     signature = types.void(types.uintp, types.uintp)
 
     def codegen(context, builder, signature, args):

@@ -13,32 +13,36 @@ import numpy as np
 from numba import carray, njit, types
 
 from logshift.kernels import records
+from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed
-from logshift.kernels.machine.lookup import look_up
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
+from logshift.kernels.portable.lookup import look_up
 from logshift.kernels.records import codes, floats, share
+from logshift.kernels.reference.codes import (
+    BINARY,
+    CHANNEL_LOOKUP,
+    COPY,
+    DEPTH_TO_SPACE,
+    DEQUANTIZE,
+    FILL,
+    GATHER,
+    POOL,
+    QUANTIZE,
+    RESIZE,
+    TO_CHANNELS_FIRST,
+)
 from logshift.kernels.registry import register, register_part
 from logshift.kernels.stlq import codec
+from logshift.kernels.walk import first_input, pixel_at, position, taps_within
 
 _PIXELS = 4  # output pixels that share one pass over the weights
-
-# Adding 1.5 * 2^23 rounds a float32 of magnitude below 2^22 half to even, with an addition that
-# every machine has in vector form. The integer is then in the sum's lowest bits; subtracting
-# 1.5 * 2^23 again gives it as a float32.
-ROUND = np.float32(12582912.0)
 
 
 @njit(inline="always")
 def _to_code(v, lo, hi):
     v = min(max(v, lo), hi)
     return np.uint8(np.float32(v + ROUND).view(np.uint32))
-
-
-@njit(inline="always")
-def _pixel(tensor, n, row, column):
-    """Flat index of the first channel of a pixel; row and column are those of the buffer."""
-    return np.uintp(((n * tensor.h + row) * tensor.w + column) * tensor.c)
 
 
 # --- convolution --------------------------------------------------------------------------------
@@ -185,10 +189,10 @@ def _conv_blocks(a, w, acc, start, first_part, end_part, parts):
         g, i_block = index // blocks, index % blocks
         first = strip * _PIXELS
         valid = min(_PIXELS, pixels - first)
-        p0 = _input_start(a, first)
-        p1 = _input_start(a, first + 1) if valid > 1 else p0
-        p2 = _input_start(a, first + 2) if valid > 2 else p0
-        p3 = _input_start(a, first + 3) if valid > 3 else p0
+        p0 = first_input(a, first)
+        p1 = first_input(a, first + 1) if valid > 1 else p0
+        p2 = first_input(a, first + 2) if valid > 2 else p0
+        p3 = first_input(a, first + 3) if valid > 3 else p0
         count = min(block, out_group - i_block * block)
         o0 = g * out_group + i_block * block
         for q in range(_PIXELS if valid > 1 else 1):
@@ -204,24 +208,11 @@ def _conv_blocks(a, w, acc, start, first_part, end_part, parts):
                 )
                 wk += run * block
         for q in range(valid):
-            pixel = first + q
-            j = pixel % a.width
-            i = pixel // a.width % a.height
-            n = pixel // (a.width * a.height)
+            n, i, j = position(a, first + q)
             i, j = i * a.step_h, j * a.step_w
-            y0 = _pixel(a.y, n, a.y.top + i, a.y.left + j) + np.uintp(o0)
-            r0 = _pixel(a.r, n, a.r.top + i, a.r.left + j) + np.uintp(o0)
+            y0 = pixel_at(a.y, n, a.y.top + i, a.y.left + j) + np.uintp(o0)
+            r0 = pixel_at(a.r, n, a.r.top + i, a.r.left + j) + np.uintp(o0)
             _write(a, acc, q * block, m, b, o0, count, y, y_float, y0, r, r0)
-
-
-@njit(inline="always", error_model="numpy")
-def _input_start(a, pixel):
-    """Flat index of the first input of an output pixel."""
-    j = pixel % a.width
-    i = pixel // a.width % a.height
-    n = pixel // (a.width * a.height)
-    row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
-    return ((n * a.x.h + row) * a.x.w + column) * a.x.c
 
 
 def _fits_depthwise(layer: Layer) -> bool:
@@ -272,7 +263,7 @@ def _depthwise(a, w, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         for j in range(a.width):
-            p = _input_start(a, item * a.width + j)
+            p = first_input(a, item * a.width + j)
             for c in range(np.uintp(a.channels)):
                 acc[c] = start[c]
             for ky in range(a.kernel_h):
@@ -280,8 +271,8 @@ def _depthwise(a, w, first_part, end_part, parts, slot):
                 step, q = a.dilation_w * a.channels, ky * a.kernel_w * a.channels
                 _add_taps(x, row, step, w, q, a.kernel_w, a.channels, acc)
             row, column = i * a.step_h, j * a.step_w
-            y0 = _pixel(a.y, n, a.y.top + row, a.y.left + column)
-            r0 = _pixel(a.r, n, a.r.top + row, a.r.left + column)
+            y0 = pixel_at(a.y, n, a.y.top + row, a.y.left + column)
+            r0 = pixel_at(a.r, n, a.r.top + row, a.r.left + column)
             _write(a, acc, 0, m, b, 0, a.channels, y, y_float, y0, r, r0)
 
 
@@ -345,14 +336,6 @@ def _conv_float64(arguments, first_part, end_part, parts, slot):
 # --- everything else ----------------------------------------------------------------------------
 
 
-@njit(inline="always")
-def _clip(low, high, first, stride, count):
-    """First and end of the taps `first + k * stride`, k < count, that lie in [low, high)."""
-    begin = 0 if first >= low else (low - first + stride - 1) // stride
-    end = count if first + (count - 1) * stride < high else (high - first + stride - 1) // stride
-    return begin, max(begin, end)
-
-
 @njit(error_model="numpy")
 def _raise_to_taps(y, q, x, p, step, taps, channels):
     """Raise all channels of a pixel to those of `taps` pixels that lie `step` apart, from p on."""
@@ -372,7 +355,7 @@ def _raise_to_taps(y, q, x, p, step, taps, channels):
             p += step
 
 
-@register("pool_max", "portable", records.POOL)
+@register("pool_max", "portable", POOL)
 def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -381,20 +364,20 @@ def _pool_max(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
-        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        ky0, ky1 = taps_within(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
         for j in range(a.width):
             column0 = a.column0 + j * a.stride_w
-            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            kx0, kx1 = taps_within(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             for c in range(channels):
                 y[q + c] = 0
             column = column0 + kx0 * a.dilation_w
             for ky in range(ky0, ky1):
-                p = _pixel(a.x, n, row0 + ky * a.dilation_h, column)
+                p = pixel_at(a.x, n, row0 + ky * a.dilation_h, column)
                 _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels)
 
 
-@register("pool_average", "portable", records.POOL, scratch=lambda record: 4 * record["channels"])
+@register("pool_average", "portable", POOL, scratch=lambda record: 4 * record["channels"])
 def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -406,22 +389,22 @@ def _pool_average(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
-        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
-        cy0, cy1 = _clip(a.count_low_h, a.count_high_h, row0, a.dilation_h, a.kernel_h)
+        ky0, ky1 = taps_within(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        cy0, cy1 = taps_within(a.count_low_h, a.count_high_h, row0, a.dilation_h, a.kernel_h)
         for j in range(a.width):
             column0 = a.column0 + j * a.stride_w
-            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
-            cx0, cx1 = _clip(a.count_low_w, a.count_high_w, column0, a.dilation_w, a.kernel_w)
+            kx0, kx1 = taps_within(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            cx0, cx1 = taps_within(a.count_low_w, a.count_high_w, column0, a.dilation_w, a.kernel_w)
             start = np.int32(-a.z_x * (ky1 - ky0) * (kx1 - kx0))
             for c in range(channels):
                 acc[c] = start
             for ky in range(ky0, ky1):
                 for kx in range(kx0, kx1):
-                    p = _pixel(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
+                    p = pixel_at(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
                     for c in range(channels):
                         acc[c] += np.int32(x[p + c])
             scale = m[(cy1 - cy0) * (cx1 - cx0)]
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             for c in range(channels):
                 v = np.float32(acc[c]) * scale
                 v = v + b
@@ -431,7 +414,7 @@ def _pool_average(arguments, first_part, end_part, parts, slot):
 @njit(inline="always")
 def _start(tensor, height, n, i):
     """Flat index where row i of picture n begins, or the one row, or picture, that is repeated."""
-    return _pixel(
+    return pixel_at(
         tensor, n if tensor.n > 1 else 0, tensor.top + (i if height > 1 else 0), tensor.left
     )
 
@@ -493,7 +476,7 @@ def _binary(a, multiply, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p, s = _start(a.x, a.x_height, n, i), _start(a.r, a.r_height, n, i)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         # What all rows and parts of a picture have in common is written once.
         fresh = item == begin or i == 0
         for j in range(0, a.width, pixels):
@@ -519,19 +502,19 @@ def _binary_scratch(record):
     return 2 * record["pixels"] * record["channels"]
 
 
-@register("add", "portable", records.BINARY, scratch=_binary_scratch)
+@register("add", "portable", BINARY, scratch=_binary_scratch)
 def _add(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     _binary(a, False, first_part, end_part, parts, slot)
 
 
-@register("multiply", "portable", records.BINARY, scratch=_binary_scratch)
+@register("multiply", "portable", BINARY, scratch=_binary_scratch)
 def _multiply(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     _binary(a, True, first_part, end_part, parts, slot)
 
 
-@register("copy", "portable", records.COPY)
+@register("copy", "portable", COPY)
 def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -544,9 +527,9 @@ def _copy(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         for j in range(pixels):
-            p = _pixel(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
+            p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
             p += np.uintp(a.channel0_x)
-            q = _pixel(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
+            q = pixel_at(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
             if a.has_table and a.stride_c == 1:
                 look_up(a.x.data + p, a.y.data + q, channels, a.table)
             elif a.has_table:
@@ -560,7 +543,7 @@ def _copy(arguments, first_part, end_part, parts, slot):
                     y[q + c] = x[p + c * step]
 
 
-@register("gather", "portable", records.GATHER)
+@register("gather", "portable", GATHER)
 def _gather(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -572,8 +555,8 @@ def _gather(arguments, first_part, end_part, parts, slot):
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n, a.x.top + i, a.x.left)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        p = pixel_at(a.x, n, a.x.top + i, a.x.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         for _ in range(a.width):
             for c in range(pairs):
                 y[q + two * c] = x[p + first + c]
@@ -587,7 +570,7 @@ def _gather(arguments, first_part, end_part, parts, slot):
 _TABLES = 64  # that stay in the first-level cache together: 16 KB
 
 
-@register("lookup_channels", "portable", records.CHANNEL_LOOKUP)
+@register("lookup_channels", "portable", CHANNEL_LOOKUP)
 def _lookup_channels(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -601,8 +584,8 @@ def _lookup_channels(arguments, first_part, end_part, parts, slot):
         first = np.uintp(item // rows * _TABLES)
         count = min(tables_held, channels - first)
         t = first * np.uintp(256)
-        p = _pixel(a.x, n, a.x.top + i, a.x.left) + first
-        q = _pixel(a.y, n, a.y.top + i, a.y.left) + first
+        p = pixel_at(a.x, n, a.x.top + i, a.x.left) + first
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left) + first
         for _ in range(a.width):
             for c in range(count):
                 y[q + c] = tables[t + c * np.uintp(256) + np.uintp(x[p + c])]
@@ -610,7 +593,7 @@ def _lookup_channels(arguments, first_part, end_part, parts, slot):
             q += channels
 
 
-@register("fill", "portable", records.FILL)
+@register("fill", "portable", FILL)
 def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     y = codes(a.y).ravel()
@@ -618,12 +601,12 @@ def _fill(arguments, first_part, end_part, parts, slot):
     count = np.uintp(a.width * a.channels)
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
-        q = _pixel(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
+        q = pixel_at(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
         for j in range(count):
             y[q + j] = value
 
 
-@register("resize", "portable", records.RESIZE)
+@register("resize", "portable", RESIZE)
 def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -643,15 +626,15 @@ def _resize(arguments, first_part, end_part, parts, slot):
             u1 = np.int32(column_weight[j])
             u0 = np.int32(2048) - u1
             w00, w01, w10, w11 = v0 * u0, v0 * u1, v1 * u0, v1 * u1
-            p00 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            p00 = pixel_at(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             if not a.linear:
                 for c in range(channels):
                     y[q + c] = x[p00 + c]
                 continue
-            p01 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
-            p10 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
-            p11 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
+            p01 = pixel_at(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
+            p10 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
+            p11 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
             for c in range(channels):
                 acc = np.int32(w00 * np.int32(x[p00 + c]) + w01 * np.int32(x[p01 + c]))
                 acc += np.int32(w10 * np.int32(x[p10 + c]) + w11 * np.int32(x[p11 + c]))
@@ -667,8 +650,8 @@ def rearrange(a, x, y, first_part, end_part, parts):
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n, a.x.top + i // size, a.x.left)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        p = pixel_at(a.x, n, a.x.top + i // size, a.x.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         first = np.uintp(i % size * size)  # block of the row's first pixel
         for _ in range(a.width // size):
             if block_first:  # what one input pixel gives to a row lies side by side
@@ -682,7 +665,7 @@ def rearrange(a, x, y, first_part, end_part, parts):
             q += run
 
 
-@register("depth_to_space", "portable", records.DEPTH_TO_SPACE)
+@register("depth_to_space", "portable", DEPTH_TO_SPACE)
 def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     rearrange(a, codes(a.x).ravel(), codes(a.y).ravel(), first_part, end_part, parts)
@@ -701,9 +684,7 @@ def _quantized(v, scale, zero_point, top):
 _ROW_PART = 64  # pixels that are quantized channel by channel before their codes are interleaved
 
 
-@register(
-    "quantize", "portable", records.QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"]
-)
+@register("quantize", "portable", QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"])
 def _quantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
@@ -716,7 +697,7 @@ def _quantize(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         for j in range(np.uintp(0), np.uintp(a.width), part_size):
             count = min(part_size, np.uintp(a.width) - j)
             for c in range(channels):
@@ -735,7 +716,7 @@ def _quantize(arguments, first_part, end_part, parts, slot):
                     q += channels
 
 
-@register("dequantize", "portable", records.DEQUANTIZE)
+@register("dequantize", "portable", DEQUANTIZE)
 def _dequantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = codes(a.x).ravel()
@@ -745,7 +726,7 @@ def _dequantize(arguments, first_part, end_part, parts, slot):
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n, a.x.top + i, a.x.left)
+        p = pixel_at(a.x, n, a.x.top + i, a.x.left)
         q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
         for c in range(channels):
             for j in range(np.uintp(a.width)):
@@ -753,7 +734,7 @@ def _dequantize(arguments, first_part, end_part, parts, slot):
                 y[q + c * plane + j] = np.float32(code) * scale
 
 
-@register("to_channels_first", "portable", records.TO_CHANNELS_FIRST)
+@register("to_channels_first", "portable", TO_CHANNELS_FIRST)
 def _to_channels_first(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = floats(a.x).ravel()
@@ -762,7 +743,7 @@ def _to_channels_first(arguments, first_part, end_part, parts, slot):
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n, a.x.top + i, a.x.left)
+        p = pixel_at(a.x, n, a.x.top + i, a.x.left)
         q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
         for c in range(channels):
             for j in range(np.uintp(a.width)):

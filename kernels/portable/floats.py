@@ -1,6 +1,6 @@
-"""Kernels on float32 in plain Numba, for any machine, as `portable` has them for codes.
+"""Kernels on float32 in plain Numba, for any machine, as `codes` has them for codes.
 
-Convolutions sum in the order that `float_reference` defines, with a fused multiply-add per step;
+Convolutions sum in the order that `reference` defines, with a fused multiply-add per step;
 lanes are output channels.
 """
 
@@ -16,9 +16,22 @@ from logshift.kernels.functions import clamp, fma, greatest, least
 from logshift.kernels.layer import FloatLayer, Packed
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.codes import _clip, _input_start, _pixel, rearrange
+from logshift.kernels.portable.codes import rearrange
 from logshift.kernels.records import floats, share
+from logshift.kernels.reference.codes import (
+    COPY,
+    DEPTH_TO_SPACE,
+    RESIZE,
+)
+from logshift.kernels.reference.floats import (
+    FLOAT_BINARY,
+    FLOAT_FILL,
+    FLOAT_POOL,
+    FLOAT_UNARY,
+    TO_CHANNELS_LAST,
+)
 from logshift.kernels.registry import register
+from logshift.kernels.walk import first_input, pixel_at, position, taps_within
 
 _PIXELS = 4  # output pixels that share one pass over the weights
 _BLOCK = 16  # output channels computed together
@@ -74,10 +87,10 @@ def _write(a, acc, acc0, b, o0, count, y, y0, r, r0):
 @njit(inline="always", error_model="numpy")
 def _targets(a, number):
     """Flat indices of an output pixel, counted over all pictures, and of its residual."""
-    i, j = number // a.width % a.height * a.step_h, number % a.width * a.step_w
-    n = number // (a.width * a.height)
-    y0 = _pixel(a.y, n, a.y.top + i, a.y.left + j)
-    return y0, _pixel(a.r, n, a.r.top + i, a.r.left + j)
+    n, i, j = position(a, number)
+    i, j = i * a.step_h, j * a.step_w
+    y0 = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
+    return y0, pixel_at(a.r, n, a.r.top + i, a.r.left + j)
 
 
 @register(
@@ -105,8 +118,8 @@ def _conv(arguments, first_part, end_part, parts, slot):
         count = min(_BLOCK, out_group - o0)
         o0 += g * out_group
         last = pixels - 1
-        p0, p1 = _input_start(a, first), _input_start(a, min(first + 1, last))
-        p2, p3 = _input_start(a, min(first + 2, last)), _input_start(a, min(first + 3, last))
+        p0, p1 = first_input(a, first), first_input(a, min(first + 1, last))
+        p2, p3 = first_input(a, min(first + 2, last)), first_input(a, min(first + 3, last))
         acc[:] = 0
         wk = index * size
         for ky in range(a.kernel_h):
@@ -143,7 +156,7 @@ def _conv_depthwise(arguments, first_part, end_part, parts, slot):
     acc = carray(as_pointer(scratch), a.channels, np.float32)
     begin, end = share(a.n * a.height * a.width, first_part, end_part, parts)
     for item in range(begin, end):
-        first = _input_start(a, item)
+        first = first_input(a, item)
         for c in range(channels):
             acc[c] = 0
         q = np.uintp(0)
@@ -179,7 +192,7 @@ def _raise_to_taps(y, q, x, p, step, taps, channels, hi):
         p += step
 
 
-@register("float_pool_max", "portable", records.FLOAT_POOL)
+@register("float_pool_max", "portable", FLOAT_POOL)
 def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
@@ -188,22 +201,22 @@ def _pool_max(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
-        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        ky0, ky1 = taps_within(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
         for j in range(a.width):
             column0 = a.column0 + j * a.stride_w
-            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            kx0, kx1 = taps_within(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             for c in range(channels):
                 y[q + c] = -np.inf
             column = column0 + kx0 * a.dilation_w
             for ky in range(ky0, ky1):
-                p = _pixel(a.x, n, row0 + ky * a.dilation_h, column)
+                p = pixel_at(a.x, n, row0 + ky * a.dilation_h, column)
                 _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels, hi)
             for c in range(channels):
                 y[q + c] = clamp(y[q + c], lo, hi)
 
 
-@register("float_pool_average", "portable", records.FLOAT_POOL)
+@register("float_pool_average", "portable", FLOAT_POOL)
 def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
@@ -212,18 +225,18 @@ def _pool_average(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         row0 = a.row0 + i * a.stride_h
-        ky0, ky1 = _clip(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
-        cy0, cy1 = _clip(a.count_low_h, a.count_high_h, row0, a.dilation_h, a.kernel_h)
+        ky0, ky1 = taps_within(a.low_h, a.high_h, row0, a.dilation_h, a.kernel_h)
+        cy0, cy1 = taps_within(a.count_low_h, a.count_high_h, row0, a.dilation_h, a.kernel_h)
         for j in range(a.width):
             column0 = a.column0 + j * a.stride_w
-            kx0, kx1 = _clip(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
-            cx0, cx1 = _clip(a.count_low_w, a.count_high_w, column0, a.dilation_w, a.kernel_w)
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            kx0, kx1 = taps_within(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
+            cx0, cx1 = taps_within(a.count_low_w, a.count_high_w, column0, a.dilation_w, a.kernel_w)
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             for c in range(channels):
                 y[q + c] = 0
             for ky in range(ky0, ky1):
                 for kx in range(kx0, kx1):
-                    p = _pixel(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
+                    p = pixel_at(a.x, n, row0 + ky * a.dilation_h, column0 + kx * a.dilation_w)
                     for c in range(channels):
                         y[q + c] += x[p + c]
             count = np.float32(max((cy1 - cy0) * (cx1 - cx0), 1))
@@ -243,9 +256,9 @@ def _binary(arguments, operation, first_part, end_part, parts):
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n * a.x_step_n, a.x.top + i * a.x_step_h, a.x.left)
-        s = _pixel(a.r, n * a.r_step_n, a.r.top + i * a.r_step_h, a.r.left)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        p = pixel_at(a.x, n * a.x_step_n, a.x.top + i * a.x_step_h, a.x.left)
+        s = pixel_at(a.r, n * a.r_step_n, a.r.top + i * a.r_step_h, a.r.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         for _ in range(stretches):
             if a.x_step_c == 1 and a.r_step_c == 1:
                 for c in range(count):
@@ -267,22 +280,22 @@ def _binary(arguments, operation, first_part, end_part, parts):
             q += np.uintp(a.y.c)
 
 
-@register("float_add", "portable", records.FLOAT_BINARY)
+@register("float_add", "portable", FLOAT_BINARY)
 def _add(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.add, first_part, end_part, parts)
 
 
-@register("float_sub", "portable", records.FLOAT_BINARY)
+@register("float_sub", "portable", FLOAT_BINARY)
 def _sub(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.sub, first_part, end_part, parts)
 
 
-@register("float_mul", "portable", records.FLOAT_BINARY)
+@register("float_mul", "portable", FLOAT_BINARY)
 def _mul(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.mul, first_part, end_part, parts)
 
 
-@register("float_copy", "portable", records.COPY)
+@register("float_copy", "portable", COPY)
 def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
@@ -291,9 +304,9 @@ def _copy(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         for j in range(a.width):
-            p = _pixel(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
+            p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
             p += np.uintp(a.channel0_x)
-            q = _pixel(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
+            q = pixel_at(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
             if a.stride_c == 1:
                 for c in range(channels):
                     y[q + c] = x[p + c]
@@ -302,19 +315,19 @@ def _copy(arguments, first_part, end_part, parts, slot):
                     y[q + c] = x[p + c * step]
 
 
-@register("float_fill", "portable", records.FLOAT_FILL)
+@register("float_fill", "portable", FLOAT_FILL)
 def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     y = floats(a.y).ravel()
     value, count = a.value, np.uintp(a.width * a.channels)
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
-        q = _pixel(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
+        q = pixel_at(a.y, item // a.height, a.y.top + item % a.height, a.y.left)
         for j in range(count):
             y[q + j] = value
 
 
-@register("float_resize", "portable", records.RESIZE)
+@register("float_resize", "portable", RESIZE)
 def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
@@ -333,63 +346,50 @@ def _resize(arguments, first_part, end_part, parts, slot):
         for j in range(a.width):
             u1 = column_weight[j]
             u0 = one - u1
-            p00 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
-            q = _pixel(a.y, n, a.y.top + i, a.y.left + j)
+            p00 = pixel_at(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
+            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
             if not a.linear:
                 for c in range(channels):
                     y[q + c] = x[p00 + c]
                 continue
-            p01 = _pixel(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
-            p10 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
-            p11 = _pixel(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
+            p01 = pixel_at(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
+            p10 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
+            p11 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
             for c in range(channels):
                 above = u0 * x[p00 + c] + u1 * x[p01 + c]
                 below = u0 * x[p10 + c] + u1 * x[p11 + c]
                 y[q + c] = v0 * above + v1 * below
 
 
-@register("float_depth_to_space", "portable", records.DEPTH_TO_SPACE)
+@register("float_depth_to_space", "portable", DEPTH_TO_SPACE)
 def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     rearrange(a, floats(a.x).ravel(), floats(a.y).ravel(), first_part, end_part, parts)
 
 
 @njit(error_model="numpy")
-def _apply(a, function, first_part, end_part, parts):
+def _apply(function, a, first_part, end_part, parts):
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
     alpha, beta, count = a.alpha, a.beta, np.uintp(a.width * a.channels)
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        p = _pixel(a.x, n, a.x.top + i, a.x.left)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        p = pixel_at(a.x, n, a.x.top + i, a.x.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         for j in range(count):
             y[q + j] = function(x[p + j], alpha, beta)
 
 
-@register("float_unary", "portable", records.FLOAT_UNARY)
+_apply_by_number = functions.by_number(functions.UNARY_FUNCTIONS, _apply)
+
+
+@register("float_unary", "portable", FLOAT_UNARY)
 def _unary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    # A loop for each: with the choice inside, none would become vectors.
-    if a.function == 0:
-        _apply(a, functions.clamp, first_part, end_part, parts)
-    elif a.function == 1:
-        _apply(a, functions.leaky_relu, first_part, end_part, parts)
-    elif a.function == 2:
-        _apply(a, functions.sigmoid_of, first_part, end_part, parts)
-    elif a.function == 3:
-        _apply(a, functions.hard_sigmoid, first_part, end_part, parts)
-    elif a.function == 4:
-        _apply(a, functions.hard_swish, first_part, end_part, parts)
-    elif a.function == 5:
-        _apply(a, functions.silu, first_part, end_part, parts)
-    elif a.function == 6:
-        _apply(a, functions.tanh_of, first_part, end_part, parts)
-    elif a.function == 7:
-        _apply(a, functions.elu, first_part, end_part, parts)
+    _apply_by_number(a.function, a, first_part, end_part, parts)
 
 
-@register("to_channels_last", "portable", records.TO_CHANNELS_LAST)
+@register("to_channels_last", "portable", TO_CHANNELS_LAST)
 def _to_channels_last(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
@@ -399,7 +399,7 @@ def _to_channels_last(arguments, first_part, end_part, parts, slot):
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
         p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
-        q = _pixel(a.y, n, a.y.top + i, a.y.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
         for first in range(np.uintp(0), np.uintp(a.width), np.uintp(_TRANSPOSED)):
             end_of_part = min(first + np.uintp(_TRANSPOSED), np.uintp(a.width))
             for c in range(channels):

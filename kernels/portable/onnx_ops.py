@@ -1,7 +1,7 @@
 """Kernels of ONNX operators in ONNX's form: float32 tensors of any rank, without a border.
 
 Sums are made in float64, in ONNX's order of elements, and rounded once; everything else is one
-operation per element, or a function of `float_math`.
+operation per element, or one of `functions`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,20 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from logshift.kernels import functions, records
-from logshift.kernels.functions import maximum, plain_exp
+from logshift.kernels import functions
+from logshift.kernels.functions import maximum, onnx_exp
 from logshift.kernels.machine.native import as_pointer
 from logshift.kernels.records import share
+from logshift.kernels.reference.onnx_ops import (
+    ONNX_BINARY,
+    ONNX_MOVE,
+    ONNX_REDUCE,
+    ONNX_SOFTMAX,
+    ONNX_UNARY,
+    axes_of,
+    row_of,
+    values,
+)
 from logshift.kernels.registry import register
 
 _TILE = 16  # rows that are moved together where x is contiguous across them
@@ -20,29 +30,6 @@ _COLUMNS = 64  # outputs next to each other whose sums are made at the same time
 _APART = 8  # as many where what they read is not contiguous
 _LANES = 16  # elements of a row whose largest is looked for at the same time
 _SIZE, _Y, _X, _R = range(4)  # columns of `axes`
-_MOST = 2**40  # elements that an address is given; indices were checked when the plan was made
-
-
-@njit(inline="always", error_model="numpy")
-def values(tensor):
-    """Return what begins at the address of a TENSOR record, as float32."""
-    return carray(as_pointer(tensor.data), _MOST, np.float32)
-
-
-@njit(inline="always", error_model="numpy")
-def axes_of(a, columns):
-    """Return sizes and steps of all axes."""
-    return carray(as_pointer(a.axes), (a.rank, columns), np.int64)
-
-
-@njit(inline="always", error_model="numpy")
-def row_of(axes, row, column):
-    """Where a row begins: its number counts over all axes but the last."""
-    place, rest = 0, row
-    for axis in range(len(axes) - 2, -1, -1):
-        place += rest % axes[axis, 0] * axes[axis, column]
-        rest //= axes[axis, 0]
-    return place
 
 
 @njit(inline="always", error_model="numpy")
@@ -83,7 +70,7 @@ def _move_rows(x, p, x_row, x_step, y, q, y_row, y_step, rows, count):
             q += y_row
 
 
-@register("plain_move", "portable", records.PLAIN_MOVE)
+@register("onnx_move", "portable", ONNX_MOVE)
 def _move(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y, axes = values(a.x), values(a.y), axes_of(a, 3)
@@ -100,7 +87,7 @@ def _move(arguments, first_part, end_part, parts, slot):
 
 
 @njit(error_model="numpy")
-def _binary_rows(a, operation, first_part, end_part, parts):
+def _binary_rows(operation, a, first_part, end_part, parts):
     x, r, y, axes = values(a.x), values(a.r), values(a.y), axes_of(a, 4)
     middle, inner = axes[-2], axes[-1]
     count = np.uintp(inner[_SIZE])
@@ -127,28 +114,17 @@ def _binary_rows(a, operation, first_part, end_part, parts):
             q += middle[_Y]
 
 
-@register("plain_binary", "portable", records.PLAIN_BINARY)
+_binary_by_number = functions.by_number(functions.ONNX_BINARY_FUNCTIONS, _binary_rows)
+
+
+@register("onnx_binary", "portable", ONNX_BINARY)
 def _binary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    # A loop for each: with the choice inside, none would become vectors.
-    if a.function == 0:
-        _binary_rows(a, functions.add, first_part, end_part, parts)
-    elif a.function == 1:
-        _binary_rows(a, functions.sub, first_part, end_part, parts)
-    elif a.function == 2:
-        _binary_rows(a, functions.mul, first_part, end_part, parts)
-    elif a.function == 3:
-        _binary_rows(a, functions.div, first_part, end_part, parts)
-    elif a.function == 4:
-        _binary_rows(a, functions.maximum, first_part, end_part, parts)
-    elif a.function == 5:
-        _binary_rows(a, functions.minimum, first_part, end_part, parts)
-    elif a.function == 6:
-        _binary_rows(a, functions.prelu, first_part, end_part, parts)
+    _binary_by_number(a.function, a, first_part, end_part, parts)
 
 
 @njit(error_model="numpy")
-def _apply(a, function, first_part, end_part, parts):
+def _apply(function, a, first_part, end_part, parts):
     x, y = values(a.x), values(a.y)
     alpha, beta = a.alpha, a.beta
     begin, end = share(a.n, first_part, end_part, parts)
@@ -156,37 +132,13 @@ def _apply(a, function, first_part, end_part, parts):
         y[j] = function(x[j], alpha, beta)
 
 
-@register("plain_unary", "portable", records.PLAIN_UNARY)
+_apply_by_number = functions.by_number(functions.ONNX_UNARY_FUNCTIONS, _apply)
+
+
+@register("onnx_unary", "portable", ONNX_UNARY)
 def _unary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if a.function == 0:
-        _apply(a, functions.plain_clip, first_part, end_part, parts)
-    elif a.function == 1:
-        _apply(a, functions.plain_abs, first_part, end_part, parts)
-    elif a.function == 2:
-        _apply(a, functions.plain_elu, first_part, end_part, parts)
-    elif a.function == 3:
-        _apply(a, functions.plain_erf, first_part, end_part, parts)
-    elif a.function == 4:
-        _apply(a, functions.plain_exp, first_part, end_part, parts)
-    elif a.function == 5:
-        _apply(a, functions.plain_hard_sigmoid, first_part, end_part, parts)
-    elif a.function == 6:
-        _apply(a, functions.plain_hard_swish, first_part, end_part, parts)
-    elif a.function == 7:
-        _apply(a, functions.leaky_relu, first_part, end_part, parts)
-    elif a.function == 8:
-        _apply(a, functions.plain_neg, first_part, end_part, parts)
-    elif a.function == 9:
-        _apply(a, functions.plain_reciprocal, first_part, end_part, parts)
-    elif a.function == 10:
-        _apply(a, functions.plain_sigmoid, first_part, end_part, parts)
-    elif a.function == 11:
-        _apply(a, functions.plain_sqrt, first_part, end_part, parts)
-    elif a.function == 12:
-        _apply(a, functions.plain_swish, first_part, end_part, parts)
-    elif a.function == 13:
-        _apply(a, functions.plain_tanh, first_part, end_part, parts)
+    _apply_by_number(a.function, a, first_part, end_part, parts)
 
 
 # --- along axes -----------------------------------------------------------------------------------
@@ -207,8 +159,9 @@ def _reduce_columns(x, p, apart, columns, count, step, acc, operation):
 
 
 @njit(error_model="numpy")
-def _reduce_rows(a, operation, initial, first_part, end_part, parts, slot):
+def _reduce_rows(operation, a, first_part, end_part, parts, slot):
     x, y, axes = values(a.x), values(a.y), axes_of(a, 3)
+    initial = functions.FIRST_TOTALS[a.function]
     reduced = carray(as_pointer(a.reduced), (a.reduced_rank, 2), np.int64)
     scratch = a.scratch + np.uintp(slot * a.scratch_size)
     acc = carray(as_pointer(scratch), _COLUMNS, np.float64)
@@ -240,15 +193,13 @@ def _reduce_rows(a, operation, initial, first_part, end_part, parts, slot):
             y[q + j * y_step] = np.float32(acc[j] / divisor)
 
 
-@register("plain_reduce", "portable", records.PLAIN_REDUCE, scratch=lambda record: 8 * _COLUMNS)
+_reduce_by_number = functions.by_number(functions.ONNX_REDUCTIONS, _reduce_rows)
+
+
+@register("onnx_reduce", "portable", ONNX_REDUCE, scratch=lambda record: 8 * _COLUMNS)
 def _reduce(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    if a.function == 0:
-        _reduce_rows(a, functions.add, 0.0, first_part, end_part, parts, slot)
-    elif a.function == 1:
-        _reduce_rows(a, functions.maximum, -np.inf, first_part, end_part, parts, slot)
-    elif a.function == 2:
-        _reduce_rows(a, functions.minimum, np.inf, first_part, end_part, parts, slot)
+    _reduce_by_number(a.function, a, first_part, end_part, parts, slot)
 
 
 @njit(error_model="numpy")
@@ -274,7 +225,7 @@ def _softmax_row(x, y, p, count, top):
         largest = maximum(top[j], largest)
     p, count, zero = np.uintp(p), np.uintp(count), np.float32(0)
     for i in range(count):
-        y[p + i] = plain_exp(x[p + i] - largest, zero, zero)
+        y[p + i] = onnx_exp(x[p + i] - largest, zero, zero)
     total = 0.0
     for i in range(count):
         total += np.float64(y[p + i])
@@ -292,7 +243,7 @@ def _softmax_columns(x, y, p, columns, count, step, top, total):
     p0 = np.uintp(p)
     for _ in range(count):
         for j in range(columns):
-            y[p0 + j] = plain_exp(x[p0 + j] - top[j], zero, zero)
+            y[p0 + j] = onnx_exp(x[p0 + j] - top[j], zero, zero)
         for j in range(columns):
             total[j] += np.float64(y[p0 + j])
         p0 += step
@@ -305,7 +256,7 @@ def _softmax_columns(x, y, p, columns, count, step, top, total):
         p0 += step
 
 
-@register("plain_softmax", "portable", records.PLAIN_SOFTMAX, scratch=lambda record: 12 * _COLUMNS)
+@register("onnx_softmax", "portable", ONNX_SOFTMAX, scratch=lambda record: 12 * _COLUMNS)
 def _softmax(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = values(a.x), values(a.y)

@@ -12,7 +12,18 @@ from numba import carray, njit
 from logshift.kernels import records
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.records import codes, floats
+from logshift.kernels.records import (
+    ADDRESS,
+    FLOAT,
+    INT,
+    OUTPUT,
+    SCRATCH,
+    TENSOR,
+    WINDOW,
+    codes,
+    floats,
+    record,
+)
 from logshift.kernels.registry import register
 
 
@@ -82,7 +93,18 @@ def _conv(arguments, first_part, end_part, parts, slot):
                         y[n, a.y.top + row, a.y.left + column, o] = code
 
 
-@register("pool_max", "reference", records.POOL)
+# Rows below `low` and from `high` on hold no picture (padding).
+POOL = record(
+    **OUTPUT,
+    **WINDOW, low_h=INT, high_h=INT, low_w=INT, high_w=INT,
+    # AveragePool: positions in [count_low, count_high) count, each worth z_x if not in the picture
+    count_low_h=INT, count_high_h=INT, count_low_w=INT, count_high_w=INT,
+    z_x=INT, m=ADDRESS, b=FLOAT, lo=FLOAT, hi=FLOAT,  # m: float32, indexed by the count
+    **SCRATCH,
+)  # fmt: skip
+
+
+@register("pool_max", "reference", POOL)
 def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -102,7 +124,7 @@ def _pool_max(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = best
 
 
-@register("pool_average", "reference", records.POOL)
+@register("pool_average", "reference", POOL)
 def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -140,7 +162,17 @@ def _repeated(tensor, picture, height, width, n, i, j, c):
     return np.int64(picture[n, tensor.top + i, tensor.left + j, c])
 
 
-@register("add", "reference", records.BINARY)
+# Operations on two tensors of codes. The pictures of x and r have these sizes; an axis of which a
+# tensor has one position, where y has more, is repeated.
+BINARY = record(
+    **OUTPUT, r=TENSOR, x_height=INT, x_width=INT, r_height=INT, r_width=INT,
+    z_x=INT, m=FLOAT, b=FLOAT, z_r=INT, m_r=FLOAT, lo=FLOAT, hi=FLOAT,
+    pixels=INT,  # that are computed together where a tensor is repeated along a row
+    **SCRATCH,
+)  # fmt: skip
+
+
+@register("add", "reference", BINARY)
 def _add(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -158,7 +190,7 @@ def _add(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
 
 
-@register("multiply", "reference", records.BINARY)
+@register("multiply", "reference", BINARY)
 def _multiply(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -175,7 +207,16 @@ def _multiply(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
 
 
-@register("copy", "reference", records.COPY)
+# y[i, j, channel0_y + k] = table[x[row0 + i * stride_h, ..., channel0_x + k * stride_c]]
+COPY = record(
+    **OUTPUT,
+    row0=INT, column0=INT, channel0_x=INT, stride_h=INT, stride_w=INT, stride_c=INT,
+    row0_y=INT, column0_y=INT, channel0_y=INT,
+    table=ADDRESS, has_table=INT,
+)  # fmt: skip
+
+
+@register("copy", "reference", COPY)
 def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -197,7 +238,11 @@ def _copy(arguments, first_part, end_part, parts, slot):
                     y[n, a.row0_y + i, a.column0_y + j, a.channel0_y + c] = code
 
 
-@register("gather", "reference", records.GATHER)
+# y[..., k] = x[..., indices[k]], int32; interleaved: indices[k + 2] is indices[k] + 1
+GATHER = record(**OUTPUT, indices=ADDRESS, interleaved=INT)
+
+
+@register("gather", "reference", GATHER)
 def _gather(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -212,7 +257,11 @@ def _gather(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = code
 
 
-@register("lookup_channels", "reference", records.CHANNEL_LOOKUP)
+# y[..., k] = tables[k][x[..., k]], uint8 (C, 256)
+CHANNEL_LOOKUP = record(**OUTPUT, tables=ADDRESS)
+
+
+@register("lookup_channels", "reference", CHANNEL_LOOKUP)
 def _lookup_channels(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -227,7 +276,10 @@ def _lookup_channels(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = code
 
 
-@register("fill", "reference", records.FILL)
+FILL = record(y=TENSOR, n=INT, height=INT, width=INT, channels=INT, value=INT)
+
+
+@register("fill", "reference", FILL)
 def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -240,7 +292,14 @@ def _fill(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = np.uint8(a.value)
 
 
-@register("resize", "reference", records.RESIZE)
+# index0/index1 (int64) and weight1 (int64, of 2048) per output row, then per output column
+RESIZE = record(
+    **OUTPUT, linear=INT, row_index0=ADDRESS, row_index1=ADDRESS, row_weight=ADDRESS,
+    column_index0=ADDRESS, column_index1=ADDRESS, column_weight=ADDRESS,
+)  # fmt: skip
+
+
+@register("resize", "reference", RESIZE)
 def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -279,14 +338,21 @@ def rearrange(a, x, y):
                     y[n, a.y.top + i, a.y.left + j, c] = value
 
 
-@register("depth_to_space", "reference", records.DEPTH_TO_SPACE)
+DEPTH_TO_SPACE = record(**OUTPUT, blocksize=INT, block_first=INT)  # block_first: mode DCR
+
+
+@register("depth_to_space", "reference", DEPTH_TO_SPACE)
 def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part == 0:
         rearrange(a, codes(a.x), codes(a.y))
 
 
-@register("quantize", "reference", records.QUANTIZE)
+# float32 (N, C, H, W) to codes.
+QUANTIZE = record(**OUTPUT, scale=FLOAT, zero_point=INT, top=INT, **SCRATCH)
+
+
+@register("quantize", "reference", QUANTIZE)
 def _quantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -305,7 +371,11 @@ def _quantize(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = code
 
 
-@register("dequantize", "reference", records.DEQUANTIZE)
+# Codes to float32 (N, C, H, W).
+DEQUANTIZE = record(**OUTPUT, scale=FLOAT, zero_point=INT)
+
+
+@register("dequantize", "reference", DEQUANTIZE)
 def _dequantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -320,7 +390,11 @@ def _dequantize(arguments, first_part, end_part, parts, slot):
                     y[n, c, i, j] = np.float32(code) * a.scale
 
 
-@register("to_channels_first", "reference", records.TO_CHANNELS_FIRST)
+# float32 (N, H, W, C) to (N, C, H, W) without a border.
+TO_CHANNELS_FIRST = record(**OUTPUT)
+
+
+@register("to_channels_first", "reference", TO_CHANNELS_FIRST)
 def _to_channels_first(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:

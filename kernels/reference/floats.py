@@ -1,4 +1,4 @@
-"""The definition of every kernel on float32, in plain loops, as `reference` is that of codes.
+"""The definition of every kernel on float32, in plain loops, as `codes` has it for codes.
 
 Sums are made in the order of these loops, each step rounded once: what is faster gives the same
 bits.
@@ -13,8 +13,8 @@ from logshift.kernels import functions, records
 from logshift.kernels.functions import clamp, fma, greatest
 from logshift.kernels.layer import FloatLayer, Packed
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.records import floats
-from logshift.kernels.reference.codes import rearrange
+from logshift.kernels.records import FLOAT, INT, OUTPUT, TENSOR, WINDOW, floats, record
+from logshift.kernels.reference.codes import COPY, DEPTH_TO_SPACE, RESIZE, rearrange
 from logshift.kernels.registry import register
 
 
@@ -53,7 +53,16 @@ def _conv(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + row, a.y.left + column, o] = clamp(v, a.lo, a.hi)
 
 
-@register("float_pool_max", "reference", records.FLOAT_POOL)
+# AveragePool: positions in [count_low, count_high) count, those not in the picture are worth 0.
+FLOAT_POOL = record(
+    **OUTPUT,
+    **WINDOW, low_h=INT, high_h=INT, low_w=INT, high_w=INT,
+    count_low_h=INT, count_high_h=INT, count_low_w=INT, count_high_w=INT,
+    lo=FLOAT, hi=FLOAT,
+)  # fmt: skip
+
+
+@register("float_pool_max", "reference", FLOAT_POOL)
 def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -73,7 +82,7 @@ def _pool_max(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = clamp(best, a.lo, a.hi)
 
 
-@register("float_pool_average", "reference", records.FLOAT_POOL)
+@register("float_pool_average", "reference", FLOAT_POOL)
 def _pool_average(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -125,22 +134,32 @@ def _binary(arguments, operation, first_part):
                     y[n, a.y.top + i, a.y.left + j, c] = v
 
 
-@register("float_add", "reference", records.FLOAT_BINARY)
+# y[n, i, j, c] of x[n * x_step_n, i * x_step_h, ...] and r alike: a step is 1, or 0 along an axis
+# that is broadcast.
+FLOAT_BINARY = record(
+    **OUTPUT, r=TENSOR,
+    x_step_n=INT, x_step_h=INT, x_step_w=INT, x_step_c=INT,
+    r_step_n=INT, r_step_h=INT, r_step_w=INT, r_step_c=INT,
+    lo=FLOAT, hi=FLOAT,
+)  # fmt: skip
+
+
+@register("float_add", "reference", FLOAT_BINARY)
 def _add(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.add, first_part)
 
 
-@register("float_sub", "reference", records.FLOAT_BINARY)
+@register("float_sub", "reference", FLOAT_BINARY)
 def _sub(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.sub, first_part)
 
 
-@register("float_mul", "reference", records.FLOAT_BINARY)
+@register("float_mul", "reference", FLOAT_BINARY)
 def _mul(arguments, first_part, end_part, parts, slot):
     _binary(arguments, functions.mul, first_part)
 
 
-@register("float_copy", "reference", records.COPY)
+@register("float_copy", "reference", COPY)
 def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -158,7 +177,10 @@ def _copy(arguments, first_part, end_part, parts, slot):
                     ]
 
 
-@register("float_fill", "reference", records.FLOAT_FILL)
+FLOAT_FILL = record(y=TENSOR, n=INT, height=INT, width=INT, channels=INT, value=FLOAT)
+
+
+@register("float_fill", "reference", FLOAT_FILL)
 def _fill(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -171,7 +193,8 @@ def _fill(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = a.value
 
 
-@register("float_resize", "reference", records.RESIZE)
+# Weights are float32, and parts of 1.
+@register("float_resize", "reference", RESIZE)
 def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -199,14 +222,22 @@ def _resize(arguments, first_part, end_part, parts, slot):
                     y[n, a.y.top + i, a.y.left + j, c] = v
 
 
-@register("float_depth_to_space", "reference", records.DEPTH_TO_SPACE)
+@register("float_depth_to_space", "reference", DEPTH_TO_SPACE)
 def _depth_to_space(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part == 0:
         rearrange(a, floats(a.x), floats(a.y))
 
 
-@register("float_unary", "reference", records.FLOAT_UNARY)
+# What `function` is to be: its place in `functions.UNARY_FUNCTIONS`; its parameters, 0
+# where it has fewer.
+FLOAT_UNARY = record(**OUTPUT, function=INT, alpha=FLOAT, beta=FLOAT)
+
+
+_unary_by_number = functions.by_number(functions.UNARY_FUNCTIONS, functions.called)
+
+
+@register("float_unary", "reference", FLOAT_UNARY)
 def _unary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -216,13 +247,16 @@ def _unary(arguments, first_part, end_part, parts, slot):
         for i in range(a.height):
             for j in range(a.width):
                 for c in range(a.channels):
-                    v = functions.unary(
-                        a.function, x[n, a.x.top + i, a.x.left + j, c], a.alpha, a.beta
-                    )
+                    v = x[n, a.x.top + i, a.x.left + j, c]
+                    v = _unary_by_number(a.function, v, a.alpha, a.beta)
                     y[n, a.y.top + i, a.y.left + j, c] = v
 
 
-@register("to_channels_last", "reference", records.TO_CHANNELS_LAST)
+# float32 (N, C, H, W) without a border to (N, H, W, C).
+TO_CHANNELS_LAST = record(**OUTPUT)
+
+
+@register("to_channels_last", "reference", TO_CHANNELS_LAST)
 def _to_channels_last(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:

@@ -5,10 +5,38 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
-from logshift.kernels import functions, records
+from logshift.kernels import functions
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.onnx_ops import axes_of, row_of, values
+from logshift.kernels.records import ADDRESS, FLOAT, INT, OUTPUT, SCRATCH, TENSOR, record
 from logshift.kernels.registry import register
+
+_MOST = 2**40  # elements that an address is given; indices were checked when the plan was made
+# Tensors are float32, contiguous and of any rank: of a TENSOR record only the address counts.
+# `axes`, int64 (rank, columns), has a row for each axis of the output, at least two: its size, and
+# how far apart its positions lie in y, x and r; 0 where x or r is repeated.
+_AXES = {"axes": ADDRESS, "rank": INT}
+
+
+@njit(inline="always", error_model="numpy")
+def values(tensor):
+    """Return what begins at the address of a TENSOR record, as float32."""
+    return carray(as_pointer(tensor.data), _MOST, np.float32)
+
+
+@njit(inline="always", error_model="numpy")
+def axes_of(a, columns):
+    """Return sizes and steps of all axes."""
+    return carray(as_pointer(a.axes), (a.rank, columns), np.int64)
+
+
+@njit(inline="always", error_model="numpy")
+def row_of(axes, row, column):
+    """Where a row begins: its number counts over all axes but the last."""
+    place, rest = 0, row
+    for axis in range(len(axes) - 2, -1, -1):
+        place += rest % axes[axis, 0] * axes[axis, column]
+        rest //= axes[axis, 0]
+    return place
 
 
 @njit
@@ -26,7 +54,11 @@ def _count(axes):
     return count
 
 
-@register("plain_move", "reference", records.PLAIN_MOVE)
+# Elements of x from `start_x` on go to where they belong in y, from `start_y` on.
+ONNX_MOVE = record(**OUTPUT, **_AXES, start_x=INT, start_y=INT)
+
+
+@register("onnx_move", "reference", ONNX_MOVE)
 def _move(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -36,7 +68,13 @@ def _move(arguments, first_part, end_part, parts, slot):
         y[a.start_y + _place(axes, i, 1)] = x[a.start_x + _place(axes, i, 2)]
 
 
-@register("plain_binary", "reference", records.PLAIN_BINARY)
+# `function`: its place in `functions.ONNX_BINARY_FUNCTIONS`. Along the last axis x and r are
+# contiguous, or one of them is repeated.
+ONNX_BINARY = record(**OUTPUT, r=TENSOR, **_AXES, function=INT)
+_binary_by_number = functions.by_number(functions.ONNX_BINARY_FUNCTIONS, functions.called)
+
+
+@register("onnx_binary", "reference", ONNX_BINARY)
 def _binary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -44,34 +82,35 @@ def _binary(arguments, first_part, end_part, parts, slot):
     x, r, y, axes = values(a.x), values(a.r), values(a.y), axes_of(a, 4)
     for i in range(_count(axes)):
         left, right = x[_place(axes, i, 2)], r[_place(axes, i, 3)]
-        if a.function == 0:
-            v = left + right
-        elif a.function == 1:
-            v = left - right
-        elif a.function == 2:
-            v = left * right
-        elif a.function == 3:
-            v = functions.div(left, right)
-        elif a.function == 4:
-            v = functions.maximum(left, right)
-        elif a.function == 5:
-            v = functions.minimum(left, right)
-        else:
-            v = functions.prelu(left, right)
+        v = _binary_by_number(a.function, left, right)
         y[_place(axes, i, 1)] = v
 
 
-@register("plain_unary", "reference", records.PLAIN_UNARY)
+# Of n elements; `function`: its place in `functions.ONNX_UNARY_FUNCTIONS`.
+ONNX_UNARY = record(**OUTPUT, function=INT, alpha=FLOAT, beta=FLOAT)
+_unary_by_number = functions.by_number(functions.ONNX_UNARY_FUNCTIONS, functions.called)
+
+
+@register("onnx_unary", "reference", ONNX_UNARY)
 def _unary(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
         return
     x, y = values(a.x), values(a.y)
     for i in range(a.n):
-        y[i] = functions.plain_unary(a.function, x[i], a.alpha, a.beta)
+        y[i] = _unary_by_number(a.function, x[i], a.alpha, a.beta)
 
 
-@register("plain_reduce", "reference", records.PLAIN_REDUCE)
+# What lies along the axes of `reduced`, int64 (reduced_rank, 2): sizes, and distances in x.
+# `function`: its place in `functions.ONNX_REDUCTIONS`; the mean is the sum, divided.
+ONNX_REDUCE = record(
+    **OUTPUT, **_AXES, reduced=ADDRESS, reduced_rank=INT, function=INT, divisor=INT,
+    **SCRATCH,
+)  # fmt: skip
+_reduce_by_number = functions.by_number(functions.ONNX_REDUCTIONS, functions.called)
+
+
+@register("onnx_reduce", "reference", ONNX_REDUCE)
 def _reduce(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -79,19 +118,18 @@ def _reduce(arguments, first_part, end_part, parts, slot):
     x, y, axes = values(a.x), values(a.y), axes_of(a, 3)
     reduced = carray(as_pointer(a.reduced), (a.reduced_rank, 2), np.int64)
     for i in range(_count(axes)):
-        total = 0.0 if a.function == 0 else (-np.inf if a.function == 1 else np.inf)
+        total = functions.FIRST_TOTALS[a.function]
         for k in range(_count(reduced)):
             v = np.float64(x[_place(axes, i, 2) + _place(reduced, k, 1)])
-            if a.function == 0:
-                total = total + v
-            elif a.function == 1:
-                total = functions.maximum(v, total)
-            else:
-                total = functions.minimum(v, total)
+            total = _reduce_by_number(a.function, v, total)
         y[_place(axes, i, 1)] = np.float32(total / np.float64(a.divisor))
 
 
-@register("plain_softmax", "reference", records.PLAIN_SOFTMAX)
+# Of (n, height, width), along `height`.
+ONNX_SOFTMAX = record(**OUTPUT, **SCRATCH)
+
+
+@register("onnx_softmax", "reference", ONNX_SOFTMAX)
 def _softmax(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     if first_part != 0:
@@ -106,7 +144,7 @@ def _softmax(arguments, first_part, end_part, parts, slot):
                 top = functions.maximum(x[n, i, j], top)
             total = 0.0
             for i in range(a.height):
-                y[n, i, j] = functions.plain_exp(x[n, i, j] - top, zero, zero)
+                y[n, i, j] = functions.onnx_exp(x[n, i, j] - top, zero, zero)
                 total = total + np.float64(y[n, i, j])
             for i in range(a.height):
                 y[n, i, j] = y[n, i, j] / np.float32(total)

@@ -2,7 +2,7 @@
 
 They are emitted as IR of no particular machine, from loads, additions, shifts and shuffles: any
 instruction set with vectors serves, and nothing in them multiplies. `ADDERS` lists them; tests and
-benchmarks walk that table. `shift` says what they are for.
+benchmarks walk that table. `family` says what they are for.
 
 Lists of rows are a *stream* of 64-bit words for each output channel and block of rows:
 
@@ -26,7 +26,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from logshift.kernels.machine.emit import Emitter, i8, i16, i32, i64
-from logshift.kernels.machine.targets import has_features
+from logshift.kernels.machine.isa.avx2 import AVX2
+from logshift.kernels.machine.isa.avx512 import AVX512_BW
+from logshift.kernels.machine.isa.base import ANY, InstructionSet
 
 PIECE = 16  # rows that are transposed together
 DIGIT = 4  # bits of a digit of codes that are split in two
@@ -37,12 +39,15 @@ _PANEL = 24576  # bytes of a panel: it shares the first-level cache with what el
 class Adder:
     """One entry of the table: how many pixels of how many digits, on an instruction set."""
 
-    isa: str
-    vector: int  # bytes of a register
+    isa: InstructionSet
     vectors: int  # of a row
     digits: int
     group: int  # rows that are added before they are widened: 8 or 1
-    features: tuple[str, ...]
+
+    @property
+    def vector(self) -> int:
+        """Bytes of a register."""
+        return self.isa.vector
 
     @property
     def lanes(self) -> int:
@@ -63,12 +68,12 @@ class Adder:
     def name(self) -> str:
         """Instruction set, pixels times digits, and whether rows are widened one by one."""
         digits = f"x{self.digits}" if self.digits > 1 else ""
-        return f"{self.isa}-{self.pixels}{digits}" + ("-single" if self.group == 1 else "")
+        return f"{self.isa.name}-{self.pixels}{digits}" + ("-single" if self.group == 1 else "")
 
     @property
     def available(self) -> bool:
         """Whether the machine that code is compiled for has the instructions."""
-        return has_features(self.features)
+        return self.isa.available
 
 
 @intrinsic(prefer_literal=True)
@@ -282,17 +287,9 @@ def scatter(typingctx, source, pixels, offset, vector, count, pitch):
 
 # --- the table ----------------------------------------------------------------------------------
 
-_ISAS = (
-    ("avx512", 64, 2, ("avx512bw", "avx512vl")),
-    ("avx2", 32, 2, ("avx2",)),
-    ("any", 16, 4, ()),
-)
+_VECTORS = {AVX512_BW: 2, AVX2: 2, ANY: 4}  # of a row
 ADDERS = {
     adder.name: adder
-    for isa, vector, vectors, features in _ISAS
-    for adder in (
-        Adder(isa, vector, vectors, digits, group, features)
-        for digits in (1, 2)
-        for group in (8, 1)
-    )
+    for isa, vectors in _VECTORS.items()
+    for adder in (Adder(isa, vectors, digits, group) for digits in (1, 2) for group in (8, 1))
 }

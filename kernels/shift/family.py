@@ -26,16 +26,16 @@ import numpy as np
 from numba import carray, types
 
 from logshift.kernels import records
-from logshift.kernels.dot.family import address_of
+from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.machine.jit import njit
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.codes import ROUND
 from logshift.kernels.records import share
 from logshift.kernels.registry import register, register_part
 from logshift.kernels.shift.adders import ADDERS, DIGIT, PIECE, Adder, add_rows, gather, scatter
 from logshift.kernels.stlq.codec import exponent_levels
+from logshift.kernels.walk import copy_bytes, places_of, position
 
 _ONE_DIGIT = 5  # bits of codes that need not be split
 
@@ -240,21 +240,8 @@ def _addresses(a, first, pixels, x0, o0, x, y, r, size):
     """Note where inputs, outputs and residuals of pixels lie; those beyond the last repeat it."""
     total = a.n * a.height * a.width
     for q in range(pixels):
-        pixel = min(first + q, total - 1)
-        j, i, n = pixel % a.width, pixel // a.width % a.height, pixel // (a.width * a.height)
-        row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
-        x[q] = address_of(a.x, n, row, column, x0, 1)
-        row, column = i * a.step_h, j * a.step_w
-        y[q] = address_of(a.y, n, a.y.top + row, a.y.left + column, o0, size)
-        r[q] = address_of(a.r, n, a.r.top + row, a.r.left + column, o0, 1)
-
-
-@njit(error_model="numpy")
-def _copy_bytes(source, target, count):
-    source = carray(as_pointer(np.uintp(source)), count, np.uint8)
-    target = carray(as_pointer(np.uintp(target)), count, np.uint8)
-    for byte in range(np.uintp(count)):
-        target[byte] = source[byte]
+        n, i, j = position(a, min(first + q, total - 1))
+        x[q], y[q], r[q] = places_of(a, n, i, j, x0, o0, 1, size)
 
 
 @njit(inline="always", error_model="numpy")
@@ -313,10 +300,49 @@ def _write_floats(a, sums, m, b, r, y, channel, count):
         carray(as_pointer(np.uintp(y[p] + 4 * channel)), 1, np.float32)[0] = v
 
 
+@njit(inline="always", error_model="numpy")
+def _fill_panel(a, pixels, panel, block, vector, vectors, row_bytes, digits):
+    """Make the rows of a block, but for row 0, from what lies at a table's addresses."""
+    chunks = carray(as_pointer(a.chunks), a.chunk_count, ROWS)
+    first, end = share(a.chunk_count, block, block + 1, a.blocks)
+    for k in range(first, end):
+        rows = panel + np.uintp(chunks[k].row * row_bytes)
+        gather(pixels, chunks[k].offset, rows, vector, vectors, row_bytes, digits)
+
+
+@njit(inline="always", error_model="numpy")
+def _finish(a, sums, words, digits, o, channel, valid, y, r_row, codes_row):
+    """Requantize the sums of output channel o, which is written `channel` behind addresses y."""
+    m = carray(as_pointer(a.m), a.channels, np.float32)
+    b = carray(as_pointer(a.b), a.channels, np.float32)
+    if digits == 2:
+        _join_digits(sums, words)
+    if a.float_output:
+        r = carray(as_pointer(r_row), 4 * words, np.uint8)
+        _write_floats(a, sums, m[o], b[o], r, y, channel, valid)
+    else:
+        r = carray(as_pointer(r_row), words, np.uint32)
+        codes = carray(as_pointer(codes_row), words, np.uint32)
+        _write_codes(a, sums, m[o], b[o], r, codes, words)
+
+
+@njit(inline="always", error_model="numpy")
+def _put(codes, table, channel, count, valid, spare_table, vector, vectors, pixels):
+    """Bring the codes of up to 16 channels, from `channel` on, to the addresses of a table."""
+    if count == PIECE and valid == pixels:
+        scatter(codes, table, channel, vector, vectors, pixels)
+    else:
+        scatter(codes, spare_table, 0, vector, vectors, pixels)
+        y = carray(as_pointer(table), pixels, np.int64)
+        spare = carray(as_pointer(spare_table), pixels, np.int64)
+        for q in range(valid):
+            copy_bytes(spare[q], y[q] + channel, count)
+
+
 def _convolution(adder: Adder) -> Callable[..., None]:
     """Return the kernel of an entry of the table."""
-    vector, vectors, digits, group = adder.vector, adder.vectors, adder.digits, adder.group
-    lanes, pixels = adder.lanes, adder.pixels
+    vector, digits, group, lanes = adder.vector, adder.digits, adder.group, adder.lanes
+    vectors, pixels = adder.vectors, adder.pixels
     pixel_vectors = vectors // digits
     words = pixels // 4
     panel_bytes = _panel_bytes(adder)
@@ -327,27 +353,25 @@ def _convolution(adder: Adder) -> Callable[..., None]:
         # Scratch memory: tables of addresses, tiles of codes, the panel, sums.
         x_at = a.scratch + np.uintp(slot * a.scratch_size)
         y_at, r_at = x_at + np.uintp(8 * pixels), x_at + np.uintp(16 * pixels)
+        spare_at = x_at + np.uintp(24 * pixels)
         tile_at = x_at + np.uintp(32 * pixels)
         residual_at = tile_at + np.uintp(PIECE * pixels)
-        spare_at = residual_at + np.uintp(PIECE * pixels)
-        panel_at = spare_at + np.uintp(PIECE * pixels)
+        spare_tile_at = residual_at + np.uintp(PIECE * pixels)
+        panel_at = spare_tile_at + np.uintp(PIECE * pixels)
         sums_at = panel_at + np.uintp(panel_bytes)
         x = carray(as_pointer(x_at), pixels, np.int64)
         y = carray(as_pointer(y_at), pixels, np.int64)
         r = carray(as_pointer(r_at), pixels, np.int64)
-        spare = carray(as_pointer(x_at + np.uintp(24 * pixels)), pixels, np.int64)
+        spare = carray(as_pointer(spare_at), pixels, np.int64)
         for q in range(pixels):
-            spare[q] = np.int64(spare_at) + PIECE * q
+            spare[q] = np.int64(spare_tile_at) + PIECE * q
         row0 = carray(as_pointer(panel_at), lanes, np.uint8)
         for q in range(lanes):
             row0[q] = 0
-        chunks = carray(as_pointer(a.chunks), a.chunk_count, ROWS)
         sets = carray(as_pointer(a.sets), (a.set_count, 2), np.int64)
         pieces = (a.existing + PIECE - 1) // PIECE  # of the output channels of a set
         positions = carray(as_pointer(a.positions), a.set_count * a.blocks * pieces, np.int64)
         start = carray(as_pointer(a.offset), a.channels, np.int32)
-        m = carray(as_pointer(a.m), a.channels, np.float32)
-        b = carray(as_pointer(a.b), a.channels, np.float32)
         total = a.n * a.height * a.width
         strips = (total + pixels - 1) // pixels
         item, end = share(strips * a.set_count * pieces, first_part, end_part, parts)
@@ -361,16 +385,13 @@ def _convolution(adder: Adder) -> Callable[..., None]:
             valid = min(pixels, total - pixel)
             _addresses(a, pixel, pixels, x0, o0, x, y, r, size)
             for block in range(a.blocks):
-                chunk, chunk_end = share(a.chunk_count, block, block + 1, a.blocks)
-                for k in range(chunk, chunk_end):
-                    rows = panel_at + np.uintp(chunks[k].row * lanes)
-                    gather(x_at, chunks[k].offset, rows, vector, pixel_vectors, lanes, digits)
+                _fill_panel(a, x_at, panel_at, block, vector, pixel_vectors, lanes, digits)
+                finish = block + 1 == a.blocks
                 for piece in range(first, last):
                     channel = PIECE * piece
                     count = min(PIECE, a.existing - channel)
                     position = positions[(number * a.blocks + block) * pieces + piece]
                     stream = a.weights + np.uintp(position)
-                    finish = block + 1 == a.blocks
                     if finish and a.has_residual:
                         gather(r_at, channel, residual_at, vector, pixel_vectors, pixels, 1)
                     for c in range(count):
@@ -382,26 +403,17 @@ def _convolution(adder: Adder) -> Callable[..., None]:
                         if block == 0:
                             _begin_sums(sums, start[o], words)
                         stream = add_rows(panel_at, stream, place, vector, vectors, group)
-                        if not finish:
-                            continue
-                        if digits == 2:
-                            _join_digits(sums, words)
-                        row = np.uintp(c * pixels)
-                        if a.float_output:
-                            residual = carray(as_pointer(residual_at + row), pixels, np.uint8)
-                            _write_floats(a, sums, m[o], b[o], residual, y, channel + c, valid)
-                        else:
-                            residual = carray(as_pointer(residual_at + row), words, np.uint32)
-                            codes = carray(as_pointer(tile_at + row), words, np.uint32)
-                            _write_codes(a, sums, m[o], b[o], residual, codes, words)
-                    if not finish or a.float_output:
-                        continue
-                    if count == PIECE and valid == pixels:
-                        scatter(tile_at, y_at, channel, vector, pixel_vectors, pixels)
-                        continue
-                    scatter(tile_at, x_at + np.uintp(24 * pixels), 0, vector, pixel_vectors, pixels)
-                    for q in range(valid):
-                        _copy_bytes(spare[q], y[q] + channel, count)
+                        if finish:
+                            row = np.uintp(c * pixels)
+                            _finish(
+                                a, sums, words, digits, o, channel + c, valid, y,
+                                residual_at + row, tile_at + row,
+                            )  # fmt: skip
+                    if finish and not a.float_output:
+                        _put(
+                            tile_at, y_at, channel, count, valid, spare_at,
+                            vector, pixel_vectors, pixels,
+                        )  # fmt: skip
             item += last - first
 
     return convolution

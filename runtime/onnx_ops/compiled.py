@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from logshift.kernels import records
+from logshift.kernels import functions
 from logshift.runtime.graph import Graph, Inference, Node, Shape
 from logshift.runtime.onnx_ops import numpy_ops
 from logshift.runtime.plan.call import Call
@@ -133,7 +133,7 @@ def _move(
     y_start: int = 0,
 ) -> Call:  # fmt: skip
     fields = _fields(axes(shape, y_steps, steps)) | {"start_x": start, "start_y": y_start}
-    return Call("plain_move", {"x": x, "y": y}, fields)
+    return Call("onnx_move", {"x": x, "y": y}, fields)
 
 
 def _view(n: _Node) -> list[Call]:
@@ -211,8 +211,8 @@ def _of_two(n: _Node, r: str, function: str) -> Call:
         steps = (_repeated(n.shape(name), whole) for name in (n.x, r))
         table = axes(whole, _contiguous(whole), *steps)
     fields = _fields(table)
-    fields["function"] = records.PLAIN_BINARY_FUNCTIONS.index(function)
-    return Call("plain_binary", {"x": n.x, "r": r, "y": n.y}, fields)
+    fields["function"] = [*functions.ONNX_BINARY_FUNCTIONS].index(function)
+    return Call("onnx_binary", {"x": n.x, "r": r, "y": n.y}, fields)
 
 
 def _power(n: _Node) -> list[Call] | None:
@@ -229,9 +229,9 @@ def _function(n: _Node, function: str, alpha: float = 0, beta: float = 0) -> Cal
         alpha, beta = np.float32(alpha), np.float32(beta)
     fields = {
         "n": math.prod(n.shape(n.x)), "height": 1, "width": 1, "channels": 1,
-        "function": records.PLAIN_UNARY_FUNCTIONS.index(function), "alpha": alpha, "beta": beta,
+        "function": [*functions.ONNX_UNARY_FUNCTIONS].index(function), "alpha": alpha, "beta": beta,
     }  # fmt: skip
-    return Call("plain_unary", {"x": n.x, "y": n.y}, fields, FUNCTION)
+    return Call("onnx_unary", {"x": n.x, "y": n.y}, fields, FUNCTION)
 
 
 def _clip(n: _Node) -> list[Call] | None:
@@ -268,11 +268,11 @@ def _reduce(function: str, mean: bool = False) -> Callable[[_Node], list[Call] |
         reduced = [shape[axis] for axis in sorted(along)]
         fields = _fields(table) | {
             "reduced": axes(reduced, [steps[axis] for axis in sorted(along)]),
-            "function": records.PLAIN_REDUCTIONS.index(function),
+            "function": [*functions.ONNX_REDUCTIONS].index(function),
             "divisor": math.prod(reduced) if mean else 1,
         }  # fmt: skip
         fields["reduced_rank"] = len(fields["reduced"])
-        return [Call("plain_reduce", {"x": n.x, "y": n.y}, fields, ELEMENT * math.prod(reduced))]
+        return [Call("onnx_reduce", {"x": n.x, "y": n.y}, fields, ELEMENT * math.prod(reduced))]
 
     return build
 
@@ -289,7 +289,7 @@ def _softmax(n: _Node) -> list[Call] | None:
         "n": math.prod(shape[:axis]), "height": math.prod(shape[axis:]) // after,
         "width": after, "channels": 1,
     }  # fmt: skip
-    return [Call("plain_softmax", {"x": n.x, "y": n.y}, fields, SOFTMAX)]
+    return [Call("onnx_softmax", {"x": n.x, "y": n.y}, fields, SOFTMAX)]
 
 
 # What makes the calls for a node, None where only NumPy can do it.

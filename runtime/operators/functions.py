@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from logshift.kernels import records
+from logshift.kernels.functions import UNARY_FUNCTIONS
 from logshift.runtime.graph import Node, Shape
 from logshift.runtime.operators.base import (
     NO_CLAMP,
@@ -43,7 +43,7 @@ def _build(site: Site) -> Iterator[Call]:
         alpha, beta = site.bounds().values()
     elif site.node.op == "HardSwish":
         alpha, beta = np.float32(1 / 6), 0.5
-    function = records.UNARY.index(_FUNCTIONS[site.node.op][0])
+    function = [*UNARY_FUNCTIONS].index(_FUNCTIONS[site.node.op][0])
     fields = y.sizes | {"function": function, "alpha": alpha, "beta": beta}
     yield Call("float_unary", {"x": x.name, "y": y.name}, fields)
 

@@ -13,9 +13,10 @@ from numba import njit
 from support import float_oracle as oracle
 from support.float_driver import Picture, call, convolution, program, sizes
 
-from logshift.kernels import functions, records, registry
-from logshift.kernels.fma import tiles as float_tiles
+from logshift.kernels import functions, registry
+from logshift.kernels.fma.tiles import FLOAT_TILES
 from logshift.kernels.layer import FloatLayer
+from logshift.kernels.machine.targets import has_features
 from logshift.runtime import executor
 
 EPSILON = 2.0**-23
@@ -197,11 +198,11 @@ def test_no_taps_leave_the_bias(group):
     assert np.array_equal(result, np.broadcast_to(layer.bias, result.shape))
 
 
-@pytest.mark.parametrize("name", [n for n, t in float_tiles.FLOAT_TILES.items() if t.isa == "neon"])
+@pytest.mark.parametrize("name", [n for n, t in FLOAT_TILES.items() if t.isa.name == "neon"])
 def test_tiles_of_plain_vectors_work_on_any_machine(name):
     """Those of a machine that is not here, from the same instructions to the compiler."""
-    tile = float_tiles.FLOAT_TILES[name]
-    if not float_tiles.has_features(("fma",)) or tile.pixels == 1:
+    tile = FLOAT_TILES[name]
+    if not has_features(("fma",)) or tile.pixels == 1:
         pytest.skip("needs a fused multiply-add; tiles of one pixel are part of others")
     kernel = next(k for k in registry.kernels() if k.op == "float_conv" and k.variant == name)
     rng = np.random.default_rng(3)
@@ -406,7 +407,7 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", records.UNARY)
+@pytest.mark.parametrize("name", functions.UNARY_FUNCTIONS)
 def test_functions(name):
     rng = np.random.default_rng(8)
     values = np.concatenate([
@@ -417,7 +418,7 @@ def test_functions(name):
     x = Picture(values, (1, 1, 0, 0))
     y = Picture(np.zeros_like(values), (0, 0, 1, 1))
     alpha, beta = map(np.float32, PARAMETERS.get(name, (0, 0)))
-    fields = {"function": records.UNARY.index(name), "alpha": alpha, "beta": beta}
+    fields = {"function": [*functions.UNARY_FUNCTIONS].index(name), "alpha": alpha, "beta": beta}
 
     def make(kernel, threads):
         call(kernel, threads, {"x": x, "y": y}, **sizes(y), **fields)

@@ -15,19 +15,20 @@ REGISTERS = {"avx512": "zmm", "fma": "ymm"}
 ASSEMBLY = """
 import sys
 from numba import cfunc, types
-from logshift.kernels.fma import tiles
+from logshift.kernels.fma import microkernels, tiles
+from logshift.kernels.machine.microkernel import function
 assert tiles.FLOAT_TILES[sys.argv[1]].available
-function = tiles.function(sys.argv[1])
+function = function(microkernels.__name__, sys.argv[1])
 print(cfunc(types.void(types.uintp))(function)._library.get_asm_str())
 """
 
 
 @needs_x86
-@pytest.mark.parametrize("name", [name for name, t in FLOAT_TILES.items() if t.isa in CPUS])
+@pytest.mark.parametrize("name", [name for name, t in FLOAT_TILES.items() if t.isa.name in CPUS])
 def test_products_are_fused_and_sums_stay_in_registers(name):
     tile = FLOAT_TILES[name]
-    assembly = printed_for(CPUS[tile.isa], ASSEMBLY, name)
-    register = REGISTERS[tile.isa]
+    assembly = printed_for(CPUS[tile.isa.name], ASSEMBLY, name)
+    register = REGISTERS[tile.isa.name]
     products = re.findall(rf"\bvfmadd\w+ps\s.*%{register}\d+", assembly)
     if tile.window is None:
         needed = tile.pixels * tile.vectors

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logshift.kernels.machine.lookup import look_up
+from logshift.kernels.portable.lookup import look_up
 
 
 @given(

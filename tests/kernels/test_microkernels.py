@@ -10,13 +10,15 @@ from support.assembly import needs_x86, printed_for
 from logshift.kernels.dot.tiles import MICROKERNELS
 
 CPUS = {"avx512vnni": "icelake-server", "avxvnni": "alderlake", "avx2": "haswell"}
+REGISTERS = {64: "zmm", 32: "ymm"}
 
 ASSEMBLY = """
 import sys
 from numba import cfunc, types
-from logshift.kernels.dot import tiles
+from logshift.kernels.dot import microkernels, tiles
+from logshift.kernels.machine.microkernel import function
 assert tiles.MICROKERNELS[sys.argv[1]].available
-function = tiles.function(sys.argv[1])
+function = function(microkernels.__name__, sys.argv[1])
 print(cfunc(types.void(types.uintp))(function)._library.get_asm_str())
 """
 # Of a kind: the instruction of its inner loop, and how many per pixel and vector of channels.
@@ -31,8 +33,8 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", MICROKERNELS)
 def test_steps_have_no_more_products_than_they_need(name):
     kernel = MICROKERNELS[name]
-    assembly = printed_for(CPUS[kernel.isa], ASSEMBLY, name)
-    register = "zmm" if kernel.lanes == 16 else "ymm"
+    assembly = printed_for(CPUS[kernel.isa.name], ASSEMBLY, name)
+    register = REGISTERS[kernel.isa.vector]
     instruction, per_vector = PRODUCTS[kernel.kind]
     products = re.findall(rf"\b(?:{instruction})\s.*%{register}\d+", assembly)
     needed = kernel.pixels * kernel.vectors * per_vector

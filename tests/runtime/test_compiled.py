@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from support.graphs import network, node, random_weights
 
-from logshift.kernels import records
+from logshift.kernels import functions
 from logshift.kernels.errors import InputError
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization, ValueInfo
@@ -229,7 +229,7 @@ def test_every_function_is_asked_for():
         if name in numpy_ops.elementwise._UNARY | numpy_ops.elementwise._PARAMETRIC
     }
     assert asked - {"Identity"} == {*EXACT, *FUNCTIONS}
-    assert len(asked - {"Identity", "Relu"} | {"Clip"}) == len(records.PLAIN_UNARY_FUNCTIONS)
+    assert len(asked - {"Identity", "Relu"} | {"Clip"}) == len(functions.ONNX_UNARY_FUNCTIONS)
 
 
 @pytest.mark.parametrize("low", [None, -1, math.inf])
@@ -330,8 +330,8 @@ def test_a_classifier_is_one_program():
     found = run(graph, inputs)
     near(found["y"], numpy_ops.compute("Softmax", {"axis": -1}, 18, [found["flat"]], 1)[0])
     kernels = {layer.name: layer.kernel for layer in session.summary().layers}
-    assert kernels["flat"] == "" and kernels["y"] == "portable-plain_softmax"
-    assert "portable-plain_softmax" in [time.kernel for time in session.profile(inputs, 1)]
+    assert kernels["flat"] == "" and kernels["y"] == "portable-onnx_softmax"
+    assert "portable-onnx_softmax" in [time.kernel for time in session.profile(inputs, 1)]
 
 
 def detector(rng):

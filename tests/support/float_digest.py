@@ -6,7 +6,7 @@ import numpy as np
 from support.float_driver import Picture, call, convolution, program, sizes
 from support.graphs import network, node
 
-from logshift.kernels import records, registry
+from logshift.kernels import functions, registry
 from logshift.kernels.layer import FloatLayer
 from logshift.runtime import Session, executor
 
@@ -40,7 +40,7 @@ def results(family):
             yield y.buffer
     x = Picture(3 * random(rng, (2, 9, 11, 5)))
     y = Picture(np.zeros_like(x.buffer))
-    for function in range(len(records.UNARY)):
+    for function in range(len(functions.UNARY_FUNCTIONS)):
         fields = {"function": function, "alpha": 0.3, "beta": 0.6}
         call(registry.kernel("float_unary", family), 1, {"x": x, "y": y}, **sizes(y), **fields)
         yield y.buffer

@@ -62,7 +62,7 @@ def pool_average(x, kernel, strides, dilations, pads, count_pads):
 
 
 def unary(name, x, alpha, beta):
-    """Apply a function of `records.UNARY` in float64."""
+    """Apply a function of `functions.UNARY_FUNCTIONS` in float64."""
     x = x.astype(np.float64)
     with np.errstate(over="ignore"):
         sigmoid = 1 / (1 + np.exp(-x))

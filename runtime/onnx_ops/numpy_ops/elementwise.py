@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from logshift.kernels.errors import InputError
+from logshift.kernels.functions import ERF_DENOMINATOR, ERF_NUMERATOR
 from logshift.runtime.onnx_ops.numpy_ops.call import (
     Array,
     Call,
@@ -18,16 +19,6 @@ from logshift.runtime.onnx_ops.numpy_ops.call import (
     limited,
     widened,
 )
-
-# An odd rational function on [-4, 4], with a relative error below 5e-7.
-_ERF_NUMERATOR = (
-    -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
-    -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02,
-)  # fmt: skip
-_ERF_DENOMINATOR = (
-    -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
-    -1.42647390514189e-02,
-)  # fmt: skip
 
 
 def _polynomial(x: Array, coefficients: Sequence[float]) -> Array:
@@ -41,9 +32,9 @@ def _polynomial(x: Array, coefficients: Sequence[float]) -> Array:
 def _erf(x: Array) -> Array:
     x = np.clip(widened(x), -4, 4)
     square = x * x
-    y = _polynomial(square, _ERF_NUMERATOR)
+    y = _polynomial(square, ERF_NUMERATOR)
     y *= x
-    y /= _polynomial(square, _ERF_DENOMINATOR)
+    y /= _polynomial(square, ERF_DENOMINATOR)
     return np.clip(y, -1, 1, out=y)
 
 

@@ -1,0 +1,178 @@
+"""What microkernels of the dot family are emitted from: fields, steps, and the requantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from llvmlite import ir
+
+from logshift.kernels.dot.tiles import TILE, Microkernel
+from logshift.kernels.machine.emit import Emitter, f32, i8, i32, i64
+from logshift.kernels.machine.lookup import Lookup
+
+OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
+
+
+class Emission(Emitter):
+    """The body of one microkernel, in LLVM IR; subclasses say in which order steps are taken."""
+
+    def __init__(self, kernel: Microkernel, builder: ir.IRBuilder, arguments: Any) -> None:
+        super().__init__(builder)
+        self.k, self.isa, self.base = kernel, kernel.isa, arguments
+        self.size = self.isa.vector
+        self.bytes, self.int16s = self.isa.bytes, self.isa.int16s
+        self.int32s, self.floats = self.isa.int32s, self.isa.floats
+        self.tiles = [(i, j) for i in range(kernel.pixels) for j in range(kernel.vectors)]
+
+    def emit(self) -> None:
+        """Emit all of it."""
+        raise NotImplementedError
+
+    def field(self, name: str, kind: ir.Type = i64) -> Any:
+        """Load a field of the record."""
+        place = self.b.add(self.base, self.word(OFFSETS[name]))
+        return self.load(place, kind, 4 if kind in (i32, f32) else 8)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the weights of one step."""
+        return 4 * self.k.channels * (2 if self.k.kind == "wide" else 1)
+
+    def step(self, acc: dict, rows: Iterable[Any], w: Any) -> dict:
+        """Add the products of 4 codes of each pixel; the weights of the step begin at w."""
+        b, size = self.b, self.size
+        count = self.step_bytes // size
+        vectors = [self.load(b.add(w, self.word(size * v)), self.bytes, size) for v in range(count)]
+        new = {}
+        for i, row in enumerate(rows):
+            x = b.bitcast(self.splat(self.load(row, i32, 1), self.int32s), self.bytes)
+            if self.k.kind == "wide":
+                codes = b.bitcast(x, self.int16s)
+                even = b.and_(codes, self.constant(255, self.int16s))
+                odd = b.lshr(codes, self.constant(8, self.int16s))
+            for j in range(self.k.vectors):
+                if self.k.kind in ("pair", "winograd"):
+                    new[i, j] = b.add(acc[i, j], self.isa.byte_pairs(self, x, vectors[j]))
+                elif self.k.kind in ("dot", "winograd_dot"):
+                    new[i, j] = self.isa.byte_dot(self, acc[i, j], x, vectors[j])
+                else:
+                    w_even, w_odd = (b.bitcast(vectors[2 * j + p], self.int16s) for p in (0, 1))
+                    total = b.add(acc[i, j], self.isa.word_pairs(self, even, w_even))
+                    new[i, j] = b.add(total, self.isa.word_pairs(self, odd, w_odd))
+        return new
+
+    # --- requantization ---------------------------------------------------------------------------
+
+    def epilogue(self, total: Callable, channel: Any, bytes_of_words: Any) -> None:
+        """Requantize the tile: y = t * M + B (+ residual), clamp, round, look up, store."""
+        b = self.b
+        is_float = b.icmp_signed("!=", self.field("float_output", i32), ir.Constant(i32, 0))
+        table = self.field("table")
+
+        def with_or_without_residual(store: Callable) -> None:
+            residual = b.icmp_signed("!=", self.field("has_residual", i32), ir.Constant(i32, 0))
+            with b.if_else(residual) as branches:
+                for branch, has_residual in zip(branches, (True, False), strict=True):
+                    with branch:
+                        value = self.scaled(total, channel, bytes_of_words, has_residual)
+                        store(value, has_residual)
+
+        # One piece of code for each case: tests inside would cost registers.
+        with b.if_else(is_float) as (floats, codes):
+            with floats:
+                with_or_without_residual(lambda value, _: self.store_floats(value, channel))
+            with codes, b.if_else(b.icmp_unsigned("==", table, self.word(0))) as (plain, look_up):
+                with plain:
+                    with_or_without_residual(
+                        lambda value, residual: self.store_codes(value, channel, residual)
+                    )
+                with look_up:
+                    with_or_without_residual(
+                        lambda value, residual: self.store_codes(value, channel, residual, table)
+                    )
+
+    def scaled(
+        self, total: Callable, channel: Any, bytes_of_words: Any, residual: bool
+    ) -> Callable[[tuple[int, int]], Any]:
+        """Return what computes a vector of real-valued outputs, unclamped, when it is called."""
+        b, k, size = self.b, self.k, self.size
+        m, bias = (b.add(self.field(n), bytes_of_words) for n in ("m", "b"))
+        if residual:
+            r = self.places("r", channel)
+            z_r = self.splat(self.field("z_r", i32), self.int32s)
+            m_r = self.splat(self.field("m_r", f32), self.floats)
+
+        def compute(tile: tuple[int, int]) -> Any:
+            i, j = tile
+            scale = self.load(b.add(m, self.word(size * j)), self.floats, size)
+            shift = self.load(b.add(bias, self.word(size * j)), self.floats, size)
+            v = b.fadd(b.fmul(b.sitofp(total(tile), self.floats), scale), shift)
+            if not residual:
+                return v
+            address = b.add(r(i), self.word(k.lanes * j))
+            codes = self.load(address, ir.VectorType(i8, k.lanes), 1)
+            t = b.sitofp(b.sub(b.zext(codes, self.int32s), z_r), self.floats)
+            return b.fadd(v, b.fmul(t, m_r))
+
+        return compute
+
+    def places(self, name: str, offset: Any) -> Callable[[int], Any]:
+        """Return what gives the address of a pixel's outputs, or residuals, from an offset on."""
+        table = self.field(name)
+        return lambda i: self.b.add(self.at(table, i), offset)
+
+    def least(self, v: Any, bound: Any) -> Any:
+        """Return the smaller of each pair of floats."""
+        return self.b.select(self.b.fcmp_ordered("<", v, bound), v, bound)
+
+    def greatest(self, v: Any, bound: Any) -> Any:
+        """Return the larger of each pair of floats."""
+        return self.b.select(self.b.fcmp_ordered(">", v, bound), v, bound)
+
+    def store_floats(self, value: Callable, channel: Any) -> None:
+        """Clamp and store."""
+        b, size = self.b, self.size
+        lo, hi = (self.splat(self.field(n, f32), self.floats) for n in ("lo", "hi"))
+        y = self.places("y", b.mul(channel, self.word(4)))
+        for i, j in self.tiles:
+            v = self.least(self.greatest(value((i, j)), lo), hi)
+            self.store(v, b.add(y(i), self.word(size * j)), 4)
+
+    def store_codes(self, value: Callable, channel: Any, residual: bool, table: Any = None) -> None:
+        """Round vectors, four together because the machine packs them, and store."""
+        b, k = self.b, self.k
+        y = self.places("y", channel)
+        lookup = None if table is None else Lookup(self, self.isa, table, self.field("table_end"))
+        for first in range(0, len(self.tiles), 4):
+            tiles = self.tiles[first : first + 4]
+            codes = self.rounded([value(t) for t in tiles], residual)
+            if lookup is not None:
+                (codes,) = lookup([codes])
+            # Vectors of one pixel lie side by side, here and in memory.
+            for i in dict.fromkeys(i for i, _ in tiles):
+                numbers = [number for number, t in enumerate(tiles) if t[0] == i]
+                begin, end = numbers[0] * k.lanes, (numbers[-1] + 1) * k.lanes
+                part = self.shuffle(codes, codes, [*range(begin, end)])
+                offset = self.word(k.lanes * tiles[numbers[0]][1])
+                self.store(part, b.add(y(i), offset), 1)
+
+    def rounded(self, values: list[Any], residual: bool) -> Any:
+        """Clamp, round half to even, and join to one vector of uint8.
+
+        Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
+        the least int32, and so would be what is above: only a residual can make it so large
+        (`dot.fits_int32`), and then hi comes first.
+        """
+        b = self.b
+        if residual:
+            hi = self.splat(self.field("hi", f32), self.floats)
+            values = [self.least(v, hi) for v in values]
+        words = [self.isa.nearest(self, v) for v in values]
+        codes = self.isa.packed(self, words + words[:1] * (4 - len(words)))
+        lo, hi_code = (
+            b.bitcast(self.splat(self.field(name, i32), self.int32s), self.bytes)
+            for name in ("lo_code", "hi_code")
+        )
+        codes = b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
+        return codes if residual else b.select(b.icmp_unsigned("<", codes, hi_code), codes, hi_code)

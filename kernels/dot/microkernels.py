@@ -1,0 +1,30 @@
+"""Microkernels of the dot family: what emits each kind of tile, and addresses of compiled ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from logshift.kernels.dot.emission import Emission
+from logshift.kernels.dot.emit_direct import Depthwise, Direct
+from logshift.kernels.dot.emit_rows import Rows
+from logshift.kernels.dot.emit_winograd import Winograd, WinogradDot
+from logshift.kernels.dot.tiles import MICROKERNELS, Microkernel
+from logshift.kernels.machine import microkernel
+
+_KINDS: dict[str, type[Emission]] = {
+    "pair": Direct, "dot": Direct, "wide": Direct, "depthwise": Depthwise,
+    "winograd": Winograd, "winograd_dot": WinogradDot, "rows": Rows,
+}  # fmt: skip
+
+
+def emit(name: str, builder: ir.IRBuilder, arguments: Any) -> None:
+    """Emit the microkernel of a name; takes the address of a TILE record."""
+    kernel = MICROKERNELS[name]
+    _KINDS[kernel.kind](kernel, builder, arguments).emit()
+
+
+def address(kernel: Microkernel) -> int:
+    """Address of the compiled microkernel, `void (TILE *)`."""
+    return microkernel.address(__name__, kernel.name)

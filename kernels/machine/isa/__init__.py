@@ -1,0 +1,1 @@
+"""Instruction sets, a file for each, behind the interface of `base.InstructionSet`."""

@@ -1,0 +1,78 @@
+"""Walks over output pixels: what each reads, where it is written, and what runs at an edge."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from logshift.kernels.machine.native import as_pointer, call_tile
+
+
+@njit(inline="always", error_model="numpy")
+def position(a, number):
+    """Picture, row and column of an output pixel, counted over all pictures."""
+    j = number % a.width
+    i = number // a.width % a.height
+    return number // (a.width * a.height), i, j
+
+
+@njit(inline="always")
+def pixel_at(tensor, n, row, column):
+    """Flat index of the first channel of a pixel; row and column are those of the buffer."""
+    return np.uintp(((n * tensor.h + row) * tensor.w + column) * tensor.c)
+
+
+@njit(inline="always", error_model="numpy")
+def first_input(a, number):
+    """Flat index of the first input of an output pixel, counted over all pictures."""
+    n, i, j = position(a, number)
+    row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
+    return ((n * a.x.h + row) * a.x.w + column) * a.x.c
+
+
+@njit(inline="always", error_model="numpy")
+def address_of(tensor, n, row, column, channel, size):
+    """Address of a channel of a pixel of a TENSOR record; `size` bytes a channel."""
+    pixel = (n * tensor.h + row) * tensor.w + column
+    return np.int64(tensor.data) + size * (pixel * tensor.c + channel)
+
+
+@njit(inline="always", error_model="numpy")
+def places_of(a, n, i, j, x0, o0, size, y_size):
+    """Addresses of an output pixel's first input, of its output and of its residual.
+
+    Channels are counted from x0 and o0 on; inputs and residuals have `size` bytes, outputs y_size.
+    """
+    row, column = a.row0 + i * a.stride_h, a.column0 + j * a.stride_w
+    x = address_of(a.x, n, row, column, x0, size)
+    row, column = i * a.step_h, j * a.step_w
+    y = address_of(a.y, n, a.y.top + row, a.y.left + column, o0, y_size)
+    r = address_of(a.r, n, a.r.top + row, a.r.left + column, o0, size)
+    return x, y, r
+
+
+@njit(inline="always")
+def taps_within(low, high, first, stride, count):
+    """First and end of the taps `first + k * stride`, k < count, that lie in [low, high)."""
+    begin = 0 if first >= low else (low - first + stride - 1) // stride
+    end = count if first + (count - 1) * stride < high else (high - first + stride - 1) // stride
+    return begin, max(begin, end)
+
+
+@njit(error_model="numpy")
+def single_pixels(a, t, valid, scratch):
+    """Run the microkernel of one pixel for each of the few that are left."""
+    x, y, r = t.x, t.y, t.r
+    for _ in range(valid):
+        call_tile(a.single, scratch)
+        t.x, t.y, t.r = t.x + np.uintp(8), t.y + np.uintp(8), t.r + np.uintp(8)
+    t.x, t.y, t.r = x, y, r
+
+
+@njit(error_model="numpy")
+def copy_bytes(source, target, count):
+    """Copy what lies at an address, such as the channels that exist of a block, to another one."""
+    source = carray(as_pointer(np.uintp(source)), count, np.uint8)
+    target = carray(as_pointer(np.uintp(target)), count, np.uint8)
+    for byte in range(np.uintp(count)):
+        target[byte] = source[byte]
