@@ -212,7 +212,7 @@ def test_numbas_own_cache_is_left_alone(place):
 
 FUNCTIONS = """
 import numpy as np
-from logshift.kernels.jit import njit
+from logshift.kernels.machine.jit import njit
 
 @njit(cache=True)
 def polynomial(x):
@@ -259,7 +259,7 @@ def test_eight_processes_start_cold_together(tmp_path):
 
 COMPILED = """
 import sys
-from logshift.kernels import jit
+from logshift.kernels.machine import jit
 save = jit._KernelCache.save_overload
 def counting(self, sig, data):
     print("compiled", self._file(sig))
