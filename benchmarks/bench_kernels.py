@@ -1,4 +1,4 @@
-"""Every kernel of the registry that this machine can run, on a few small operations.
+"""Kernels on codes that this machine can run, on a few small operations.
 
     python -m pytest benchmarks/bench_kernels.py
 
@@ -81,7 +81,7 @@ def plan_with(graph: Graph, kernel: registry.Kernel) -> Plan:
 
 
 def cases() -> Iterator[tuple[Graph, registry.Kernel]]:
-    """Yield every kernel with every operation that it supports."""
+    """Yield every kernel with those of the operations above that it supports."""
     convolutions = {name: convolution(name) for name in CONVOLUTIONS}
     for kernel in registry.kernels():
         if not kernel.available():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -184,7 +185,9 @@ def dim_name(dim: onnx.TensorShapeProto.Dimension) -> str:
     return "" if dim.dim_param == "?" else dim.dim_param
 
 
-_DTYPES = {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name)): name for name in DTYPES}
+_DTYPES: dict[int, str] = {
+    onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name)): name for name in DTYPES
+}
 
 
 @dataclass
@@ -300,6 +303,7 @@ def run_reference(
     """Run a model with `onnx.reference`, slowly; returns its outputs, None if that fails."""
     try:
         with np.errstate(all="ignore"):
-            return list(ReferenceEvaluator(proto).run(None, dict(inputs)))
+            outputs: Any = ReferenceEvaluator(proto).run(None, dict(inputs))
+            return list(outputs)
     except Exception:  # it fails in any way that NumPy does
         return None

@@ -21,7 +21,7 @@ from logshift.runtime.operators import OPERATORS
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 # Integer types of codes: bits, and what makes them codes that start from 0.
-_TYPES = {
+_TYPES: dict[int, tuple[int, int]] = {
     TensorProto.UINT8: (8, 0),
     TensorProto.INT8: (8, 128),
     TensorProto.UINT4: (4, 0),
@@ -193,7 +193,9 @@ class _Strip:
         inputs = [tensor]
         for bound, side in zip(bounds, ("low", "high"), strict=True):
             inputs.append(_fresh(f"{node.output[0]}/{side}", self.names))
-            self.graph.initializer.append(numpy_helper.from_array(np.float32(bound), inputs[-1]))
+            self.graph.initializer.append(
+                numpy_helper.from_array(np.array(bound, np.float32), inputs[-1])
+            )
         return helper.make_node("Clip", inputs, node.output, name)
 
     def _note(self, node: onnx.NodeProto, q: Quantization) -> str:

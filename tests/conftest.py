@@ -34,6 +34,12 @@ settings.register_profile("random", derandomize=False, **_COMMON)
 # would depend on how the package is installed and on which other tests are run.
 providers.is_local_module_file = lambda path: False
 
+# What rich and typer ask besides whether they write to a terminal.
+_OF_TERMINALS = (
+    "COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS",
+    "TTY_COMPATIBLE", "TTY_INTERACTIVE",
+)  # fmt: skip
+
 
 def _is_random(config) -> bool:
     chosen = re.search(r"(?<!not )\bslow\b", config.option.markexpr) is not None
@@ -66,6 +72,15 @@ def pytest_collection_modifyitems(config, items):
             given = getattr(item.obj, "is_hypothesis_test", False)
             if given or item.get_closest_marker("hypothesis"):
                 item.add_marker("slow")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_output():
+    """Let the command line print the same wherever the tests run; some CIs ask for colours."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _OF_TERMINALS:
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -79,10 +79,3 @@ def test_ci_runs_the_test_command_of_the_readme(repository):
         check=True,
     )  # fmt: skip
     assert done.stdout.strip() == blocks("sh", "install")[1].strip()
-
-
-def test_links_lead_somewhere(repository):
-    for page in [repository / "README.md", *(repository / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,39 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
         cannot be read; if batches cannot be made; if the loss is no number.
     """
     training = settings.training
-    if training.batch % (training.accumulate * training.devices * training.nodes):
+    fabric = _launch(training)
+    going_on = fabric.broadcast((out / CHECKPOINT).exists())  # all see one folder, at one time
+    if going_on and not resume:
+        raise RunError(f"{out} holds a run: go on with --resume, or choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(settings, data, out, fabric, going_on)
+    steps = data.steps(training.batch)
+    if not steps:
+        raise RunError(f"training.batch is {training.batch}; there are {data.size} examples")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=run.console) as progress:
+        bar = progress.add_task("training", total=training.epochs * steps)
+        progress.update(bar, completed=run.state["iteration"])
+        while run.state["epoch"] < training.epochs:
+            for values in run.epoch(steps):
+                learnt = f"{run.task.learning} {values[run.task.learning]:.3f}"
+                progress.update(bar, advance=1, description=learnt, refresh=False)
+                if run.state["iteration"] % training.checkpoint_every == 0:
+                    run.save()
+            done = run.state["epoch"]
+            if done % training.measure_every == 0 or done == training.epochs:
+                run.measure()
+            run.save()
+    return run.finish()
+
+
+def _launch(training: Training) -> Fabric:
+    """Start the processes of a run, if it has more than this one."""
+    parts = training.accumulate * training.devices * training.nodes
+    if training.batch % parts:
         raise RunError(
             f"training.batch is {training.batch}; it must be a multiple of accumulate * devices * "
-            f"nodes, {training.accumulate * training.devices * training.nodes}"
+            f"nodes, {parts}"
         )
     try:
         fabric = Fabric(
@@ -107,179 +137,180 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
         ) from error
     if training.threads:
         torch.set_num_threads(training.threads)
-    first = fabric.global_rank == 0
-    console = Console(quiet=not first, stderr=True)
-    checkpoint = out / CHECKPOINT
-    going_on = fabric.broadcast(checkpoint.exists())  # all processes see one folder, at one time
-    if going_on and not resume:
-        raise RunError(f"{out} holds a run: go on with --resume, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    return fabric
 
-    torch.manual_seed(training.seed)
-    weights = None
-    if training.balance_classes:
-        weights = (1 / torch.log(1.02 + data.class_shares())).float().to(fabric.device)
-    task = TASKS[settings.task](len(data.labels), training.label_smoothing, weights)
-    network = build(settings, data)
-    quantization = settings.quantization
-    state: dict[str, Any] = {"iteration": 0, "epoch": 0, "seconds": 0.0, "measured": {}}
-    codes = quantization is not None and quantization.activation_bits != 32
-    if codes and not going_on:
-        inputs = data.calibration(training.calibration)
-        quantize.calibrate(network, inputs.split(min(training.batch, 64)))
-    network = network.to(fabric.device)
-    optimiser = make_optimiser(network, training)
-    if going_on:
+
+class _Run:
+    """A run in one process: the network, what trains it, and how far it is."""
+
+    def __init__(
+        self, settings: Settings, data: DataSet, out: Path, fabric: Fabric, going_on: bool
+    ) -> None:
+        training = settings.training
+        self.settings, self.data, self.out, self.fabric = settings, data, out, fabric
+        self.writes = fabric.global_rank == 0  # one process for all
+        self.console = Console(quiet=not self.writes, stderr=True)
+        self.state: dict[str, Any] = {"iteration": 0, "epoch": 0, "seconds": 0.0, "measured": {}}
+        torch.manual_seed(training.seed)
+        weights = None
+        if training.balance_classes:
+            weights = (1 / torch.log(1.02 + data.class_shares())).float().to(fabric.device)
+        self.task = TASKS[settings.task](len(data.labels), training.label_smoothing, weights)
+        self.network = build(settings, data)
+        quantization = settings.quantization
+        if quantization is not None and quantization.activation_bits != 32 and not going_on:
+            inputs = data.calibration(training.calibration)
+            quantize.calibrate(self.network, inputs.split(min(training.batch, 64)))
+        self.network = self.network.to(fabric.device)
+        optimiser = make_optimiser(self.network, training)
+        if going_on:
+            self._load(optimiser)
+        elif self.writes:
+            (out / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n")
+        self.model: Any
+        self.optimiser: Any
+        self.model, self.optimiser = fabric.setup(self.network, optimiser)
+        reached = self.state["iteration"], self.state["epoch"]
+        self.log = Log(out, *reached) if self.writes else None
+
+    def _load(self, optimiser: torch.optim.Optimizer) -> None:
+        """Go on from the checkpoint of a run with the same settings."""
+        checkpoint = self.out / CHECKPOINT
         try:
-            saved = torch.load(checkpoint, map_location=fabric.device, weights_only=True)
+            saved = torch.load(checkpoint, map_location=self.fabric.device, weights_only=True)
         except Exception as error:  # of many kinds
             raise RunError(f"{checkpoint} cannot be read: {error}; remove it") from error
-        if saved["settings"] != _comparable(settings):
+        if saved["settings"] != _comparable(self.settings):
             raise RunError(
                 f"{checkpoint} is of a run with other settings; choose another folder, or the "
-                f"settings in {out / 'settings.json'}"
+                f"settings in {self.out / 'settings.json'}"
             )
-        network.load_state_dict(saved["network"])
+        self.network.load_state_dict(saved["network"])
         optimiser.load_state_dict(saved["optimiser"])
-        fabric.strategy.precision.load_state_dict(saved["precision"])
-        state = saved["state"]
-        console.print(f"going on from step {state['iteration']}")
-    elif first:
-        (out / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n")
-    model, optimiser = fabric.setup(network, optimiser)
-    log = Log(out, state["iteration"], state["epoch"]) if first else None
+        self.fabric.strategy.precision.load_state_dict(saved["precision"])
+        self.state = saved["state"]
+        self.console.print(f"going on from step {self.state['iteration']}")
 
-    def save() -> None:
-        if first:
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(
-                {
-                    "settings": _comparable(settings),
-                    "network": network.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "precision": fabric.strategy.precision.state_dict(),
-                    "state": state,
-                },
-                partial,
-            )
-            partial.replace(checkpoint)
-
-    steps = data.steps(training.batch)
-    if not steps:
-        raise RunError(f"training.batch is {training.batch}; there are {data.size} examples")
-    parts = training.accumulate
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("training", total=training.epochs * steps)
-        progress.update(bar, completed=state["iteration"])
-        while state["epoch"] < training.epochs:
-            set_training(model, training)
-            begin = state["iteration"] - state["epoch"] * steps
-            batches = data.train(
-                state["epoch"],
-                training.batch // parts,
-                training.seed,
-                fabric.global_rank,
-                fabric.world_size,
-                begin * parts,
-            )
-            for _ in range(begin, steps):
-                started = time.perf_counter()
-                iteration = state["iteration"]
-                # Random numbers inside the network are those of an uninterrupted run.
-                torch.manual_seed(training.seed * 1_000_003 + iteration * 101 + fabric.global_rank)
-                lr = learning_rate(iteration / (training.epochs * steps), training)
-                for group in optimiser.param_groups:
-                    group["lr"] = lr
-                if quantization is not None and iteration % quantization.refresh == 0:
-                    quantize.refresh(network)
-                values = _step(fabric, model, network, optimiser, batches, task, settings)
-                state["iteration"] += 1
-                state["seconds"] += time.perf_counter() - started
-                if not math.isfinite(values["loss"]):
-                    raise RunError(
-                        f"the loss is {values['loss']} at step {iteration + 1}: lower training.lr"
-                    )
-                if log:
-                    log.add("iteration", iteration + 1, values | {"lr": lr}, iteration + 1)
-                progress.update(
-                    bar,
-                    advance=1,
-                    description=f"{task.learning} {values[task.learning]:.3f}",
-                    refresh=False,
-                )
-                if state["iteration"] % training.checkpoint_every == 0:
-                    save()
-            state["epoch"] += 1
-            if state["epoch"] % training.measure_every == 0 or state["epoch"] == training.epochs:
-                if fabric.world_size > 1:  # batch norms have seen other examples on each
-                    cpu = {name: value.cpu() for name, value in network.state_dict().items()}
-                    network.load_state_dict(fabric.broadcast(cpu))
-                measured = evaluate(fabric, network, data, task, training.batch)
-                state["measured"] = measured
-                if log:
-                    values = measured | {"seconds": state["seconds"]}
-                    log.add("epoch", state["epoch"], values, state["iteration"])
-                shown = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
-                console.print(f"epoch {state['epoch']}/{training.epochs}  {shown}")
-            save()
-    if log:
-        log.close()
-    summary = {
-        **state["measured"],
-        "epochs": training.epochs,
-        "iterations": state["iteration"],
-        "training_seconds": round(state["seconds"]),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {fabric.device.type}",
-        **report(network),
-    }
-    if first:
-        network.cpu().eval()
-        export_onnx(
-            network,
-            out / "model.onnx",
-            torch.zeros(1, *data.shape),
-            labels=data.labels,
-            preprocessing=data.preprocessing,
+    def save(self) -> None:
+        """Write the checkpoint that `_load` reads."""
+        if not self.writes:
+            return
+        checkpoint = self.out / CHECKPOINT
+        partial = checkpoint.with_suffix(".partial")
+        torch.save(
+            {
+                "settings": _comparable(self.settings),
+                "network": self.network.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "precision": self.fabric.strategy.precision.state_dict(),
+                "state": self.state,
+            },
+            partial,
         )
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+        partial.replace(checkpoint)
 
+    def epoch(self, steps: int) -> Iterator[dict[str, float]]:
+        """Make the steps that are left of an epoch; yields what is logged of each."""
+        training, state, fabric = self.settings.training, self.state, self.fabric
+        quantization = self.settings.quantization
+        set_training(self.model, training)
+        begin = state["iteration"] - state["epoch"] * steps
+        batches = self.data.train(
+            state["epoch"],
+            training.batch // training.accumulate,
+            training.seed,
+            fabric.global_rank,
+            fabric.world_size,
+            begin * training.accumulate,
+        )
+        for _ in range(begin, steps):
+            started = time.perf_counter()
+            iteration = state["iteration"]
+            # Random numbers inside the network are those of an uninterrupted run.
+            torch.manual_seed(training.seed * 1_000_003 + iteration * 101 + fabric.global_rank)
+            lr = learning_rate(iteration / (training.epochs * steps), training)
+            for group in self.optimiser.param_groups:
+                group["lr"] = lr
+            if quantization is not None and iteration % quantization.refresh == 0:
+                quantize.refresh(self.network)
+            values = self._step(batches)
+            state["iteration"] += 1
+            state["seconds"] += time.perf_counter() - started
+            if not math.isfinite(values["loss"]):
+                raise RunError(
+                    f"the loss is {values['loss']} at step {iteration + 1}: lower training.lr"
+                )
+            if self.log:
+                self.log.add("iteration", iteration + 1, values | {"lr": lr}, iteration + 1)
+            yield values
+        state["epoch"] += 1
 
-def _step(
-    fabric: Fabric,
-    model: Any,
-    network: nn.Module,
-    optimiser: Any,
-    batches: Any,
-    task: Task,
-    settings: Settings,
-) -> dict[str, float]:
-    """Make one step of the optimiser; returns what is logged of it, means over all devices."""
-    parts = settings.training.accumulate
-    total = {"loss": 0.0, task.learning: 0.0}
-    if settings.quantization is not None:
-        total |= {"regulariser": 0.0, "nzr": 0.0}
-    optimiser.zero_grad()
-    for part in range(parts):
-        x, target = (fabric.to_device(t) for t in next(batches))
-        with fabric.no_backward_sync(model, enabled=part < parts - 1):
-            output = model(x)
-            loss = task.loss(output, target)
-            total["loss"] += float(loss.detach()) / parts
-            total[task.learning] += float(task.measure(output.detach(), target)) / parts
-            if settings.quantization is not None:
-                pull = quantize.regulariser(network)
-                loss = loss + settings.quantization.regularisation * pull
-                total["regulariser"] += float(pull.detach()) / parts
-                total["nzr"] += quantize.non_zero_ratio(network) / parts
-            fabric.backward(loss / parts)
-    optimiser.step()
-    if fabric.world_size > 1:
-        means: Any = fabric.all_reduce(torch.tensor(list(total.values())), reduce_op="mean")
-        total = dict(zip(total, means.tolist(), strict=True))
-    return total
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Make one step of the optimiser; returns what is logged of it, means over all devices."""
+        fabric, task, quantization = self.fabric, self.task, self.settings.quantization
+        parts = self.settings.training.accumulate
+        total = {"loss": 0.0, task.learning: 0.0}
+        if quantization is not None:
+            total |= {"regulariser": 0.0, "nzr": 0.0}
+        self.optimiser.zero_grad()
+        for part in range(parts):
+            x, target = (fabric.to_device(t) for t in next(batches))
+            with fabric.no_backward_sync(self.model, enabled=part < parts - 1):
+                output = self.model(x)
+                loss = task.loss(output, target)
+                total["loss"] += float(loss.detach()) / parts
+                total[task.learning] += float(task.measure(output.detach(), target)) / parts
+                if quantization is not None:
+                    pull = quantize.regulariser(self.network)
+                    loss = loss + quantization.regularisation * pull
+                    total["regulariser"] += float(pull.detach()) / parts
+                    total["nzr"] += quantize.non_zero_ratio(self.network) / parts
+                fabric.backward(loss / parts)
+        self.optimiser.step()
+        if fabric.world_size > 1:
+            means: Any = fabric.all_reduce(torch.tensor(list(total.values())), reduce_op="mean")
+            total = dict(zip(total, means.tolist(), strict=True))
+        return total
+
+    def measure(self) -> None:
+        """Measure the network after an epoch, and say so."""
+        state, training = self.state, self.settings.training
+        if self.fabric.world_size > 1:  # batch norms have seen other examples on each
+            cpu = {name: value.cpu() for name, value in self.network.state_dict().items()}
+            self.network.load_state_dict(self.fabric.broadcast(cpu))
+        measured = evaluate(self.fabric, self.network, self.data, self.task, training.batch)
+        state["measured"] = measured
+        if self.log:
+            values = measured | {"seconds": state["seconds"]}
+            self.log.add("epoch", state["epoch"], values, state["iteration"])
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        self.console.print(f"epoch {state['epoch']}/{training.epochs}  {shown}")
+
+    def finish(self) -> dict[str, Any]:
+        """Export the network; returns the summary of the run, which is written too."""
+        if self.log:
+            self.log.close()
+        device = self.fabric.device.type
+        summary = {
+            **self.state["measured"],
+            "epochs": self.settings.training.epochs,
+            "iterations": self.state["iteration"],
+            "training_seconds": round(self.state["seconds"]),
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+            **report(self.network),
+        }
+        if self.writes:
+            self.network.cpu().eval()
+            export_onnx(
+                self.network,
+                self.out / "model.onnx",
+                torch.zeros(1, *self.data.shape),
+                labels=self.data.labels,
+                preprocessing=self.data.preprocessing,
+            )
+            (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
 
 
 @torch.no_grad()

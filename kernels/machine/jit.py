@@ -84,7 +84,7 @@ def njit(*arguments: Any, cache: bool = False, **options: Any) -> Any:
         return numba.njit(*arguments, **options)
 
     def compiled(function: Callable) -> Any:
-        dispatcher = numba.njit(**options)(function)
+        dispatcher: Any = numba.njit(**options)(function)
         dispatcher._cache = _KernelCache(function, "njit")
         if arguments:
             with typeinfer.register_dispatcher(dispatcher):

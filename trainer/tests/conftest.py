@@ -85,3 +85,10 @@ def models(monkeypatch):
     from logshift.trainer import fit
 
     monkeypatch.setattr(fit, "MODELS", {"small": small})
+
+
+@pytest.fixture(autouse=True)
+def plain_output(monkeypatch):
+    """Let the command print the same wherever the tests run; some CIs ask for colours."""
+    for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
