@@ -28,7 +28,7 @@ from logshift.converter.evaluate import (
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.settings import Settings
 from logshift.kernels.errors import ConversionError
-from logshift.kernels.stlq import codec
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.graph import (
     NEWEST_OPSET,
     ONNX_DOMAIN,
@@ -248,7 +248,7 @@ class _Walk:
         codes = self.graph.code_tensors.intersection([*node.inputs, node.output])
         return node.words is not None and codes <= set(self.graph.quantization)
 
-    def _encode(self, node: FloatNode, count: int) -> codec.LogWeights:
+    def _encode(self, node: FloatNode, count: int) -> LogWeights:
         if node.words is not None:
             return node.words
         share = self.plan[node.output]
@@ -258,7 +258,7 @@ class _Walk:
             moments, cross = feedback.covariance(
                 node, self._quantized(node), self._exact(node), count, s.bias_correction
             )
-            return feedback.encode(node.weight, moments, cross, s, ratio)
+            return feedback.encode_with_feedback(node.weight, moments, cross, s, ratio)
         return feedback.encode_alone(node.weight, s, ratio)
 
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:

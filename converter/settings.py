@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
+from logshift.converter.encode import GRANULARITIES
 from logshift.kernels.errors import InputError
 from logshift.kernels.stlq import codec
 
@@ -41,7 +42,7 @@ class Settings:
         _check_integer("residual_shift", self.residual_shift, 0, codec.MAX_RESIDUAL_SHIFT)
         if not 0.0 <= self.residual_ratio <= 1.0:
             raise InputError(f"residual_ratio is {self.residual_ratio}; it must be from 0 to 1")
-        _check_choice("granularity", self.granularity, codec.GRANULARITIES)
+        _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("activation_range", self.activation_range, ACTIVATION_RANGES)
 
     def activation_bits_of(self, name: str) -> int:

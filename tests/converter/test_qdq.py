@@ -17,9 +17,9 @@ from support.graphs import assume_small_output_padding  # noqa: E402
 from support.onnx_nets import Net, network, noise, operations  # noqa: E402  # noqa: E402
 
 from logshift.converter import ConversionError, convert, metadata  # noqa: E402
+from logshift.converter.encode import encode  # noqa: E402
 from logshift.converter.export import export  # noqa: E402
 from logshift.converter.recognise import recognise, scaled  # noqa: E402
-from logshift.kernels.stlq import codec  # noqa: E402
 from logshift.runtime import load  # noqa: E402
 from logshift.runtime.file import format as packed_format  # noqa: E402
 from logshift.runtime.graph import Quantization  # noqa: E402
@@ -46,7 +46,7 @@ class QuantizedNet(Net):
         return self.node("DequantizeLinear", codes, *parameters)
 
     def on_grid(self, *shape, bits=4, ratio=0.3, **options):
-        words = codec.encode(self.rng.standard_normal(shape), bits, ratio, **options)
+        words = encode(self.rng.standard_normal(shape), bits, ratio, **options)
         return words, self.constant(words.values().transpose(0, 3, 1, 2))
 
     def conv(self, x, channels=4, out=4, kernel=3, words=True, **attributes):
@@ -291,7 +291,7 @@ def test_float_weights_are_not(seed):
     for shape in ((4, 3, 3, 8), (16, 3, 3, 1), (10, 1, 1, 16)):
         w = rng.standard_normal(shape).astype(np.float32)
         assert recognise(w) is None
-        words = codec.encode(w, 4, 0.3)
+        words = encode(w, 4, 0.3)
         values = words.values()
         values.ravel()[np.abs(values).argmax()] *= 1 + 1e-5
         hint = metadata.WeightRecord.of(words, "element")
@@ -299,7 +299,7 @@ def test_float_weights_are_not(seed):
 
 
 def test_scaling_channels_changes_alpha_and_signs_only():
-    words = codec.encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
+    words = encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
     found = scaled(words, np.array([2.5, -0.3, 0.0]))
     w = words.integers()
     np.testing.assert_array_equal(found.integers(), np.stack([w[0], -w[1], 0 * w[2]]))
@@ -309,7 +309,7 @@ def test_scaling_channels_changes_alpha_and_signs_only():
 
 
 def test_scaling_to_next_to_nothing_gives_zeros():
-    words = codec.encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
+    words = encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
     found = scaled(words, np.array([1e-45, -1e-31, 1e-20]))
     np.testing.assert_array_equal(found.integers()[2], words.integers()[2])
     assert not found.integers()[:2].any() and (found.alpha[:2] == 1).all()
