@@ -402,8 +402,8 @@ _PAGE = """\
 Which ONNX operators convert and run, and how many of ONNX's own node tests (`onnx.backend.test`
 of onnx {version}) they pass. Each test is converted with `keep_float=["*"]`, written to a file,
 loaded, run and compared within its own tolerance. Where ONNX defines an operator by simpler ones,
-their combination counts as one more test of it. `tests/converter/test_conformance.py` holds this page to what
-a run makes of it; it is written by
+their combination counts as one more test of it. `tests/converter/test_conformance.py` holds this
+page to what a run makes of it; it is written by
 
     python -m benchmarks.conformance --write docs/operators.md
 

@@ -7,7 +7,6 @@ metadata, see `docs/qdq.md`; converting the model again gives the same network.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from logshift.converter.layout import onnx_weight
-from logshift.converter.metadata import KEY, WeightRecord
+from logshift.converter.metadata import Metadata, WeightRecord
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.file import files, format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.picture import Preprocessing
 
 try:
     import onnx
@@ -75,6 +75,7 @@ class _Export:
         self.initializers: list[onnx.TensorProto] = []
         self.weights: dict[str, WeightRecord] = {}
         self.scales: dict[str, float] = {}
+        self.keep_float: set[str] = set()
         self.opset = _opset(graph)
         # By tensor of codes: the uint8 tensor, and the float32 tensor that others read.
         self.quantized: dict[str, str] = {}
@@ -102,19 +103,18 @@ class _Export:
             opset_imports=opsets,
             ir_version=max(helper.find_min_ir_version_for(opsets), _MIN_IR_VERSION),
         )
-        helper.set_model_props(model, {KEY: json.dumps(self._metadata(), allow_nan=False)})
+        self._metadata().write(model)
         return model
 
-    def _metadata(self) -> dict[str, Any]:
-        record: dict[str, Any] = {
-            "weights": {name: weight.to_json() for name, weight in self.weights.items()},
-            "scales": self.scales,
-        }
-        if self.graph.preprocessing is not None:
-            record["preprocessing"] = self.graph.preprocessing
-        if self.graph.labels is not None:
-            record["labels"] = self.graph.labels
-        return record
+    def _metadata(self) -> Metadata:
+        preprocessing = self.graph.preprocessing
+        return Metadata(
+            self.weights,
+            self.scales,
+            frozenset(self.keep_float),
+            None if preprocessing is None else Preprocessing.from_manifest(preprocessing),
+            self.graph.labels,
+        )
 
     # --- what emitters ask for -----------------------------------------------------------------
 
@@ -237,6 +237,8 @@ def _conv(ctx: _Export, node: Node, x: list[str]) -> None:
     if node.weights is not None:
         granularity = ctx.graph.settings.get("granularity", "element")
         ctx.weights[weight] = WeightRecord.of(node.weights, granularity)
+    else:
+        ctx.keep_float.add(weight)
     inputs = [x[0], weight, ctx.constant(f"{out}/bias", node.bias)]
     attributes["kernel_shape"] = list(node.weight_shape[1:3])
     residual: list[Step] = [("Add", [_BEFORE, name], {}) for name in x[1:]]

@@ -13,7 +13,7 @@ import onnxruntime
 import onnxslim
 from onnx.reference import ReferenceEvaluator
 
-from logshift.converter import metadata, qdq
+from logshift.converter import qdq
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session_options
 from logshift.kernels.errors import ConversionError
@@ -107,7 +107,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
     _check_opset(original, where)
     inputs = _inputs(original.graph)
-    known = metadata.read(original)
+    known = Metadata.read(original)
     original, quantization = qdq.strip(original, known)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     named = quantization or known.weights or known.keep_float
