@@ -8,15 +8,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from logshift.converter.float_graph import (
-    NO_CLAMP,
-    Clamp,
-    FloatGraph,
-    FloatNode,
-    Function,
-    clamp_twice,
-    zero_side,
-)
+from logshift.converter.clamp import NO_CLAMP, clamp_twice, zero_side
+from logshift.converter.float_graph import FloatGraph, FloatNode
+from logshift.converter.function import Function
+from logshift.converter.operators.windows import pads_fit
 from logshift.converter.recognise import scaled
 from logshift.runtime.graph import OPERATORS
 
@@ -129,7 +124,7 @@ class _Fusion:
             source = sources.pop()
             function = self._composed(node, source)
             if q := self.graph.quantization.get(node.output):
-                function = _bounded(function, zero_side(q))
+                function = function.bounded(zero_side(q))
             self._emit(FloatNode("Lookup", node.name, [source], node.output, function=function))
         elif kind == "Add":
             self._add(node)
@@ -203,20 +198,6 @@ class _Fusion:
             self.nodes.remove(pad)
 
 
-def _bounded(function: Function, bounds: Clamp) -> Function:
-    """Return a function with bounds on its result."""
-    nodes, constants = list(function.nodes), dict(function.constants)
-    for op, bound in zip(("Max", "Min"), bounds, strict=True):
-        if bound is not None:
-            free, constant = f"{function.output}/free", f"{function.output}/{op}"
-            constants[constant] = np.array(bound, np.float32)
-            last = onnx.NodeProto()
-            last.CopyFrom(nodes[-1])
-            last.output[0] = free
-            nodes[-1:] = [last, onnx.helper.make_node(op, [free, constant], [function.output])]
-    return Function(function.input, function.output, nodes, constants, function.opset)
-
-
 def onnx_nodes(function: Function, name: str, graph: FloatGraph) -> list[FloatNode]:
     """Return an element-wise function as ONNX operators on float32; they get names of their own.
 
@@ -240,15 +221,6 @@ def onnx_nodes(function: Function, name: str, graph: FloatGraph) -> list[FloatNo
             FloatNode(node.op_type, name, inputs, output, attributes, opset=function.opset)
         )
     return nodes
-
-
-def pads_fit(conv: FloatNode, pads: list[int]) -> bool:
-    """Tell whether the packed convolution allows these pads: less than the kernel's extent."""
-    assert conv.weight is not None
-    kernel = conv.weight.shape[1:3]
-    dilations = conv.attributes["dilations"]
-    extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    return all(0 <= pad < max(extent[side % 2], 2) for side, pad in enumerate(pads))
 
 
 def _drop_unused(graph: FloatGraph) -> None:

@@ -20,12 +20,12 @@ from logshift.converter.evaluate import (
     Evaluator,
     Value,
     clamped,
-    evaluate_function,
     rows,
     run_onnx,
     snr_db,
 )
 from logshift.converter.float_graph import FloatGraph, FloatNode
+from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.kernels.errors import ConversionError
 from logshift.kernels.stlq.codec import LogWeights
@@ -43,8 +43,6 @@ from logshift.runtime.graph import (
 _BYTES_PER_VALUE = 5
 
 _MOST_BITS = 8
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -284,7 +282,7 @@ class _Walk:
             q_x = self.quantization[node.inputs[0]]
             # Codes beyond the top never occur; they get the top's value.
             codes = np.minimum(np.arange(256), q_x.top)
-            y = evaluate_function(node.function, (codes - q_x.zero_point) * q_x.scale)
+            y = node.function((codes - q_x.zero_point) * q_x.scale)
             table = np.clip(np.rint(y / q.scale + q.zero_point), 0, q.top)
             packed.table = table.astype(np.uint8)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logshift.converter.ort import session_options
+from logshift.converter import ort
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import Session, load
 from logshift.runtime.table import text_table
@@ -185,7 +185,6 @@ def _reference(
 ) -> tuple[onnxruntime.InferenceSession, list[str]]:
     """ONNX session that returns every tensor of the packed network, and these tensors' names."""
     import onnx
-    import onnxruntime
 
     try:
         proto = onnx.ModelProto()
@@ -208,9 +207,7 @@ def _reference(
     declared = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in declared)
     try:
-        reference = onnxruntime.InferenceSession(
-            proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
-        )
+        reference = ort.session(proto)
     except Exception as error:  # onnxruntime's exceptions share no useful base
         raise ConversionError(f"onnxruntime cannot load the model: {error}") from error
     return reference, names
