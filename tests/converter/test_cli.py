@@ -261,7 +261,7 @@ def test_demo_names_what_is_on_the_pictures(capsys, tmp_path):
     assert out.stat().st_size == four["bytes"] > three["bytes"]
     assert four["bytes"] < 250_000 and four["bits_per_weight"] > three["bits_per_weight"]
     # What the command for one network says.
-    pictures = cli.DEMO / "pictures"
+    pictures = cli.demo.DEMO / "pictures"
     answers = json.loads(output(capsys, "run", out, pictures, "--json"))
     for answer, shown in zip(answers, four["pictures"], strict=True):
         assert answer["top"][0]["label"] == shown["label"]
