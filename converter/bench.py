@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from logshift.converter import ort
+from logshift.converter.extra import require
 from logshift.kernels.errors import ConversionError, InputError
 
 if TYPE_CHECKING:
@@ -69,12 +70,7 @@ def onnx_engine(model: Path, x: dict[str, np.ndarray], threads: int) -> Callable
     ConversionError
         If onnxruntime is missing, or cannot run the model on x.
     """
-    try:
-        import onnxruntime  # noqa: F401
-    except ModuleNotFoundError:
-        raise ConversionError(
-            "comparing needs onnxruntime: pip install 'logshift[converter]'"
-        ) from None
+    require("comparing", "onnxruntime")
     if not model.is_file():
         raise FileNotFoundError(f"{model}: there is no such file")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from logshift.converter.extra import require
 from logshift.converter.progress import Progress, reporting
 from logshift.converter.report import LayerReport, Report
 from logshift.converter.settings import AUTO, Settings, Target
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from logshift.converter.quantize import LayerError
     from logshift.converter.samples import Calibration, Samples
 
-_REQUIRED = ("onnx", "onnxruntime", "onnxslim")
 _MOST_SAMPLES = 512
 _FEWEST_SAMPLES = 16
 _MEMORY = 2**30
@@ -147,7 +146,7 @@ def convert(
     )
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
-    _check_packages()
+    require("converting", "onnx", "onnxruntime", "onnxslim")
     from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import load
     from logshift.converter.quantize import quantize_graph
@@ -211,14 +210,6 @@ def _check_arguments(
         type(calibration_limit) is not int or calibration_limit < 1
     ):
         raise InputError(f"calibration_limit is {calibration_limit!r}; it must be at least 1")
-
-
-def _check_packages() -> None:
-    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConversionError(
-            f"converting needs {', '.join(missing)}: pip install 'logshift[converter]'"
-        )
 
 
 def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from logshift.converter import ort
+from logshift.converter.extra import require
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import Session, load
 from logshift.runtime.table import text_table
@@ -19,8 +19,6 @@ from logshift.runtime.table import text_table
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
-
-_REQUIRED = ("onnx", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -132,10 +130,7 @@ def verify(
     InputError
         If an input does not fit, or there is none.
     """
-    if missing := [name for name in _REQUIRED if importlib.util.find_spec(name) is None]:
-        raise ConversionError(
-            f"verifying needs {', '.join(missing)}: pip install 'logshift[converter]'"
-        )
+    require("verifying", "onnx", "onnxruntime")
     session = packed if isinstance(packed, Session) else load(packed)
     reference, names = _reference(model, session)
     output = session.outputs[0].name

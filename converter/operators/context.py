@@ -43,6 +43,10 @@ class Context:
     ----------
     model : Model
     dtypes : dict of tensor name to dtype
+    mixed : set of tensor names
+        See `Trace`.
+    sizes : dict of name to array
+        Computed integer tensors.
     joined : dict of tensor name to tensors that must have its height and width
     producers : dict of tensor name to the ONNX node that makes it
     nodes : list of FloatNode
@@ -74,7 +78,7 @@ class Context:
     def __init__(self, model: Model, trace: Trace) -> None:
         graph = model.proto.graph
         self.model, self.dtypes, self.mixed = model, trace.dtypes, trace.mixed
-        self.integers_found = trace.integers
+        self.sizes = trace.integers
         self.producers = {name: node for node in graph.node for name in node.output if name}
         self.joined = _joined(graph)
         self.nodes: list[FloatNode] = []
@@ -256,10 +260,10 @@ class Context:
             return None
         if name in self.constants:
             return [int(v) for v in self.constants[name].ravel()]
-        if name not in self.integers_found:
+        if name not in self.sizes:
             raise Unsupported(f"its input {name!r} must be a constant")
         self.fixed_size = True
-        return [int(v) for v in self.integers_found[name].ravel()]
+        return [int(v) for v in self.sizes[name].ravel()]
 
     def words(self, node: onnx.NodeProto, weight: np.ndarray) -> LogWeights | None:
         """Return the words of a weight, (O, kh, kw, C / group), that lies on a grid already."""
