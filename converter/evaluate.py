@@ -17,11 +17,10 @@ from onnx import TensorProto, helper
 from logshift.converter.clamp import Clamp
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.layout import onnx_weight
-from logshift.converter.onnx_writer import OnnxWriter, Step
+from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.registry import WRITINGS
 from logshift.converter.ort import session
 from logshift.kernels.errors import ConversionError, InputError
-from logshift.runtime.graph import Node
 from logshift.runtime.onnx_ops import numpy_ops
 
 _OPSET = 19
@@ -179,11 +178,11 @@ class _NodeWriter(OnnxWriter):
         self.output = self.steps(node, steps, self.inputs[0])
         self.inputs += self._parameters
 
-    def parameters(self, node: Node | FloatNode) -> list[str]:
+    def parameters(self, node: AnyNode) -> list[str]:
         self._parameters = [self.fresh("weight"), self.fresh("bias")]
         return self._parameters
 
-    def clamp(self, node: Node | FloatNode) -> list[Step]:
+    def clamp(self, node: AnyNode) -> list[Step]:
         return []
 
     def model(self) -> onnx.ModelProto:

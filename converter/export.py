@@ -24,9 +24,8 @@ try:
 except ModuleNotFoundError:
     raise ConversionError("exporting needs onnx: pip install 'logshift[converter]'") from None
 
-from logshift.converter.float_graph import FloatNode
 from logshift.converter.layout import onnx_weight
-from logshift.converter.onnx_writer import BEFORE, OnnxWriter, Step
+from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step
 from logshift.converter.operators.registry import WRITINGS
 
 # Version 19 of ONNX's operators has pools with dilations, and 22 has them drop the last window of
@@ -162,7 +161,7 @@ class _Export(OnnxWriter):
 
     # --- what packed operators ask for ----------------------------------------------------------
 
-    def parameters(self, node: Node | FloatNode) -> list[str]:
+    def parameters(self, node: AnyNode) -> list[str]:
         assert isinstance(node, Node) and node.bias is not None
         out, values = node.outputs[0], node.float_weights
         if node.weights is not None:
@@ -177,12 +176,12 @@ class _Export(OnnxWriter):
             self.keep_float.add(weight)
         return [weight, self.constant(f"{out}/bias", node.bias)]
 
-    def clamp(self, node: Node | FloatNode) -> list[Step]:
+    def clamp(self, node: AnyNode) -> list[Step]:
         if node.attributes["clamp"] == [None, None]:
             return []
         return [("Clip", [BEFORE, *self.bounds(node)], {})]
 
-    def bounds(self, node: Node | FloatNode) -> list[str]:
+    def bounds(self, node: AnyNode) -> list[str]:
         return self._bounds(node.outputs[0], "clamp", node.attributes["clamp"])
 
     def codes(self, tensor: str) -> str:

@@ -6,16 +6,16 @@ around these: weights, bounds and the rounding to codes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from logshift.converter.float_graph import FloatNode
 from logshift.runtime.graph import Node, Quantization
 
-if TYPE_CHECKING:
-    from logshift.converter.float_graph import FloatNode
+AnyNode = Node | FloatNode
 
 # Operator, inputs (one may be what the step before makes), attributes.
 Step = tuple[str, list[str], dict[str, Any]]
@@ -58,7 +58,7 @@ class OnnxWriter:
         """Add a node."""
         self.nodes.append(helper.make_node(op, inputs, [output], name, **attributes))
 
-    def steps(self, node: Node | FloatNode, steps: list[Step], x: str) -> str:
+    def steps(self, node: AnyNode, steps: list[Step], x: str) -> str:
         """Add steps that each take the result of the one before; the last makes the output.
 
         Returns the name of the result: that of the node's output, or `x` if there are no steps.
@@ -74,15 +74,15 @@ class OnnxWriter:
 
     # --- what the two write in their own way ----------------------------------------------------
 
-    def parameters(self, node: Node | FloatNode) -> list[str]:
+    def parameters(self, node: AnyNode) -> list[str]:
         """Return the names of weight and bias of a convolution."""
         raise NotImplementedError
 
-    def clamp(self, node: Node | FloatNode) -> list[Step]:
+    def clamp(self, node: AnyNode) -> list[Step]:
         """Return the step that bounds a result, if it has bounds."""
         raise NotImplementedError
 
-    def bounds(self, node: Node | FloatNode) -> list[str]:
+    def bounds(self, node: AnyNode) -> list[str]:
         """Return the bounds of a result, as inputs of Clip."""
         raise NotImplementedError
 

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from logshift.converter.float_graph import FloatNode
-from logshift.converter.onnx_writer import OnnxWriter, Step
+from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
 from logshift.converter.operators.functions import ARITHMETIC, elementwise, function_of
 from logshift.converter.operators.moves import view
 from logshift.converter.operators.registry import Unsupported, lowers, writes
-from logshift.runtime.graph import Node
 
 _BROADCASTING = {"Add", "Sub", "Mul"}  # packed operators, of two tensors
 
@@ -95,5 +93,5 @@ def _affine(
 
 
 @writes("Add", "Sub", "Mul")
-def _write(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     return [(node.op, x, {}), *to.clamp(node)]

@@ -9,7 +9,7 @@ import onnx
 
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.layout import packed_weight
-from logshift.converter.onnx_writer import BEFORE, OnnxWriter, Step
+from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context, name_of
 from logshift.converter.operators.registry import Unsupported, lowers, writes
 from logshift.converter.operators.windows import (
@@ -18,7 +18,6 @@ from logshift.converter.operators.windows import (
     transposed_pads,
     window_attributes,
 )
-from logshift.runtime.graph import Node
 
 
 @lowers("Conv")
@@ -159,7 +158,7 @@ def _add_pad(ctx: Context, conv: FloatNode, pads: list[int]) -> str:
 
 
 @writes("Conv", "ConvTranspose")
-def _write(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     assert node.weight_shape is not None
     attributes = {k: v for k, v in node.attributes.items() if k != "clamp"}
     attributes["kernel_shape"] = list(node.weight_shape[1:3])

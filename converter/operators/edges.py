@@ -6,12 +6,10 @@ from typing import Any
 
 import onnx
 
-from logshift.converter.float_graph import FloatNode
 from logshift.converter.function import identity
-from logshift.converter.onnx_writer import OnnxWriter, Step
+from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
 from logshift.converter.operators.registry import write_same, writes
-from logshift.runtime.graph import Node
 
 
 def round_to_codes(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
@@ -31,10 +29,10 @@ writes("Flatten")(write_same)
 
 
 @writes("QuantizeLinear")
-def _write_quantize(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write_quantize(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     return []  # what is a tensor of codes gets rounded anyway
 
 
 @writes("DequantizeLinear")
-def _write_dequantize(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write_dequantize(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     return [("Identity", x, {})]

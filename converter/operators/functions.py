@@ -13,13 +13,12 @@ import onnx
 from onnx import helper
 
 from logshift.converter.clamp import NO_CLAMP, Clamp, ordered
-from logshift.converter.float_graph import FloatNode
 from logshift.converter.function import Function
-from logshift.converter.onnx_writer import BEFORE, OnnxWriter, Step
+from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
 from logshift.converter.operators.registry import Unsupported, lowers, write_same, writes
 from logshift.kernels.errors import ConversionError
-from logshift.runtime.graph import OPERATORS, Node
+from logshift.runtime.graph import OPERATORS
 
 ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 _OTHERS = (
@@ -141,19 +140,19 @@ writes(*_SAME)(write_same)
 
 
 @writes("HardSwish")
-def _write_hard_swish(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write_hard_swish(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     # An operator of its own only from version 14 on.
     attributes = {"alpha": 1 / 6, "beta": 0.5}
     return [("HardSigmoid", x, attributes), ("Mul", [*x, BEFORE], {})]
 
 
 @writes("Swish")
-def _write_swish(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write_swish(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     return [("Sigmoid", x, {}), ("Mul", [*x, BEFORE], {})]
 
 
 @writes("Clip")
-def _write_clip(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write_clip(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     return [("Clip", x + to.bounds(node), {})]
 
 

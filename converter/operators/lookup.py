@@ -7,8 +7,7 @@ import onnx
 from onnx import TensorProto
 
 from logshift.converter.calibrate import dequantize
-from logshift.converter.float_graph import FloatNode
-from logshift.converter.onnx_writer import BEFORE, OnnxWriter, Step
+from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
 from logshift.converter.operators.registry import Unsupported, writes
 from logshift.converter.qdq import table_function
@@ -30,7 +29,7 @@ def read_table(
 
 
 @writes("Lookup")
-def _write(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     """Write a table of real values, read at the integer codes: exact in any engine."""
     assert isinstance(node, Node) and node.table is not None
     out = node.outputs[0]

@@ -8,11 +8,10 @@ import numpy as np
 import onnx
 
 from logshift.converter.float_graph import FloatNode
-from logshift.converter.onnx_writer import OnnxWriter, Step
+from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context, name_of
 from logshift.converter.operators.lookup import read_table
 from logshift.converter.operators.registry import Unsupported, lowers, write_same, writes
-from logshift.runtime.graph import Node
 
 
 @lowers("Gather")
@@ -139,7 +138,7 @@ writes("Concat", "DepthToSpace")(write_same)
 
 
 @writes("Slice")
-def _write_slice(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write_slice(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     inputs = [
         to.constant(f"{node.outputs[0]}/{key}", node.attributes[key], np.int64)
         for key in ("starts", "ends", "axes", "steps")
@@ -148,12 +147,12 @@ def _write_slice(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[S
 
 
 @writes("Gather")
-def _write_gather(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write_gather(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     indices = to.constant(f"{node.outputs[0]}/indices", node.attributes["indices"], np.int64)
     return [("Gather", [*x, indices], {"axis": 1})]
 
 
 @writes("Pad")
-def _write_pad(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write_pad(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     pads = to.constant(f"{node.outputs[0]}/pads", node.attributes["pads"], np.int64)
     return [("Pad", [*x, pads], {})]

@@ -6,12 +6,10 @@ from typing import Any
 
 import onnx
 
-from logshift.converter.float_graph import FloatNode
-from logshift.converter.onnx_writer import OnnxWriter, Step
+from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
 from logshift.converter.operators.registry import Unsupported, lowers, write_same, writes
 from logshift.converter.operators.windows import on_a_line, window_attributes
-from logshift.runtime.graph import Node
 
 
 @lowers("MaxPool", "AveragePool")
@@ -51,7 +49,7 @@ writes("MaxPool", "GlobalAveragePool", "GlobalMaxPool")(write_same)
 
 
 @writes("AveragePool")
-def _write(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     # onnxruntime's quantized pool does not know the attribute, whatever its value.
     attributes = {k: v for k, v in node.attributes.items() if (k, v) != ("dilations", [1, 1])}
     return [(node.op, x, attributes)]

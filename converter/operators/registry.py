@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from logshift.converter.onnx_writer import OnnxWriter, Step
-from logshift.runtime.graph import Node
+from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 
 if TYPE_CHECKING:
     import onnx
 
-    from logshift.converter.float_graph import FloatNode
     from logshift.converter.operators.context import Context
 
 # Takes an ONNX node and its attributes, adds packed operators; raises `Unsupported` if there are
 # none that do the same, whatever it has added by then.
 Lowering = Callable[["Context", "onnx.NodeProto", dict[str, Any]], None]
 
-# Takes a packed operator and the names of its inputs in ONNX.
-Writing = Callable[[OnnxWriter, "Node | FloatNode", list[str]], list[Step]]
+# Takes a packed operator and the names of its inputs in ONNX; returns what `OnnxWriter.steps` takes.
+Writing = Callable[[OnnxWriter, AnyNode, list[str]], list[Step]]
 
 LOWERINGS: dict[str, Lowering] = {}
 VARIADIC: set[str] = set()  # ONNX operators whose inputs are all data
@@ -58,6 +56,6 @@ def writes(*ops: str) -> Callable[[Writing], Writing]:
     return register
 
 
-def write_same(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def write_same(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     """Write an operator that has the same attributes in ONNX."""
     return [(node.op, x, node.attributes)]

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from logshift.converter.float_graph import FloatNode
-from logshift.converter.onnx_writer import OnnxWriter, Step
+from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
 from logshift.converter.operators.registry import Unsupported, lowers, writes
-from logshift.runtime.graph import Node
 
 
 @lowers("Resize", "Upsample")
@@ -107,7 +105,7 @@ def _scales(
 
 
 @writes("Resize")
-def _write(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
+def _write(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     a = dict(node.attributes)
     scales, sizes, out = a.pop("scales", None), a.pop("sizes", None), node.outputs[0]
     # Before version 13 an input that is not given is an empty one.
@@ -132,7 +130,7 @@ def _write(to: OnnxWriter, node: Node | FloatNode, x: list[str]) -> list[Step]:
     return [("Resize", [x[0], roi, none, wanted], a)]
 
 
-def _dimensions(to: OnnxWriter, node: Node | FloatNode, x: str, axes: list[int]) -> str:
+def _dimensions(to: OnnxWriter, node: AnyNode, x: str, axes: list[int]) -> str:
     """Return the sizes of a tensor along some axes."""
     shape, found = to.fresh(f"{x}/shape"), to.fresh(f"{x}/dimensions")
     to.node("Shape", f"{node.name}/Shape", [x], shape)
