@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # none that do the same, whatever it has added by then.
 Lowering = Callable[["Context", "onnx.NodeProto", dict[str, Any]], None]
 
-# Takes a packed operator and the names of its inputs in ONNX; returns what `OnnxWriter.steps` takes.
+# Takes a packed operator and the names of its inputs in ONNX; for `OnnxWriter.steps`.
 Writing = Callable[[OnnxWriter, AnyNode, list[str]], list[Step]]
 
 LOWERINGS: dict[str, Lowering] = {}
