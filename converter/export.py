@@ -70,7 +70,6 @@ class _Export(OnnxWriter):
         graph.validate()  # fills in what attributes are by default
         super().__init__(_opset(graph))
         self.graph = graph
-        self.shapes = graph.nominal_shapes()
         self.weights: dict[str, WeightRecord] = {}
         self.scales: dict[str, float] = {}
         self.keep_float: set[str] = set()
