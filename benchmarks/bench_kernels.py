@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from logshift.converter.encode import encode
 from logshift.kernels import registry
-from logshift.kernels.stlq import codec
 from logshift.runtime import executor
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.plan.planner import Planner
@@ -65,7 +65,7 @@ def convolution(name: str) -> Graph:
     """One of `CONVOLUTIONS`, padded to "same"."""
     out, kernel, channels, group = CONVOLUTIONS[name]
     w = np.random.default_rng(0).laplace(0, 0.05, (out, kernel, kernel, channels))
-    weights = codec.encode(w.astype(np.float32))
+    weights = encode(w.astype(np.float32))
     attributes = {"pads": [kernel // 2] * 4, "group": group}
     node = Node("Conv", "conv", ["x"], ["y"], attributes, weights, np.zeros(out, np.float32))
     return graph_of(node, channels * group, (out, _SIZE, _SIZE))

@@ -28,8 +28,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from logshift import converter, runtime
-from logshift.converter.lower import ELEMENTWISE
 from logshift.converter.onnx_model import MIN_OPSET
+from logshift.converter.operators.functions import ELEMENTWISE
 from logshift.converter.progress import reporting
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import DTYPES

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from logshift.converter.encode import blocks, encode, gains, largest
 from logshift.converter.evaluate import Network, Value, clamped, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
-from logshift.kernels.stlq import codec
 from logshift.kernels.stlq.codec import LogWeights
 
 _PICTURES = 8  # that sensitivities are measured on
@@ -76,10 +76,10 @@ def fixed_plan(
     sizes: list[int] = []
     for node, single, variance in _measured(graph, samples, batches, settings, progress):
         assert node.weight is not None
-        gain = codec.gains(node.weight, single.alpha, bits, settings.residual_shift, single.clip)
+        gain = gains(node.weight, single.alpha, bits, settings.residual_shift, single.clip)
         gain *= np.repeat(variance, len(gain) // len(variance), axis=0)
-        blocks, size = codec.blocks(gain, settings.granularity, settings.tile)
-        worth.append(blocks.astype(np.float32) / size)
+        summed, size = blocks(gain, settings.granularity, settings.tile)
+        worth.append(summed.astype(np.float32) / size)
         sizes.append(size)
     weights = sum(node.weight.size for node in layers if node.weight is not None)
     bought = _bought(worth, sizes, ratio * weights)
@@ -93,7 +93,7 @@ def _bought(worth: list[np.ndarray], sizes: list[int], budget: float) -> list[np
     """Mark what the budget is spent on, by layers: what is worth most per weight comes first."""
     everything = np.concatenate(worth)
     if len(set(sizes)) == 1:
-        chosen = codec.largest(everything, min(int(budget // sizes[0]), len(everything)))
+        chosen = largest(everything, min(int(budget // sizes[0]), len(everything)))
     else:
         best = np.argsort(-everything, kind="stable")
         spent = np.cumsum(np.repeat(sizes, [len(part) for part in worth])[best])
@@ -187,7 +187,7 @@ def _measured(
     for number, node in enumerate(layers):
         progress(number, len(layers), f"measuring {node.name}")
         assert node.weight is not None
-        single = codec.encode(node.weight, settings.weight_bits, 0.0)
+        single = encode(node.weight, settings.weight_bits, 0.0)
         # What is not finite is for the conversion itself to refuse.
         with np.errstate(over="ignore", invalid="ignore"):
             sensitivity = network.sensitivity(node.output, single.values())

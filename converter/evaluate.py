@@ -13,11 +13,13 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
-from onnx.reference import ReferenceEvaluator
 
-from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function
+from logshift.converter.clamp import Clamp
+from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.layout import onnx_weight
-from logshift.converter.ort import session_options
+from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
+from logshift.converter.operators.registry import WRITINGS
+from logshift.converter.ort import session
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime.onnx_ops import numpy_ops
 
@@ -90,30 +92,24 @@ class Evaluator:
             return
         if node.op == "Lookup":
             assert node.function is not None
-            model = _function_model(node.function, TensorProto.FLOAT)
+            model = node.function.model(np.float32)
         else:
-            model = _node_model(node)
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
-        )
+            model = _NodeWriter(node).model()
+        self.session = session(model)
+        self.names = [value.name for value in self.session.get_inputs()]
 
     def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:
         """Return the output for `inputs`; `weight` replaces the node's own."""
         if self.session is None:
             x = inputs[0]
             return x.reshape(x.shape[:2]) if self.node.op == "Flatten" else x
-        feed = {f"x{i}": x for i, x in enumerate(inputs)}
-        if self.node.op == "Lookup":
-            feed = {self.session.get_inputs()[0].name: inputs[0]}
+        arguments = list(inputs)
         if self.node.is_conv:
             assert self.node.weight is not None and self.node.bias is not None
-            feed["w"] = onnx_weight(
-                self.node.op,
-                self.node.weight if weight is None else weight,
-                self.node.attributes["group"],
-            )
-            feed["b"] = self.node.bias
-        return self.session.run(None, feed)[0]
+            w = self.node.weight if weight is None else weight
+            group = self.node.attributes["group"]
+            arguments += [onnx_weight(self.node.op, w, group), self.node.bias]
+        return self.session.run(None, dict(zip(self.names, arguments, strict=True)))[0]
 
     def sweep(self, fetch: Fetch, count: int, weight: np.ndarray | None = None) -> np.ndarray:
         """Return the output for `count` pictures, evaluated a few at a time."""
@@ -170,100 +166,33 @@ class Network:
         return {name: y for name, y in zip(node.outputs, found, strict=True) if name}
 
 
-def evaluate_function(function: Function, x: np.ndarray) -> np.ndarray:
-    """Evaluate an element-wise function of x, one-dimensional, in float64.
+class _NodeWriter(OnnxWriter):
+    """Writes one node as a model whose inputs are the node's, and its weights."""
 
-    Returns an array of the shape of x, or (C, x.size) if channels differ.
+    def __init__(self, node: FloatNode) -> None:
+        super().__init__(_OPSET)
+        self.names.update(node.outputs)
+        self.inputs = [self.fresh(f"x{i}") for i in range(len(node.inputs))]
+        self._parameters: list[str] = []
+        steps = WRITINGS[node.op](self, node, list(self.inputs))
+        self.output = self.steps(node, steps, self.inputs[0])
+        self.inputs += self._parameters
 
-    Raises
-    ------
-    ConversionError
-        If it is not finite everywhere on `x`.
-    """
-    model = _function_model(function, TensorProto.DOUBLE)
-    # Constants of channels are (C, 1, 1).
-    channels = max((len(c) for c in function.constants.values() if c.ndim == 3), default=1)
-    x = np.broadcast_to(x.astype(np.float64), (1, channels, 1, x.size))
-    with np.errstate(all="ignore"):
-        (y,) = ReferenceEvaluator(model).run(None, {function.input: x})
-    y = np.broadcast_to(y, x.shape)
-    if not np.isfinite(y).all():
-        worst = float(x[~np.isfinite(y)][0])
-        raise ConversionError(
-            f"the element-wise function of {function.output!r} is not finite at x = {worst:g},"
-            " which its input can reach; keep_float leaves its node in float32"
+    def parameters(self, node: AnyNode) -> list[str]:
+        self._parameters = [self.fresh("weight"), self.fresh("bias")]
+        return self._parameters
+
+    def clamp(self, node: AnyNode) -> list[Step]:
+        return []
+
+    def model(self) -> onnx.ModelProto:
+        inputs, outputs = (
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+            for names in (self.inputs, [self.output])
         )
-    return np.asarray(y[0, :, 0] if channels > 1 else y.ravel(), np.float64)
-
-
-def _function_model(function: Function, dtype: int) -> onnx.ModelProto:
-    kind = np.float32 if dtype == TensorProto.FLOAT else np.float64
-    constants = [
-        onnx.numpy_helper.from_array(value.astype(kind), name)
-        for name, value in function.constants.items()
-    ]
-    graph = helper.make_graph(
-        function.nodes,
-        "function",
-        [helper.make_tensor_value_info(function.input, dtype, None)],
-        [helper.make_tensor_value_info(function.output, dtype, None)],
-        constants,
-    )
-    opset = helper.make_opsetid("", function.opset)
-    return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
-
-
-def _node_model(node: FloatNode) -> onnx.ModelProto:
-    attributes = dict(node.attributes)
-    inputs = [f"x{i}" for i in range(len(node.inputs))]
-    parameters: dict[str, np.ndarray] = {}
-    if node.is_conv:
-        nodes = [helper.make_node(node.op, ["x0", "w", "b"], ["conv"], **attributes)]
-        last = ["conv", "x1"] if len(inputs) == 2 else ["conv"]
-        nodes.append(helper.make_node("Sum", last, ["y"]))
-        inputs += ["w", "b"]
-    else:
-        if node.op == "Slice":
-            parameters = {
-                key: np.array(attributes.pop(key), np.int64)
-                for key in ("starts", "ends", "axes", "steps")
-            }
-        elif node.op == "Pad":
-            parameters = {"pads": np.array(attributes.pop("pads"), np.int64)}
-        elif node.op == "Resize":
-            parameters = _resize_parameters(attributes)
-        names = [name if parameters[name].size else "" for name in parameters]
-        nodes = [helper.make_node(node.op, inputs + names, ["y"], **attributes)]
-        if node.op == "Resize" and len(inputs) == 2:
-            nodes = [
-                helper.make_node("Shape", ["x1"], ["size"], start=2),
-                helper.make_node("Resize", ["x0", "", "", "size"], ["y"], **attributes),
-            ]
-    if node.op == "Gather":
-        parameters = {"indices": np.array(node.attributes["indices"], np.int64)}
-        nodes = [helper.make_node("Gather", ["x0", "indices"], ["y"], axis=1)]
-    elif node.op == "Swish":
-        nodes = [
-            helper.make_node("Sigmoid", ["x0"], ["s"]), helper.make_node("Mul", ["x0", "s"], ["y"])
-        ]  # fmt: skip
-    graph = helper.make_graph(
-        nodes,
-        "node",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [onnx.numpy_helper.from_array(v, name) for name, v in parameters.items() if v.size],
-    )
-    opset = helper.make_opsetid("", _OPSET)
-    return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
-
-
-def _resize_parameters(attributes: dict) -> dict[str, np.ndarray]:
-    attributes["axes"] = [2, 3]
-    return {
-        "roi": np.array([], np.float32),
-        "scales": np.array(attributes.pop("scales", []), np.float32),
-        "sizes": np.array(attributes.pop("sizes", []), np.int64),
-    }
+        graph = helper.make_graph(self.nodes, "node", inputs, outputs, self.initializers)
+        opset = helper.make_opsetid("", self.opset)
+        return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
 
 
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:

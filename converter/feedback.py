@@ -14,10 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from logshift.converter.encode import eligible, encode, gains, round_in_turn, select
 from logshift.converter.evaluate import Fetch
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.settings import Settings
-from logshift.kernels.stlq import codec
 from logshift.kernels.stlq.codec import LogWeights
 
 _DAMPING = 0.01  # of the mean variance: inputs that never vary must not break the inverse
@@ -146,13 +146,13 @@ def _columns(node: FloatNode, x: np.ndarray, count: int, rng: np.random.Generato
 
 def encode_alone(weight: np.ndarray, settings: Settings, ratio: float) -> LogWeights:
     """Quantize the weights of one layer, each by itself."""
-    return codec.encode(
+    return encode(
         weight, settings.weight_bits, ratio, granularity=settings.granularity,
         tile=settings.tile, residual_shift=settings.residual_shift,
     )  # fmt: skip
 
 
-def encode(
+def encode_with_feedback(
     weight: np.ndarray, moments: np.ndarray, cross: np.ndarray, settings: Settings, ratio: float
 ) -> LogWeights:
     """Quantize the weights of one layer.
@@ -180,21 +180,21 @@ def encode(
         matrix[g] += matrix[g] @ cross[g] @ np.linalg.inv(_damped(moments[g], _CAUTION))
     alpha = plain.alpha.reshape(group, -1)
     updates = [_update(m) for m in moments]
-    gain = codec.gains(weight, plain.alpha, plain.bits, plain.residual_shift, plain.clip)
+    gain = gains(weight, plain.alpha, plain.bits, plain.residual_shift, plain.clip)
     gain = gain.reshape(matrix.shape)
     for g, (order, update) in enumerate(updates):
         gain[g][:, order] /= np.diag(update) ** 2
     first, second = (np.empty(matrix.shape, np.uint8) for _ in range(2))
     for _ in range(_PASSES):
-        eligible, least = _choice(gain, ratio, settings)
+        allowed, least = _choice(gain, ratio, settings)
         for g, (order, update) in enumerate(updates):
-            first[g][:, order], second[g][:, order], gain[g][:, order] = codec.round_in_turn(
+            first[g][:, order], second[g][:, order], gain[g][:, order] = round_in_turn(
                 matrix[g][:, order], update, alpha[g], plain.bits, plain.residual_shift,
-                plain.clip, eligible[g][:, order], least,
+                plain.clip, allowed[g][:, order], least,
             )  # fmt: skip
     if settings.granularity == "element":
         # The gains that led to the choice were those of the pass before.
-        second[~codec.select(gain.reshape(o, -1), ratio).reshape(gain.shape)] = 0
+        second[~select(gain.reshape(o, -1), ratio).reshape(gain.shape)] = 0
     return replace(plain, first=first.reshape(weight.shape), second=second.reshape(weight.shape))
 
 
@@ -203,7 +203,7 @@ def _choice(
 ) -> tuple[np.ndarray, float]:
     """Say which weights may have second words, and what these must gain for as many as allowed."""
     matrix = gain.reshape(-1, gain.shape[-1])
-    allowed = codec.eligible(matrix, residual_ratio, settings.granularity, settings.tile)
+    allowed = eligible(matrix, residual_ratio, settings.granularity, settings.tile)
     if settings.granularity != "element":
         return allowed.reshape(gain.shape), 0.0
     return np.ones(gain.shape, bool), float(matrix[~allowed].max(initial=0.0))

@@ -1,7 +1,7 @@
 """The lowered network: packed operations whose weights are still float.
 
-`lower` makes it from ONNX, `fuse` shrinks it, `edges` puts float32 at its ends and `quantize`
-packs it. Tensors carry the names of the ONNX tensors that they stand for.
+`lower` makes it from ONNX, `fuse` shrinks it, `place` says where codes end and float32 begins, and
+`quantize` packs it. Tensors carry the names of the ONNX tensors that they stand for.
 """
 
 from __future__ import annotations
@@ -11,60 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 
+from logshift.converter.clamp import NO_CLAMP, Clamp
+from logshift.converter.function import Function
 from logshift.kernels.errors import ConversionError
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.graph import Quantization, Shape, ValueInfo
-
-Clamp = tuple[float | None, float | None]
-NO_CLAMP: Clamp = (None, None)
-
-
-def ordered(low: float | None, high: float | None) -> Clamp:
-    """Return the bounds of a Clip: where they cross, all values become the upper one."""
-    crossed = low is not None and high is not None and low > high
-    return (high if crossed else low), high
-
-
-def clamp_twice(first: Clamp, second: Clamp) -> Clamp:
-    """Return the bounds of one clamp after another."""
-    low, high = second
-
-    def bound(value: float | None, fallback: float | None) -> float | None:
-        if value is None:
-            return fallback
-        if low is not None:
-            value = max(value, low)
-        return value if high is None else min(value, high)
-
-    return bound(first[0], low), bound(first[1], high)
-
-
-def zero_side(q: Quantization) -> Clamp:
-    """Return the bound of codes that begin or end at zero."""
-    return 0.0 if q.zero_point == 0 else None, 0.0 if q.zero_point == q.top else None
-
-
-@dataclass
-class Function:
-    """An element-wise function of one tensor, as the ONNX nodes that compute it.
-
-    Attributes
-    ----------
-    input, output : str
-        Tensor names inside `nodes`.
-    nodes : list of onnx.NodeProto, in execution order
-    constants : dict of name to scalar array
-    opset : int
-        Version of the ONNX operators in `nodes`.
-    """
-
-    input: str
-    output: str
-    nodes: list[onnx.NodeProto]
-    constants: dict[str, np.ndarray]
-    opset: int
 
 
 @dataclass(eq=False)
@@ -119,6 +71,11 @@ class FloatNode:
     def outputs(self) -> list[str]:
         """Names of all outputs; "" for one that nobody reads."""
         return [self.output, *self.more_outputs]
+
+    @property
+    def weight_shape(self) -> Shape | None:
+        """(O, kh, kw, C / group), or None without weights."""
+        return None if self.weight is None else self.weight.shape
 
     @property
     def is_onnx(self) -> bool:

@@ -8,15 +8,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from logshift.converter.float_graph import (
-    NO_CLAMP,
-    Clamp,
-    FloatGraph,
-    FloatNode,
-    Function,
-    clamp_twice,
-    zero_side,
-)
+from logshift.converter.clamp import NO_CLAMP, clamp_twice, zero_side
+from logshift.converter.float_graph import FloatGraph, FloatNode
+from logshift.converter.function import Function
 from logshift.converter.recognise import scaled
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.operators.conv import pads_fit
@@ -130,7 +124,7 @@ class _Fusion:
             source = sources.pop()
             function = self._composed(node, source)
             if q := self.graph.quantization.get(node.output):
-                function = _bounded(function, zero_side(q))
+                function = function.bounded(zero_side(q))
             self._emit(FloatNode("Lookup", node.name, [source], node.output, function=function))
         elif kind == "Add":
             self._add(node)
@@ -203,20 +197,6 @@ class _Fusion:
             conv.attributes["pads"] = pads
             conv.inputs[0] = pad.inputs[0]
             self.nodes.remove(pad)
-
-
-def _bounded(function: Function, bounds: Clamp) -> Function:
-    """Return a function with bounds on its result."""
-    nodes, constants = list(function.nodes), dict(function.constants)
-    for op, bound in zip(("Max", "Min"), bounds, strict=True):
-        if bound is not None:
-            free, constant = f"{function.output}/free", f"{function.output}/{op}"
-            constants[constant] = np.array(bound, np.float32)
-            last = onnx.NodeProto()
-            last.CopyFrom(nodes[-1])
-            last.output[0] = free
-            nodes[-1:] = [last, onnx.helper.make_node(op, [free, constant], [function.output])]
-    return Function(function.input, function.output, nodes, constants, function.opset)
 
 
 def onnx_nodes(function: Function, name: str, graph: FloatGraph) -> list[FloatNode]:

@@ -1,7 +1,8 @@
 """What an ONNX model may say about itself for logshift: one JSON object in its metadata.
 
-Written by `export` and by trainers, read by `convert`; `docs/qdq.md` describes it. Every part may
-be missing, and what does not fit the model is not believed.
+Written by `export` and by trainers, read by `convert`; `docs/qdq.md` describes it, and
+`tests/vectors/metadata.json` holds `logshift.trainer`, which writes it by itself, to the same.
+Every part may be missing, and what does not fit the model is not believed.
 """
 
 from __future__ import annotations
@@ -59,10 +60,6 @@ class WeightRecord:
         alpha = [float(a) for a in weights.alpha]
         return cls(weights.bits, weights.residual_shift, weights.clip, alpha, granularity)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON types."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Metadata:
@@ -83,34 +80,58 @@ class Metadata:
     preprocessing: Preprocessing | None = None
     labels: list[str] | None = None
 
+    @classmethod
+    def read(cls, model: onnx.ModelProto) -> Metadata:
+        """Return the metadata of a model; empty if it has none.
 
-def read(model: onnx.ModelProto) -> Metadata:
-    """Return the metadata of a model; empty if it has none.
+        Raises
+        ------
+        ConversionError
+            If there is some, but not as `docs/qdq.md` describes it.
+        """
+        text = next((p.value for p in model.metadata_props if p.key == KEY), None)
+        if text is None:
+            return cls()
+        try:
+            return cls.from_json(json.loads(text))
+        except (ValueError, TypeError, AttributeError, RecursionError, LogshiftError) as error:
+            raise ConversionError(
+                f"the model's metadata {KEY!r} is not as docs/qdq.md describes it ({error})"
+            ) from error
 
-    Raises
-    ------
-    ConversionError
-        If there is some, but not as `docs/qdq.md` describes it.
-    """
-    text = next((p.value for p in model.metadata_props if p.key == KEY), None)
-    if text is None:
-        return Metadata()
-    try:
-        record = json.loads(text)
+    def write(self, model: onnx.ModelProto) -> None:
+        """Let this be the metadata of a model."""
+        from onnx import helper
+
+        helper.set_model_props(model, {KEY: json.dumps(self.to_json(), allow_nan=False)})
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Metadata:
+        """Return what a JSON object says; exceptions of any kind if it is not as it should be."""
         preprocessing, labels = record.get("preprocessing"), record.get("labels")
         if labels is not None and not all(isinstance(label, str) for label in labels):
             raise ValueError("labels must be strings")
         kept = record.get("keep_float", [])
         if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
             raise ValueError("keep_float must be a list of strings")
-        return Metadata(
+        return cls(
             {name: WeightRecord(**weight) for name, weight in record.get("weights", {}).items()},
             {name: float(scale) for name, scale in record.get("scales", {}).items()},
             frozenset(kept),
             None if preprocessing is None else Preprocessing.from_manifest(preprocessing),
             None if labels is None else list(labels),
         )
-    except (ValueError, TypeError, AttributeError, RecursionError, LogshiftError) as error:
-        raise ConversionError(
-            f"the model's metadata {KEY!r} is not as docs/qdq.md describes it ({error})"
-        ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        record: dict[str, Any] = {
+            "weights": {name: asdict(weight) for name, weight in self.weights.items()},
+            "scales": self.scales,
+        }
+        if self.keep_float:
+            record["keep_float"] = sorted(self.keep_float)
+        if self.preprocessing is not None:
+            record["preprocessing"] = self.preprocessing.to_manifest()
+        if self.labels is not None:
+            record["labels"] = self.labels
+        return record

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import onnxslim
 from onnx.reference import ReferenceEvaluator
 
-from logshift.converter import metadata, qdq
+from logshift.converter import qdq
 from logshift.converter.metadata import Metadata
-from logshift.converter.ort import session_options
+from logshift.converter.ort import session
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 
@@ -108,7 +107,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
     _check_opset(original, where)
     inputs = _inputs(original.graph)
-    known = metadata.read(original)
+    known = Metadata.read(original)
     original, quantization = qdq.strip(original, known)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     named = quantization or known.weights or known.keep_float
@@ -281,16 +280,11 @@ def run(
     ConversionError
         If neither can run it on these inputs.
     """
-    options = session_options()
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        runner = session(proto, optimize=optimize)
         # Simplifying removes inputs on which nothing depends.
-        known = {value.name for value in session.get_inputs()}
-        return list(session.run(None, {n: x for n, x in inputs.items() if n in known}))
+        known = {value.name for value in runner.get_inputs()}
+        return list(runner.run(None, {n: x for n, x in inputs.items() if n in known}))
     except Exception as error:  # onnxruntime's exceptions share no useful base
         if (found := run_reference(proto, inputs)) is None:
             raise ConversionError(f"onnxruntime cannot run the model: {error}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from logshift.runtime.cores import default_threads
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
 
 
@@ -28,3 +30,27 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     options.intra_op_num_threads = default_threads() if threads is None else threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def session(
+    model: onnx.ModelProto | str | os.PathLike[str],
+    threads: int | None = None,
+    *,
+    optimize: bool = True,
+) -> onnxruntime.InferenceSession:
+    """Return a session that lives beside others; see `session_options`.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto or path
+    threads : int, optional
+    optimize : bool
+        Whether onnxruntime may change its graph.
+    """
+    import onnxruntime
+
+    options = session_options(threads)
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model if isinstance(model, (str, os.PathLike)) else model.SerializeToString()
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

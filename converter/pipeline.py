@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from logshift.converter.extra import require
 from logshift.converter.progress import Progress, reporting
-from logshift.converter.report import LayerReport, Report, layer_bytes
+from logshift.converter.report import LayerReport, Report
 from logshift.converter.settings import AUTO, Settings, Target
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime.file import format
+from logshift.runtime.file.describe import layer_bytes
 from logshift.runtime.graph import Graph
 from logshift.runtime.picture import Preprocessing
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from logshift.converter.quantize import LayerError
     from logshift.converter.samples import Calibration, Samples
 
-_REQUIRED = ("onnx", "onnxruntime", "onnxslim")
 _MOST_SAMPLES = 512
 _FEWEST_SAMPLES = 16
 _MEMORY = 2**30
@@ -49,13 +49,13 @@ def convert(
     max_drop: float | None = None,
     min_snr: float | None = None,
     activation_bits: int | Mapping[str, int] = 8,
+    keep_float: Sequence[str] = (),
     granularity: str = "element",
     tile: int = 256,
     residual_shift: int = 0,
     activation_range: str = "mse",
     bias_correction: bool = True,
     error_feedback: bool = True,
-    keep_float: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
@@ -92,6 +92,8 @@ def convert(
         2 to 8, or 32: activations stay float32, and only weights are quantized. A dictionary gives
         the bits of nodes whose ONNX names fit patterns (`*`, `?`); the first that fits counts, and
         nodes that fit none have 8.
+    keep_float : list of str
+        Names of ONNX nodes, or patterns (`*`, `?`), that are not quantized at all.
     granularity : {"element", "tile", "filter"}
         What gets second words: single weights, tiles, or output channels.
     tile : int
@@ -105,8 +107,6 @@ def convert(
     error_feedback : bool
         Whether weights that are rounded later make up for those before them, as far as the
         calibration data show how; see `docs/quantization.md` section 2.
-    keep_float : list of str
-        Names of ONNX nodes, or patterns (`*`, `?`), that are not quantized at all.
     preprocessing : Preprocessing, optional
         How pictures become inputs; stored in the file. Pictures for calibration without it are
         prepared by the default `Preprocessing()`, and the report says so.
@@ -133,20 +133,20 @@ def convert(
     """
     wanted = Target.of(weight_bits, max_bytes, max_drop, min_snr)
     settings = Settings(
-        4 if wanted else weight_bits,  # type: ignore[arg-type]
-        residual_ratio,
-        activation_bits,
-        granularity,
-        tile,
-        residual_shift,
-        activation_range,
-        bias_correction,
-        error_feedback,
-        _patterns(keep_float),
+        weight_bits=4 if wanted else weight_bits,  # type: ignore[arg-type]
+        residual_ratio=residual_ratio,
+        activation_bits=activation_bits,
+        granularity=granularity,
+        tile=tile,
+        residual_shift=residual_shift,
+        activation_range=activation_range,
+        bias_correction=bias_correction,
+        error_feedback=error_feedback,
+        keep_float=_patterns(keep_float),
     )
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
-    _check_packages()
+    require("converting", "onnx", "onnxruntime", "onnxslim")
     from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import load
     from logshift.converter.quantize import quantize_graph
@@ -210,14 +210,6 @@ def _check_arguments(
         type(calibration_limit) is not int or calibration_limit < 1
     ):
         raise InputError(f"calibration_limit is {calibration_limit!r}; it must be at least 1")
-
-
-def _check_packages() -> None:
-    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConversionError(
-            f"converting needs {', '.join(missing)}: pip install 'logshift[converter]'"
-        )
 
 
 def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnx
 
-from logshift.converter.evaluate import evaluate_function
-from logshift.converter.float_graph import Clamp, FloatGraph, FloatNode, Function, ordered
+from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.fuse import onnx_nodes
-from logshift.kernels.errors import ConversionError
+from logshift.converter.operators.functions import packed_function
 from logshift.runtime.graph import NEWEST_OPSET
 from logshift.runtime.operators import OPERATORS
 
-# Functions of one tensor that packed operators compute on float32, under their ONNX names.
+# Packed operators that work on float32 rather than on codes if nobody wants codes of them.
 _ELEMENTWISE = {"Add", "Lookup", "Mul", "Sub"}
-_UNARY = {"Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Sigmoid", "Tanh"}
 
 
 def place(graph: FloatGraph, wants_float: Callable[[FloatNode], bool]) -> None:
@@ -166,10 +163,12 @@ class _Placement:
         if node.is_onnx:
             return [node]
         if node.function is not None:
-            source = node.inputs[0]
-            function = _renamed(node.function, source, node.output)
-            if packed := _packed_function(node, function):
-                return [packed]
+            function = node.function.renamed(node.inputs[0], node.output)
+            if found := packed_function(function):
+                op, attributes, clamp = found
+                node = FloatNode(op, node.name, node.inputs, node.output, attributes, clamp=clamp)
+                node.is_float = True
+                return [node]
             return onnx_nodes(function, node.name, self.graph)
         if node.op == "Gather":
             indices = f"{node.output}/indices"
@@ -180,75 +179,3 @@ class _Placement:
             return [node]
         assert "ff" in OPERATORS[node.op].codes
         return [node]
-
-
-def _renamed(function: Function, source: str, result: str) -> Function:
-    """Return a function with other names of its input and output."""
-    names = {function.input: source, function.output: result}
-    nodes = []
-    for node in function.nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.input[:] = [names.get(name, name) for name in node.input]
-        copy.output[:] = [names.get(name, name) for name in node.output]
-        nodes.append(copy)
-    return Function(source, result, nodes, function.constants, function.opset)
-
-
-def _packed_function(node: FloatNode, function: Function) -> FloatNode | None:
-    """Return an element-wise function as one packed operator on float32, if it is one."""
-    first = function.nodes[0]
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in first.attribute}
-
-    def packed(op: str, clamp: Clamp = (None, None)) -> FloatNode:
-        own = {k: v for k, v in attributes.items() if k in OPERATORS[op].attributes}
-        return FloatNode(
-            op, node.name, [function.input], function.output, own, clamp=clamp, is_float=True
-        )
-
-    if len(function.nodes) == 1:
-        if first.op_type in _UNARY:
-            return packed(first.op_type)
-        if first.op_type == "Relu":
-            return packed("Clip", (0.0, None))
-        if first.op_type == "Clip" and all(a.size == 1 for a in function.constants.values()):
-            bounds = [attributes.get("min"), attributes.get("max")]
-            for index, name in enumerate(first.input[1:3]):
-                if name:
-                    bounds[index] = float(function.constants[name].item())
-            low, high = (None if b is None or abs(b) > 1e30 else b for b in bounds)
-            return packed("Clip", ordered(low, high))
-    elif found := _recognised(function):
-        op, attributes = found
-        return packed(op)
-    return None
-
-
-# Around what bends, and far beyond.
-_POINTS = np.concatenate([np.linspace(-10, 10, 321), [-1e6, -1e3, 1e3, 1e6]])
-
-
-def _recognised(function: Function) -> tuple[str, dict[str, float]] | None:
-    """Return the activation that a function is, written in whatever nodes, and its attributes."""
-    x, zero, one = _POINTS, 160, 176  # where x is 0 and 1
-    try:
-        y = evaluate_function(function, x)
-    except ConversionError:
-        return None
-    if y.ndim > 1:
-        return None
-    with np.errstate(over="ignore"):
-        sigmoid = 1 / (1 + np.exp(-x))
-    beta, slope = float(y[zero]), float(y[zero + 1] - y[zero]) * (one - zero)
-    leak = float(-y[zero - (one - zero)])
-    candidates: list[tuple[str, dict[str, float], np.ndarray]] = [
-        ("HardSwish", {}, x * np.clip(x / 6 + 0.5, 0, 1)),
-        ("Swish", {}, x * sigmoid),
-        ("Sigmoid", {}, sigmoid),
-        ("HardSigmoid", {"alpha": slope, "beta": beta}, np.clip(slope * x + beta, 0, 1)),
-        ("LeakyRelu", {"alpha": leak}, np.where(x < 0, leak * x, x)),
-    ]
-    for op, attributes, expected in candidates:
-        if np.allclose(y, expected, rtol=1e-5, atol=1e-6):
-            return op, attributes
-    return None

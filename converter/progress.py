@@ -1,4 +1,4 @@
-"""Progress of a conversion, shown or handed on."""
+"""Progress of what takes long, shown or handed on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Progress = Callable[[int, int, str], None]
 
 @contextmanager
 def reporting(progress: Progress | bool | None) -> Iterator[Progress]:
-    """Yield a callable(done, total, what).
+    """Yield a callable(done, total, what) for a conversion.
 
     Parameters
     ----------
@@ -21,18 +21,34 @@ def reporting(progress: Progress | bool | None) -> Iterator[Progress]:
     """
     if callable(progress):
         yield progress
-        return
-    if progress is False or not sys.stderr.isatty():
-        yield lambda done, total, what: None
+    elif progress is False:
+        yield _nothing
+    else:
+        with bar("converting") as show:
+            yield show
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Progress]:
+    """Yield a callable(done, total, what) that moves a bar on the error stream.
+
+    It does nothing if rich is not installed or the error stream is no terminal.
+    """
+    if not sys.stderr.isatty():
+        yield _nothing
         return
     try:
         from rich.console import Console
         from rich.progress import Progress as Bar
     except ImportError:
-        yield lambda done, total, what: None
+        yield _nothing
         return
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("converting")
-        yield lambda done, total, what: bar.update(
-            task, completed=done, total=total, description=what or "converting"
+    with Bar(console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(title, total=None)
+        yield lambda done, total, what: shown.update(
+            task, completed=done, total=total, description=f"{title} {what}".rstrip()
         )
+
+
+def _nothing(done: int, total: int, what: str) -> None:
+    pass

@@ -13,7 +13,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from logshift.converter.float_graph import FloatGraph, FloatNode, Function, clamp_twice, zero_side
+from logshift.converter.clamp import clamp_twice, zero_side
+from logshift.converter.float_graph import FloatGraph, FloatNode
+from logshift.converter.function import Function, identity
 from logshift.converter.metadata import Metadata
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import Quantization
@@ -376,11 +378,6 @@ def settle(graph: FloatGraph) -> None:
 
 def _moves(node: FloatNode) -> bool:
     return not node.is_onnx and OPERATORS[node.op].keeps_quantization
-
-
-def identity(source: str, result: str) -> Function:
-    """Return the function that changes nothing but, as a table, the quantization."""
-    return Function(source, result, [helper.make_node("Identity", [source], [result])], {}, 13)
 
 
 def saturate(graph: FloatGraph) -> None:

@@ -20,15 +20,15 @@ from logshift.converter.evaluate import (
     Evaluator,
     Value,
     clamped,
-    evaluate_function,
     rows,
     run_onnx,
     snr_db,
 )
 from logshift.converter.float_graph import FloatGraph, FloatNode
+from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.kernels.errors import ConversionError
-from logshift.kernels.stlq import codec
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.graph import NEWEST_OPSET, ONNX_DOMAIN, Graph, Node, Quantization
 from logshift.runtime.operators import OPERATORS
 
@@ -36,8 +36,6 @@ from logshift.runtime.operators import OPERATORS
 _BYTES_PER_VALUE = 5
 
 _MOST_BITS = 8
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ class _Walk:
         codes = self.graph.code_tensors.intersection([*node.inputs, node.output])
         return node.words is not None and codes <= set(self.graph.quantization)
 
-    def _encode(self, node: FloatNode, count: int) -> codec.LogWeights:
+    def _encode(self, node: FloatNode, count: int) -> LogWeights:
         if node.words is not None:
             return node.words
         share = self.plan[node.output]
@@ -251,7 +249,7 @@ class _Walk:
             moments, cross = feedback.covariance(
                 node, self._quantized(node), self._exact(node), count, s.bias_correction
             )
-            return feedback.encode(node.weight, moments, cross, s, ratio)
+            return feedback.encode_with_feedback(node.weight, moments, cross, s, ratio)
         return feedback.encode_alone(node.weight, s, ratio)
 
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
@@ -277,7 +275,7 @@ class _Walk:
             q_x = self.quantization[node.inputs[0]]
             # Codes beyond the top never occur; they get the top's value.
             codes = np.minimum(np.arange(256), q_x.top)
-            y = evaluate_function(node.function, (codes - q_x.zero_point) * q_x.scale)
+            y = node.function((codes - q_x.zero_point) * q_x.scale)
             table = np.clip(np.rint(y / q.scale + q.zero_point), 0, q.top)
             packed.table = table.astype(np.uint8)
 

@@ -19,16 +19,12 @@ import onnx
 from onnx import helper, numpy_helper
 
 from logshift.converter.onnx_model import Model, Trace
+from logshift.converter.operators.functions import ELEMENTWISE
 
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 # Where axes of (N, H, W, C) are in (N, C, H, W).
 _AXES = (0, 2, 3, 1)
-_ELEMENTWISE = {
-    "Abs", "Add", "Cast", "Ceil", "Clip", "Div", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu",
-    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Max", "Min", "Mish", "Mul", "Neg",
-    "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub",
-    "Sum", "Tanh",
-}  # fmt: skip
+_ELEMENTWISE = ELEMENTWISE | {"Cast", "Dropout", "Identity", "Sum"}
 _REDUCING = {"ReduceMax", "ReduceMean"}
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze"}
 _MOVING = _VIEWS | {"Expand", "Tile", "Transpose"}

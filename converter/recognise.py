@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 
+from logshift.converter.encode import NEGLIGIBLE, nearest_codes
 from logshift.converter.metadata import WeightRecord
 from logshift.kernels.stlq import codec
 from logshift.kernels.stlq.codec import LogWeights
@@ -61,7 +62,7 @@ def scaled(words: LogWeights, factor: np.ndarray) -> LogWeights:
     factor : float64 array of shape (O,)
     """
     alpha = words.alpha * np.abs(factor)
-    kept = alpha >= codec.NEGLIGIBLE
+    kept = alpha >= NEGLIGIBLE
     sign = np.where(kept, np.sign(factor), 0).astype(np.int64)
     w = words.integers().astype(np.int64) * sign.reshape(-1, 1, 1, 1)
     alpha = np.where(kept, alpha, 1).astype(np.float32)
@@ -89,9 +90,9 @@ def _magnitudes(bits: int, shift: int, clip: int) -> np.ndarray:
 
 def _codes(w: np.ndarray, bits: int, shift: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the codes of both words of integers W, None if there is one that has none."""
-    first = codec.nearest_codes(w / 2.0**shift, bits)
+    first = nearest_codes(w / 2.0**shift, bits)
     rest = w - (codec.decode_codes(first, bits) << shift)
-    second = codec.nearest_codes(rest, bits)
+    second = nearest_codes(rest, bits)
     if (codec.decode_codes(second, bits) != rest).any():
         return None
     return first, second

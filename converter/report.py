@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from logshift.runtime.table import text_table
@@ -122,19 +119,3 @@ class Report:
 
 def _decibels(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.1f} dB"
-
-
-def layer_bytes(path: Path) -> Counter[int]:
-    """Return the bytes of each node's tensors in a packed file, by the node's index.
-
-    Tensors are named `<index of the node>.<what>`; see `docs/format.md`.
-    """
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    sizes: Counter[int] = Counter()
-    for name, tensor in header.items():
-        owner = name.split(".")[0]
-        if owner.isdecimal():
-            begin, end = tensor["data_offsets"]
-            sizes[int(owner)] += end - begin
-    return sizes

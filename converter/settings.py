@@ -1,48 +1,126 @@
-"""How a model is to be converted, checked before any work starts."""
+"""How a model is to be converted, checked before any work starts.
+
+What is said of a setting is said here, once: the command line makes its options of it, and a test
+holds the signature of `convert`, which editors show, to it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
+from typing import Any
 
+from logshift.converter.encode import GRANULARITIES
 from logshift.kernels.errors import InputError
 from logshift.kernels.stlq import codec
 
 AUTO = "auto"  # as weight_bits
-ACTIVATION_RANGES = ("minmax", "percentile", "mse")
+
+_MAX_DROP = 0.5  # where nothing is said
+_ACTIVATION_BITS = 8  # of nodes that no pattern fits
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is to be said of a setting: everything that checks, shows or asks for it has it of here.
+
+    Attributes
+    ----------
+    help : str
+        On the command line; the docstring of `convert` says more.
+    range : (low, high), optional
+        Of numbers.
+    choices : tuple of str, optional
+    flags : tuple of str
+        Names on the command line, if others than the setting's own.
+    metavar, shown_default : str, optional
+        On the command line.
+    kind : type
+        What the command line asks for, if another type than the setting's.
+    """
+
+    help: str
+    range: tuple[float, float] | None = None
+    choices: tuple[str, ...] | None = None
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    shown_default: str | bool = True
+    kind: Any = None
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value that is out of range, or no choice, naming the setting."""
+        if self.choices is not None and value not in self.choices:
+            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(self.choices)}")
+        if self.range is not None and value is not None:
+            low, high = self.range
+            if type(low) is int:
+                _check_integer(name, value, low, int(high))
+            elif not low <= value <= high:
+                raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}")
+
+
+def _setting(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"declaration": Declaration(help, **more)})
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of `convert` that decide about numbers; stored in the packed file."""
 
-    weight_bits: int = 4
-    residual_ratio: float = 0.15
-    activation_bits: int | Mapping[str, int] = 8
-    granularity: str = "element"
-    tile: int = codec.MAX_TILE
-    residual_shift: int = 0
-    activation_range: str = "mse"
-    bias_correction: bool = True
-    error_feedback: bool = True
-    keep_float: tuple[str, ...] = ()
+    weight_bits: int = _setting(
+        4,
+        "Bits of a weight word, 2 to 5; or 'auto': for every layer what is best.",
+        range=(codec.MIN_BITS, codec.MAX_BITS),
+        flags=("--bits", "--weight-bits"),
+        metavar="N|auto",
+        kind=str,
+    )
+    residual_ratio: float = _setting(
+        0.15, "Share of weights that get a second word, 0 to 1.", range=(0.0, 1.0)
+    )
+    activation_bits: int | Mapping[str, int] = _setting(
+        8, "Bits of activations, 2 to 8; 32 quantizes weights alone.", kind=int
+    )
+    granularity: str = _setting(
+        "element",
+        "What gets second words: weights, tiles or whole filters.",
+        choices=GRANULARITIES,
+    )
+    tile: int = _setting(codec.MAX_TILE, "Weights per tile, 1 to 256.", range=(1, codec.MAX_TILE))
+    residual_shift: int = _setting(
+        0,
+        "Second words on a grid 2^N times finer, 0 to 4.",
+        range=(0, codec.MAX_RESIDUAL_SHIFT),
+    )
+    activation_range: str = _setting(
+        "mse", "How activation ranges are chosen.", choices=("mse", "minmax", "percentile")
+    )
+    bias_correction: bool = _setting(
+        True, "Let biases make up for the mean error of quantized layers."
+    )
+    error_feedback: bool = _setting(
+        True, "Let weights make up for the rounding of those before them."
+    )
+    keep_float: tuple[str, ...] = _setting(
+        (),
+        "An ONNX node, or a pattern of names like 'head/*', that is not quantized at all; may be"
+        " given several times.",
+        metavar="NAME",
+        shown_default="none",
+        kind=list[str],
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done, naming the setting."""
-        _check_integer("weight_bits", self.weight_bits, codec.MIN_BITS, codec.MAX_BITS)
+        for name, declaration in declared(Settings).items():
+            declaration.check(name, getattr(self, name))
         if isinstance(self.activation_bits, Mapping):
             for pattern, bits in self.activation_bits.items():
                 _check_activation_bits(f"activation_bits[{pattern!r}]", bits)
         else:
             _check_activation_bits("activation_bits", self.activation_bits)
-        _check_integer("tile", self.tile, 1, codec.MAX_TILE)
-        _check_integer("residual_shift", self.residual_shift, 0, codec.MAX_RESIDUAL_SHIFT)
-        if not 0.0 <= self.residual_ratio <= 1.0:
-            raise InputError(f"residual_ratio is {self.residual_ratio}; it must be from 0 to 1")
-        _check_choice("granularity", self.granularity, codec.GRANULARITIES)
-        _check_choice("activation_range", self.activation_range, ACTIVATION_RANGES)
 
     def activation_bits_of(self, name: str) -> int:
         """Bits of the activations of the node `name`: those of the first pattern that it fits."""
@@ -84,9 +162,18 @@ class Target:
         Signal-to-noise ratio of the outputs, in dB.
     """
 
-    max_bytes: int | None = None
-    max_drop: float | None = None
-    min_snr: float | None = None
+    max_bytes: int | None = _setting(None, "With --bits auto: the best file of at most this size.")
+    max_drop: float | None = _setting(
+        None,
+        "With --bits auto: the smallest file that costs at most so many points of accuracy,"
+        " estimated on calibration pictures.",
+        shown_default=str(_MAX_DROP),
+    )
+    min_snr: float | None = _setting(
+        None,
+        "With --bits auto: the smallest file whose outputs have this signal-to-noise ratio in dB;"
+        " for networks that do not classify.",
+    )
 
     @classmethod
     def of(
@@ -125,8 +212,9 @@ class Target:
         return ", ".join(f"{k} {v}" for k, v in asdict(self).items() if v is not None)
 
 
-_MAX_DROP = 0.5  # where nothing is said
-_ACTIVATION_BITS = 8  # of nodes that no pattern fits
+def declared(kind: type[Settings] | type[Target]) -> dict[str, Declaration]:
+    """Return what is declared of each setting, in order."""
+    return {f.name: f.metadata["declaration"] for f in fields(kind)}
 
 
 def _check_activation_bits(name: str, value: int) -> None:
@@ -137,8 +225,3 @@ def _check_activation_bits(name: str, value: int) -> None:
 def _check_integer(name: str, value: int, low: int, high: int, more: str = "") -> None:
     if type(value) is not int or not low <= value <= high:
         raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}{more}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

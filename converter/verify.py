@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logshift.converter.ort import session_options
+from logshift.converter import ort
+from logshift.converter.extra import require
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import Session, load
 from logshift.runtime.table import text_table
@@ -19,8 +19,6 @@ from logshift.runtime.table import text_table
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
-
-_REQUIRED = ("onnx", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -132,10 +130,7 @@ def verify(
     InputError
         If an input does not fit, or there is none.
     """
-    if missing := [name for name in _REQUIRED if importlib.util.find_spec(name) is None]:
-        raise ConversionError(
-            f"verifying needs {', '.join(missing)}: pip install 'logshift[converter]'"
-        )
+    require("verifying", "onnx", "onnxruntime")
     session = packed if isinstance(packed, Session) else load(packed)
     reference, names = _reference(model, session)
     output = session.outputs[0].name
@@ -185,7 +180,6 @@ def _reference(
 ) -> tuple[onnxruntime.InferenceSession, list[str]]:
     """ONNX session that returns every tensor of the packed network, and these tensors' names."""
     import onnx
-    import onnxruntime
 
     try:
         proto = onnx.ModelProto()
@@ -208,9 +202,7 @@ def _reference(
     declared = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in declared)
     try:
-        reference = onnxruntime.InferenceSession(
-            proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
-        )
+        reference = ort.session(proto)
     except Exception as error:  # onnxruntime's exceptions share no useful base
         raise ConversionError(f"onnxruntime cannot load the model: {error}") from error
     return reference, names

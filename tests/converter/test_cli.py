@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from support.scripts import HOSTILE, make
 
-from logshift.kernels.stlq import codec
+from logshift.converter.encode import encode
 from logshift.runtime import Session, load
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import ValueInfo
@@ -141,7 +141,7 @@ def test_info_counts_second_words_in_deflated_streams(capsys, packed, ratio, enc
     graph = make.classifier()
     w = np.zeros((12, 64, 64, 12), np.float32)
     w[..., :2] = np.random.default_rng(0).standard_normal(w[..., :2].shape)
-    graph.nodes[make.DENSE].weights = codec.encode(w, 3, ratio)
+    graph.nodes[make.DENSE].weights = encode(w, 3, ratio)
     graph.nodes[make.DENSE].attributes["pads"] = [32, 32, 31, 31]
     packed_format.write(graph, packed)
     weight = make.take_apart(packed.read_bytes())[0]["nodes"][make.DENSE]["weight"]
@@ -261,7 +261,7 @@ def test_demo_names_what_is_on_the_pictures(capsys, tmp_path):
     assert out.stat().st_size == four["bytes"] > three["bytes"]
     assert four["bytes"] < 250_000 and four["bits_per_weight"] > three["bits_per_weight"]
     # What the command for one network says.
-    pictures = cli.DEMO / "pictures"
+    pictures = cli.demo.DEMO / "pictures"
     answers = json.loads(output(capsys, "run", out, pictures, "--json"))
     for answer, shown in zip(answers, four["pictures"], strict=True):
         assert answer["top"][0]["label"] == shown["label"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,19 @@ from hypothesis import HealthCheck, assume, given, settings
 from PIL import Image
 from support import graphs, oracle
 from support.graphs import assume_small_output_padding
-from support.onnx_nets import Net, noise
+from support.onnx_nets import Net, network, noise
 from support.scripts import make
 
 onnx = pytest.importorskip("onnx", reason="needs the extra `converter`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `converter`")
-from logshift.converter import ConversionError, Preprocessing, convert, metadata  # noqa: E402
+from logshift.converter import ConversionError, Preprocessing, convert  # noqa: E402
 from logshift.converter.export import export  # noqa: E402
+from logshift.converter.metadata import KEY, Metadata, WeightRecord  # noqa: E402
 from logshift.runtime import load  # noqa: E402
 from logshift.runtime.file import format as packed_format  # noqa: E402
 
 DEMO = Path(__file__).parents[2] / "converter" / "demo"
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors/metadata.json").read_text())
 
 
 def run(path, inputs, codes=()):
@@ -107,13 +110,13 @@ def test_metadata_and_free_dimensions(tmp_path):
         dims = value.type.tensor_type.shape.dim
         assert info.name == value.name
         assert info.shape == tuple(d.dim_param or d.dim_value for d in dims)
-    found = metadata.read(model)
+    found = Metadata.read(model)
     assert found.labels == graph.labels
     assert found.preprocessing == Preprocessing.from_manifest(graph.preprocessing)
     for node in graph.nodes:
         if node.weights is not None:
             record = found.weights[f"{node.outputs[0]}/weight"]
-            assert record == metadata.WeightRecord.of(node.weights, "element")
+            assert record == WeightRecord.of(node.weights, "element")
             assert record.bits == node.weights.bits
             np.testing.assert_array_equal(np.float32(record.alpha), node.weights.alpha)
 
@@ -121,10 +124,48 @@ def test_metadata_and_free_dimensions(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "{", '{"weights": {"w": {"bits": 4}}}', '{"labels": [1]}'])
 def test_metadata_of_others_is_refused(text):
     model = onnx.ModelProto()
-    assert metadata.read(model) == metadata.Metadata()
-    onnx.helper.set_model_props(model, {metadata.KEY: text})
+    assert Metadata.read(model) == Metadata()
+    onnx.helper.set_model_props(model, {KEY: text})
     with pytest.raises(ConversionError, match="docs/qdq.md"):
-        metadata.read(model)
+        Metadata.read(model)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_metadata_of_the_vectors_shared_with_the_trainer(name):
+    record = VECTORS[name]
+    model = onnx.ModelProto()
+    onnx.helper.set_model_props(model, {KEY: json.dumps(record)})
+    found = Metadata.read(model)
+    assert {key: vars(record) for key, record in found.weights.items()} == given.get("weights", {})
+    assert found.keep_float == set(given.get("keep_float", ())) and found.labels == given.get(
+        "labels"
+    )
+    written = onnx.ModelProto()
+    found.write(written)
+    assert Metadata.read(written) == found
+    (entry,) = written.metadata_props
+    assert json.loads(entry.value) == {"weights": {}, "scales": {}} | record
+
+
+@pytest.mark.parametrize("kept", [["n_Conv0"], ["*"]])
+def test_layers_on_float32_stay_so_when_converted_again(kept, tmp_path):
+    model, paths = network(), [tmp_path / "one.stlq", tmp_path / "two.stlq"]
+    convert(model, paths[0], calibration=noise(), keep_float=kept)
+    export(paths[0], tmp_path / "net.onnx")
+    convert(tmp_path / "net.onnx", paths[1], calibration=noise())
+    one, two = map(packed_format.read, paths)
+    assert [node.op for node in one.nodes] == [node.op for node in two.nodes]
+    assert list(one.quantization.values()) == list(two.quantization.values())
+    for first, second in zip(one.nodes, two.nodes, strict=True):
+        for before, after in zip(*map(_parameters, (first, second)), strict=True):
+            np.testing.assert_array_equal(before, after)
+    floats = sum(node.float_weights is not None for node in two.nodes)
+    assert floats == (3 if kept == ["*"] else 1)
+
+
+def _parameters(node):
+    words = node.weights and node.weights.integers()
+    return [x for x in (node.float_weights, words, node.bias) if x is not None]
 
 
 def test_failure_leaves_the_old_file(tmp_path, monkeypatch):
@@ -181,7 +222,7 @@ def test_float32_and_onnx_operators(opset, options, tmp_path):
     assert (np.abs(found - expected) <= tolerance).mean() >= 0.999
     written = onnx.load(tmp_path / "net.onnx")
     assert any(node.op_type == "QuantizeLinear" for node in written.graph.node) != bool(options)
-    assert bool(metadata.read(written).weights) == ("keep_float" not in options)
+    assert bool(Metadata.read(written).weights) == ("keep_float" not in options)
 
 
 def test_old_onnx_operators_are_refused(tmp_path):

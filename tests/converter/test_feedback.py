@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from support.onnx_nets import Net
 
 from logshift.converter import budget, convert, feedback
+from logshift.converter.encode import GRANULARITIES, encode
 from logshift.converter.evaluate import Evaluator
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.settings import Settings
-from logshift.kernels.stlq import codec
 from logshift.runtime.file import format as packed_format
 
 CONVOLUTIONS = {
@@ -91,7 +91,7 @@ def output_error(weight, words, moments):
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-@pytest.mark.parametrize("granularity", codec.GRANULARITIES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("bits", [3, 4])
 def test_feedback_keeps_outputs_better_for_as_many_words(kind, granularity, bits):
     kernel, channels, group, attributes = CONVOLUTIONS[kind]
@@ -99,8 +99,8 @@ def test_feedback_keeps_outputs_better_for_as_many_words(kind, granularity, bits
     x = inputs(channels)
     moments, cross = covariance(node, x, True)
     settings = Settings(bits, granularity=granularity, tile=4)
-    words = feedback.encode(node.weight, moments, cross, settings, 0.25)
-    plain = codec.encode(node.weight, bits, 0.25, granularity=granularity, tile=4)
+    words = feedback.encode_with_feedback(node.weight, moments, cross, settings, 0.25)
+    plain = encode(node.weight, bits, 0.25, granularity=granularity, tile=4)
     errors = [output_error(node.weight, w, moments) for w in (words, plain)]
     assert errors[0] < errors[1]
     chosen = (words.second & (2 ** (bits - 1) - 1)) != 0
@@ -116,8 +116,10 @@ def test_feedback_keeps_outputs_better_for_as_many_words(kind, granularity, bits
 def test_inputs_that_are_independent_leave_nothing_to_make_up_for():
     weight = np.random.default_rng(0).laplace(0, 0.1, (12, 3, 3, 7)).astype(np.float32)
     settings = Settings(4)
-    words = feedback.encode(weight, np.eye(63)[None], np.zeros((1, 63, 63)), settings, 0.15)
-    plain = codec.encode(weight, 4, 0.15)
+    words = feedback.encode_with_feedback(
+        weight, np.eye(63)[None], np.zeros((1, 63, 63)), settings, 0.15
+    )
+    plain = encode(weight, 4, 0.15)
     assert np.array_equal(words.first, plain.first)
     assert (words.second != plain.second).mean() < 0.01  # ties among gains
 
@@ -127,7 +129,7 @@ def test_inputs_that_never_vary():
     moments = np.zeros((1, 10, 10))
     for last in (0.0, 1.0):
         moments[0, -1, -1] = last
-        words = feedback.encode(weight, moments, 0 * moments, Settings(4), 0.15)
+        words = feedback.encode_with_feedback(weight, moments, 0 * moments, Settings(4), 0.15)
         assert np.isfinite(words.values()).all()
 
 
@@ -137,7 +139,7 @@ def test_fit_makes_up_for_what_inputs_have_lost():
     x = 0.8 * exact  # as if quantization had shrunk them
     moments, cross = covariance(node, x, True, exact)
     np.testing.assert_allclose(cross, 0.25 * moments, atol=1e-3 * np.abs(moments).max())
-    words = feedback.encode(node.weight, moments, cross, Settings(4), 1.0)
+    words = feedback.encode_with_feedback(node.weight, moments, cross, Settings(4), 1.0)
     larger = np.vdot(words.values(), node.weight) / np.vdot(node.weight, node.weight)
     assert 1.05 < larger < 1.3
 

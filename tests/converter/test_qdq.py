@@ -16,10 +16,11 @@ from onnx import TensorProto, helper  # noqa: E402
 from support.graphs import assume_small_output_padding  # noqa: E402
 from support.onnx_nets import Net, network, noise, operations  # noqa: E402  # noqa: E402
 
-from logshift.converter import ConversionError, convert, metadata  # noqa: E402
+from logshift.converter import ConversionError, convert  # noqa: E402
+from logshift.converter.encode import encode  # noqa: E402
 from logshift.converter.export import export  # noqa: E402
+from logshift.converter.metadata import KEY, WeightRecord  # noqa: E402
 from logshift.converter.recognise import recognise, scaled  # noqa: E402
-from logshift.kernels.stlq import codec  # noqa: E402
 from logshift.runtime import load  # noqa: E402
 from logshift.runtime.file import format as packed_format  # noqa: E402
 from logshift.runtime.graph import Quantization  # noqa: E402
@@ -46,7 +47,7 @@ class QuantizedNet(Net):
         return self.node("DequantizeLinear", codes, *parameters)
 
     def on_grid(self, *shape, bits=4, ratio=0.3, **options):
-        words = codec.encode(self.rng.standard_normal(shape), bits, ratio, **options)
+        words = encode(self.rng.standard_normal(shape), bits, ratio, **options)
         return words, self.constant(words.values().transpose(0, 3, 1, 2))
 
     def conv(self, x, channels=4, out=4, kernel=3, words=True, **attributes):
@@ -55,7 +56,7 @@ class QuantizedNet(Net):
         attributes.setdefault("pads", [kernel // 2] * 4)
         shape = (out, kernel, kernel, channels // attributes.get("group", 1))
         weight, name = self.on_grid(*shape)
-        self.records[name] = metadata.WeightRecord.of(weight, "element").to_json()
+        self.records[name] = vars(WeightRecord.of(weight, "element"))
         bias = self.constant(0.1 * self.rng.standard_normal(out))
         return self.node("Conv", x, name, bias, **attributes)
 
@@ -64,7 +65,7 @@ class QuantizedNet(Net):
         model.ir_version = 10
         if hints:
             text = json.dumps({"weights": self.records})
-            helper.set_model_props(model, {metadata.KEY: text})
+            helper.set_model_props(model, {KEY: text})
         return model
 
 
@@ -278,7 +279,7 @@ def test_words_are_recognised(seed, bits, shift, clip, ratio):
     found = recognise(values)
     assert found.bits <= bits
     np.testing.assert_array_equal(found.values(), values)
-    found = recognise(values, metadata.WeightRecord.of(words, "element"))
+    found = recognise(values, WeightRecord.of(words, "element"))
     assert (found.bits, found.residual_shift, found.clip) == (bits, shift, clip)
     np.testing.assert_array_equal(found.integers(), words.integers())
     np.testing.assert_array_equal(found.alpha, words.alpha)
@@ -291,15 +292,15 @@ def test_float_weights_are_not(seed):
     for shape in ((4, 3, 3, 8), (16, 3, 3, 1), (10, 1, 1, 16)):
         w = rng.standard_normal(shape).astype(np.float32)
         assert recognise(w) is None
-        words = codec.encode(w, 4, 0.3)
+        words = encode(w, 4, 0.3)
         values = words.values()
         values.ravel()[np.abs(values).argmax()] *= 1 + 1e-5
-        hint = metadata.WeightRecord.of(words, "element")
+        hint = WeightRecord.of(words, "element")
         assert recognise(values, hint) is None or shape[-1] == 1
 
 
 def test_scaling_channels_changes_alpha_and_signs_only():
-    words = codec.encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
+    words = encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
     found = scaled(words, np.array([2.5, -0.3, 0.0]))
     w = words.integers()
     np.testing.assert_array_equal(found.integers(), np.stack([w[0], -w[1], 0 * w[2]]))
@@ -309,7 +310,7 @@ def test_scaling_channels_changes_alpha_and_signs_only():
 
 
 def test_scaling_to_next_to_nothing_gives_zeros():
-    words = codec.encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
+    words = encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
     found = scaled(words, np.array([1e-45, -1e-31, 1e-20]))
     np.testing.assert_array_equal(found.integers()[2], words.integers()[2])
     assert not found.integers()[:2].any() and (found.alpha[:2] == 1).all()
@@ -327,7 +328,7 @@ def test_batch_normalization_goes_into_alpha(path, hints):
     record = next(iter(net.records.values()))
     words = recognise(
         np.stack([t for t in _initializers(model, 4)])[0].transpose(0, 2, 3, 1),
-        metadata.WeightRecord(**record),
+        WeightRecord(**record),
     )
     signs = np.sign(_initializers(model, 1)[1]).reshape(-1, 1, 1, 1)
     found = graph.nodes[1].weights
@@ -488,11 +489,11 @@ def test_weights_that_shall_stay_float(path):
     model = net.model(y)
     weight = next(node.input[1] for node in model.graph.node if node.op_type == "Conv")
     helper.set_model_props(
-        model, {metadata.KEY: json.dumps({"weights": net.records, "keep_float": [weight]})}
+        model, {KEY: json.dumps({"weights": net.records, "keep_float": [weight]})}
     )
     convert(model, path, calibration=noise(8, (4, 8, 8)))
     float_conv, packed_conv = (node for node in packed_format.read(path).nodes if node.op == "Conv")
     assert float_conv.weights is None and packed_conv.weights is not None
-    helper.set_model_props(model, {metadata.KEY: json.dumps({"keep_float": weight})})
+    helper.set_model_props(model, {KEY: json.dumps({"keep_float": weight})})
     with pytest.raises(ConversionError, match="keep_float must be a list of strings"):
         convert(model, path, calibration=noise(8, (4, 8, 8)))

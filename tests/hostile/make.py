@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from logshift.kernels.stlq import codec
+from logshift.converter.encode import encode
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.infer import nominal_shapes
@@ -50,9 +51,9 @@ def _finish(nodes: list[Node], quantization: dict[str, Quantization], size: int,
     return graph
 
 
-def _weights(shape: tuple[int, ...], bits: int, ratio: float, shift: int = 0) -> codec.LogWeights:
+def _weights(shape: tuple[int, ...], bits: int, ratio: float, shift: int = 0) -> LogWeights:
     w = np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
-    return codec.encode(w, bits, ratio, residual_shift=shift)
+    return encode(w, bits, ratio, residual_shift=shift)
 
 
 def classifier() -> Graph:

@@ -15,6 +15,7 @@ from support.graphs import GRAPHS, build, random_weights
 from support.scripts import HOSTILE, make, script
 
 from logshift import runtime
+from logshift.converter.encode import encode
 from logshift.kernels.errors import FormatError
 from logshift.kernels.stlq import codec
 from logshift.runtime.file import format as packed_format
@@ -94,7 +95,7 @@ def test_optional_parts_round_trip(network):
 def test_every_encoding_round_trips_and_the_smaller_is_taken(bits, ratio):
     graph = make.classifier()
     w = np.random.default_rng(1).standard_normal((12, 3, 3, 2)).astype(np.float32)
-    graph.nodes[make.SPARSE].weights = codec.encode(w, bits, ratio)
+    graph.nodes[make.SPARSE].weights = encode(w, bits, ratio)
     data = packed_format.serialize(graph)
     assert_same(graph, packed_format.deserialize(data))
     encoding = make.take_apart(data)[0]["nodes"][make.SPARSE]["weight"]["positions"]
@@ -162,7 +163,7 @@ def test_streams_are_deflated_where_that_is_smaller():
     graph = make.classifier()
     w = np.random.default_rng(1).standard_normal((12, 3, 3, 2)) * 0
     w[0, 0, 0, 0] = 1
-    graph.nodes[make.SPARSE].weights = codec.encode(w, 4, 0.0)
+    graph.nodes[make.SPARSE].weights = encode(w, 4, 0.0)
     data = packed_format.serialize(graph)
     assert make.take_apart(data)[0]["nodes"][make.SPARSE]["weight"]["zlib"] == ["first"]
     assert_same(graph, packed_format.deserialize(data))
@@ -171,7 +172,7 @@ def test_streams_are_deflated_where_that_is_smaller():
 def test_degenerate_weights_stay_readable():
     """A layer of equal weights would deflate 1000 times, more than a reader accepts."""
     graph = make.classifier()
-    same = codec.encode(np.ones((12, 64, 64, 12)), 4, 0.0)
+    same = encode(np.ones((12, 64, 64, 12)), 4, 0.0)
     graph.nodes[make.DENSE].weights = same
     graph.nodes[make.DENSE].attributes["pads"] = [32, 32, 31, 31]
     data = packed_format.serialize(graph)

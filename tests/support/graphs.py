@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from logshift.converter.encode import encode
 from logshift.kernels.errors import FormatError
-from logshift.kernels.stlq import codec
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.infer import infer_nominal, nominal_shapes
 from logshift.runtime.validate import validate
@@ -78,7 +78,7 @@ def tables(draw, top, channels):
 def random_weights(rng, shape, bits, ratio, residual_shift, clip=None):
     """Codes of normally distributed weights, a few of them zero."""
     w = rng.standard_normal(shape).astype(np.float32) * (rng.random(shape) > 0.05)
-    return codec.encode(w, bits, ratio, residual_shift=residual_shift, clip=clip)
+    return encode(w, bits, ratio, residual_shift=residual_shift, clip=clip)
 
 
 @st.composite

@@ -1,7 +1,7 @@
 """Make `stlq.json`: weights and the words q0 and q1 that section 2 gives them, by exact fractions.
 
-Both implementations of the arithmetic are tested against these vectors, the codec in NumPy and the
-trainer in PyTorch; neither imports the other, and this file imports neither.
+Both implementations of the arithmetic are tested against these vectors, the encoder in NumPy and
+the trainer in PyTorch; neither imports the other, and this file imports neither.
 
     python tests/vectors/make.py
 """

@@ -1,6 +1,7 @@
 """Exported files: the grid to the bit, batch norms folded, outputs as in PyTorch."""
 
 import json
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 import torch
 from conftest import trained_looking
 from onnx import numpy_helper
+from torch import nn
 
-from logshift.trainer.config import Config, Method
+from logshift.trainer.config import Config, LayerConfig, Method
 from logshift.trainer.export import export_onnx, grid
 from logshift.trainer.models import MODELS
 from logshift.trainer.quantize import prepare, weight_quantizers
+
+VECTORS = Path(__file__).parents[2] / "tests/vectors/metadata.json"
 
 
 def metadata(model):
@@ -58,6 +62,26 @@ def test_weights_lie_on_the_grid_exactly(tmp_path, bits, activation_bits):
         kept = ours.abs().sum(1) > 0
         assert torch.equal(ours[kept].abs(), trained[kept].abs())
         assert kept.float().mean() > 0.8
+
+
+def test_metadata_are_those_of_the_shared_vectors(tmp_path):
+    """The converter reads the same vectors, and writes metadata by them."""
+    expected = json.loads(VECTORS.read_text())["trainer"]
+    layers = [nn.Conv2d(c, 2, 1) for c in (3, 2, 2)]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    config = Config(
+        residual_shift=1, granularity="tile", activation_bits=32,
+        first=LayerConfig(keep_float=True), last=LayerConfig(weight_bits=3),
+    )  # fmt: skip
+    network = prepare(model, config)
+    for name, _, quantizer in weight_quantizers(network):
+        with torch.no_grad():
+            quantizer.alpha[:, 0] = torch.tensor(expected["weights"][f"{name}.weight"]["alpha"])
+    export_onnx(
+        network, tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8),
+        labels=tuple(expected["labels"]), preprocessing=expected["preprocessing"],
+    )  # fmt: skip
+    assert metadata(onnx.load(tmp_path / "a.onnx")) == expected
 
 
 @pytest.mark.parametrize("name, shape", [

@@ -1,4 +1,4 @@
-"""The arithmetic, against vectors that the codec is tested against too, and its gradients."""
+"""The arithmetic, against vectors that the encoder is tested against too, and its gradients."""
 
 import json
 from pathlib import Path

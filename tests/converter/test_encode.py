@@ -1,4 +1,4 @@
-"""The codec against obvious twins, and the bounds that kernels and the format rely on."""
+"""Encoding against obvious twins, and the bounds that kernels and the format rely on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from logshift.converter import encode
 from logshift.kernels.errors import InputError
 from logshift.kernels.stlq import codec
 
 BITS = st.integers(codec.MIN_BITS, codec.MAX_BITS)
-SCALES = np.float32([1, 1e-10, 1e-20, 2.0**-97, codec.NEGLIGIBLE / 50, 2.0**-126, 2.0**-140])
+SCALES = np.float32([1, 1e-10, 1e-20, 2.0**-97, encode.NEGLIGIBLE / 50, 2.0**-126, 2.0**-140])
 WEIGHTS = st.builds(
     np.multiply,
     arrays.arrays(
@@ -52,9 +53,9 @@ def encoded(draw):
     """Weights, and what `encode` made of them under any settings."""
     w = draw(WEIGHTS)
     ratio = draw(st.sampled_from([0.0, 0.15, 0.5, 1.0]) | st.floats(0, 1))
-    granularity = draw(st.sampled_from(codec.GRANULARITIES))
+    granularity = draw(st.sampled_from(encode.GRANULARITIES))
     tile = draw(st.integers(1, codec.MAX_TILE))
-    code = codec.encode(
+    code = encode.encode(
         w, draw(BITS), ratio, granularity=granularity, tile=tile,
         residual_shift=draw(st.integers(0, codec.MAX_RESIDUAL_SHIFT)),
         clip=draw(st.sampled_from([None, 1, 2])),
@@ -64,7 +65,7 @@ def encoded(draw):
 
 def test_levels_are_those_of_the_specification():
     assert [codec.exponent_levels(b) for b in (2, 3, 4, 5)] == [1, 3, 7, 15]
-    assert [codec.default_clip(b) for b in (2, 3, 4, 5)] == [2, 2, 1, 1]
+    assert [encode.default_clip(b) for b in (2, 3, 4, 5)] == [2, 2, 1, 1]
     for bits in range(2, 6):
         codes = np.array([c for c in range(2**bits) if c != 1 << (bits - 1)], np.uint8)
         assert sorted(codec.decode_codes(codes, bits)) == sorted(levels(bits))
@@ -72,7 +73,7 @@ def test_levels_are_those_of_the_specification():
 
 @given(r=st.floats(-(2.0**17), 2.0**17, width=32), bits=BITS)
 def test_nearest_level(r, bits):
-    code = codec.nearest_codes(np.array([r]), bits)
+    code = encode.nearest_codes(np.array([r]), bits)
     assert codec.decode_codes(code, bits)[0] == nearest(np.float32(r), bits)
 
 
@@ -80,7 +81,7 @@ def test_nearest_level(r, bits):
 def test_vectors_shared_with_the_trainer(case):
     w = np.array(case["w"], np.float32).reshape(1, 1, 1, -1)
     alpha = np.array([case["alpha"]], np.float32)
-    words = codec.encode(
+    words = encode.encode(
         w,
         case["bits"],
         1.0,
@@ -101,7 +102,7 @@ def test_ties_go_toward_zero(bits, data):
     sign = data.draw(st.sampled_from([-1, 1]))
     middle = np.float32(sign * (table[i] + table[i + 1]) / 2)
     above = np.nextafter(middle, np.float32(sign * np.inf))
-    codes = codec.nearest_codes(np.array([middle, above]), bits)
+    codes = encode.nearest_codes(np.array([middle, above]), bits)
     assert list(codec.decode_codes(codes, bits)) == [sign * table[i], sign * table[i + 1]]
 
 
@@ -115,7 +116,7 @@ def test_codes_and_integers_stay_in_their_bounds(case):
         assert words.max() < 2**code.bits and not (words == negative_zero).any()
     assert np.abs(code.integers()).max() <= code.limit
     assert np.isfinite(code.alpha).all() and (code.alpha > 0).all()
-    if code.bits <= 4 and code.residual_shift == 0 and code.clip == codec.default_clip(code.bits):
+    if code.bits <= 4 and code.residual_shift == 0 and code.clip == encode.default_clip(code.bits):
         assert np.abs(code.integers()).max() <= 64  # what an int8 kernel lives on
 
 
@@ -153,7 +154,7 @@ def test_second_words_keep_to_ratio_and_granularity(case):
 def test_selected_blocks_are_complete(case):
     """In a chosen tile or filter every weight that profits from a second word has one."""
     w, code, _, granularity, tile = case
-    full = codec.encode(
+    full = encode.encode(
         w, code.bits, 1.0, residual_shift=code.residual_shift, clip=code.clip, alpha=code.alpha
     )
     assert np.array_equal(full.first, code.first)
@@ -170,9 +171,9 @@ def test_selected_blocks_are_complete(case):
 def test_elements_are_selected_by_the_squared_error_they_remove(w, bits, ratio):
     alpha = np.abs(w).max(axis=(1, 2, 3))
     alpha[alpha == 0] = 1
-    none = codec.encode(w, bits, 0.0, alpha=alpha)
-    full = codec.encode(w, bits, 1.0, alpha=alpha)
-    some = codec.encode(w, bits, ratio, alpha=alpha)
+    none = encode.encode(w, bits, 0.0, alpha=alpha)
+    full = encode.encode(w, bits, 1.0, alpha=alpha)
+    some = encode.encode(w, bits, ratio, alpha=alpha)
     target = np.clip(w, *(np.array([-1, 1])[:, None, None, None, None] * none.clip
                           * alpha[:, None, None, None]))  # fmt: skip
     target = target.astype(np.float64)
@@ -190,8 +191,8 @@ def test_errors_of_the_search_are_those_of_the_words(w, bits, shift, clip, data)
     largest = np.maximum(np.abs(w).max(axis=1), np.float32(1e-3))
     alpha = largest * np.array([data.draw(size) for _ in w], np.float32)
     one, gain = np.empty_like(w), np.empty_like(w)
-    codec._errors(w, alpha, codec.exponent_levels(bits), shift, clip, one, gain)
-    code = codec.encode(
+    encode._errors(w, alpha, codec.exponent_levels(bits), shift, clip, one, gain)
+    code = encode.encode(
         w[:, :, None, None], bits, 1.0, residual_shift=shift, clip=clip, alpha=alpha
     )
     unit = alpha[:, None].astype(np.float64) / 2.0 ** (codec.exponent_levels(bits) - 1)
@@ -208,18 +209,18 @@ def test_errors_of_the_search_are_those_of_the_words(w, bits, shift, clip, data)
 @given(w=WEIGHTS, bits=BITS, ratio=st.sampled_from([0.0, 0.15, 1.0]), shift=st.integers(0, 2))
 def test_searched_alpha_is_no_worse_than_the_maximum(w, bits, ratio, shift):
     largest = np.abs(w).max(axis=(1, 2, 3))
-    negligible = largest < codec.NEGLIGIBLE
+    negligible = largest < encode.NEGLIGIBLE
     largest[negligible] = 1
-    alpha = codec.search_alpha(w, bits, residual_ratio=ratio, residual_shift=shift)
+    alpha = encode.search_alpha(w, bits, residual_ratio=ratio, residual_shift=shift)
     assert (alpha <= largest).all() and (alpha[negligible] == 1).all()
-    assert (alpha >= np.float32(codec.NEGLIGIBLE / 2**1.75)).all()
+    assert (alpha >= np.float32(encode.NEGLIGIBLE / 2**1.75)).all()
     # The search spends the ratio channel by channel; compare on the same terms.
     for o in range(len(w)):
         channel = w[o : o + 1]
         chosen = int(ratio * channel.size) / channel.size
         error = [
             np.square(
-                codec.encode(channel, bits, chosen, residual_shift=shift, alpha=a).values()
+                encode.encode(channel, bits, chosen, residual_shift=shift, alpha=a).values()
                 - channel.astype(np.float64)
             ).sum()
             for a in (alpha[o : o + 1], largest[o : o + 1])
@@ -242,7 +243,7 @@ def test_decoding_follows_the_formula(case):
 @given(encoded())
 def test_encoding_representable_weights_is_exact(case):
     _, code, *_ = case
-    again = codec.encode(
+    again = encode.encode(
         code.values(), code.bits, 1.0, residual_shift=code.residual_shift, clip=code.clip,
         alpha=code.alpha,
     )  # fmt: skip
@@ -252,7 +253,7 @@ def test_encoding_representable_weights_is_exact(case):
 @given(encoded())
 def test_encoding_is_deterministic(case):
     w, code, ratio, granularity, tile = case
-    again = codec.encode(
+    again = encode.encode(
         w, code.bits, ratio, granularity=granularity, tile=tile,
         residual_shift=code.residual_shift, clip=code.clip,
     )  # fmt: skip
@@ -261,18 +262,18 @@ def test_encoding_is_deterministic(case):
 
 
 def test_zeros_stay_zeros():
-    code = codec.encode(np.zeros((3, 1, 1, 2)), 4, 1.0)
+    code = encode.encode(np.zeros((3, 1, 1, 2)), 4, 1.0)
     assert not code.integers().any() and (code.alpha == 1).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_negligible_channels_are_zeros_and_no_weight_is_denormal(bits):
     """Section 1: channels below 2^-100; the least that remain give normal numbers only."""
-    least, tiny = np.float32(codec.NEGLIGIBLE), np.finfo(np.float32).tiny
+    least, tiny = np.float32(encode.NEGLIGIBLE), np.finfo(np.float32).tiny
     below = np.nextafter(least, np.float32(0))
     w = np.array([[below, -below], [1.2e-38, 0], [tiny, -tiny / 2], [1e-45, 0], [least, -least / 2],
                   [least, tiny]], np.float32)  # fmt: skip
-    code = codec.encode(w[:, None, None, :], bits, 1.0, residual_shift=codec.MAX_RESIDUAL_SHIFT)
+    code = encode.encode(w[:, None, None, :], bits, 1.0, residual_shift=codec.MAX_RESIDUAL_SHIFT)
     assert (code.alpha[:4] == 1).all() and not code.integers()[:4].any()
     assert code.integers()[4:, ..., 0].all() and code.integers()[5, 0, 0, 1] == 0
     assert code.unit()[4:].min() >= 2.0**-119.75
@@ -284,7 +285,7 @@ def test_negligible_channels_are_zeros_and_no_weight_is_denormal(bits):
 def test_small_weights_are_quantized_as_large_ones(scale):
     w = np.random.default_rng(0).standard_normal((4, 3, 3, 8)).astype(np.float32)
     for bits in (2, 3, 4, 5):
-        code, small = codec.encode(w, bits), codec.encode(w * np.float32(scale), bits)
+        code, small = encode.encode(w, bits), encode.encode(w * np.float32(scale), bits)
         assert np.array_equal(code.first, small.first)
         assert np.array_equal(code.second, small.second)
         assert np.array_equal(code.alpha * np.float32(scale), small.alpha)
@@ -293,7 +294,7 @@ def test_small_weights_are_quantized_as_large_ones(scale):
 def test_five_bits_on_normal_weights_are_about_as_good_as_four():
     w = np.random.default_rng(0).standard_normal((8, 3, 3, 16)).astype(np.float32)
     error = {
-        (bits, ratio): np.square(codec.encode(w, bits, ratio).values() - w).mean()
+        (bits, ratio): np.square(encode.encode(w, bits, ratio).values() - w).mean()
         for bits in (3, 4, 5)
         for ratio in (0.0, 0.15, 1.0)
     }
@@ -318,7 +319,7 @@ def test_five_bits_on_normal_weights_are_about_as_good_as_four():
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(InputError, match=message):
-        codec.encode(np.ones((1, 1, 1, 1)), **settings)
+        encode.encode(np.ones((1, 1, 1, 1)), **settings)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +328,7 @@ def test_settings_out_of_range(settings, message):
 )  # fmt: skip
 def test_weights_that_cannot_be_encoded(w):
     with pytest.raises(InputError, match="weights"):
-        codec.encode(w)
+        encode.encode(w)
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, np.inf]), min_size=1, max_size=30), st.data())
@@ -335,4 +336,4 @@ def test_largest(score, data):
     count = data.draw(st.integers(0, len(score)))
     expected = np.zeros(len(score), bool)
     expected[np.argsort(-np.array(score), kind="stable")[:count]] = True
-    np.testing.assert_array_equal(codec.largest(np.array(score), count), expected)
+    np.testing.assert_array_equal(encode.largest(np.array(score), count), expected)

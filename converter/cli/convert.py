@@ -1,0 +1,177 @@
+"""The command `logshift convert`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from logshift import converter
+from logshift.converter.cli.shared import Json, Onnx, choice, load_array, show
+from logshift.converter.settings import AUTO, Declaration, Settings, Target, declared
+from logshift.kernels.errors import InputError
+from logshift.runtime.picture import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RESAMPLING,
+    Preprocessing,
+)
+
+Interpolation: Any = choice("Interpolation", RESAMPLING)
+BILINEAR = Interpolation("bilinear")
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take every setting of `convert`, in its order, for `**settings`.
+
+    The options follow what must be given.
+    """
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
+    given = sum(parameter.default is inspect.Parameter.empty for parameter in own)
+    declarations = declared(Settings) | declared(Target)
+    hints = get_type_hints(Settings) | get_type_hints(Target)
+    options = [
+        _option(parameter, declarations[name], hints[name])
+        for name, parameter in inspect.signature(converter.convert).parameters.items()
+        if name in declarations
+    ]
+    signature = inspect.Signature([*own[:given], *options, *own[given:]])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return command
+
+
+def _option(setting: inspect.Parameter, about: Declaration, kind: Any) -> inspect.Parameter:
+    default = setting.default
+    if about.choices is not None:
+        kind = choice(setting.name, about.choices)
+        default = kind(default)
+    elif about.kind is str:
+        kind, default = str, str(default)
+    elif about.kind is not None:
+        kind, default = about.kind, default or None
+    option = typer.Option(
+        *about.flags, help=about.help, metavar=about.metavar, show_default=about.shown_default
+    )
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default,
+        annotation=Annotated[kind, option],
+    )  # fmt: skip
+
+
+@_with_settings
+def convert(
+    model: Onnx,
+    out: Annotated[Path, typer.Argument(metavar="FILE.stlq", help="The packed file to write.")],
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            help="Typical inputs: a folder of pictures, or a .npy file with a float32 array"
+            " (N, C, H, W) as the model takes it or uint8 pictures (N, H, W, C)."
+        ),
+    ],
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Per channel, in units of pixel / 255.", show_default="ImageNet's"),
+    ] = None,
+    std: Annotated[
+        str | None,
+        typer.Option(help="Per channel, in units of pixel / 255.", show_default="ImageNet's"),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="Length of the shorter side before the crop, or exact size.",
+            show_default="what the crop needs",
+        ),
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Centre crop.", show_default="input size")
+    ] = None,
+    bgr: Annotated[bool, typer.Option("--bgr", help="Channels in the order BGR.")] = False,
+    interpolation: Annotated[
+        Interpolation, typer.Option(help="How pictures are resized.")
+    ] = BILINEAR,
+    labels: Annotated[
+        Path | None, typer.Option(help="Text file of class names, one a line.")
+    ] = None,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Convert an ONNX model to a packed file.
+
+    Preprocessing (mean, std, resize, crop ...) is stored in the file, so that it takes pictures.
+
+    **Examples**
+
+    - `logshift convert resnet18.onnx resnet18.stlq --calibration photos/ --resize 256`
+
+    - `logshift convert net.onnx net.stlq --calibration inputs.npy --bits 3 --residual-ratio 0.3`
+
+    - `logshift convert net.onnx net.stlq --calibration photos/ --bits auto --max-bytes 2000000`
+    """
+    pictures = calibration.suffix != ".npy"
+    data: Any = calibration if pictures else load_array(calibration)
+    given = mean or std or resize or crop or bgr or interpolation is not BILINEAR
+    settings = {name: v.value if isinstance(v, Enum) else v for name, v in settings.items()}
+    settings["weight_bits"] = _bits(settings["weight_bits"])
+    settings["keep_float"] = settings["keep_float"] or ()
+    report = converter.convert(
+        model,
+        out,
+        calibration=data,
+        **settings,
+        preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
+        if given
+        else None,
+        labels=None if labels is None else _lines(labels),
+    )
+    show(report.to_dict(), str(report), as_json)
+
+
+def _bits(text: str) -> int | Literal["auto"]:
+    if text == AUTO:
+        return "auto"
+    if not text.isdecimal():
+        raise InputError(f"--bits {text!r}: give a number from 2 to 5, or auto")
+    return int(text)
+
+
+def _preprocessing(
+    mean: str | None, std: str | None, resize: str | None, crop: str | None, bgr: bool,
+    interpolation: str,
+) -> Preprocessing:  # fmt: skip
+    return Preprocessing(
+        resize=None if resize is None else int(resize) if resize.isdecimal() else _size(resize),
+        crop=None if crop is None else _size(crop),
+        mean=IMAGENET_MEAN if mean is None else _numbers("mean", mean),
+        std=IMAGENET_STD if std is None else _numbers("std", std),
+        channel_order="BGR" if bgr else "RGB",
+        interpolation=interpolation,
+    )
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--{name} {text!r}: give numbers like 0.485,0.456,0.406") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise InputError(f"size {text!r}: give height and width like 224x224")
+    return int(height), int(width)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file in UTF-8") from None

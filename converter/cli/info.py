@@ -1,0 +1,115 @@
+"""The command `logshift info`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from logshift.converter.cli.shared import Json, Packed, load, show
+from logshift.kernels.errors import InputError
+
+
+def info(
+    packed: Packed,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Load the file and show the kernel chosen for each layer."),
+    ] = False,
+    cost: Annotated[
+        bool,
+        typer.Option(
+            "--cost", help="Load the file and count shifts and adds, bits moved and cycles."
+        ),
+    ] = False,
+    tile: Annotated[
+        str,
+        typer.Option(
+            metavar="PxQ", help="Output channels and inputs per cycle of the array of --cost."
+        ),
+    ] = "16x16",
+    as_json: Json = False,
+) -> None:
+    """Show what a packed file holds, without loading its weights.
+
+    **Examples**
+
+    - `logshift info model.stlq`
+
+    - `logshift info model.stlq --json | jq .bits_per_weight`
+
+    - `logshift info model.stlq --cost --tile 8x32`
+    """
+    if kernels and cost:
+        raise InputError("--kernels and --cost are different tables: give one of them")
+    if kernels:
+        session = load(packed)
+        summary = session.summary()
+        show(summary.to_dict(), str(summary), as_json)
+        return
+    if cost:
+        from logshift.runtime.cost import cost as count
+        from logshift.runtime.file import format
+
+        sides = _tile(tile)
+        counted = count(format.read(packed), sides)
+        show(counted.to_dict(), str(counted), as_json)
+        return
+    from logshift.runtime.file.describe import describe
+
+    record = describe(packed)
+    show(record, _description(record), as_json)
+
+
+def _tile(text: str) -> tuple[int, int]:
+    try:
+        outputs, inputs = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise InputError(f"--tile {text!r}: give output channels and inputs like 16x16") from None
+    return outputs, inputs
+
+
+def _description(record: dict[str, Any]) -> str:
+    from logshift.runtime.table import text_table
+
+    def value(record: dict[str, Any]) -> str:
+        dtype = "" if record["dtype"] == "float32" else f"{record['dtype']} "
+        return f"{record['name']} {dtype}({', '.join(map(str, record['shape']))})"
+
+    def values(key: str) -> str:
+        return ", ".join(map(value, record[key]))
+
+    def pairs(record: dict[str, Any]) -> str:
+        return ", ".join(f"{k} {v}" for k, v in record.items() if v is not None)
+
+    lines = [
+        f"{record['file']}: {record['bytes']:,} bytes, format version {record['format_version']}",
+        f"inputs: {values('inputs')}",
+        f"outputs: {values('outputs')}",
+    ]
+    if record["preprocessing"]:
+        lines.append(f"preprocessing: {pairs(record['preprocessing'])}")
+    if labels := record["labels"]:
+        shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+        lines.append(f"labels: {len(labels)}: {shown}")
+    if record["settings"]:
+        lines.append(f"settings: {pairs(record['settings'])}")
+    rows = [("node", "op", "runs", "weights", "bits", "NZR %", "bytes")]
+    for node in record["nodes"]:
+        rows.append(
+            (
+                node["name"],
+                node["op"],
+                node["runs"],
+                "x".join(map(str, node.get("weight_shape", ()))),
+                str(node.get("bits", "")),
+                f"{100 * node['nzr']:.1f}" if "nzr" in node else "",
+                f"{node['bytes']:,}" if node["bytes"] else "",
+            )
+        )
+    lines += ["", text_table(rows, left=4), ""]
+    lines.append(
+        f"{record['weights']:,} weights, {record['bits_per_weight']:.2f} bits per weight,"
+        f" NZR {100 * record['nzr']:.1f} %"
+    )
+    return "\n".join(lines)

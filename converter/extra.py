@@ -1,0 +1,15 @@
+"""Packages of the extra `converter`: what needs them says so."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from logshift.kernels.errors import ConversionError
+
+
+def require(what: str, *packages: str) -> None:
+    """Raise `ConversionError` if `what` cannot go on for want of packages; says how to get them."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ConversionError(
+            f"{what} needs {', '.join(missing)}: pip install 'logshift[converter]'"
+        )

@@ -1,0 +1,95 @@
+"""An ONNX graph that is being written: what `export` and `evaluate` have in common.
+
+Packed operators become *steps*, see `operators.registry.writes`; the two differ in what they write
+around these: weights, bounds and the rounding to codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from logshift.converter.float_graph import FloatNode
+from logshift.runtime.graph import Node, Quantization
+
+AnyNode = Node | FloatNode
+
+# Operator, inputs (one may be what the step before makes), attributes.
+Step = tuple[str, list[str], dict[str, Any]]
+BEFORE = "<before>"
+
+
+class OnnxWriter:
+    """Nodes and initializers of an ONNX graph.
+
+    Attributes
+    ----------
+    opset : int
+        Version of ONNX's operators.
+    nodes, initializers : list
+    names : set of str
+        Of tensors that are there already.
+    """
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.names: set[str] = set()
+
+    def fresh(self, name: str) -> str:
+        """Return a tensor name that nothing has yet: `name`, if it can be had."""
+        chosen, number = name, 1
+        while chosen in self.names:
+            chosen, number = f"{name}_{number}", number + 1
+        self.names.add(chosen)
+        return chosen
+
+    def constant(self, name: str, value: Any, dtype: type[np.generic] = np.float32) -> str:
+        """Add an initializer; returns its name."""
+        name = self.fresh(name)
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def node(self, op: str, name: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        """Add a node."""
+        self.nodes.append(helper.make_node(op, inputs, [output], name, **attributes))
+
+    def steps(self, node: AnyNode, steps: list[Step], x: str) -> str:
+        """Add steps that each take the result of the one before; the last makes the output.
+
+        Returns the name of the result: that of the node's output, or `x` if there are no steps.
+        """
+        result = x
+        for index, (op, inputs, attributes) in enumerate(steps):
+            last = index == len(steps) - 1
+            inputs = [result if name == BEFORE else name for name in inputs]
+            result = node.outputs[0] if last else self.fresh(f"{node.outputs[0]}/{op}")
+            name = node.name if index == 0 else f"{node.name}/{op}"
+            self.node(op, name, inputs, result, **attributes)
+        return result
+
+    # --- what the two write in their own way ----------------------------------------------------
+
+    def parameters(self, node: AnyNode) -> list[str]:
+        """Return the names of weight and bias of a convolution."""
+        raise NotImplementedError
+
+    def clamp(self, node: AnyNode) -> list[Step]:
+        """Return the step that bounds a result, if it has bounds."""
+        raise NotImplementedError
+
+    def bounds(self, node: AnyNode) -> list[str]:
+        """Return the bounds of a result, as inputs of Clip."""
+        raise NotImplementedError
+
+    def codes(self, tensor: str) -> str:
+        """Return the uint8 tensor of the codes of a tensor."""
+        raise NotImplementedError
+
+    def quantization(self, tensor: str) -> Quantization:
+        """Return the quantization of a tensor of codes."""
+        raise NotImplementedError
