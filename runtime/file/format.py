@@ -186,7 +186,7 @@ def _deflate(streams: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, bool
         raw = array.tobytes()
         # Codes have no repeats worth finding: Huffman coding alone usually beats matching here.
         # It cannot shrink eight times, so there is always one that readers accept.
-        smallest: bytes = min(
+        smallest = min(
             (
                 packed
                 for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)
