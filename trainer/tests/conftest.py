@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
 from logshift.trainer.data.base import DataSet, order
 from logshift.trainer.quantize import calibrate
+
+# The command prints the same wherever the tests run; some CIs ask for colours.
+for _name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS"):
+    os.environ.pop(_name, None)
 
 
 class Blobs(DataSet):
@@ -85,10 +91,3 @@ def models(monkeypatch):
     from logshift.trainer import fit
 
     monkeypatch.setattr(fit, "MODELS", {"small": small})
-
-
-@pytest.fixture(autouse=True)
-def plain_output(monkeypatch):
-    """Let the command print the same wherever the tests run; some CIs ask for colours."""
-    for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS"):
-        monkeypatch.delenv(name, raising=False)
