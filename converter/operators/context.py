@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from logshift.converter.onnx_model import Model, Trace
 
 # What a draft adds to, by name.
-_MAPS = (
+ADDED = (
     "alias", "shapes", "onnx_shapes", "plain_names", "constants", "used_constants", "quantization"
 )  # fmt: skip
 
@@ -91,14 +91,14 @@ class Context:
         """Return a network to go on with, which leaves this one as it is."""
         draft = copy.copy(self)
         draft.nodes = []
-        for name in _MAPS:
+        for name in ADDED:
             setattr(draft, name, ChainMap({}, getattr(self, name)))
         return draft
 
     def accept(self, draft: Context) -> None:
         """Take over what a draft has added."""
         self.nodes += draft.nodes
-        for name in _MAPS:
+        for name in ADDED:
             getattr(self, name).update(getattr(draft, name).maps[0])
         self.fixed_size = draft.fixed_size
 

@@ -136,10 +136,9 @@ def test_metadata_of_the_vectors_shared_with_the_trainer(name):
     model = onnx.ModelProto()
     onnx.helper.set_model_props(model, {KEY: json.dumps(record)})
     found = Metadata.read(model)
-    assert {key: vars(record) for key, record in found.weights.items()} == given.get("weights", {})
-    assert found.keep_float == set(given.get("keep_float", ())) and found.labels == given.get(
-        "labels"
-    )
+    assert {key: vars(grid) for key, grid in found.weights.items()} == record.get("weights", {})
+    assert found.keep_float == set(record.get("keep_float", ()))
+    assert found.labels == record.get("labels")
     written = onnx.ModelProto()
     found.write(written)
     assert Metadata.read(written) == found

@@ -15,7 +15,7 @@ from logshift.converter.export import export
 from logshift.converter.float_graph import Problems
 from logshift.converter.lower import lower
 from logshift.converter.operators import registry
-from logshift.converter.operators.context import _MAPS, Context
+from logshift.converter.operators.context import ADDED, Context
 from logshift.converter.operators.functions import ELEMENTWISE
 from logshift.converter.operators.registry import LOWERINGS, WRITINGS, Unsupported
 from logshift.converter.rearrange import rearrange
@@ -90,7 +90,7 @@ OTHERS = {
 
 
 def state(ctx):
-    maps = {name: dict(getattr(ctx, name)) for name in _MAPS}
+    maps = {name: dict(getattr(ctx, name)) for name in ADDED}
     nodes = [
         (node.op, list(node.inputs), node.outputs, dict(node.attributes)) for node in ctx.nodes
     ]
