@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -392,21 +393,23 @@ ONNX_REDUCTIONS = {"sum": add, "max": maximum, "min": minimum}
 FIRST_TOTALS = (0.0, -np.inf, np.inf)  # of what reduces nothing yet
 
 
-@njit
-def called(function, *arguments):
-    """Return what a function makes of its arguments; for `by_number`."""
-    return function(*arguments)
+def by_number(table: Mapping[str, Any], call: Any = None) -> Any:
+    """Return what calls the function of a number, its place in a table, with arguments after it.
 
-
-def by_number(table: Mapping[str, Any], call: Any) -> Any:
-    """Return what calls `call(function, *arguments)` with the function of a number in a table.
-
-    That is compiled for each function by itself: with the choice inside, no loop would become
-    vectors. Numba takes no function out of a table, so the choice is written out.
+    With `call` that is given the function and the arguments. It is compiled for each function by
+    itself: with the choice inside, no loop would become vectors. Numba takes no function out of a
+    table, so the choice is written out.
     """
-    lines = ["def choose(number, *arguments):"]
-    for number in range(len(table)):
-        lines += [f"    if number == {number}:", f"        return call(f{number}, *arguments)"]
-    names = {f"f{number}": function for number, function in enumerate(table.values())}
-    exec("\n".join(lines), scope := {"call": call, **names})
+    names = [f"f{number}" for number in range(len(table))]
+    if call is None:
+        arguments = ", ".join(signature(next(iter(table.values())).py_func).parameters)
+        calls = [f"{name}({arguments})" for name in names]
+    else:
+        arguments = ", ".join([*signature(call.py_func).parameters][1:])
+        calls = [f"call({name}, {arguments})" for name in names]
+    lines = [f"def choose(number, {arguments}):"]
+    for number, text in enumerate(calls):
+        lines += [f"    if number == {number}:", f"        return {text}"]
+    scope = dict(zip(names, table.values(), strict=True), call=call)
+    exec("\n".join(lines), scope)
     return njit(error_model="numpy")(scope["choose"])

@@ -162,7 +162,7 @@ class Emission(Emitter):
 
         Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
         the least int32, and so would be what is above: only a residual can make it so large
-        (`dot.fits_int32`), and then hi comes first.
+        (`Layer.fits_int32`), and then hi comes first.
         """
         b = self.b
         if residual:

@@ -151,8 +151,8 @@ def in_reading_order(
     if tile.kind == "wide":  # vectors of even and of odd weights in turns
         split = weights.reshape(blocks, steps, tile.vectors, tile.lanes, 2, 2)
         ordered = np.ascontiguousarray(split.transpose(0, 1, 2, 5, 3, 4))
-    elif tile.kind == "depthwise":  # bytes interleave within halves of a register
-        order = np.arange(channels).reshape(2, 2, -1).transpose(1, 0, 2).ravel()
+    elif tile.kind == "depthwise":  # bytes interleave within each 16 of a register
+        order = np.arange(channels).reshape(-1, 2, 8).transpose(1, 0, 2).ravel()
         ordered, initials = weights[:, :, order], initials[:, order]
     else:
         ordered = weights

@@ -36,6 +36,7 @@ from logshift.kernels.machine.isa.avx2 import AVX2
 from logshift.kernels.machine.isa.avx512 import AVX512_VNNI, AVX512_VNNI_VBMI
 from logshift.kernels.machine.isa.avxvnni import AVX_VNNI
 from logshift.kernels.machine.isa.base import InstructionSet
+from logshift.kernels.machine.isa.ssse3 import SSSE3
 
 _I, _F, _P = np.int64, np.float32, np.uintp
 
@@ -143,10 +144,17 @@ MICROKERNELS = {
         Microkernel(AVX2, "pair", 12, 1),
         Microkernel(AVX2, "pair", 1, 2),
         Microkernel(AVX2, "pair", 1, 1),
+        Microkernel(SSSE3, "pair", 6, 2),
+        Microkernel(SSSE3, "pair", 12, 1),
+        Microkernel(SSSE3, "pair", 1, 2),
+        Microkernel(SSSE3, "pair", 1, 1),
         Microkernel(AVX512_VNNI, "wide", 6, 4),
         Microkernel(AVX2, "wide", 6, 2),
+        Microkernel(SSSE3, "wide", 6, 2),
         Microkernel(AVX2, "depthwise", 4, 4),
+        Microkernel(SSSE3, "depthwise", 4, 4),
         Microkernel(AVX2, "winograd", 6, 2),
+        Microkernel(SSSE3, "winograd", 6, 2),
         Microkernel(AVX512_VNNI, "winograd_dot", 6, 2),
         Microkernel(AVX512_VNNI, "winograd_dot", 4, 2),
         Microkernel(AVX_VNNI, "winograd_dot", 3, 2),

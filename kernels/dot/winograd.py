@@ -110,7 +110,7 @@ def _supports_dot(tile: Microkernel, layer: Layer) -> bool:
 
 
 def _cost(tile: Microkernel, layer: Layer) -> float:
-    """Cost in channels of the direct way, as in `dot`, from what was measured.
+    """Cost in channels of the direct way, as in `family`, from what was measured.
 
     The products are less than half as many; what is done once per output counts the more the fewer
     input channels there are, and the transform of codes the more the fewer output channels.

@@ -17,6 +17,7 @@ _V2 = {
     "64bit", "cmov", "cx8", "fxsr", "mmx", "sse", "sse2", "cx16", "sahf", "popcnt", "sse3", "ssse3",
     "sse4.1", "sse4.2", "crc32",
 }  # fmt: skip
+_SANDY = _V2 | {"avx", "xsave"}
 _V3 = _V2 | {"avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "evex512"}
 _VNNI = _V4 | {"avx512vnni"}
@@ -28,6 +29,7 @@ _ALDERLAKE = _V3 | {"avxvnni", "gfni"}
 # What code for a CPU, by LLVM's name, may use; for warm-up, and for NUMBA_CPU_NAME with
 # NUMBA_CPU_FEATURES="".
 _X86: dict[str, set[str]] = {
+    "nehalem": _V2, "westmere": _V2, "sandybridge": _SANDY, "ivybridge": _SANDY,
     "x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4,
     "haswell": _V3, "broadwell": _V3, "skylake": _V3,
     "skylake-avx512": _V4, "cascadelake": _VNNI, "cooperlake": _VNNI | {"avx512bf16"},

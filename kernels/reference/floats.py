@@ -234,7 +234,7 @@ def _depth_to_space(arguments, first_part, end_part, parts, slot):
 FLOAT_UNARY = record(**OUTPUT, function=INT, alpha=FLOAT, beta=FLOAT)
 
 
-_unary_by_number = functions.by_number(functions.UNARY_FUNCTIONS, functions.called)
+_unary_by_number = functions.by_number(functions.UNARY_FUNCTIONS)
 
 
 @register("float_unary", "reference", FLOAT_UNARY)

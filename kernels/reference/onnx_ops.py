@@ -71,7 +71,7 @@ def _move(arguments, first_part, end_part, parts, slot):
 # `function`: its place in `functions.ONNX_BINARY_FUNCTIONS`. Along the last axis x and r are
 # contiguous, or one of them is repeated.
 ONNX_BINARY = record(**OUTPUT, r=TENSOR, **_AXES, function=INT)
-_binary_by_number = functions.by_number(functions.ONNX_BINARY_FUNCTIONS, functions.called)
+_binary_by_number = functions.by_number(functions.ONNX_BINARY_FUNCTIONS)
 
 
 @register("onnx_binary", "reference", ONNX_BINARY)
@@ -88,7 +88,7 @@ def _binary(arguments, first_part, end_part, parts, slot):
 
 # Of n elements; `function`: its place in `functions.ONNX_UNARY_FUNCTIONS`.
 ONNX_UNARY = record(**OUTPUT, function=INT, alpha=FLOAT, beta=FLOAT)
-_unary_by_number = functions.by_number(functions.ONNX_UNARY_FUNCTIONS, functions.called)
+_unary_by_number = functions.by_number(functions.ONNX_UNARY_FUNCTIONS)
 
 
 @register("onnx_unary", "reference", ONNX_UNARY)
@@ -107,7 +107,7 @@ ONNX_REDUCE = record(
     **OUTPUT, **_AXES, reduced=ADDRESS, reduced_rank=INT, function=INT, divisor=INT,
     **SCRATCH,
 )  # fmt: skip
-_reduce_by_number = functions.by_number(functions.ONNX_REDUCTIONS, functions.called)
+_reduce_by_number = functions.by_number(functions.ONNX_REDUCTIONS)
 
 
 @register("onnx_reduce", "reference", ONNX_REDUCE)

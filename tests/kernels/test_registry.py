@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.assembly import needs_x86, printed_for
 
 from logshift import kernels as package
 from logshift.kernels import registry
@@ -42,3 +43,12 @@ def test_another_record_is_refused():
     with pytest.raises(ValueError, match="arguments of fill"):
         registry.register("fill", "portable", other, "other")
     assert all(k.variant != "other" for k in registry.kernels())
+
+
+@needs_x86
+@pytest.mark.parametrize(
+    ("cpu", "family"), [("x86-64", "shift"), ("nehalem", "dot"), ("haswell", "dot")]
+)
+def test_products_of_bytes_are_taken_where_there_are_any(cpu, family):
+    script = "from logshift.kernels import registry; print(registry.families('auto')[0])"
+    assert printed_for(cpu, script, "").split() == [family]
