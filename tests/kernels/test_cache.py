@@ -460,7 +460,7 @@ def test_is_warm_tells_families_apart(place):
 def test_warmup_without_a_place(nowhere, monkeypatch):
     from logshift.runtime import warm
 
-    monkeypatch.setattr(warm.abi, "to_compile", lambda kernels: [("one", compiled)])
+    monkeypatch.setattr(warm.registry, "to_compile", lambda kernels: [("one", compiled)])
     with pytest.warns(CacheWarning):
         (made,) = warmup(kernels="portable")
     assert (made.directory, made.size) == (None, 0)
