@@ -95,8 +95,8 @@ class Evaluator:
             model = node.function.model(np.float32)
         else:
             model = _NodeWriter(node).model()
-        self.session = session(model)
-        self.names = [value.name for value in self.session.get_inputs()]
+        self.session = opened = session(model)
+        self.names = [value.name for value in opened.get_inputs()]
 
     def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:
         """Return the output for `inputs`; `weight` replaces the node's own."""

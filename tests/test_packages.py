@@ -1,4 +1,4 @@
-"""Packages: all are installed, all kernels are found, and what imports what.
+"""Packages: all are installed, all kernels are found, what imports what, and what is private.
 
 Data goes one way, ONNX -> converter -> packed file -> runtime -> kernels, and nothing imports back.
 """
@@ -81,3 +81,30 @@ def test_every_module_that_registers_kernels_is_found(repository):
         if registers(path)
     }
     assert len(modules) > 5 and modules <= set(done.stdout.split())
+
+
+def taken(tree):
+    """Yield the private names that a module has of others of ours, with the lines."""
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("logshift"):
+            imported |= {alias.asname or alias.name for alias in node.names}
+            for name in [alias.name for alias in node.names] + node.module.split("."):
+                if name.startswith("_"):
+                    yield name, node.lineno
+    for node in ast.walk(tree):  # attributes of a module or class that was imported
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if private and node.value.id in imported:
+                yield f"{node.value.id}.{node.attr}", node.lineno
+
+
+@pytest.mark.parametrize("part", ["kernels", "runtime", "converter", "trainer"])
+def test_private_names_stay_in_their_modules(repository, part):
+    found = [
+        f"{path.relative_to(repository)}:{line} {name}"
+        for path in (repository / part).rglob("*.py")
+        if path.parent.name != "tests"
+        for name, line in taken(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, "\n".join(found)

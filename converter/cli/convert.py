@@ -23,6 +23,7 @@ from logshift.runtime.picture import (
 
 Interpolation: Any = choice("Interpolation", RESAMPLING)
 BILINEAR = Interpolation("bilinear")
+Resampling = Annotated[Interpolation, typer.Option(help="How pictures are resized.")]
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -94,9 +95,7 @@ def convert(
         str | None, typer.Option(metavar="HxW", help="Centre crop.", show_default="input size")
     ] = None,
     bgr: Annotated[bool, typer.Option("--bgr", help="Channels in the order BGR.")] = False,
-    interpolation: Annotated[
-        Interpolation, typer.Option(help="How pictures are resized.")
-    ] = BILINEAR,
+    interpolation: Resampling = BILINEAR,
     labels: Annotated[
         Path | None, typer.Option(help="Text file of class names, one a line.")
     ] = None,

@@ -233,7 +233,8 @@ def _graph(
             raise FormatError(f"constant {name!r} is given twice")
         constants[name] = array
     tensors.check_end()
-    graph = Graph(**fields | {"constants": constants})
+    fields["constants"] = constants
+    graph = Graph(**fields)
     validate(graph)
     return graph
 

@@ -226,7 +226,7 @@ def _unary(function: str, **defaults: float) -> Callable[[_Node], list[Call]]:
 
 def _function(n: _Node, function: str, alpha: float = 0, beta: float = 0) -> Call:
     with np.errstate(over="ignore"):
-        alpha, beta = np.float32(alpha), np.float32(beta)
+        alpha, beta = float(np.float32(alpha)), float(np.float32(beta))
     fields = {
         "n": math.prod(n.shape(n.x)), "height": 1, "width": 1, "channels": 1,
         "function": [*functions.ONNX_UNARY_FUNCTIONS].index(function), "alpha": alpha, "beta": beta,

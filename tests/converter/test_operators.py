@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 from support.onnx_nets import Net, convert, operations, samples
-from test_lower import KEPT, OPERATORS
+from support.operator_nets import KEPT, OPERATORS
 
 from logshift import runtime
 from logshift.converter import onnx_model
@@ -82,7 +82,7 @@ def test_what_is_refused_fixes_no_size(op, tmp_path):
     assert graph.inputs[0].shape == DYNAMIC
 
 
-# What is lowered, and not among the models of `test_lower`.
+# What is lowered, and not among the models of `operator_nets`.
 OTHERS = {
     "Gather": lambda n: n.node("Gather", "x", n.constant([2, 0], np.int64), axis=1),
     "SpaceToDepth": lambda n: n.node("SpaceToDepth", "x", blocksize=2),
