@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,17 +63,19 @@ class Form:
 
     def __init__(self, *fields: Field) -> None:
         self.fields = fields
+        self._reads = [(field.key, field.name, field.read, field.default) for field in fields]
 
     def read(self, record: Any, where: str) -> dict[str, Any]:
         """Return the fields by their names in memory; raises `FormatError`, which says where."""
+        given = record if isinstance(record, dict) else {}
         found = {}
-        for field in self.fields:
-            if isinstance(record, dict) and field.key in record:
-                found[field.name] = field.read(record[field.key], where, field.key)
-            elif field.default is _REQUIRED:
-                raise FormatError(f"{where}: {field.key!r} is missing")
+        for key, name, read, default in self._reads:
+            if key in given:
+                found[name] = read(given[key], where, key)
+            elif default is _REQUIRED:
+                raise FormatError(f"{where}: {key!r} is missing")
             else:
-                found[field.name] = copy(field.default)
+                found[name] = default.copy() if isinstance(default, dict) else default
         return found
 
     def write(self, thing: Any) -> dict[str, Any]:
@@ -105,7 +106,7 @@ _number = _kind("a number", int, float)
 
 def _list_of(name: str, *types: type) -> Reader:
     def read(value: Any, where: str, key: str) -> list[Any]:
-        if not all(type(item) in types for item in _list(value, where, key)):
+        if not set(map(type, _list(value, where, key))).issubset(types):
             raise FormatError(f"{where}: {key!r} must be a list of {name}")
         return value
 
