@@ -69,6 +69,8 @@ class OnnxWriter:
             inputs = [result if name == BEFORE else name for name in inputs]
             result = node.outputs[0] if last else self.fresh(f"{node.outputs[0]}/{op}")
             name = node.name if index == 0 else f"{node.name}/{op}"
+            if op in (before for before, _, _ in steps[1:index]):
+                name += f"_{index}"
             self.node(op, name, inputs, result, **attributes)
         return result
 

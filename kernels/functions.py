@@ -172,6 +172,37 @@ def tanh(x):
     return near if size < np.float32(0.625) else far
 
 
+# An odd rational function on [-4, 4], with a relative error below 5e-7.
+ERF_NUMERATOR = (
+    -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
+    -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02,
+)  # fmt: skip
+ERF_DENOMINATOR = (
+    -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)  # fmt: skip
+
+
+@njit(inline="always", error_model="numpy")
+def erf(x):
+    """Return the error function."""
+    v = clamp(x, np.float32(-4), np.float32(4))
+    square = v * v
+    p = np.float32(ERF_NUMERATOR[0])
+    p = p * square + np.float32(ERF_NUMERATOR[1])
+    p = p * square + np.float32(ERF_NUMERATOR[2])
+    p = p * square + np.float32(ERF_NUMERATOR[3])
+    p = p * square + np.float32(ERF_NUMERATOR[4])
+    p = p * square + np.float32(ERF_NUMERATOR[5])
+    p = p * square + np.float32(ERF_NUMERATOR[6])
+    q = np.float32(ERF_DENOMINATOR[0])
+    q = q * square + np.float32(ERF_DENOMINATOR[1])
+    q = q * square + np.float32(ERF_DENOMINATOR[2])
+    q = q * square + np.float32(ERF_DENOMINATOR[3])
+    q = q * square + np.float32(ERF_DENOMINATOR[4])
+    return clamp(p * v / q, np.float32(-1), _ONE)
+
+
 @njit(inline="always")
 def add(x, r):
     """Return x + r."""
@@ -235,6 +266,12 @@ def elu(x, alpha, beta):
     return x if x >= 0 else alpha * expm1(x)
 
 
+@njit(inline="always")
+def gelu(x, alpha, beta):
+    """Return x / 2 * (1 + erf(x / sqrt(2)))."""
+    return np.float32(0.5) * x * (_ONE + erf(x * np.float32(0.7071067811865476)))
+
+
 # --- of ONNX operators in ONNX's form: what is not a number stays so, as in NumPy -----------------
 
 
@@ -282,35 +319,10 @@ def onnx_elu(x, alpha, beta):
     return y if x == x else x
 
 
-# An odd rational function on [-4, 4], with a relative error below 5e-7.
-ERF_NUMERATOR = (
-    -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
-    -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02,
-)  # fmt: skip
-ERF_DENOMINATOR = (
-    -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
-    -1.42647390514189e-02,
-)  # fmt: skip
-
-
-@njit(inline="always", error_model="numpy")
+@njit(inline="always")
 def onnx_erf(x, alpha, beta):
     """Return the error function."""
-    v = clamp(x, np.float32(-4), np.float32(4))
-    square = v * v
-    p = np.float32(ERF_NUMERATOR[0])
-    p = p * square + np.float32(ERF_NUMERATOR[1])
-    p = p * square + np.float32(ERF_NUMERATOR[2])
-    p = p * square + np.float32(ERF_NUMERATOR[3])
-    p = p * square + np.float32(ERF_NUMERATOR[4])
-    p = p * square + np.float32(ERF_NUMERATOR[5])
-    p = p * square + np.float32(ERF_NUMERATOR[6])
-    q = np.float32(ERF_DENOMINATOR[0])
-    q = q * square + np.float32(ERF_DENOMINATOR[1])
-    q = q * square + np.float32(ERF_DENOMINATOR[2])
-    q = q * square + np.float32(ERF_DENOMINATOR[3])
-    q = q * square + np.float32(ERF_DENOMINATOR[4])
-    y = clamp(p * v / q, np.float32(-1), _ONE)
+    y = erf(x)
     return y if x == x else x
 
 
@@ -378,6 +390,7 @@ def onnx_tanh(x, alpha, beta):
 UNARY_FUNCTIONS = {
     "clip": clamp, "leaky_relu": leaky_relu, "sigmoid": sigmoid_of, "hard_sigmoid": hard_sigmoid,
     "hard_swish": hard_swish, "silu": silu, "tanh": tanh_of, "elu": elu,
+    "gelu": gelu,
 }  # fmt: skip
 ONNX_UNARY_FUNCTIONS = {
     "clip": onnx_clip, "abs": onnx_abs, "elu": onnx_elu, "erf": onnx_erf, "exp": onnx_exp,

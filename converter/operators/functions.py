@@ -6,6 +6,7 @@ it from here.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,17 @@ def _write_swish(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     return [("Sigmoid", x, {}), ("Mul", [*x, BEFORE], {})]
 
 
+@writes("Gelu")
+def _write_gelu(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
+    # An operator of its own only from version 20 on.
+    half, root, one = (
+        to.constant(f"{node.outputs[0]}/{name}", value)
+        for name, value in (("half", 0.5), ("root", math.sqrt(0.5)), ("one", 1.0))
+    )
+    steps: list[Step] = [("Mul", [*x, root], {}), ("Erf", [BEFORE], {}), ("Add", [BEFORE, one], {})]
+    return [*steps, ("Mul", [*x, BEFORE], {}), ("Mul", [BEFORE, half], {})]
+
+
 @writes("Clip")
 def _write_clip(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     return [("Clip", x + to.bounds(node), {})]
@@ -171,6 +183,8 @@ def packed_function(function: Function) -> tuple[str, dict[str, Any], Clamp] | N
         return first.op_type, {k: v for k, v in attributes.items() if k in known}, NO_CLAMP
     if first.op_type == "Relu":
         return "Clip", {}, (0.0, None)
+    if first.op_type == "Gelu" and attributes.get("approximate", b"none") == b"none":
+        return "Gelu", {}, NO_CLAMP
     if first.op_type == "Clip" and all(a.size == 1 for a in function.constants.values()):
         bounds = [attributes.get("min"), attributes.get("max")]
         for index, name in enumerate(first.input[1:3]):
@@ -201,6 +215,7 @@ def _recognised(function: Function) -> tuple[str, dict[str, float]] | None:
     candidates: list[tuple[str, dict[str, float], np.ndarray]] = [
         ("HardSwish", {}, x * np.clip(x / 6 + 0.5, 0, 1)),
         ("Swish", {}, x * sigmoid),
+        ("Gelu", {}, x / 2 * (1 + np.vectorize(math.erf)(x * math.sqrt(0.5)))),
         ("Sigmoid", {}, sigmoid),
         ("HardSigmoid", {"alpha": slope, "beta": beta}, np.clip(slope * x + beta, 0, 1)),
         ("LeakyRelu", {"alpha": leak}, np.where(x < 0, leak * x, x)),

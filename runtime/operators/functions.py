@@ -23,6 +23,7 @@ from logshift.runtime.plan.call import Call
 _FUNCTIONS: dict[str, tuple[str, Attributes]] = {
     "Clip": ("clip", {"clamp": (NO_CLAMP, clamp)}),
     "Elu": ("elu", {"alpha": (1.0, number)}),
+    "Gelu": ("gelu", {}),
     "HardSigmoid": ("hard_sigmoid", {"alpha": (0.2, number), "beta": (0.5, number)}),
     "HardSwish": ("hard_swish", {}),
     "LeakyRelu": ("leaky_relu", {"alpha": (0.01, number)}),

@@ -181,6 +181,29 @@ def test_swish(alpha, tmp_path):
     np.testing.assert_allclose(same, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["operator", "tanh", "in parts"])
+def test_gelu(how, tmp_path):
+    net = Net(opset=20)
+    x = net.conv("x")
+    if how == "in parts":
+        gate = net.node("Erf", net.node("Div", x, net.constant(np.sqrt(2))))
+        gate = net.node("Add", gate, net.constant(1.0))
+        y = net.node("Mul", net.node("Mul", x, gate), net.constant(0.5))
+    else:
+        y = net.node("Gelu", x, approximate="none" if how == "operator" else how)
+    model = net.model(net.conv(y))
+    x = samples(model)["x"][:3]
+    (y,) = ReferenceEvaluator(model).run(None, {"x": x})
+    on_codes = convert(model, tmp_path / "net.stlq")
+    assert operations(on_codes) == ["Conv", "Lookup", "Conv"]
+    on_floats = convert(model, tmp_path / "net.stlq", keep_float=["*"])
+    assert [n.op for n in on_floats.nodes if not n.is_onnx].count("Gelu") == (how != "tanh")
+    np.testing.assert_allclose(runtime.Session(on_floats).run(x), y, rtol=1e-4, atol=1e-5)
+    export(on_floats, tmp_path / "net.onnx")
+    (same,) = ReferenceEvaluator(str(tmp_path / "net.onnx")).run(None, {"x": x})
+    np.testing.assert_allclose(same, y, rtol=1e-4, atol=1e-5)
+
+
 @knows_swish
 @pytest.mark.parametrize("op", sorted(ELEMENTWISE))
 def test_transposes_move_through_all_functions(op):

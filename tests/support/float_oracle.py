@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -71,4 +73,5 @@ def unary(name, x, alpha, beta):
             "clip": np.clip(x, alpha, beta), "leaky_relu": np.where(x >= 0, x, alpha * x),
             "sigmoid": sigmoid, "hard_sigmoid": hard, "hard_swish": x * hard, "silu": x * sigmoid,
             "tanh": np.tanh(x), "elu": np.where(x >= 0, x, alpha * np.expm1(np.minimum(x, 0))),
+            "gelu": x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
         }[name]  # fmt: skip
