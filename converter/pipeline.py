@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -168,6 +169,7 @@ def convert(
             packed.preprocessing = samples.preprocessing.to_manifest()
         packed.labels = list(labels) if labels is not None else None
         packed.settings = asdict(settings)
+        packed.producer = f"logshift {version('logshift')}"
         if wanted:
             packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
 

@@ -132,6 +132,8 @@ class Graph:
         Class labels of the first output.
     settings : dict
         How the converter was called; for the reader's eye only.
+    producer : str
+        Name and version of the program that made it, if known; for the reader's eye only.
     constants : dict of tensor name to array
         Constant inputs of ONNX operators.
     opset : int
@@ -147,6 +149,7 @@ class Graph:
     settings: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     opset: int = NEWEST_OPSET
+    producer: str = ""
 
     def is_code(self, tensor: str) -> bool:
         """Tell whether a tensor holds uint8 codes."""

@@ -82,8 +82,10 @@ def _description(record: dict[str, Any]) -> str:
     def pairs(record: dict[str, Any]) -> str:
         return ", ".join(f"{k} {v}" for k, v in record.items() if v is not None)
 
+    by = f", by {record['producer']}" if record["producer"] else ""
+    version = f"format version {record['format_version']}{by}"
     lines = [
-        f"{record['file']}: {record['bytes']:,} bytes, format version {record['format_version']}",
+        f"{record['file']}: {record['bytes']:,} bytes, {version}",
         f"inputs: {values('inputs')}",
         f"outputs: {values('outputs')}",
     ]

@@ -42,6 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
             "file": str(path),
             "bytes": path.stat().st_size,
             "format_version": manifest["format_version"],
+            "producer": manifest.get("producer", ""),
             "inputs": [_value(v) for v in manifest["inputs"]],
             "outputs": [_value(v) for v in manifest["outputs"]],
             "preprocessing": manifest.get("preprocessing"),

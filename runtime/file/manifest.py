@@ -229,6 +229,7 @@ GRAPH = Form(
     ),
     Field("nodes", _list, lambda nodes: list(map(NODE.write, nodes))),
     Field("settings", _object),
+    Field("producer", _text, default=""),
     Field(
         "opset", _integer, default=NEWEST_OPSET,
         is_written=lambda graph: any(node.is_onnx for node in graph.nodes),

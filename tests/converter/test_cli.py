@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.onnx_nets import network, noise
 from support.scripts import HOSTILE, make
 
+from logshift import converter
 from logshift.converter.encode import encode
 from logshift.runtime import Session, load
 from logshift.runtime.file import format as packed_format
@@ -123,6 +126,14 @@ def test_info_tells_sizes_and_nzr_without_loading(capsys, packed, monkeypatch):
     text = output(capsys, "info", packed)
     for part in ("x (batch, 2, height, width)", "cat, dog, ship", "sparse", "bits per weight"):
         assert part in text
+
+
+def test_info_tells_who_made_a_file(capsys, tmp_path):
+    path, model = tmp_path / "net.stlq", network()
+    converter.convert(model, path, calibration=noise(4))
+    by = f"logshift {version('logshift')}"
+    assert json.loads(output(capsys, "info", path, "--json"))["producer"] == by
+    assert f"format version 2, by {by}" in output(capsys, "info", path)
 
 
 def test_info_tells_what_runs_how(capsys, packed):
@@ -266,9 +277,9 @@ def test_demo_names_what_is_on_the_pictures(capsys, tmp_path):
     for answer, shown in zip(answers, four["pictures"], strict=True):
         assert answer["top"][0]["label"] == shown["label"]
         assert answer["top"][0]["score"] == shown["score"]
-    for network in (four, three, plain):
-        right = [p["truth"] == p["label"] for p in network["pictures"]]
-        assert network["right"] == sum(right) > 0.5 * len(right) > 0
+    for kind in (four, three, plain):
+        right = [p["truth"] == p["label"] for p in kind["pictures"]]
+        assert kind["right"] == sum(right) > 0.5 * len(right) > 0
     text = output(capsys, "demo")
     assert f"{four['right']} of 6" in text and f"{three['bytes']:,}" in text
 

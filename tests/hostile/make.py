@@ -764,6 +764,11 @@ def unknown_dtype(manifest, tensors):
     manifest["inputs"][0]["dtype"] = "complex64"
 
 
+@fault("a producer that is no text", "'producer' must be a string")
+def producer_a_number(manifest, tensors):
+    manifest["producer"] = 1
+
+
 def table() -> str:
     """README.md's table of all files."""
     rows = [f"| {name}.stlq | {reason} | {part} |" for name, (reason, part, _) in FILES.items()]

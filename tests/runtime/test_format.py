@@ -33,7 +33,8 @@ def assert_same(a, b):
     """Assert that two graphs are equal, arrays included."""
     assert (a.inputs, a.outputs, a.quantization) == (b.inputs, b.outputs, b.quantization)
     assert (a.preprocessing, a.labels, a.settings) == (b.preprocessing, b.labels, b.settings)
-    assert a.opset == b.opset and list(a.constants) == list(b.constants)
+    assert (a.opset, a.producer) == (b.opset, b.producer)
+    assert list(a.constants) == list(b.constants)
     for name, x in a.constants.items():
         assert x.dtype == b.constants[name].dtype and np.array_equal(x, b.constants[name])
     for x, y in zip(a.nodes, b.nodes, strict=True):
@@ -87,6 +88,7 @@ def test_optional_parts_round_trip(network):
     graph = network()
     graph.settings = {"tile": 100, "note": "ä 漢 😀", "nested": [1, 2.5, None, {"a": True}]}
     graph.labels = ["chat", "犬", 'a "quoted" one\n']
+    graph.producer = "logshift 0.1.0"
     assert_same(graph, packed_format.deserialize(packed_format.serialize(graph)))
 
 
