@@ -7,12 +7,13 @@ import numpy as np
 from logshift.runtime.graph import Quantization
 
 _SAMPLE = 2**16
-_PERCENTILE = 99.99
 _FRACTIONS = np.linspace(0.2, 1.0, 33)
 _SMALLEST_RANGE = 1e-12
 
 
-def choose_quantization(values: np.ndarray, bits: int, method: str) -> Quantization:
+def choose_quantization(
+    values: np.ndarray, bits: int, method: str, percentile: float
+) -> Quantization:
     """Choose scale and zero point for a tensor.
 
     Parameters
@@ -21,8 +22,10 @@ def choose_quantization(values: np.ndarray, bits: int, method: str) -> Quantizat
     bits : int
         A; codes are 0 to 2^A - 1.
     method : {"minmax", "percentile", "mse"}
-        The range of codes covers all values, all but 0.01 % at both ends, or minimises the squared
-        error of a sample of the values.
+        The range of codes covers all values, those between two percentiles, or minimises the
+        squared error of a sample of the values.
+    percentile : float
+        The upper one, 50 to 100; the lower one is as far from the other end.
 
     Returns
     -------
@@ -37,7 +40,7 @@ def choose_quantization(values: np.ndarray, bits: int, method: str) -> Quantizat
     if method == "percentile":
         # Of the values beside zero: most of a tensor after a Relu is zero.
         sample = _sample(values[values != 0], 16 * _SAMPLE)
-        ends = np.percentile(sample, [100 - _PERCENTILE, _PERCENTILE])
+        ends = np.percentile(sample, [100 - percentile, percentile])
         return _affine(min(float(ends[0]), 0.0), max(float(ends[1]), 0.0), bits)
     sample = _sample(values, _SAMPLE)
     best = _affine(low, high, bits)

@@ -55,6 +55,7 @@ def convert(
     tile: int = 256,
     residual_shift: int = 0,
     activation_range: str = "mse",
+    percentile: float = 99.99,
     bias_correction: bool = True,
     error_feedback: bool = True,
     preprocessing: Preprocessing | None = None,
@@ -103,6 +104,9 @@ def convert(
         The second word's grid is 2^residual_shift times finer, 0 to 4.
     activation_range : {"mse", "minmax", "percentile"}
         How the range of an activation's codes is chosen.
+    percentile : float
+        With "percentile": the upper one, 50 to 100, of the values beside zero; the lower one is as
+        far from the other end.
     bias_correction : bool
         Whether biases make up for the mean error of quantized layers.
     error_feedback : bool
@@ -141,6 +145,7 @@ def convert(
         tile=tile,
         residual_shift=residual_shift,
         activation_range=activation_range,
+        percentile=percentile,
         bias_correction=bias_correction,
         error_feedback=error_feedback,
         keep_float=_patterns(keep_float),

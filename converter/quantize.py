@@ -257,7 +257,8 @@ class _Walk:
             return self.graph.quantization[node.output]
         if OPERATORS[node.op].keeps_quantization:
             return self.quantization[node.inputs[0]]
-        return choose_quantization(exact, self._bits(node), self.settings.activation_range)
+        s = self.settings
+        return choose_quantization(exact, self._bits(node), s.activation_range, s.percentile)
 
     def _bits(self, node: FloatNode) -> int:
         bits = self.settings.activation_bits_of(node.name)

@@ -97,6 +97,12 @@ class Settings:
     activation_range: str = _setting(
         "mse", "How activation ranges are chosen.", choices=("mse", "minmax", "percentile")
     )
+    percentile: float = _setting(
+        99.99,
+        "With --activation-range percentile: of the values at each end, codes cover all up to this"
+        " one, 50 to 100.",
+        range=(50.0, 100.0),
+    )
     bias_correction: bool = _setting(
         True, "Let biases make up for the mean error of quantized layers."
     )

@@ -143,18 +143,38 @@ def test_pictures_for_an_unknown_size_or_number_of_channels(path, pictures):
 def test_range(method, bits):
     rng = np.random.default_rng(0)
     relu = np.maximum(rng.standard_normal(100_000), 0).astype(np.float32)
-    assert choose_quantization(relu, bits, method).zero_point == 0
-    q = choose_quantization(rng.standard_normal(100_000).astype(np.float32) - 1, bits, method)
+    assert choose_quantization(relu, bits, method, 99.99).zero_point == 0
+    q = choose_quantization(
+        rng.standard_normal(100_000).astype(np.float32) - 1, bits, method, 99.99
+    )
     assert q.scale > 0 and 0 < q.zero_point <= q.top == 2**bits - 1
     assert q.dequantize(q.quantize(np.zeros(1, np.float32))) == 0
-    q = choose_quantization(np.full(10, -3.0, np.float32), bits, method)
+    q = choose_quantization(np.full(10, -3.0, np.float32), bits, method, 99.99)
     np.testing.assert_allclose(q.dequantize(q.quantize(np.array([-3.0]))), -3.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_range_of_zeros(method):
-    q = choose_quantization(np.zeros((3, 4), np.float32), 8, method)
+    q = choose_quantization(np.zeros((3, 4), np.float32), 8, method, 99.99)
     assert q.scale > 0 and q.zero_point == 0
+
+
+@pytest.mark.parametrize("percentile", [50.0, 90.0, 100.0])
+def test_percentile(percentile, path):
+    values = np.random.default_rng(0).uniform(-1, 3, 50_000).astype(np.float32)
+    q = choose_quantization(values, 8, "percentile", percentile)
+    low, high = q.dequantize(np.array([0, q.top]))
+    assert low == pytest.approx(min(-1 + (100 - percentile) / 25, 0), abs=0.03)
+    assert high == pytest.approx(-1 + percentile / 25, abs=0.03)
+    scales = []
+    for given in (percentile, 99.9):
+        convert(
+            network(), path, calibration=noise(), activation_range="percentile", percentile=given
+        )
+        graph = packed_format.read(path)
+        assert graph.settings["percentile"] == given
+        scales.append(next(iter(graph.quantization.values())).scale)
+    assert (scales[0] < scales[1]) == (percentile < 99.9)
 
 
 def test_mse_clips_outliers_of_few_bits():
@@ -162,7 +182,7 @@ def test_mse_clips_outliers_of_few_bits():
     values[0] = 50
 
     def error(method):
-        q = choose_quantization(values, 4, method)
+        q = choose_quantization(values, 4, method, 99.99)
         return np.square(q.dequantize(q.quantize(values)) - values).mean()
 
     assert error("mse") < error("minmax") / 4
