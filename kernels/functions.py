@@ -9,6 +9,7 @@ units in the last place.
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
@@ -413,7 +414,10 @@ def by_number(table: Mapping[str, Any], call: Any = None) -> Any:
     itself: with the choice inside, no loop would become vectors. Numba takes no function out of a
     table, so the choice is written out.
     """
-    names = [f"f{number}" for number in range(len(table))]
+    # As attributes of this module: a function that is a global itself would be passed by its
+    # address, and code with addresses of one process in it cannot be kept for others.
+    module = sys.modules[__name__]
+    names = [f"module.{function.py_func.__name__}" for function in table.values()]
     if call is None:
         arguments = ", ".join(signature(next(iter(table.values())).py_func).parameters)
         calls = [f"{name}({arguments})" for name in names]
@@ -423,6 +427,6 @@ def by_number(table: Mapping[str, Any], call: Any = None) -> Any:
     lines = [f"def choose(number, {arguments}):"]
     for number, text in enumerate(calls):
         lines += [f"    if number == {number}:", f"        return {text}"]
-    scope = dict(zip(names, table.values(), strict=True), call=call)
+    scope: dict[str, Any] = {"module": module, "call": call}
     exec("\n".join(lines), scope)
     return njit(error_model="numpy")(scope["choose"])

@@ -52,3 +52,11 @@ def test_another_record_is_refused():
 def test_products_of_bytes_are_taken_where_there_are_any(cpu, family):
     script = "from logshift.kernels import registry; print(registry.families('auto')[0])"
     assert printed_for(cpu, script, "").split() == [family]
+
+
+@pytest.mark.parametrize("op", sorted({k.op for k in registry.kernels()}))
+def test_code_can_be_kept_for_other_processes(op):
+    for k in registry.kernels():
+        if k.op == op and k.available():
+            compiled = registry._compiled(k.function, k.record)
+            assert not compiled._library.has_dynamic_globals, k.name
