@@ -66,14 +66,14 @@ def bench(
 def _bench_text(record: dict[str, Any]) -> str:
     from logshift.runtime.table import text_table
 
-    def spread(s: dict[str, float], factor: float) -> str:
+    def scaled(s: dict[str, float], factor: float) -> str:
         return f"{factor * s['median']:.3f} [{factor * s['p10']:.3f}-{factor * s['p90']:.3f}]"
 
     text = f"threads {record['threads']}, batch {record['batch']}:"
-    text += f" {spread(record['logshift'], 1e3)} ms"
+    text += f" {scaled(record['logshift'], 1e3)} ms"
     if "ratio" in record:
-        text += f"; onnxruntime float32 {spread(record['onnxruntime'], 1e3)} ms,"
-        text += f" {spread(record['ratio'], 1)} times as long"
+        text += f"; onnxruntime float32 {scaled(record['onnxruntime'], 1e3)} ms,"
+        text += f" {scaled(record['ratio'], 1)} times as long"
     if "layers" in record:
         rows = [("node", "op", "kernel", "ms", "GMAC/s")]
         for t in record["layers"]:

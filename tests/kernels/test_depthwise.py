@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.graphs import build, quantizations, random_weights, with_ending
+from support.packed_nets import check_dot
 
 from logshift.kernels import registry
 from logshift.kernels.dot.tiles import MICROKERNELS
@@ -44,15 +45,7 @@ def check(graph, tile, seed):
     """Compare with the reference, for some numbers of threads."""
     ((convolution,),) = prepare(graph, "dot").values()
     assert convolution.kernel.name == f"dot-conv-{tile.name}"
-    rng = np.random.default_rng(seed)
-    inputs = {
-        info.name: rng.standard_normal(info.nominal).astype(np.float32) * 10
-        for info in graph.inputs
-    }  # fmt: skip
-    expected = Session(graph, kernels="reference").run(inputs)
-    for threads in (1, 2):
-        found = Session(graph, threads=threads, kernels="dot").run(inputs)
-        assert found.tobytes() == expected.tobytes()
+    check_dot(graph, seed)
 
 
 @st.composite

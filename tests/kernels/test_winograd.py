@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.graphs import build, quantizations, random_weights, with_ending
+from support.packed_nets import check_dot
 
 from logshift.kernels import registry
 from logshift.kernels.dot.tiles import MICROKERNELS
@@ -73,15 +74,7 @@ def graphs(draw):
 @given(graph=graphs(), seed=st.integers(0, 2**16))
 def test_equals_reference(kernel, graph, seed):
     assume(name_of_choice(graph) == kernel.name)
-    rng = np.random.default_rng(seed)
-    inputs = {
-        info.name: rng.standard_normal(info.nominal).astype(np.float32) * 10
-        for info in graph.inputs
-    }  # fmt: skip
-    expected = Session(graph, kernels="reference").run(inputs)
-    for threads in (1, 2):
-        found = Session(graph, threads=threads, kernels="dot").run(inputs)
-        assert found.tobytes() == expected.tobytes()
+    check_dot(graph, seed)
 
 
 def convolution(weights, x, bits, attributes=None):

@@ -1,11 +1,11 @@
-"""A small packed network, and pictures for it."""
+"""A small packed network, pictures for it, and runs compared with those of the reference."""
 
 from __future__ import annotations
 
 import numpy as np
 from support.graphs import random_weights
 
-from logshift.runtime import Preprocessing
+from logshift.runtime import Preprocessing, Session
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.validate import validate
 
@@ -43,3 +43,16 @@ def small_network(height="height", width="width", classes=5):
 def pictures(n=1, height=12, width=10, seed=0):
     rng = np.random.default_rng(seed)
     return rng.standard_normal((n, 3, height, width)).astype(np.float32)
+
+
+def check_dot(graph, seed):
+    """Compare the family dot with the reference, for some numbers of threads."""
+    rng = np.random.default_rng(seed)
+    inputs = {
+        info.name: rng.standard_normal(info.nominal).astype(np.float32) * 10
+        for info in graph.inputs
+    }  # fmt: skip
+    expected = Session(graph, kernels="reference").run(inputs)
+    for threads in (1, 2):
+        found = Session(graph, threads=threads, kernels="dot").run(inputs)
+        assert found.tobytes() == expected.tobytes()
