@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from logshift.kernels.activation import Activation
 from logshift.kernels.stlq.codec import LogWeights
 
 Shape = tuple[int, ...]
@@ -89,6 +90,8 @@ class Node:
         With weights of either kind.
     table : uint8 array of shape (256,) or (C, 256), optional
         Lookup: one table, or one for each channel.
+    activation : Activation, optional
+        Of a convolution or of arithmetic whose output is codes.
     domain : str
         "" for a packed operator, "ai.onnx" for an ONNX operator.
     """
@@ -102,6 +105,7 @@ class Node:
     bias: np.ndarray | None = None
     table: np.ndarray | None = None
     float_weights: np.ndarray | None = None
+    activation: Activation | None = None
     domain: str = ""
 
     @property
