@@ -108,6 +108,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(SUITE))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batch", nargs="+", type=int, help="default: those of the suite")
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: the network's own"
+    )
     parser.add_argument("--weight-bits", type=int, default=4)
     parser.add_argument("--activation-bits", type=int, default=8)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
@@ -134,7 +137,8 @@ def main() -> None:
         weights = onnx.load(files.float).doc_string or "random weights"
         batches = a.batch or NETWORKS[model].batches
         with tempfile.TemporaryDirectory() as cache_directory:
-            shape = (batches[0], *NETWORKS[model].shape)
+            picture = (NETWORKS[model].channels, *(a.size or NETWORKS[model].shape[1:]))
+            shape = (batches[0], *picture)
             # The first start of each of our own engines compiles; those that count are warm.
             cold = {}
             for name in names:
@@ -144,12 +148,13 @@ def main() -> None:
                     cold[name] = first.start["start"]
             for batch in batches:
                 for threads in a.threads:
-                    shape = (batch, *NETWORKS[model].shape)
+                    shape = (batch, *picture)
                     result = compare(
                         files, shape, threads, names, a.rounds, a.seconds, cache_directory
                     )
                     rows.append({
                         "model": model, "weights": weights, "threads": threads, "batch": batch,
+                        "size": shape[2:],
                         "weight_bits": a.weight_bits, "activation_bits": a.activation_bits,
                         "cold_start": cold["logshift"], "engines": result,
                     })  # fmt: skip
