@@ -23,7 +23,7 @@ import onnx
 
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.machine import describe
-from benchmarks.models import PACKAGED, SUITE
+from benchmarks.models import PACKAGED, SUITE, freed
 from benchmarks.quantizer import quantized
 from logshift import converter
 from logshift.runtime.table import text_table
@@ -44,19 +44,26 @@ class Files:
     packed: Path
 
 
-def prepare(name: str, cache: Path, weight_bits: int = 4, activation_bits: int = 8) -> Files:
-    """Build, or take from its package, and convert a network, unless that was done before."""
+def prepare(
+    name: str, cache: Path, weight_bits: int = 4, activation_bits: int = 8, is_free: bool = False
+) -> Files:
+    """Build, or take from its package, and convert a network, unless that was done before.
+
+    If it is to be free, it takes pictures of any size.
+    """
+    stem = f"{name}-free" if is_free else name
     files = Files(
-        cache / f"{name}.onnx",
-        cache / f"{name}-qdq.onnx",
-        cache / f"{name}-w{weight_bits}a{activation_bits}.stlq",
+        cache / f"{stem}.onnx",
+        cache / f"{stem}-qdq.onnx",
+        cache / f"{stem}-w{weight_bits}a{activation_bits}.stlq",
     )
     cache.mkdir(parents=True, exist_ok=True)
     model = NETWORKS[name]
     rng = np.random.default_rng(1)
     calibration = rng.standard_normal((_CALIBRATION, *model.shape)).astype(np.float32)
     if not files.float.exists():
-        onnx.save(model.build(model.size), files.float)
+        built = model.build(model.size)
+        onnx.save(freed(built) if is_free else built, files.float)
     if not files.qdq.exists():
         onnx.save(quantized(onnx.load(files.float), calibration), files.qdq)
     if not files.packed.exists():
@@ -130,7 +137,9 @@ def main() -> None:
     rows = []
     for model in a.models:
         try:
-            files = prepare(model, a.cache, a.weight_bits, a.activation_bits)
+            files = prepare(
+                model, a.cache, a.weight_bits, a.activation_bits, is_free=a.size is not None
+            )
         except ModuleNotFoundError as error:
             print(f"{model} is left out: {error}")
             continue
