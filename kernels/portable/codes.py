@@ -17,7 +17,7 @@ from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.lookup import look_up
+from logshift.kernels.portable.moves import move_pixels
 from logshift.kernels.records import codes, floats, share
 from logshift.kernels.reference.codes import (
     BINARY,
@@ -523,24 +523,21 @@ def _copy(arguments, first_part, end_part, parts, slot):
     joined = a.stride_w == 1 and a.channels == a.x.c and a.channels == a.y.c
     pixels = 1 if joined else a.width
     channels, step = np.uintp(a.width * a.channels // pixels), np.uintp(a.stride_c)
+    x_step, y_step = a.stride_w * a.x.c, a.y.c
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        for j in range(pixels):
-            p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
-            p += np.uintp(a.channel0_x)
-            q = pixel_at(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
-            if a.has_table and a.stride_c == 1:
-                look_up(a.x.data + p, a.y.data + q, channels, a.table)
-            elif a.has_table:
-                for c in range(channels):
-                    y[q + c] = table[x[p + c * step]]
-            elif a.stride_c == 1:
-                for c in range(channels):
-                    y[q + c] = x[p + c]
-            else:
-                for c in range(channels):
-                    y[q + c] = x[p + c * step]
+        p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0) + np.uintp(a.channel0_x)
+        q = pixel_at(a.y, n, a.row0_y + i, a.column0_y) + np.uintp(a.channel0_y)
+        if a.stride_c == 1:
+            move_pixels(a.x.data + p, a.y.data + q, pixels, x_step, y_step, channels, a.table)
+            continue
+        for _ in range(pixels):
+            for c in range(channels):
+                code = x[p + c * step]
+                y[q + c] = table[code] if a.has_table else code
+            p += np.uintp(x_step)
+            q += np.uintp(y_step)
 
 
 @register("gather", "portable", GATHER)
