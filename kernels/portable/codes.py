@@ -520,7 +520,7 @@ def _copy(arguments, first_part, end_part, parts, slot):
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     table = carray(as_pointer(a.table), 256, np.uint8)
     # A row whose pixels follow each other in both tensors is copied like one pixel.
-    joined = a.stride_w == 1 and a.channels == a.x.c and a.channels == a.y.c
+    joined = a.stride_w == a.stride_c == 1 and a.channels == a.x.c and a.channels == a.y.c
     pixels = 1 if joined else a.width
     channels, step = np.uintp(a.width * a.channels // pixels), np.uintp(a.stride_c)
     x_step, y_step = a.stride_w * a.x.c, a.y.c
@@ -561,7 +561,7 @@ def _gather(arguments, first_part, end_part, parts, slot):
             for c in range(two * pairs, channels):
                 y[q + c] = x[p + np.uintp(indices[c])]
             p += step
-            q += channels
+            q += np.uintp(a.y.c)
 
 
 _TABLES = 64  # that stay in the first-level cache together: 16 KB
@@ -587,7 +587,7 @@ def _lookup_channels(arguments, first_part, end_part, parts, slot):
             for c in range(count):
                 y[q + c] = tables[t + c * np.uintp(256) + np.uintp(x[p + c])]
             p += channels
-            q += channels
+            q += np.uintp(a.y.c)
 
 
 @register("fill", "portable", FILL)
@@ -689,6 +689,7 @@ def _quantize(arguments, first_part, end_part, parts, slot):
     size, part_size = a.scratch_size, np.uintp(_ROW_PART)
     part = carray(as_pointer(a.scratch + np.uintp(slot * size)), size, np.uint8)
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    step = np.uintp(a.y.c)
     scale, zero_point, top = a.scale, np.float32(a.zero_point), np.float32(a.top)
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
@@ -705,12 +706,12 @@ def _quantize(arguments, first_part, end_part, parts, slot):
                 for k in range(count):
                     y[q], y[q + np.uintp(1)] = part[k], part[part_size + k]
                     y[q + np.uintp(2)] = part[part_size + part_size + k]
-                    q += channels
+                    q += step
             else:
                 for k in range(count):
                     for c in range(channels):
                         y[q + c] = part[c * part_size + k]
-                    q += channels
+                    q += step
 
 
 @register("dequantize", "portable", DEQUANTIZE)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
-from support.graphs import GRAPHS, build, random_inputs, random_weights
+from support.graphs import GRAPHS, build, concatenations, random_inputs, random_weights
 
 from logshift.kernels import registry
 from logshift.kernels.stlq.codec import LogWeights
@@ -15,6 +15,7 @@ from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization
 
 FAST = ("portable", "dot", "shift")
+KINDS = GRAPHS | {"Concat": concatenations()}
 
 
 def assert_same(expected, actual, context):
@@ -24,11 +25,11 @@ def assert_same(expected, actual, context):
         assert tensor.tobytes() == actual[name].tobytes(), (context, name)
 
 
-@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.hypothesis
 def test_fast_equals_reference_equals_numpy(kind):
     @settings(max_examples=60, deadline=None)
-    @given(graph=GRAPHS[kind], seed=st.integers(0, 2**16))
+    @given(graph=KINDS[kind], seed=st.integers(0, 2**16))
     def check(graph, seed):
         inputs = random_inputs(graph, seed)
         expected = Session(graph, threads=1, kernels="reference").trace_codes(inputs)
