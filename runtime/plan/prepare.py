@@ -70,10 +70,16 @@ def _coded_layer(graph: Graph, node: Node) -> Callable[..., Layer]:
     words = cache(weights.words)
 
     def layer(taps: Any, **geometry: Any) -> Layer:
-        part = weights
+        part, channels = weights, slice(None)
         if taps is not ...:
-            part = replace(words(), first=words().first[taps], second=words().second[taps])
-        return Layer(part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m, b=b, **geometry)
+            part, channels = words(), taps[0].ravel()
+            part = replace(
+                part, first=part.first[taps], second=part.second[taps], alpha=part.alpha[channels]
+            )
+        return Layer(
+            part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m[channels], b=b[channels],
+            **geometry,
+        )  # fmt: skip
 
     return layer
 
@@ -84,6 +90,10 @@ def _float_layer(node: Node) -> Callable[..., FloatLayer]:
     if node.weights is not None:
         weights = node.weights.values()
     assert bias is not None and weights is not None
-    return lambda taps, **geometry: FloatLayer(
-        np.ascontiguousarray(weights[taps], np.float32), bias=bias, **geometry
-    )
+
+    def layer(taps: Any, **geometry: Any) -> FloatLayer:
+        part = np.ascontiguousarray(weights[taps], np.float32)
+        channels = slice(None) if taps is ... else taps[0].ravel()
+        return FloatLayer(part, bias=bias[channels], **geometry)
+
+    return layer

@@ -321,6 +321,8 @@ class Schedule:
                 continue
             if [(r.op, r.attributes.get("axis")) for r in readers] != [("Concat", 1)]:
                 continue
+            if any(conv.phase.pixels > 1 for conv in self.convolutions.get(index, ())):
+                continue
             table = between(quantization[out], quantization[readers[0].outputs[0]])
             if table is not None:
                 if index not in self.convolutions or not self._look_up(index):
