@@ -295,7 +295,8 @@ class Schedule:
 
     def _look_up(self, index: int) -> bool:
         """Whether codes of a node's convolutions can go through a table at the end."""
-        return all(conv.kernel.looks_up for conv in self.convolutions[index])
+        kernels = [conv.kernel for conv in self.convolutions[index]]
+        return self.graph.nodes[index].activation is None and all(k.looks_up for k in kernels)
 
     def _read_in_place(self) -> dict[str, Node]:
         """Slices of codes of which only Concats are made, by their outputs."""
