@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from logshift.kernels.layer import FloatLayer, Layer
+from logshift.kernels.machine.memory import Shelf, trim
 from logshift.kernels.registry import kernel
 from logshift.runtime.executor import spread
 from logshift.runtime.graph import Graph, Node, Shape
 from logshift.runtime.infer import nominal_shapes
 from logshift.runtime.operators.conv import phases
 from logshift.runtime.plan.convolution import Convolution
+
+_MANY = 2**19  # weights of a network that large pages are worth it for
 
 
 def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convolution]]:
@@ -32,14 +35,18 @@ def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convo
     }
     shapes = nominal_shapes(graph)
     order = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    shelf = Shelf() if sum(sizes.values()) >= _MANY else None
     prepared = spread(
-        lambda index: list(_prepare_node(graph, graph.nodes[index], family, shapes)), order, threads
-    )
+        lambda index: list(_prepare_node(graph, graph.nodes[index], family, shapes, shelf)),
+        order, threads,
+    )  # fmt: skip
+    if shelf is not None:
+        trim()  # nothing that stays fills the gaps that packing leaves
     return dict(zip(order, prepared, strict=True))
 
 
 def _prepare_node(
-    graph: Graph, node: Node, family: str, shapes: dict[str, Shape]
+    graph: Graph, node: Node, family: str, shapes: dict[str, Shape], shelf: Shelf | None
 ) -> Iterator[Convolution]:
     is_coded = graph.on_codes(node)
     layer_of = _coded_layer(graph, node) if is_coded else _float_layer(node)
@@ -52,6 +59,12 @@ def _prepare_node(
         chosen = kernel("conv" if is_coded else "float_conv", family, layer)
         assert chosen.pack is not None
         packed = chosen.pack(layer)
+        if shelf is not None:
+            packed.fields.update(
+                (key, shelf.keep(value))
+                for key, value in packed.fields.items()
+                if isinstance(value, np.ndarray)
+            )
         # A layer keeps what it has computed; a new one holds nothing that only packing needs.
         yield Convolution(chosen, replace(layer), packed, phase)
 

@@ -12,14 +12,21 @@ from hypothesis import strategies as st
 from support.graphs import build, random_inputs, random_weights
 
 from logshift.kernels import registry
-from logshift.kernels.machine.memory import ALIGNMENT, Block, aligned, arena, arrange
+from logshift.kernels.machine.memory import (
+    ALIGNMENT,
+    Block,
+    Shelf,
+    aligned,
+    arena,
+    arrange,
+)
 from logshift.kernels.registry import FAMILIES
 from logshift.runtime import Session
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.infer import infer
 from logshift.runtime.onnx_ops import numpy_ops
 from logshift.runtime.onnx_ops import shapes as onnx_shapes
-from logshift.runtime.plan import place, planner, program
+from logshift.runtime.plan import place, planner, prepare, program
 from logshift.runtime.validate import validate
 
 BLOCKS = st.lists(
@@ -270,6 +277,34 @@ def test_large_arenas_are_private_pages_that_are_let_go():
     assert region() is None
     with pytest.raises(MemoryError):
         arena(2**60)
+
+
+@given(sizes=st.lists(st.sampled_from([0, 1, 63, 64, 5000, 2**20, 2**22, 5 * 2**20]), max_size=8))
+def test_arrays_on_a_shelf_lie_apart_and_are_let_go_with_it(sizes):
+    shelf = Shelf()
+    arrays = [np.arange(size, dtype=np.int64).astype(np.uint8) for size in sizes]
+    kept = [shelf.keep(array) for array in arrays]
+    assert all(np.array_equal(*pair) for pair in zip(arrays, kept, strict=True))
+    assert all(array.ctypes.data % ALIGNMENT == 0 for array in kept)
+    shape = shelf.keep(np.ones((3, 5), np.float32))
+    assert shape.shape == (3, 5) and shape.dtype == np.float32 and (shape == 1).all()
+    assert all(np.array_equal(*pair) for pair in zip(arrays, kept, strict=True))
+    region = weakref.ref(shape.base.base)
+    del shelf, kept, shape
+    assert region() is None
+
+
+def test_weights_of_a_large_network_lie_side_by_side(monkeypatch):
+    graph = chain()
+    for many in (0, 2**30):
+        monkeypatch.setattr(prepare, "_MANY", many)
+        session = Session(graph, threads=2)
+        fields = [conv.packed.fields for (conv,) in session._planner.convolutions.values()]
+        places = sorted(each["weights"].ctypes.data for each in fields)
+        if many == 0:
+            assert places[-1] - places[0] < 2**21
+        expected = Session(graph, threads=1, kernels="reference").run(random_inputs(graph))
+        assert np.array_equal(session.run(random_inputs(graph)), expected)
 
 
 def test_plans_that_are_let_go_are_freed_at_once():
