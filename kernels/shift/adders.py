@@ -32,6 +32,7 @@ from logshift.kernels.machine.isa.base import ANY, InstructionSet
 
 PIECE = 16  # rows that are transposed together
 DIGIT = 4  # bits of a digit of codes that are split in two
+_AHEAD = 2048  # bytes of a stream, from where it is read to what is prefetched
 _PANEL = 24576  # bytes of a panel: it shares the first-level cache with what else is in use
 
 
@@ -60,6 +61,17 @@ class Adder:
         return self.lanes // self.digits
 
     @property
+    def half(self) -> tuple[int, int, int] | None:
+        """What holds the first half of a row's pixels, if adding that takes less time than a row.
+
+        Bytes of a register, number of registers, bytes of the row from one to the next.
+        """
+        if self.vectors > self.digits:
+            return self.vector, self.vectors // 2, self.vector * self.digits
+        # In a cycle 64 bytes are loaded, be it by one register or by two.
+        return (32, self.vectors, self.vector) if self.vector == 64 else None
+
+    @property
     def rows(self) -> int:
         """Rows of a panel, at most: offsets have 16 bits."""
         return min(_PANEL // self.lanes, 65536 // self.lanes - 1)
@@ -77,24 +89,28 @@ class Adder:
 
 
 @intrinsic(prefer_literal=True)
-def add_rows(typingctx, panel, stream, sums, vector, vectors, group):
+def add_rows(typingctx, panel, stream, sums, vector, vectors, step, lanes, group):
     """Add what a stream says to int32 sums; returns the end of the stream.
 
-    All are addresses. Sums are (4, lanes / 4): sum [q, l] is that of the byte 4 * l + q of a row.
+    The first three are addresses. Sums are (4, lanes / 4): sum [q, l] is that of the byte 4 * l + q
+    of a row, of which registers, `vectors` of them, hold all bytes or some: see `Adder.half`.
     """
-    signature = types.uintp(panel, stream, sums, vector, vectors, group)
+    signature = types.uintp(panel, stream, sums, vector, vectors, step, lanes, group)
 
     def codegen(context, builder, signature, args):
-        sizes = (size.literal_value for size in (vector, vectors, group))
+        sizes = (size.literal_value for size in (vector, vectors, step, lanes, group))
         return _Addition(builder, *sizes).emit(*args[:3])
 
     return signature, codegen
 
 
 class _Addition(Emitter):
-    def __init__(self, builder: ir.IRBuilder, vector: int, vectors: int, rows: int) -> None:
+    def __init__(
+        self, builder: ir.IRBuilder, vector: int, vectors: int, step: int, lanes: int, rows: int
+    ) -> None:
         super().__init__(builder)
-        self.vector, self.vectors, self.count = vector, vectors, rows
+        self.vector, self.vectors, self.step = vector, vectors, step
+        self.lanes, self.count = lanes, rows
         self.bytes = ir.VectorType(i8, vector)
         self.int16s, self.int32s = ir.VectorType(i16, vector // 2), ir.VectorType(i32, vector // 4)
 
@@ -112,6 +128,7 @@ class _Addition(Emitter):
         first = b.add(header_at, self.word(8))
         groups = b.and_(header, self.word(0xFFFF))
         stop = b.add(first, b.mul(groups, self.word(2 * self.count)))
+        self.prefetch(header_at)
         b.branch(group)
 
         b.position_at_end(group)
@@ -137,15 +154,22 @@ class _Addition(Emitter):
         b.position_at_end(done)
         return stop
 
+    def prefetch(self, segment: Any) -> None:
+        """Ask for a segment that comes later: lists that are read once come from far away."""
+        pointer, (read, near, data) = ir.PointerType(i8), (ir.Constant(i32, k) for k in (0, 3, 1))
+        for line in range(0, 384, 64):  # most segments are no longer
+            place = self.b.inttoptr(self.b.add(segment, self.word(_AHEAD + line)), pointer)
+            self.intrinsic("llvm.prefetch.p0i8", ir.VoidType(), [place, read, near, data])
+
     def rows(self, panel: Any, at: Any) -> tuple[Any, list[Any]]:
         """Shift of a group, and the addresses of its rows."""
-        b, row = self.b, self.vector * self.vectors
+        b = self.b
         if self.count == 1:
             words = [b.zext(self.load(at, i16, 2), i64)]
         else:  # two loads for eight rows: loads are what there is least of
             words = [self.load(b.add(at, self.word(8 * half)), i64, 2) for half in (0, 1)]
-        shift = b.trunc(b.and_(words[0], self.word(row - 1)), i16)
-        offsets = [b.and_(words[0], self.word(0x10000 - row))]
+        shift = b.trunc(b.and_(words[0], self.word(self.lanes - 1)), i16)
+        offsets = [b.and_(words[0], self.word(0x10000 - self.lanes))]
         for number in range(1, self.count):
             offset = b.lshr(words[number // 4], self.word(16 * (number % 4)))
             offsets.append(b.and_(offset, self.word(0xFFFF)))
@@ -158,7 +182,7 @@ class _Addition(Emitter):
         for v in range(self.vectors):
             total = None
             for row in rows:
-                codes = self.load(b.add(row, self.word(self.vector * v)), self.bytes, self.vector)
+                codes = self.load(b.add(row, self.word(self.step * v)), self.bytes, self.vector)
                 total = codes if total is None else b.add(total, codes)
             total = b.bitcast(total, self.int16s)
             high = b.lshr(total, self.constant(8, self.int16s))
@@ -168,7 +192,7 @@ class _Addition(Emitter):
 
     def join(self, header: Any, new: tuple[list, list], sums: Any) -> None:
         """Widen a segment's sums, shift them to their place, and add them or their complements."""
-        b, lanes = self.b, self.vector // 4
+        b = self.b
         low = self.splat(
             b.trunc(b.and_(b.lshr(header, self.word(16)), self.word(31)), i32), self.int32s
         )
@@ -184,7 +208,7 @@ class _Addition(Emitter):
                 else:
                     value = b.lshr(pair, self.constant(16, self.int32s))
                 value = b.xor(b.shl(value, low), mask)
-                place = b.add(sums, self.word(4 * lanes * (q * self.vectors + v)))
+                place = b.add(sums, self.word(q * self.lanes + self.step * v))
                 total = self.load(place, self.int32s, self.vector)
                 self.store(b.add(total, value), place, self.vector)
 
@@ -287,9 +311,12 @@ def scatter(typingctx, source, pixels, offset, vector, count, pitch):
 
 # --- the table ----------------------------------------------------------------------------------
 
-_VECTORS = {AVX512_BW: 2, AVX2: 2, ANY: 4}  # of a row
+_VECTORS = {AVX512_BW: (2, 1), AVX2: (2,), ANY: (4,)}  # of a row
 ADDERS = {
     adder.name: adder
-    for isa, vectors in _VECTORS.items()
-    for adder in (Adder(isa, vectors, digits, group) for digits in (1, 2) for group in (8, 1))
+    for isa, (usual, *others) in _VECTORS.items()
+    for adder in (
+        *(Adder(isa, usual, digits, group) for digits in (1, 2) for group in (8, 1)),
+        *(Adder(isa, vectors, 1, 8) for vectors in others),
+    )
 }

@@ -71,7 +71,7 @@ def _streams(first, second, bits, residual_shift, top, row_bytes, group):
     stream = np.empty(channels * (2 * rows + (2 * levels + 1) * (4 + group)), np.uint16)
     begins, negative = np.empty(channels, np.int64), np.zeros(channels, np.int64)
     counts = np.empty((2, levels), np.int64)
-    buckets = np.empty((2, levels, 2 * rows), np.int64)
+    buckets = np.empty((2, levels, 2 * (rows + group)), np.int64)
     at = 0
     for c in range(channels):
         begins[c] = at
@@ -85,6 +85,7 @@ def _streams(first, second, bits, residual_shift, top, row_bytes, group):
                     sign = 1 if code & sign_bit else 0
                     buckets[sign, exponent, counts[sign, exponent]] = r + 1
                     counts[sign, exponent] += 1
+        _fill_up(buckets, counts, group)
         header = -1
         for sign in range(2):
             exponent = levels - 1
@@ -120,6 +121,21 @@ def _streams(first, second, bits, residual_shift, top, row_bytes, group):
             at += 4 + group
         stream[header + 2] = 1
     return stream[:at].copy(), begins, negative
+
+
+@njit(inline="always")
+def _fill_up(buckets, counts, group):
+    """Save groups that are not full: 2^e is two times 2^(e-1), if there is room for these."""
+    for sign in range(2):
+        for exponent in range(counts.shape[1] - 1, 0, -1):
+            left, below = counts[sign, exponent] % group, counts[sign, exponent - 1]
+            if 2 * left > -below % group:
+                continue
+            counts[sign, exponent] -= left
+            for k in range(2 * left):
+                row = buckets[sign, exponent, counts[sign, exponent] + k // 2]
+                buckets[sign, exponent - 1, below + k] = row
+            counts[sign, exponent - 1] += 2 * left
 
 
 def _digit(bits: int) -> int:
@@ -238,10 +254,16 @@ def _panels(adder: Adder, record: np.void) -> int:
 @njit(error_model="numpy")
 def _addresses(a, first, pixels, x0, o0, x, y, r, size):
     """Note where inputs, outputs and residuals of pixels lie; those beyond the last repeat it."""
-    total = a.n * a.height * a.width
+    last = a.n * a.height * a.width - 1
+    n, i, j = position(a, first)
     for q in range(pixels):
-        n, i, j = position(a, min(first + q, total - 1))
         x[q], y[q], r[q] = places_of(a, n, i, j, x0, o0, 1, size)
+        if first + q < last:
+            j += 1
+            if j == a.width:
+                i, j = i + 1, 0
+            if i == a.height:
+                n, i = n + 1, 0
 
 
 @njit(inline="always", error_model="numpy")
@@ -352,6 +374,8 @@ def _convolution(adder: Adder) -> Callable[..., None]:
     pixel_vectors = vectors // digits
     words = pixels // 4
     panel_bytes = _panel_bytes(adder)
+    half = pixels // 2 if adder.half else 0
+    half_vector, half_vectors, half_step = adder.half or (vector, vectors, vector)
 
     def convolution(arguments, first_part, end_part, parts, slot):
         a = carray(arguments, 1)[0]
@@ -408,7 +432,15 @@ def _convolution(adder: Adder) -> Callable[..., None]:
                         sums = carray(as_pointer(place), lanes, np.int32)
                         if block == 0:
                             _begin_sums(sums, start[o], words)
-                        stream = add_rows(panel_at, stream, place, vector, vectors, group)
+                        if valid > half:
+                            stream = add_rows(
+                                panel_at, stream, place, vector, vectors, vector, lanes, group
+                            )
+                        else:
+                            stream = add_rows(
+                                panel_at, stream, place, half_vector, half_vectors, half_step,
+                                lanes, group,
+                            )  # fmt: skip
                         if finish:
                             row = np.uintp(c * pixels)
                             _finish(
@@ -440,8 +472,18 @@ def _panel_bytes(adder: Adder) -> int:
 
 
 def _cost(adder: Adder, layer: Layer) -> float:
-    """Decide for the widest registers."""
-    return 1 / adder.vector
+    """Cycles for an output channel, about: wide rows are read in more blocks, narrow ones oftener.
+
+    Every block of rows costs groups that are not full, the more the more buckets there are, and
+    what begins and ends a stream.
+    """
+    strips, rest = divmod(layer.pixels, adder.pixels)
+    last = 0.5 if adder.half and 2 * rest <= adder.pixels else 1.0
+    rows = math.prod(layer.weights.shape[1:])
+    blocks = -(-rows * _groups_together(layer) // adder.rows)
+    ends = 15 + 5 * exponent_levels(layer.weights.bits) + 40 / adder.vectors
+    panels = strips + (last if rest else 0.0)
+    return panels * adder.vectors * (1.1 * rows + blocks * ends)
 
 
 def _preferred(adder: Adder, layer: Layer) -> bool:

@@ -7,10 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from support.assembly import needs_x86, printed_for
 from support.graphs import build, random_inputs, random_weights
 
 from logshift.kernels import registry
+from logshift.kernels.shift import family
 from logshift.kernels.shift.adders import ADDERS
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime import Session
@@ -29,13 +33,16 @@ adder = adders.ADDERS[sys.argv[1]]
 assert adder.available
 vector, vectors, digits, group = adder.vector, adder.vectors, adder.digits, adder.group
 lanes, count, pixels = adder.lanes, vectors // digits, adder.pixels
+half_vector, half_vectors, half_step = adder.half or (vector, vectors, vector)
 def add(panel, stream, sums):
-    adders.add_rows(panel, stream, sums, vector, vectors, group)
+    adders.add_rows(panel, stream, sums, vector, vectors, vector, lanes, group)
+def add_half(panel, stream, sums):
+    adders.add_rows(panel, stream, sums, half_vector, half_vectors, half_step, lanes, group)
 def gather(table, offset, target):
     adders.gather(table, offset, target, vector, count, lanes, digits)
 def scatter(source, table, offset):
     adders.scatter(source, table, offset, vector, count, pixels)
-for function in (add, gather, scatter):
+for function in (add, add_half, gather, scatter):
     compiled = cfunc(types.void(*3 * [types.uintp]))(function)
     print(compiled._library.get_asm_str())
 """
@@ -59,7 +66,7 @@ def test_multiplications_would_be_found(instruction):
     assert MULTIPLICATION.findall(f"\tvpaddb\t%ymm0, %ymm1\n\t{instruction}\t%ymm0, %ymm1, %ymm2\n")
 
 
-def network(o, kernel, channels, group, activation_bits, weights, size=7, strides=1):
+def network(o, kernel, channels, group, activation_bits, weights, size=7, strides=1, batch=1):
     """A convolution with a residual, "same" padding, and codes for inputs and outputs."""
     rng = np.random.default_rng(o)
     pads = {"pads": [kernel // 2] * 4, "strides": [strides] * 2, "group": group}
@@ -76,7 +83,8 @@ def network(o, kernel, channels, group, activation_bits, weights, size=7, stride
     )
     q = {"x": x, "r": Quantization(scale, 77, 8), "y": Quantization(scale, 100, 8)}
     out = -(-size // strides)
-    return build(nodes, q, {"input": (1, channels, size, size), "other": (1, o, out, out)}, "z")
+    inputs = {"input": (batch, channels, size, size), "other": (batch, o, out, out)}
+    return build(nodes, q, inputs, "z")
 
 
 CASES = {
@@ -93,13 +101,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("strides", [1, 2])
-def test_equals_reference(case, strides):
+@pytest.mark.parametrize(("size", "strides"), [(7, 1), (7, 2), (9, 1), (11, 1)])
+def test_equals_reference(case, size, strides):
+    """Panels of which all pixels, more or less than half, or a few are outputs."""
     o, kernel, channels, group, activation_bits, bits, ratio, residual_shift = CASES[case]
     rng = np.random.default_rng(5)
     shape = (o, kernel, kernel, channels // group)
     weights = random_weights(rng, shape, bits, ratio, residual_shift)
-    graph = network(o, kernel, channels, group, activation_bits, weights, strides=strides)
+    graph = network(o, kernel, channels, group, activation_bits, weights, size, strides)
     inputs = random_inputs(graph)
     expected = Session(graph, threads=1, kernels="reference").run(inputs)
     assert len(np.unique(expected)) > 10
@@ -117,6 +126,33 @@ def test_equals_reference(case, strides):
                 session = Session(graph, threads=threads, kernels="shift")
                 assert kernel.name in {layer.kernel for layer in session.summary().layers}
                 assert np.array_equal(session.run(inputs), expected), (kernel.name, threads)
+
+
+def test_panels_across_pictures():
+    weights = random_weights(np.random.default_rng(5), (20, 3, 3, 40), 3, 0.15, 0)
+    graph = network(20, 3, 40, 1, 5, weights, batch=3)
+    inputs = random_inputs(graph)
+    expected = Session(graph, kernels="reference").run(inputs)
+    assert np.array_equal(Session(graph, kernels="shift").run(inputs), expected)
+
+
+@given(counts=arrays(np.int64, (2, 7), elements=st.integers(0, 30)), group=st.sampled_from([1, 8]))
+def test_groups_are_filled_up(counts, group):
+    """No more groups than before, and every row as often, in units of the smallest exponent."""
+    buckets = np.zeros((2, 7, 60 + 2 * group), np.int64)
+    buckets[:, :, :30] = np.random.default_rng(counts.sum()).integers(1, 100, (2, 7, 30))
+    filled = counts.copy()
+
+    def units(counts):
+        total = np.zeros((2, 100), np.int64)
+        for (sign, exponent), count in np.ndenumerate(counts):
+            np.add.at(total[sign], buckets[sign, exponent, :count], 2**exponent)
+        return total
+
+    expected = units(counts)
+    family._fill_up(buckets, filled, group)
+    assert np.array_equal(units(filled), expected)
+    assert (-(-filled // group)).sum() <= (-(-counts // group)).sum()
 
 
 @pytest.mark.parametrize("activation_bits", [5, 8])
