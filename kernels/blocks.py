@@ -38,6 +38,11 @@ def blocked(values: np.ndarray, rows: np.ndarray, dtype: type) -> np.ndarray:
     return placed(np.where(rows < 0, 0, values[rows]), dtype)
 
 
+def outputs_by_block(layer: Layer, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what requantization knows of output channels block by block, by its field's name."""
+    return {key: blocked(values, rows, np.float32) for key, values in layer.outputs.items()}
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def by_block(words, rows):
     """Return words (O + 1, steps) as (blocks, steps, channels); row -1 is the last one."""

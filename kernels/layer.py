@@ -53,6 +53,10 @@ class Layer(_Geometry):
         M and B of `docs/quantization.md` section 4.
     pixels : int
         Output pixels at the nominal input size: a hint for the choice of a kernel.
+    slopes : float32 array of shape (O,), optional
+        Of a fused PRelu.
+    is_activated : bool
+        Whether there is a fused activation function.
     """
 
     weights: LogWeights
@@ -64,6 +68,14 @@ class Layer(_Geometry):
     m: np.ndarray
     b: np.ndarray
     pixels: int
+    slopes: np.ndarray | None = None
+    is_activated: bool = False
+
+    @cached_property
+    def outputs(self) -> dict[str, np.ndarray]:
+        """What requantization knows of each output channel, by the names of the argument record."""
+        known = {"m": self.m, "b": self.b}
+        return known if self.slopes is None else known | {"slopes": self.slopes}
 
     @cached_property
     def integers(self) -> np.ndarray:
@@ -87,7 +99,12 @@ class Layer(_Geometry):
 
     @property
     def fits_int32(self) -> bool:
-        """Whether every output but for the residual, before it is clamped, is within int32."""
+        """Whether every output but for the residual, before it is clamped, is within int32.
+
+        What a fused function makes of it is clamped before.
+        """
+        if self.is_activated:
+            return True
         # Codes and their zero point are at most `top` apart.
         top = 2**self.activation_bits - 1
         largest = self.sums[:, 1] * top * np.abs(self.m, dtype=np.float64) + np.abs(self.b)

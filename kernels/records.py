@@ -35,6 +35,9 @@ INT, FLOAT, ADDRESS = np.int64, np.float32, np.uintp
 OUTPUT = {"x": TENSOR, "y": TENSOR} | dict.fromkeys(("n", "height", "width", "channels"), INT)
 # Where a kernel has some: its scratch memory, and the bytes of that for a slot.
 SCRATCH = {"scratch": ADDRESS, "scratch_size": INT}
+# A fused activation function: kind and coefficients as `activation.Target` has them, slopes as the
+# kernel's `pack` laid them out; of arithmetic there is one.
+ACTIVATION = {"activation": INT, "coefficients": ADDRESS, "slopes": ADDRESS}
 # Of a convolution, or pooling: output pixel (i, j) reads input rows
 # row0 + i * stride_h + ky * dilation_h of the buffer, and columns alike.
 WINDOW = dict.fromkeys(
@@ -64,6 +67,7 @@ CONV = record(
     block=INT, existing=INT,  # channels per block of the packed weights, and those that exist
     z_r=INT, m_r=FLOAT, lo=FLOAT, hi=FLOAT,
     has_residual=INT, float_output=INT,
+    **ACTIVATION,
     **SCRATCH,
     # Byte-dot kernels: microkernel, its pixels, and its twin for single pixels or 0; SEGMENTs of
     # all blocks; runs of blocks that one call takes, CHUNKs (`dot.tiles`).

@@ -121,6 +121,8 @@ def _check_packed_node(graph: Graph, node: Node) -> None:
     out = node.outputs[0]
     if kind_out != "?" and graph.is_code(out) != (kind_out == "c"):
         raise NodeError(f"output {out!r} must hold {'codes' if kind_out == 'c' else 'float32'}")
+    if node.activation is not None and not operator.activates:
+        raise NodeError("takes no activation function")
     if unknown := set(node.attributes) - set(operator.attributes):
         raise NodeError(f"unknown attribute {min(unknown)!r}")
     for key, (default, check) in operator.attributes.items():
@@ -145,6 +147,8 @@ def _check_onnx_node(graph: Graph, node: Node) -> None:
         raise NodeError("unknown ONNX operator")
     if node.weight_shape is not None or node.table is not None or node.bias is not None:
         raise NodeError("ONNX operators have no weights of their own")
+    if node.activation is not None:
+        raise NodeError("ONNX operators have no fused activation function")
     if not any(node.outputs):
         raise NodeError("has no output")
     for name in (*node.inputs, *node.outputs):

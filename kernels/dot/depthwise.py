@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray
 
 from logshift.kernels import records
-from logshift.kernels.blocks import block_channels, blocked, by_block
+from logshift.kernels.blocks import block_channels, blocked, by_block, outputs_by_block
 from logshift.kernels.dot import microkernels
 from logshift.kernels.dot.tiles import (
     CHUNK,
@@ -123,12 +123,11 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         {
             "weights": weights,
             "offset": blocked(-layer.offset, rows, np.int32),
-            "m": blocked(layer.m, rows, np.float32),
-            "b": blocked(layer.b, rows, np.float32),
+            **outputs_by_block(layer, rows),
             "block": tile.channels,
             "existing": np.count_nonzero(rows[0] >= 0),
-            "tile": microkernels.address(tile),
-            "single": microkernels.address(single),
+            "tile": microkernels.address(tile, layer.is_activated),
+            "single": microkernels.address(single, layer.is_activated),
             "pixels": tile.pixels,
             "chunks": np.array(chunks, CHUNK),
             "chunk_count": len(chunks),
@@ -184,6 +183,7 @@ def _conv_rows(arguments, first_part, end_part, parts, slot):
         t.blocks, t.last = chunk.blocks, max(a.channels - a.block - chunk.o0, 0)
         t.weights = a.weights + np.uintp(chunk.weights)
         t.start, t.m, t.b = a.offset + words, a.m + words, a.b + words
+        t.slopes = a.slopes + words
         n, i = row // a.height, row % a.height
         for strip in range(first, last):
             j = strip * a.pixels

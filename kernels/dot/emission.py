@@ -7,7 +7,9 @@ from typing import Any
 
 from llvmlite import ir
 
+from logshift.kernels.activation import HARD_SWISH, PIECES, PIECEWISE, PRELU
 from logshift.kernels.dot.tiles import TILE, Microkernel
+from logshift.kernels.functions import ROUND
 from logshift.kernels.machine.emit import Emitter, f32, i8, i32, i64
 from logshift.kernels.machine.lookup import Lookup
 
@@ -17,9 +19,12 @@ OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[in
 class Emission(Emitter):
     """The body of one microkernel, in LLVM IR; subclasses say in which order steps are taken."""
 
-    def __init__(self, kernel: Microkernel, builder: ir.IRBuilder, arguments: Any) -> None:
+    def __init__(
+        self, kernel: Microkernel, builder: ir.IRBuilder, arguments: Any, is_activated: bool
+    ) -> None:
         super().__init__(builder)
         self.k, self.isa, self.base = kernel, kernel.isa, arguments
+        self.is_activated = is_activated
         self.size = self.isa.vector
         self.bytes, self.int16s = self.isa.bytes, self.isa.int16s
         self.int32s, self.floats = self.isa.int32s, self.isa.floats
@@ -65,10 +70,11 @@ class Emission(Emitter):
     # --- requantization ---------------------------------------------------------------------------
 
     def epilogue(self, total: Callable, channel: Any, bytes_of_words: Any) -> None:
-        """Requantize the tile: y = t * M + B (+ residual), clamp, round, look up, store."""
+        """Requantize the tile: y = t * M + B (+ residual), function, clamp, round, look up, store.
+
+        One piece of code for each case: tests inside would cost registers.
+        """
         b = self.b
-        is_float = b.icmp_signed("!=", self.field("float_output", i32), ir.Constant(i32, 0))
-        table = self.field("table")
 
         def with_or_without_residual(store: Callable) -> None:
             residual = b.icmp_signed("!=", self.field("has_residual", i32), ir.Constant(i32, 0))
@@ -78,18 +84,39 @@ class Emission(Emitter):
                         value = self.scaled(total, channel, bytes_of_words, has_residual)
                         store(value, has_residual)
 
-        # One piece of code for each case: tests inside would cost registers.
+        if self.is_activated:
+            after = b.append_basic_block("activated")
+            functions = {
+                PRELU: self.prelu, HARD_SWISH: self.hard_swish, PIECEWISE: self.piecewise
+            }  # fmt: skip
+            choice = b.switch(self.field("activation"), after)
+            for kind, function in functions.items():
+                case = b.append_basic_block(function.__name__)
+                choice.add_case(self.word(kind), case)
+                b.position_at_end(case)
+                with_or_without_residual(
+                    lambda value, _, f=function: self.store_codes(
+                        f(value, bytes_of_words), channel, bounded=False
+                    )
+                )
+                b.branch(after)
+            b.position_at_end(after)
+            return
+        is_float = b.icmp_signed("!=", self.field("float_output", i32), ir.Constant(i32, 0))
+        table = self.field("table")
         with b.if_else(is_float) as (floats, codes):
             with floats:
                 with_or_without_residual(lambda value, _: self.store_floats(value, channel))
             with codes, b.if_else(b.icmp_unsigned("==", table, self.word(0))) as (plain, look_up):
                 with plain:
                     with_or_without_residual(
-                        lambda value, residual: self.store_codes(value, channel, residual)
+                        lambda value, residual: self.store_codes(value, channel, not residual)
                     )
                 with look_up:
                     with_or_without_residual(
-                        lambda value, residual: self.store_codes(value, channel, residual, table)
+                        lambda value, residual: self.store_codes(
+                            value, channel, not residual, table
+                        )
                     )
 
     def scaled(
@@ -117,6 +144,62 @@ class Emission(Emitter):
 
         return compute
 
+    # --- fused functions: each returns what computes one of the values that `scaled` does ---------
+
+    def prelu(self, value: Callable, bytes_of_words: Any) -> Callable:
+        """(max(v, 0) + min(v, 0) * slope) + c0."""
+        b, size, zero = self.b, self.size, self.constant(0.0, self.floats)
+        (last,) = self.coefficients(1)
+        slopes = b.add(self.field("slopes"), bytes_of_words)
+
+        def compute(tile: tuple[int, int]) -> Any:
+            v = value(tile)
+            slope = self.load(b.add(slopes, self.word(size * tile[1])), self.floats, size)
+            below = b.fmul(self.least(v, zero), slope)
+            return b.fadd(b.fadd(self.greatest(v, zero), below), last)
+
+        return compute
+
+    def hard_swish(self, value: Callable, bytes_of_words: Any) -> Callable:
+        """(v * c0 + c1) * clamp(v, 0, 1) + c2."""
+        b = self.b
+        scale, shift, last = self.coefficients(3)
+        zero, one = (self.constant(bound, self.floats) for bound in (0.0, 1.0))
+
+        def compute(tile: tuple[int, int]) -> Any:
+            v = value(tile)
+            gate = self.least(self.greatest(v, zero), one)
+            return b.fadd(b.fmul(b.fadd(b.fmul(v, scale), shift), gate), last)
+
+        return compute
+
+    def piecewise(self, value: Callable, bytes_of_words: Any) -> Callable:
+        """(c2[i] * f + c1[i]) * f + c0[i], i the nearest piece and f the way from its middle."""
+        b, first = self.b, self.field("coefficients")
+        places = [b.add(first, self.word(4 * PIECES * degree)) for degree in range(3)]
+        lookups = [self.isa.sixteen_floats(self, place) for place in places]
+        zero, most, magic = (
+            self.constant(float(number), self.floats) for number in (0, PIECES - 1, ROUND)
+        )
+
+        def compute(tile: tuple[int, int]) -> Any:
+            v = value(tile)
+            nearest = b.fadd(self.least(self.greatest(v, zero), most), magic)
+            index = b.bitcast(nearest, self.int32s)
+            f = b.fsub(v, b.fsub(nearest, magic))
+            c0, c1, c2 = (lookup(index) for lookup in lookups)
+            return b.fadd(b.fmul(b.fadd(b.fmul(c2, f), c1), f), c0)
+
+        return compute
+
+    def coefficients(self, count: int) -> list[Any]:
+        """Load the first coefficients, each into all lanes."""
+        first = self.field("coefficients")
+        places = [self.b.add(first, self.word(4 * index)) for index in range(count)]
+        return [self.splat(self.load(place, f32, 4), self.floats) for place in places]
+
+    # --- memory -----------------------------------------------------------------------------------
+
     def places(self, name: str, offset: Any) -> Callable[[int], Any]:
         """Return what gives the address of a pixel's outputs, or residuals, from an offset on."""
         table = self.field(name)
@@ -139,14 +222,14 @@ class Emission(Emitter):
             v = self.least(self.greatest(value((i, j)), lo), hi)
             self.store(v, b.add(y(i), self.word(size * j)), 4)
 
-    def store_codes(self, value: Callable, channel: Any, residual: bool, table: Any = None) -> None:
+    def store_codes(self, value: Callable, channel: Any, bounded: bool, table: Any = None) -> None:
         """Round vectors, four together because the machine packs them, and store."""
         b, k = self.b, self.k
         y = self.places("y", channel)
         lookup = None if table is None else Lookup(self, self.isa, table, self.field("table_end"))
         for first in range(0, len(self.tiles), 4):
             tiles = self.tiles[first : first + 4]
-            codes = self.rounded([value(t) for t in tiles], residual)
+            codes = self.rounded([value(t) for t in tiles], bounded)
             if lookup is not None:
                 (codes,) = lookup([codes])
             # Vectors of one pixel lie side by side, here and in memory.
@@ -157,15 +240,15 @@ class Emission(Emitter):
                 offset = self.word(k.lanes * tiles[numbers[0]][1])
                 self.store(part, b.add(y(i), offset), 1)
 
-    def rounded(self, values: list[Any], residual: bool) -> Any:
+    def rounded(self, values: list[Any], bounded: bool) -> Any:
         """Clamp, round half to even, and join to one vector of uint8.
 
         Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
-        the least int32, and so would be what is above: only a residual can make it so large
-        (`Layer.fits_int32`), and then hi comes first.
+        the least int32, and so would be what is above: if it is not `bounded` (`Layer.fits_int32`),
+        for there is a residual or a function, hi comes first.
         """
         b = self.b
-        if residual:
+        if not bounded:
             hi = self.splat(self.field("hi", f32), self.floats)
             values = [self.least(v, hi) for v in values]
         words = [self.isa.nearest(self, v) for v in values]
@@ -175,4 +258,6 @@ class Emission(Emitter):
             for name in ("lo_code", "hi_code")
         )
         codes = b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
-        return codes if residual else b.select(b.icmp_unsigned("<", codes, hi_code), codes, hi_code)
+        return (
+            codes if not bounded else b.select(b.icmp_unsigned("<", codes, hi_code), codes, hi_code)
+        )

@@ -18,8 +18,10 @@ from logshift.kernels.machine.emit import i32, i64
 class Direct(Emission):
     """Blocks of channels, each from segments of steps."""
 
-    def __init__(self, kernel: Microkernel, builder: ir.IRBuilder, arguments: Any) -> None:
-        super().__init__(kernel, builder, arguments)
+    def __init__(
+        self, kernel: Microkernel, builder: ir.IRBuilder, arguments: Any, is_activated: bool
+    ) -> None:
+        super().__init__(kernel, builder, arguments, is_activated)
         # Accumulators: pixel, vector; depthwise ones hold twice as many channels.
         self.sums = [
             (i, j)

@@ -16,7 +16,12 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from logshift.kernels import records
-from logshift.kernels.blocks import block_channels, blocked, first_channels, runs_of_blocks
+from logshift.kernels.blocks import (
+    block_channels,
+    first_channels,
+    outputs_by_block,
+    runs_of_blocks,
+)
 from logshift.kernels.dot import microkernels
 from logshift.kernels.dot.steps import by_step, cut, in_reading_order, uncut
 from logshift.kernels.dot.tiles import (
@@ -109,12 +114,11 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         {
             "weights": stream,
             "offset": placed(start, np.int32),
-            "m": blocked(layer.m, rows, np.float32),
-            "b": blocked(layer.b, rows, np.float32),
+            **outputs_by_block(layer, rows),
             "block": tile.channels,
             "existing": np.count_nonzero(rows[0] >= 0),
-            "tile": microkernels.address(tile),
-            "single": microkernels.address(single) if single else 0,
+            "tile": microkernels.address(tile, layer.is_activated),
+            "single": microkernels.address(single, layer.is_activated) if single else 0,
             "pixels": tile.pixels,
             "x_step": tile.channels if depthwise else 0,
             "chunks": np.array(chunks, CHUNK),
@@ -199,6 +203,7 @@ def _conv_tiles(arguments, first_part, end_part, parts, slot):
         t.segments = a.segments + np.uintp(16 * chunk.segment)
         t.weights = a.weights + np.uintp(chunk.weights)
         t.start, t.m, t.b = a.offset + words, a.m + words, a.b + words
+        t.slopes = a.slopes + words
         x0, o0 = chunk.x0, chunk.o0
         pixel = item % strips * pixels
         n, i, j = position(a, pixel)
@@ -242,7 +247,11 @@ def _conv_tiles(arguments, first_part, end_part, parts, slot):
 
 for _tile in MICROKERNELS.values():
     _available = partial(getattr, _tile, "available")
-    register_part("dot", _tile.name, partial(microkernels.address, _tile), _available)
+    for _activated in (False, True):
+        register_part(
+            "dot", f"{_tile.name}{' of fused functions' * _activated}",
+            partial(microkernels.address, _tile, _activated), _available,
+        )  # fmt: skip
     if _tile.pixels > 1 and _tile.kind in _LARGEST:
         register(
             "conv", "dot", records.CONV, _tile.name,

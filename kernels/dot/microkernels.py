@@ -19,12 +19,15 @@ _KINDS: dict[str, type[Emission]] = {
 }  # fmt: skip
 
 
+_ACTIVATED = "-activated"
+
+
 def emit(name: str, builder: ir.IRBuilder, arguments: Any) -> None:
     """Emit the microkernel of a name; takes the address of a TILE record."""
-    kernel = MICROKERNELS[name]
-    _KINDS[kernel.kind](kernel, builder, arguments).emit()
+    kernel = MICROKERNELS[name.removesuffix(_ACTIVATED)]
+    _KINDS[kernel.kind](kernel, builder, arguments, name.endswith(_ACTIVATED)).emit()
 
 
-def address(kernel: Microkernel) -> int:
-    """Address of the compiled microkernel, `void (TILE *)`."""
-    return microkernel.address(__name__, kernel.name)
+def address(kernel: Microkernel, is_activated: bool) -> int:
+    """Address of the compiled microkernel, `void (TILE *)`, with or without fused functions."""
+    return microkernel.address(__name__, kernel.name + _ACTIVATED * is_activated)

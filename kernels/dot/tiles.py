@@ -54,7 +54,8 @@ TILE = np.dtype(
         ("segments", _P),  # SEGMENT records, those of one block after those of another
         ("weights", _P),  # in the order in which they are read, see `steps`
         ("start", _P),  # int32 (blocks * channels,): minus z_x * sum of W
-        ("m", _P), ("b", _P),  # float32 (blocks * channels,)
+        ("m", _P), ("b", _P), ("slopes", _P),  # float32 (blocks * channels,)
+        ("coefficients", _P), ("activation", _I),  # of a fused function, `activation.Target`
         ("table", _P),  # uint8 (256,) that codes go through at the end, or 0
         ("table_end", _P),
         # "rows": x, y and r are addresses of the first pixel, and these the bytes from pixel to
@@ -179,6 +180,7 @@ def fill_in(a, t):
     t.z_r, t.m_r, t.lo, t.hi = np.int32(a.z_r), a.m_r, a.lo, a.hi
     t.has_residual, t.float_output = np.int32(a.has_residual), np.int32(a.float_output)
     t.x_step, t.table, t.table_end = a.x_step, a.table, a.table + np.uintp(256)
+    t.activation, t.coefficients = a.activation, a.coefficients
     if a.float_output:
         return 4
     t.lo_code = np.int32(np.int64((a.lo + ROUND) - ROUND) * 0x01010101)

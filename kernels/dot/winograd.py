@@ -30,7 +30,7 @@ from numba import carray, njit
 from numba.extending import register_jitable
 
 from logshift.kernels import records
-from logshift.kernels.blocks import first_channels
+from logshift.kernels.blocks import first_channels, outputs_by_block
 from logshift.kernels.dot import microkernels
 from logshift.kernels.dot.emit_winograd import BOTH_ADD, POSITIONS, transform_half, transform_run
 from logshift.kernels.dot.steps import cut, in_reading_order
@@ -164,10 +164,9 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
         {
             "weights": stream,
             "offset": placed(start, np.int32),
-            "m": placed(layer.m[rows], np.float32),
-            "b": placed(layer.b[rows], np.float32),
+            **outputs_by_block(layer, rows),
             "block": tile.channels,
-            "tile": microkernels.address(tile),
+            "tile": microkernels.address(tile, layer.is_activated),
             "pixels": tile.pixels,
             "segments": segments,
             "chunks": np.array(chunks, CHUNK),
@@ -182,6 +181,7 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
     o, _, _, channels = layer.weights.shape
     steps = -(-channels // 4)
     top = 2**layer.activation_bits - 1
+    twin = _twin(tile)
     transformed = _transformed(tile, layer)
     padded = np.zeros((o, POSITIONS, 4 * steps), np.int8)
     padded[:, :, :channels] = transformed
@@ -200,12 +200,11 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
         {
             "weights": placed(in_pairs, np.uint32),
             "offset": placed(start[:, :, rows].transpose(2, 0, 1, 3), np.int32),
-            "m": placed(layer.m[rows], np.float32),
-            "b": placed(layer.b[rows], np.float32),
+            **outputs_by_block(layer, rows),
             "block": tile.channels,
-            "tile": microkernels.address(tile),
+            "tile": microkernels.address(tile, layer.is_activated),
             "pixels": tile.pixels,
-            "single": microkernels.address(twin) if (twin := _twin(tile)) else 0,
+            "single": microkernels.address(twin, layer.is_activated) if twin else 0,
             "steps": steps,
             "chunks": np.array([(n, 1, 0, 0, 0, o0) for n, o0 in enumerate(rows[:, 0])], CHUNK),
             "chunk_count": len(rows),
@@ -363,6 +362,7 @@ def _conv_winograd(arguments, first_part, end_part, parts, slot):
         t.segments = a.segments + np.uintp(16 * chunk.segment)
         t.weights = a.weights + np.uintp(chunk.weights)
         t.start, t.m, t.b = a.offset + np.uintp(POSITIONS) * words, a.m + words, a.b + words
+        t.slopes = a.slopes + words
         t.channel = chunk.o0
         for call in range(last - first):
             for q in range(tiles):
@@ -406,7 +406,8 @@ def _conv_winograd_dot(arguments, first_part, end_part, parts, slot):
             _prepare(a, tile, others, _FEW, steps, u_few, y_few, r_few, beyond, size)
             prepared = strip
         words = np.uintp(4 * block * a.block)
-        t.m, t.b, t.channel = a.m + words, a.b + words, chunks[block].o0
+        t.m, t.b, t.slopes = a.m + words, a.b + words, a.slopes + words
+        t.channel = chunks[block].o0
         _columns(a, t, a.tile, tiles, own, block, u, y, r, sums, scratch)
         _columns(a, t, a.single, _FEW, others, block, u_few, y_few, r_few, sums, scratch)
 

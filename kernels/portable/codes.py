@@ -13,6 +13,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from logshift.kernels import records
+from logshift.kernels.activation import PIECES, PRELU, activated
 from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.memory import aligned
@@ -73,7 +74,7 @@ def _pack_blocks(layer: Layer, dtype: type) -> Packed:
 def _packed(layer: Layer, weights: np.ndarray, block: int, accumulator: type) -> Packed:
     # Sums begin at minus the offset: no partial sum then exceeds the bound either.
     start: np.ndarray = (-layer.offset).astype(accumulator)
-    return Packed({"weights": weights, "block": block, "offset": start, "m": layer.m, "b": layer.b})
+    return Packed({"weights": weights, "block": block, "offset": start, **layer.outputs})
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
@@ -154,11 +155,15 @@ def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
     # Read once: for all the compiler knows, a store to y may change the record.
     lo, hi, z_r, m_r = a.lo, a.hi, np.float32(a.z_r), a.m_r
     has_residual, float_output = a.has_residual != 0, a.float_output != 0
+    kind, coefficients = a.activation, carray(as_pointer(a.coefficients), 3 * PIECES, np.float32)
+    # Anything but what is multiplied by no slope may lie there.
+    slopes = carray(as_pointer(a.slopes if kind == PRELU else a.b), a.channels, np.float32)
     for j in range(np.uintp(count)):
         v = np.float32(acc[acc0 + j]) * m[o0 + j]
         v = v + b[o0 + j]
         if has_residual:
             v = v + (np.float32(r[r0 + j]) - z_r) * m_r
+        v = activated(v, kind, slopes[o0 + j], coefficients)
         if float_output:
             y_float[y0 + j] = min(max(v, lo), hi)
         else:
@@ -435,15 +440,26 @@ def _repeat(source, p, step, own, pixels, channels, row):
         q += channels
 
 
+@njit(inline="always")
+def _function(a):
+    """Kind, slope and coefficients of the function of an operation on two tensors."""
+    slope = (
+        carray(as_pointer(a.slopes), 1, np.float32)[0] if a.activation == PRELU else np.float32(0)
+    )
+    return a.activation, slope, carray(as_pointer(a.coefficients), 3 * PIECES, np.float32)
+
+
 @njit(error_model="numpy")
 def _add_run(a, x, p, r, s, y, q, count):
     p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
     z_x, z_r, m, m_r = np.float32(a.z_x), np.float32(a.z_r), a.m, a.m_r
     b, lo, hi = a.b, a.lo, a.hi
+    kind, slope, coefficients = _function(a)
     for k in range(count):
         v = (np.float32(x[p + k]) - z_x) * m
         v = v + b
         v = v + (np.float32(r[s + k]) - z_r) * m_r
+        v = activated(v, kind, slope, coefficients)
         y[q + k] = _to_code(v, lo, hi)
 
 
@@ -452,10 +468,12 @@ def _multiply_run(a, x, p, r, s, y, q, count):
     p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
     z_x, z_r, m = np.float32(a.z_x), np.float32(a.z_r), a.m
     b, lo, hi = a.b, a.lo, a.hi
+    kind, slope, coefficients = _function(a)
     for k in range(count):
         v = (np.float32(x[p + k]) - z_x) * (np.float32(r[s + k]) - z_r)
         v = v * m
         v = v + b
+        v = activated(v, kind, slope, coefficients)
         y[q + k] = _to_code(v, lo, hi)
 
 

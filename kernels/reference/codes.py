@@ -10,9 +10,11 @@ import numpy as np
 from numba import carray, njit
 
 from logshift.kernels import records
+from logshift.kernels.activation import HARD_SWISH, PIECES, PIECEWISE, PRELU
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.native import as_pointer
 from logshift.kernels.records import (
+    ACTIVATION,
     ADDRESS,
     FLOAT,
     INT,
@@ -33,6 +35,23 @@ def _clamp_round(y, lo, hi):
 
 
 @njit
+def _activated(v, a, o):
+    """Return the function of output channel o that a record tells, of v: section 4."""
+    zero, one = np.float32(0), np.float32(1)
+    c = carray(as_pointer(a.coefficients), 3 * PIECES, np.float32)
+    if a.activation == PRELU:
+        slope = carray(as_pointer(a.slopes), o + 1, np.float32)[o]
+        return (max(v, zero) + min(v, zero) * slope) + c[0]
+    if a.activation == HARD_SWISH:
+        return (v * c[0] + c[1]) * min(max(v, zero), one) + c[2]
+    if a.activation == PIECEWISE:
+        i = np.int64(np.rint(min(max(v, zero), np.float32(PIECES - 1))))
+        f = v - np.float32(i)
+        return (c[2 * PIECES + i] * f + c[PIECES + i]) * f + c[i]
+    return v
+
+
+@njit
 def _shift_add(acc, code, word, bits, shift):
     """Acc + code * word, as `docs/quantization.md` section 1 has it: ±(code << (e - 1))."""
     sign = np.int64(1) << (bits - 1)
@@ -46,7 +65,7 @@ def _shift_add(acc, code, word, bits, shift):
 def _pack_conv(layer: Layer) -> Packed:
     """First and second words as codes, (2, O, K); offset int64, M and B float32, (O,)."""
     words = np.stack([layer.weights.first, layer.weights.second])
-    return Packed({"weights": words, "offset": layer.offset, "m": layer.m, "b": layer.b})
+    return Packed({"weights": words, "offset": layer.offset, **layer.outputs})
 
 
 @register("conv", "reference", records.CONV, supports=lambda layer: True, pack=_pack_conv)
@@ -85,6 +104,7 @@ def _conv(arguments, first_part, end_part, parts, slot):
                     if a.has_residual:
                         code = np.int64(r[n, a.r.top + row, a.r.left + column, o])
                         v = v + np.float32(code - a.z_r) * a.m_r
+                    v = _activated(v, a, o)
                     if a.float_output:
                         v = min(max(v, a.lo), a.hi)
                         y_float[n, a.y.top + row, a.y.left + column, o] = v
@@ -166,7 +186,7 @@ def _repeated(tensor, picture, height, width, n, i, j, c):
 # tensor has one position, where y has more, is repeated.
 BINARY = record(
     **OUTPUT, r=TENSOR, x_height=INT, x_width=INT, r_height=INT, r_width=INT,
-    z_x=INT, m=FLOAT, b=FLOAT, z_r=INT, m_r=FLOAT, lo=FLOAT, hi=FLOAT,
+    z_x=INT, m=FLOAT, b=FLOAT, z_r=INT, m_r=FLOAT, lo=FLOAT, hi=FLOAT, **ACTIVATION,
     pixels=INT,  # that are computed together where a tensor is repeated along a row
     **SCRATCH,
 )  # fmt: skip
@@ -187,6 +207,7 @@ def _add(arguments, first_part, end_part, parts, slot):
                     v = np.float32(left) * a.m
                     v = v + a.b
                     v = v + np.float32(right) * a.m_r
+                    v = _activated(v, a, 0)
                     y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
 
 
@@ -204,6 +225,7 @@ def _multiply(arguments, first_part, end_part, parts, slot):
                     right = _repeated(a.r, r, a.r_height, a.r_width, n, i, j, c) - a.z_r
                     v = np.float32(left * right) * a.m
                     v = v + a.b
+                    v = _activated(v, a, 0)
                     y[n, a.y.top + i, a.y.left + j, c] = np.uint8(_clamp_round(v, a.lo, a.hi))
 
 

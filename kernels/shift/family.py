@@ -26,6 +26,7 @@ import numpy as np
 from numba import carray, types
 
 from logshift.kernels import records
+from logshift.kernels.activation import PIECES, PRELU, activated
 from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.machine.jit import njit
@@ -213,8 +214,7 @@ def _pack(adder: Adder, layer: Layer) -> Packed:
             "weights": packed,
             "positions": np.concatenate(positions),
             "offset": (complements - layer.offset).astype(np.int32),
-            "m": layer.m,
-            "b": layer.b,
+            **layer.outputs,
             "sets": np.stack([firsts * in_group, firsts * out_group], axis=1),
             "set_count": len(firsts),
             "existing": together * out_group,
@@ -245,13 +245,13 @@ def _addresses(a, first, pixels, x0, o0, x, y, r, size):
 
 
 @njit(inline="always", error_model="numpy")
-def _real(t, m, b, has_residual, code, z_r, m_r, lo, hi):
-    """Requantize a sum: section 4 of `docs/quantization.md`, up to the rounding."""
+def _real(t, m, b, has_residual, code, z_r, m_r):
+    """Requantize a sum: section 4 of `docs/quantization.md`, up to the activation function."""
     v = np.float32(t) * m
     v = v + b
     if has_residual:
         v = v + np.float32(np.int32(code) - z_r) * m_r
-    return min(max(v, lo), hi)
+    return v
 
 
 @njit(inline="always", error_model="numpy")
@@ -275,10 +275,11 @@ def _join_digits(sums, words):
 
 
 @njit(inline="always", error_model="numpy")
-def _write_codes(a, sums, m, b, r, y, words):
+def _write_codes(a, sums, m, b, slope, r, y, words):
     """Requantize: four codes, or residuals, make a word; their sums lie a quarter apart."""
     # Read once: for all the compiler knows, a store to y may change the record.
     lo, hi, z_r, m_r, has_residual = a.lo, a.hi, np.int32(a.z_r), a.m_r, a.has_residual != 0
+    kind, coefficients = a.activation, carray(as_pointer(a.coefficients), 3 * PIECES, np.float32)
     quarter = np.uintp(sums.size // 4)
     for i in range(np.uintp(words)):
         residuals, codes = r[i], np.uint32(0)
@@ -286,7 +287,8 @@ def _write_codes(a, sums, m, b, r, y, words):
             byte = np.uint32(8 * q)
             code = residuals >> byte & np.uint32(255)
             t = sums[np.uintp(q) * quarter + i]
-            v = _real(t, m, b, has_residual, code, z_r, m_r, lo, hi)
+            v = activated(_real(t, m, b, has_residual, code, z_r, m_r), kind, slope, coefficients)
+            v = min(max(v, lo), hi)
             codes |= np.uint32(np.int32((v + ROUND) - ROUND)) << byte
         y[i] = codes
 
@@ -296,8 +298,9 @@ def _write_floats(a, sums, m, b, r, y, channel, count):
     quarter = sums.size // 4
     for p in range(count):
         t = sums[p % 4 * quarter + p // 4]
-        v = _real(t, m, b, a.has_residual != 0, r[p], np.int32(a.z_r), a.m_r, a.lo, a.hi)
-        carray(as_pointer(np.uintp(y[p] + 4 * channel)), 1, np.float32)[0] = v
+        v = _real(t, m, b, a.has_residual != 0, r[p], np.int32(a.z_r), a.m_r)
+        y_here = carray(as_pointer(np.uintp(y[p] + 4 * channel)), 1, np.float32)
+        y_here[0] = min(max(v, a.lo), a.hi)
 
 
 @njit(inline="always", error_model="numpy")
@@ -323,7 +326,10 @@ def _finish(a, sums, words, digits, o, channel, valid, y, r_row, codes_row):
     else:
         r = carray(as_pointer(r_row), words, np.uint32)
         codes = carray(as_pointer(codes_row), words, np.uint32)
-        _write_codes(a, sums, m[o], b[o], r, codes, words)
+        slope = np.float32(0)
+        if a.activation == PRELU:
+            slope = carray(as_pointer(a.slopes), a.channels, np.float32)[o]
+        _write_codes(a, sums, m[o], b[o], slope, r, codes, words)
 
 
 @njit(inline="always", error_model="numpy")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from logshift.kernels.activation import PIECES
 from logshift.kernels.errors import FormatError
 from logshift.runtime.executor import spread
 from logshift.runtime.file import files, manifest, weights
@@ -26,6 +28,8 @@ from logshift.runtime.validate import validate
 
 MANIFEST_KEY = "logshift"
 CHECKSUM_KEY = "checksum"
+
+NO_COEFFICIENTS = "HardSwish"  # all other activation functions have some
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -87,6 +91,9 @@ def _node_tensors(
         tensors["bias"] = np.ascontiguousarray(node.bias, np.float32)
     if node.table is not None:
         tensors["table"] = np.ascontiguousarray(node.table, np.uint8).ravel()
+    if node.activation is not None and node.activation.op != NO_COEFFICIENTS:
+        coefficients = node.activation.coefficients
+        tensors["coefficients"] = np.ascontiguousarray(coefficients, np.float32).ravel()
     return tensors
 
 
@@ -282,4 +289,9 @@ def _node(index: int, record: Any, tensors: _Tensors) -> tuple[Node, weights.Str
         if table.size == 0 or table.size % 256:
             raise FormatError(f"{where}: the table has {table.size} bytes, expected 256 for each")
         node.table = table if table.size == 256 else table.reshape(-1, 256)
+    if node.activation is not None and node.activation.op != NO_COEFFICIENTS:
+        coefficients = tensors.vector(f"{index}.coefficients", np.float32)
+        if node.activation.op == "Piecewise" and coefficients.size == 3 * PIECES:
+            coefficients = coefficients.reshape(3, PIECES)
+        node.activation = replace(node.activation, coefficients=coefficients)
     return node, streams

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from logshift.kernels.activation import Activation
 from logshift.kernels.errors import FormatError
 from logshift.kernels.stlq import codec
 from logshift.runtime.graph import NEWEST_OPSET, Graph, Quantization, ValueInfo
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _REQUIRED = object()
 
@@ -172,6 +175,12 @@ def _quantizations(value: Any, where: str, key: str) -> dict[str, Quantization]:
     }
 
 
+def _activation(value: Any, where: str, key: str) -> Activation:
+    """Read a fused activation function, but for its coefficients."""
+    fields = ACTIVATION.read(_object(value, where, key), f"{where}: {key}")
+    return Activation(**fields, coefficients=np.zeros(0, np.float32))
+
+
 # --- forms --------------------------------------------------------------------------------------
 
 MAX_WEIGHTS = 2**31 - 1  # of a layer
@@ -196,6 +205,12 @@ QUANTIZATION = Form(
     Field("bits", _integer),
 )
 
+ACTIVATION = Form(
+    Field("op", _text),
+    Field("origin", _made(float, _number), default=0.0),
+    Field("unit", _made(float, _number), default=1.0),
+)
+
 NODE = Form(
     Field("op", _text),
     Field("name", _text),
@@ -203,6 +218,7 @@ NODE = Form(
     Field("outputs", _strings),
     Field("domain", _text, default=""),
     Field("attributes", _made(dict, _object), default={}),
+    Field("activation", _activation, lambda value: ACTIVATION.write(value), default=None),
 )
 
 # What a node says of its weights: words, or float32.
@@ -241,8 +257,13 @@ GRAPH = Form(
 
 
 def of(graph: Graph) -> dict[str, Any]:
-    """Return the manifest of a graph, without what its nodes say of their weights."""
-    return {"format_version": FORMAT_VERSION, **GRAPH.write(graph)}
+    """Return the manifest of a graph, without what its nodes say of their weights.
+
+    The version is the lowest that knows all that there is.
+    """
+    is_activated = any(node.activation is not None for node in graph.nodes)
+    version = FORMAT_VERSION if is_activated else FORMAT_VERSION - 1
+    return {"format_version": version, **GRAPH.write(graph)}
 
 
 # --- text ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from logshift.kernels.activation import target
 from logshift.runtime.graph import Graph, Node, Shape
 from logshift.runtime.operators.base import (
     NO_CLAMP,
@@ -14,9 +15,11 @@ from logshift.runtime.operators.base import (
     NodeError,
     Operator,
     Site,
+    check_activation,
     check_clamp,
     clamp,
     rank4,
+    target_of,
 )
 from logshift.runtime.plan.call import Call
 
@@ -32,13 +35,18 @@ def _shape(node: Node, inputs: list[Shape]) -> Shape:
     return tuple(map(max, first, second))
 
 
+def _check(graph: Graph, node: Node) -> None:
+    check_clamp(graph, node)
+    check_activation(graph, node, 1)
+
+
 def _check_product(graph: Graph, node: Node) -> None:
+    _check(graph, node)
     if not graph.on_codes(node):
         return
-    check_clamp(graph, node)
     first, second, q = (graph.quantization[name] for name in (*node.inputs, *node.outputs))
     # Keeps t * M + B far from float32 infinity for any codes.
-    if first.scale * second.scale / q.scale > 1e15:
+    if first.scale * second.scale / min(q.scale, target_of(graph, node).unit) > 1e15:
         raise NodeError("the input scales are absurdly large against the output scale")
 
 
@@ -51,17 +59,23 @@ def _on_codes(site: Site) -> Call:
     (x, r), y, op = site.inputs, site.output, site.node.op
     q_x, q_r, q_y = x.quantization, r.quantization, y.quantization
     assert q_x is not None and q_r is not None and q_y is not None
+    to = target(site.node.activation, q_y.scale, q_y.zero_point)
+    factors: dict[str, Any]
     if op == "Mul":
-        factors = {"m": np.float32(q_x.scale * q_r.scale / q_y.scale)}
+        factors = {"m": np.float32(q_x.scale * q_r.scale / to.unit)}
     else:
-        m_r = np.float32(q_r.scale / q_y.scale)
-        factors = {"m": np.float32(q_x.scale / q_y.scale), "m_r": -m_r if op == "Sub" else m_r}
+        m_r = np.float32(q_r.scale / to.unit)
+        factors = {"m": np.float32(q_x.scale / to.unit), "m_r": -m_r if op == "Sub" else m_r}
+    if to.kind:
+        factors |= {"activation": to.kind, "coefficients": to.coefficients}
+    if to.slopes is not None:
+        factors["slopes"] = to.slopes
     _, channels, _, width = y.shape
     parts = -(-width * channels // _REPEATED)
     fields = {
         "x_height": x.shape[2], "x_width": x.shape[3],
         "r_height": r.shape[2], "r_width": r.shape[3],
-        "z_x": q_x.zero_point, "z_r": q_r.zero_point, "b": q_y.zero_point,
+        "z_x": q_x.zero_point, "z_r": q_r.zero_point, "b": to.zero,
         "pixels": -(-width // parts),
     }  # fmt: skip
     return Call(
@@ -85,7 +99,9 @@ def _on_floats(site: Site) -> Call:
 _ATTRIBUTES: Attributes = {"clamp": (NO_CLAMP, clamp)}
 
 OPERATORS = [
-    Operator("Add", "cc ff", _shape, _build, _ATTRIBUTES, (2, 2), check=check_clamp),
-    Operator("Sub", "cc ff", _shape, _build, _ATTRIBUTES, (2, 2), check=check_clamp),
-    Operator("Mul", "cc ff", _shape, _build, _ATTRIBUTES, (2, 2), check=_check_product),
+    Operator("Add", "cc ff", _shape, _build, _ATTRIBUTES, (2, 2), check=_check, activates=True),
+    Operator("Sub", "cc ff", _shape, _build, _ATTRIBUTES, (2, 2), check=_check, activates=True),
+    Operator(
+        "Mul", "cc ff", _shape, _build, _ATTRIBUTES, (2, 2), check=_check_product, activates=True
+    ),
 ]

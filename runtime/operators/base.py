@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from logshift.kernels.activation import PIECES, Target, target
 from logshift.runtime.graph import MAX_ATTRIBUTE, Graph, Node, Quantization, Shape
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.convolution import Convolution
@@ -82,6 +85,8 @@ class Operator:
         What is to be checked beyond the above; raises `NodeError`. Attributes are complete by then.
     keeps_quantization : bool
         Output codes mean what input codes mean, so both share one quantization.
+    activates : bool
+        It may have a fused activation function.
     stores : {"", "weights", "table"}
         What a node has beside its attributes.
     reads_onnx, writes_onnx : bool
@@ -98,6 +103,7 @@ class Operator:
     arity: tuple[int, int] = (1, 1)
     check: Callable[[Graph, Node], None] | None = None
     keeps_quantization: bool = False
+    activates: bool = False
     stores: str = ""
     reads_onnx: bool = False
     writes_onnx: bool = False
@@ -143,6 +149,36 @@ def clamp(v: Any) -> bool:
         and all(b is None or number(b) for b in v)
         and (v[0] is None or v[1] is None or v[0] <= v[1])
     )
+
+
+def target_of(graph: Graph, node: Node) -> Target:
+    """Return what a node's results are before they are rounded, or stored as float32."""
+    q = graph.quantization.get(node.outputs[0])
+    return Target(1.0, 0) if q is None else target(node.activation, q.scale, q.zero_point)
+
+
+def check_activation(graph: Graph, node: Node, channels: int) -> None:
+    """Check a fused activation function of results of so many channels; 1 if no one knows."""
+    activation = node.activation
+    if activation is None:
+        return
+    if not (graph.on_codes(node) and graph.is_code(node.outputs[0])):
+        raise NodeError("only what becomes codes out of codes has an activation function")
+    shapes = {"PRelu": ((1,), (channels,)), "HardSwish": ((0,),), "Piecewise": ((3, PIECES),)}
+    if activation.op not in shapes:
+        raise NodeError(f"unknown activation function {activation.op!r}")
+    if activation.coefficients.shape not in shapes[activation.op]:
+        raise NodeError(
+            f"{activation.op} has coefficients of shape {activation.coefficients.shape}, expected"
+            f" {' or '.join(dict.fromkeys(map(str, shapes[activation.op])))}"
+        )
+    # As of scales: keeps everything far from float32 infinity.
+    if not (1e-15 < activation.unit < 1e15 and abs(activation.origin) < 1e15 * activation.unit):
+        raise NodeError(
+            f"{activation.op} has origin {activation.origin} and unit {activation.unit}"
+        )
+    if not (np.abs(activation.coefficients) < 1e15).all():  # false for NaN
+        raise NodeError(f"coefficients of {activation.op} must be finite and below 1e15")
 
 
 def check_clamp(graph: Graph, node: Node) -> None:

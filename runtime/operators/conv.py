@@ -17,11 +17,13 @@ from logshift.runtime.operators.base import (
     Operator,
     Site,
     bounds,
+    check_activation,
     check_clamp,
     clamp,
     integer,
     integers,
     rank4,
+    target_of,
 )
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.convolution import Convolution, Phase
@@ -90,6 +92,7 @@ def pads_fit(pads: Sequence[int], kernel: Sequence[int], dilations: Sequence[int
 
 def _check(graph: Graph, node: Node) -> None:
     check_clamp(graph, node)
+    check_activation(graph, node, node.weight_shape[0] if node.weight_shape else 1)
     shape, bias, a = node.weight_shape, node.bias, node.attributes
     if shape is None or bias is None:
         raise NodeError("weights are missing")
@@ -122,7 +125,7 @@ def _check_words(graph: Graph, node: Node, bias: np.ndarray) -> None:
     q_x = graph.quantization.get(node.inputs[0])
     scale_x = q_x.scale if q_x else 1.0
     q = graph.quantization.get(node.outputs[0])
-    scale_y = q.scale if q else 1.0
+    scale_y = min(q.scale if q else 1.0, target_of(graph, node).unit)
     # Keeps |t * M + B| far from float32 infinity for any codes.
     if (
         float(weights.unit().max()) * scale_x / scale_y > 1e15
@@ -201,11 +204,13 @@ def constants(
         fields |= {
             "bits": node.weights.bits, "residual_shift": node.weights.residual_shift,
             "float_output": q_y is None,
+            "activation": conv.target.kind,
+            "coefficients": conv.target.coefficients.ctypes.data,
         }  # fmt: skip
         if residual:
             q_r = quantization[node.inputs[1]]
-            scale_y = q_y.scale if q_y else 1.0
-            fields |= {"z_r": q_r.zero_point, "m_r": np.float32(q_r.scale / scale_y)}
+            m_r = np.float32(q_r.scale / conv.target.unit)
+            fields |= {"z_r": q_r.zero_point, "m_r": m_r}
         if table is not None:
             fields["table"] = table.ctypes.data
     return fields
@@ -244,13 +249,14 @@ _ATTRIBUTES: Attributes = {
 
 OPERATORS = [
     Operator(
-        "Conv", "c? ff", _shape, _build, _ATTRIBUTES, (1, 2), check=_check, stores="weights"
+        "Conv", "c? ff", _shape, _build, _ATTRIBUTES, (1, 2), check=_check, activates=True,
+        stores="weights",
     ),
     Operator(
         "ConvTranspose", "c? ff", _transposed_shape, _build,
         # There are strides[0] * strides[1] phases.
         {**_ATTRIBUTES, "strides": ([1, 1], integers(2, 1, 32)),
          "output_padding": ([0, 0], integers(2, 0))},
-        (1, 2), check=_check_transposed, stores="weights",
+        (1, 2), check=_check_transposed, activates=True, stores="weights",
     ),
 ]  # fmt: skip

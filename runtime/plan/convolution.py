@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from logshift.kernels.activation import Target
 from logshift.kernels.layer import FloatLayer, Layer, Packed
 from logshift.kernels.registry import Kernel
 from logshift.runtime.plan.work import DEPTHWISE
@@ -38,6 +39,7 @@ class Convolution:
     layer: Layer | FloatLayer
     packed: Packed
     phase: Phase
+    target: Target  # what results are before they are rounded
 
     @cached_property
     def work(self) -> int:

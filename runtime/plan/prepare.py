@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from logshift.kernels.activation import Target
 from logshift.kernels.layer import FloatLayer, Layer
 from logshift.kernels.registry import kernel
 from logshift.runtime.executor import spread
 from logshift.runtime.graph import Graph, Node, Shape
 from logshift.runtime.infer import nominal_shapes
+from logshift.runtime.operators.base import target_of
 from logshift.runtime.operators.conv import phases
 from logshift.runtime.plan.convolution import Convolution
 
@@ -42,7 +44,8 @@ def _prepare_node(
     graph: Graph, node: Node, family: str, shapes: dict[str, Shape]
 ) -> Iterator[Convolution]:
     is_coded = graph.on_codes(node)
-    layer_of = _coded_layer(graph, node) if is_coded else _float_layer(node)
+    to = target_of(graph, node)
+    layer_of = _coded_layer(graph, node, to) if is_coded else _float_layer(node)
     for taps, phase in phases(node):
         pixels = shapes[node.outputs[0]][0] * math.prod(shapes[node.outputs[0]][2:])
         layer = layer_of(
@@ -53,19 +56,18 @@ def _prepare_node(
         assert chosen.pack is not None
         packed = chosen.pack(layer)
         # A layer keeps what it has computed; a new one holds nothing that only packing needs.
-        yield Convolution(chosen, replace(layer), packed, phase)
+        yield Convolution(chosen, replace(layer), packed, phase, to)
 
 
-def _coded_layer(graph: Graph, node: Node) -> Callable[..., Layer]:
+def _coded_layer(graph: Graph, node: Node, to: Target) -> Callable[..., Layer]:
     """Return what makes a layer of some of the weights of a convolution of codes."""
     weights, bias = node.weights, node.bias
     assert weights is not None and bias is not None
     q_x = graph.quantization[node.inputs[0]]
-    q_y = graph.quantization.get(node.outputs[0])
-    scale_y, z_y = (q_y.scale, q_y.zero_point) if q_y else (1.0, 0)
     # docs/quantization.md section 4; float64 until the last step
-    m = (q_x.scale * weights.unit() / scale_y).astype(np.float32)
-    b = (bias.astype(np.float64) / scale_y + z_y).astype(np.float32)
+    m = (q_x.scale * weights.unit() / to.unit).astype(np.float32)
+    b = (bias.astype(np.float64) / to.unit + to.zero).astype(np.float32)
+    slopes = None if to.slopes is None else np.full(b.shape, to.slopes)
     # Of a ConvTranspose all words are needed once for every phase.
     words = cache(weights.words)
 
@@ -73,7 +75,10 @@ def _coded_layer(graph: Graph, node: Node) -> Callable[..., Layer]:
         part = weights
         if taps is not ...:
             part = replace(words(), first=words().first[taps], second=words().second[taps])
-        return Layer(part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m, b=b, **geometry)
+        return Layer(
+            part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m, b=b, slopes=slopes,
+            is_activated=to.kind != 0, **geometry,
+        )  # fmt: skip
 
     return layer
 

@@ -256,7 +256,8 @@ class Schedule:
         return {
             out: readers[out][0]
             for index, convolutions in self.convolutions.items()
-            if (out := self.graph.nodes[index].outputs[0]) in self.graph.quantization
+            if self.graph.nodes[index].activation is None
+            and (out := self.graph.nodes[index].outputs[0]) in self.graph.quantization
             and [has_one_table(reader) for reader in readers.get(out, [])] == [True]
             and all(conv.kernel.looks_up for conv in convolutions)
         }

@@ -9,6 +9,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from logshift.converter.encode import encode
+from logshift.kernels.activation import ACTIVATIONS, Activation
 from logshift.kernels.errors import FormatError
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.infer import infer_nominal, nominal_shapes
@@ -75,6 +76,24 @@ def tables(draw, top, channels):
     return rng.integers(0, top + 1, shape).astype(np.uint8)
 
 
+@st.composite
+def activations(draw, scale, channels=1):
+    """A fused function of results of about `scale`, or none; slopes of one channel or of all."""
+    op = draw(st.sampled_from([None, None, None, *ACTIVATIONS]))
+    if op is None:
+        return None
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    unit = scale * draw(st.sampled_from([0.3, 8.0, 100.0]))
+    origin = unit * draw(st.sampled_from([0.0, -0.5, -8.3]))
+    if op == "PRelu":
+        coefficients = rng.normal(0, 1, draw(st.sampled_from([1, channels])))
+    elif op == "HardSwish":
+        coefficients = np.zeros(0)
+    else:
+        coefficients = rng.normal(0, 1, (3, 16)) * [[128], [20], [20]]
+    return Activation(op, origin, unit, coefficients.astype(np.float32))
+
+
 def random_weights(rng, shape, bits, ratio, residual_shift, clip=None):
     """Codes of normally distributed weights, a few of them zero."""
     w = rng.standard_normal(shape).astype(np.float32) * (rng.random(shape) > 0.05)
@@ -130,6 +149,8 @@ def convolutions(draw, op="Conv"):
     nodes = [Node("QuantizeLinear", "q", ["input"], ["x"])]
     conv = Node(op, "conv", ["x"], ["y"], attributes | {"clamp": clamp}, weights)
     conv.bias = (rng.standard_normal(group * out_group) * scale).astype(np.float32)
+    if not is_float:
+        conv.activation = draw(activations(scale, group * out_group))
     if draw(st.booleans()):
         probe = build(
             [nodes[0], conv] + ([] if is_float else [Node("DequantizeLinear", "d", ["y"], ["z"])]),
@@ -275,6 +296,8 @@ def joins(draw):
     clamp = {"clamp": draw(st.sampled_from([[None, None], [lo, None], [lo, hi]]))}
     attributes = {"axis": axis} if op == "Concat" else clamp
     nodes.append(Node(op, "node", [f"x{i}" for i in range(count)], ["y"], attributes))
+    if op != "Concat":
+        nodes[-1].activation = draw(activations(q["y"].scale))
     nodes.append(Node("DequantizeLinear", "d", ["y"], ["z"]))
     return build(nodes, q, inputs, "z")
 
@@ -308,12 +331,13 @@ def random_inputs(graph, seed=0):
 def with_ending(draw, rng, conv, q, inputs, scale, output):
     """A graph of a convolution of codes "x" with a bias, and, as drawn, what else may be about it.
 
-    That is a residual, outputs in float32, or a lookup behind it. `output` is the convolution's
-    shape, `scale` that of its codes; `q` and `inputs` have those of "x" and "input".
+    That is a residual, outputs in float32, a fused function, a lookup behind it. `output` is the
+    convolution's shape, `scale` that of its codes; `q` and `inputs` have those of "x" and "input".
     """
     is_float = draw(st.booleans())
     if not is_float:
         q["y"] = Quantization(scale, draw(st.integers(0, 255)), 8)
+        conv.activation = draw(activations(scale, output[1]))
     conv.bias = (rng.standard_normal(output[1]) * scale).astype(np.float32)
     nodes = [Node("QuantizeLinear", "q", ["input"], ["x"])]
     if draw(st.booleans()):

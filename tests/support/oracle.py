@@ -67,9 +67,32 @@ def _finish(y, q_y, clamp=(None, None)):
     return np.minimum(np.maximum(np.rint(y), lo), hi).astype(np.uint8)
 
 
-def _target(q_y):
-    """s_y and z_y."""
-    return (1.0, 0) if q_y is None else (q_y.scale, q_y.zero_point)
+def _target(node, q_y):
+    """The unit of y before it is rounded, and where zero is in it."""
+    if q_y is None:
+        return 1.0, 0
+    if node.activation is None:
+        return q_y.scale, q_y.zero_point
+    if node.activation.op == "PRelu":
+        return q_y.scale, 0.0
+    return node.activation.unit, -node.activation.origin / node.activation.unit
+
+
+def _activated(v, activation, q_y):
+    """The fused function of v (N, C, H, W), float32, not rounded yet."""
+    if activation is None:
+        return v
+    zero, s_y, z_y = f32(0), q_y.scale, f32(q_y.zero_point)
+    if activation.op == "PRelu":
+        slopes = activation.coefficients[:, None, None]
+        return (np.maximum(v, zero) + np.minimum(v, zero) * slopes) + z_y
+    if activation.op == "HardSwish":
+        x = v * f32(activation.unit / s_y) + f32(activation.origin / s_y)
+        return x * np.clip(v, zero, f32(1)) + z_y
+    i = np.rint(np.clip(v, zero, f32(15))).astype(np.int64)
+    c0, c1, c2 = activation.coefficients[:, i]
+    f = v - i.astype(f32)
+    return (c2 * f + c1) * f + c0
 
 
 # --- float32 and codes --------------------------------------------------------------------------
@@ -94,16 +117,16 @@ def _flatten(node, arguments, quantizations, q_y):
 
 def _requantized(node, acc, arguments, quantizations, q_y):
     """From acc, the sum of W * (c - z_x), to the output; a second argument is a residual."""
-    s_y, z_y = _target(q_y)
+    unit, zero = _target(node, q_y)
     weights = node.weights
     s_x = quantizations[0].scale
-    m = (s_x * weights.unit() / s_y).astype(f32)
-    b = (node.bias.astype(np.float64) / s_y + z_y).astype(f32)
+    m = (s_x * weights.unit() / unit).astype(f32)
+    b = (node.bias.astype(np.float64) / unit + zero).astype(f32)
     y = acc.astype(f32) * m[:, None, None] + b[:, None, None]
     if len(arguments) == 2:
-        m_r = f32(quantizations[1].scale / s_y)
+        m_r = f32(quantizations[1].scale / unit)
         y = y + _centred(arguments[1], quantizations[1]).astype(f32) * m_r
-    return _finish(y, q_y, node.attributes["clamp"])
+    return _finish(_activated(y, node.activation, q_y), q_y, node.attributes["clamp"])
 
 
 def _conv(node, arguments, quantizations, q_y):
@@ -237,18 +260,21 @@ def _global_average_pool(node, arguments, quantizations, q_y):
 
 
 def _add(node, arguments, quantizations, q_y):
+    unit, zero = _target(node, q_y)
     first, second = (
-        _centred(c, q).astype(f32) * f32(q.scale / q_y.scale)
+        _centred(c, q).astype(f32) * f32(q.scale / unit)
         for c, q in zip(arguments, quantizations, strict=True)
     )
     second = -second if node.op == "Sub" else second
-    return _finish((first + f32(q_y.zero_point)) + second, q_y, node.attributes["clamp"])
+    y = _activated((first + f32(zero)) + second, node.activation, q_y)
+    return _finish(y, q_y, node.attributes["clamp"])
 
 
 def _mul(node, arguments, quantizations, q_y):
     first, second = map(_centred, arguments, quantizations)
-    m = f32(quantizations[0].scale * quantizations[1].scale / q_y.scale)
-    y = (first * second).astype(f32) * m + f32(q_y.zero_point)
+    unit, zero = _target(node, q_y)
+    m = f32(quantizations[0].scale * quantizations[1].scale / unit)
+    y = _activated((first * second).astype(f32) * m + f32(zero), node.activation, q_y)
     return _finish(y, q_y, node.attributes["clamp"])
 
 

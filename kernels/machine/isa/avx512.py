@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -25,6 +26,12 @@ class Avx512(X86):
         unused, all_lanes = e.constant(0, self.int32s), ir.Constant(i16, -1)
         arguments = [v, unused, all_lanes, ir.Constant(i32, 4)]  # 4: as the thread rounds
         return e.intrinsic("llvm.x86.avx512.mask.cvtps2dq.512", self.int32s, arguments)
+
+    def sixteen_floats(self, e: Emitter, address: Any) -> Callable[[Any], Any]:
+        """Return what looks up float32 in sixteen of them, by the low four bits of int32."""
+        entries = e.load(address, self.floats, 4)
+        name = "llvm.x86.avx512.permvar.sf.512"
+        return lambda index: e.intrinsic(name, self.floats, [entries, index])
 
     def permuted(self, e: Emitter, low: Any, index: Any, high: Any) -> Any:
         """Look up uint8 in the 128 entries of two registers, by the low seven bits of an index."""

@@ -7,12 +7,13 @@ has of the rest; rows of the tables of microkernels name it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
-from logshift.kernels.machine.emit import Emitter, f32, i8, i16, i32
+from logshift.kernels.machine.emit import Emitter, f32, i8, i16, i32, i64
 from logshift.kernels.machine.targets import has_features
 
 
@@ -94,6 +95,19 @@ class InstructionSet:
         What counts of an index are its low four bits; if the highest one is set, 0 is found.
         """
         raise NotImplementedError
+
+    def sixteen_floats(self, e: Emitter, address: Any) -> Callable[[Any], Any]:
+        """Return what looks up float32 in sixteen of them, by the low four bits of int32."""
+
+        def look_up(index: Any) -> Any:
+            b, found = e.b, ir.Constant(self.floats, ir.Undefined)
+            for lane in range(self.lanes):
+                entry = b.and_(b.extract_element(index, e.word(lane)), ir.Constant(i32, 15))
+                place = b.add(address, b.shl(b.zext(entry, i64), e.word(2)))
+                found = b.insert_element(found, e.load(place, f32, 4), e.word(lane))
+            return found
+
+        return look_up
 
 
 ANY = InstructionSet("any", 16)  # vectors alone: LLVM makes them of what a machine has
