@@ -69,7 +69,7 @@ def _prelu(function: Function, size: float) -> Activation | None:
     expected = np.where(x < 0, slopes[:, None] * x, x)
     if not (np.abs(y - expected) <= _SAME * np.abs(x)).all():
         return None
-    return Activation("PRelu", 0.0, 1.0, slopes)
+    return Activation("PRelu", 0.0, 1.0, slopes[:1] if (slopes == slopes[0]).all() else slopes)
 
 
 def _hard_swish(function: Function, size: float) -> Activation | None:

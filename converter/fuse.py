@@ -19,6 +19,7 @@ from logshift.runtime.operators import OPERATORS
 from logshift.runtime.operators.conv import pads_fit
 
 _CLAMPING = [op for op, operator in OPERATORS.items() if "clamp" in operator.attributes]
+_ACTIVATING = [op for op, operator in OPERATORS.items() if operator.activates]
 
 
 def fuse(graph: FloatGraph) -> None:
@@ -218,7 +219,7 @@ def fuse_functions(graph: FloatGraph, alike: Callable[[FloatNode, FloatNode], bo
         target = producers[node.inputs[0]] if node.op == "Lookup" else None
         if (
             target is not None
-            and target.op in _CLAMPING
+            and target.op in _ACTIVATING
             and uses[target.output] == 1
             and target.output not in graph.quantization
             and alike(target, node)
@@ -254,7 +255,7 @@ def _take_function(target: FloatNode, table: FloatNode) -> bool:
         _scale(target, scale, shift)
         target.clamp = clamp_twice((low, high), bounds)
         return True
-    if target.clamp != NO_CLAMP:
+    if target.clamp != NO_CLAMP or (function.channels > 1 and not target.is_conv):
         return False
     target.function, target.clamp, target.table = function, bounds, table
     return True
