@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from logshift.kernels.functions import ROUND
+from logshift.kernels.machine.native import as_pointer
 
 PIECES = 16
+MOST = 2**14 - 1  # of |c1| and |c2|
 # What kernels are told: the position here, and one more; 0 is no function.
 ACTIVATIONS = ("PRelu", "HardSwish", "Piecewise")
 PRELU, HARD_SWISH, PIECEWISE = range(1, 4)
@@ -26,9 +28,10 @@ class Activation:
     origin, unit : float
         v = (x - origin) / unit is what the function is computed of. PRelu has an origin of 0, and
         the output's scale is its unit, whatever is said here.
-    coefficients : float32 array
-        PRelu: slopes below zero, of shape (1,), or (O,) if output channels differ. HardSwish: of
-        shape (0,). Piecewise: c0, c1 and c2 of each piece, (3, 16), in output codes.
+    coefficients : array
+        PRelu: slopes below zero, float32 of shape (1,), or (O,) if output channels differ.
+        HardSwish: of shape (0,). Piecewise: c0, c1 and c2 of each piece, int16 (3, 16), in units of
+        2^-7 of an output code.
     """
 
     op: str
@@ -46,9 +49,9 @@ class Target:
     unit, zero : float
     kind : int
         0, or which of `ACTIVATIONS` is computed of v.
-    coefficients : float32 array
-        What kernels compute it from: PRelu z_y; HardSwish u / s_y, origin / s_y and z_y;
-        Piecewise as stored.
+    coefficients : array
+        What kernels compute it from: PRelu z_y; HardSwish u / s_y, origin / s_y and z_y; Piecewise,
+        int16, what is stored, but with the pieces from the middle on first.
     slopes : float32 array, (1,) or (O,), optional
         Of PRelu.
     """
@@ -74,20 +77,29 @@ def target(activation: Activation | None, scale: float, zero_point: int) -> Targ
         coefficients = np.array([zero_point])
     elif kind == HARD_SWISH:
         coefficients = np.array([unit / scale, origin / scale, zero_point])
-    values = np.ascontiguousarray(coefficients, np.float32)
-    return Target(unit, -origin / unit, kind, values, slopes)
+    if kind == PIECEWISE:
+        coefficients = np.roll(coefficients, PIECES // 2, axis=1)
+    dtype = np.int16 if kind == PIECEWISE else np.float32
+    return Target(unit, -origin / unit, kind, np.ascontiguousarray(coefficients, dtype), slopes)
 
 
 @njit(inline="always", error_model="numpy")
-def activated(v, kind, slope, c):
-    """Return the function of v that `Target` describes; without branches, for loops of vectors."""
+def activated(v, kind, slope, address):
+    """Return the function of v that a `Target` describes, in codes but not clamped."""
     if kind == PRELU:
-        v = (max(v, np.float32(0)) + min(v, np.float32(0)) * slope) + c[0]
-    elif kind == HARD_SWISH:
-        v = (v * c[0] + c[1]) * min(max(v, np.float32(0)), np.float32(1)) + c[2]
-    elif kind == PIECEWISE:
-        nearest = min(max(v, np.float32(0)), np.float32(PIECES - 1)) + ROUND
-        i = np.uintp(np.float32(nearest).view(np.uint32) & np.uint32(PIECES - 1))
-        f = v - (nearest - ROUND)
-        v = (c[np.uintp(2 * PIECES) + i] * f + c[np.uintp(PIECES) + i]) * f + c[i]
+        c = carray(as_pointer(address), 1, np.float32)
+        return (max(v, np.float32(0)) + min(v, np.float32(0)) * slope) + c[0]
+    if kind == HARD_SWISH:
+        c = carray(as_pointer(address), 3, np.float32)
+        return (v * c[0] + c[1]) * min(max(v, np.float32(0)), np.float32(1)) + c[2]
+    if kind == PIECEWISE:
+        c = carray(as_pointer(address), 3 * PIECES, np.int16)
+        k = np.int32((min(max(v, np.float32(-32768)), np.float32(32767)) + ROUND) - ROUND)
+        i = np.uintp(k >> np.int32(12) & np.int32(15))
+        f = ((k & np.int32(4095)) << np.int32(4)) - np.int32(32768)
+        p = np.int32(c[np.uintp(2 * PIECES) + i]) * f + np.int32(16384)
+        p = np.int32(c[np.uintp(PIECES) + i]) + (p >> np.int32(15))
+        y = np.int32(c[i]) + ((p * f + np.int32(16384)) >> np.int32(15))
+        y = min(max(y, np.int32(-32768)), np.int32(32767))
+        return np.float32((y + np.int32(64)) >> np.int32(7))
     return v

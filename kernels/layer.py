@@ -101,10 +101,8 @@ class Layer(_Geometry):
     def fits_int32(self) -> bool:
         """Whether every output but for the residual, before it is clamped, is within int32.
 
-        What a fused function makes of it is clamped before.
+        Or what a fused function is computed of.
         """
-        if self.is_activated:
-            return True
         # Codes and their zero point are at most `top` apart.
         top = 2**self.activation_bits - 1
         largest = self.sums[:, 1] * top * np.abs(self.m, dtype=np.float64) + np.abs(self.b)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 
-from logshift.kernels.activation import HARD_SWISH, PIECES, PIECEWISE, PRELU
+from logshift.kernels.activation import ACTIVATIONS, PIECES, PIECEWISE, PRELU
 from logshift.kernels.dot.tiles import TILE, Microkernel
-from logshift.kernels.functions import ROUND
 from logshift.kernels.machine.emit import Emitter, f32, i8, i32, i64
 from logshift.kernels.machine.lookup import Lookup
 
@@ -86,18 +86,13 @@ class Emission(Emitter):
 
         if self.is_activated:
             after = b.append_basic_block("activated")
-            functions = {
-                PRELU: self.prelu, HARD_SWISH: self.hard_swish, PIECEWISE: self.piecewise
-            }  # fmt: skip
             choice = b.switch(self.field("activation"), after)
-            for kind, function in functions.items():
-                case = b.append_basic_block(function.__name__)
+            for kind in range(1, 1 + len(ACTIVATIONS)):
+                case = b.append_basic_block(ACTIVATIONS[kind - 1])
                 choice.add_case(self.word(kind), case)
                 b.position_at_end(case)
                 with_or_without_residual(
-                    lambda value, _, f=function: self.store_codes(
-                        f(value, bytes_of_words), channel, bounded=False
-                    )
+                    partial(self.store_activated, kind, channel, bytes_of_words)
                 )
                 b.branch(after)
             b.position_at_end(after)
@@ -144,7 +139,17 @@ class Emission(Emitter):
 
         return compute
 
-    # --- fused functions: each returns what computes one of the values that `scaled` does ---------
+    # --- fused functions --------------------------------------------------------------------------
+
+    def store_activated(
+        self, kind: int, channel: Any, bytes_of_words: Any, value: Callable, residual: bool
+    ) -> None:
+        """Compute a function, round and store."""
+        if kind == PIECEWISE:
+            self.store_codes(value, channel, not residual, between=self.piecewise())
+        else:
+            function = self.prelu if kind == PRELU else self.hard_swish
+            self.store_codes(function(value, bytes_of_words), channel, bounded=False)
 
     def prelu(self, value: Callable, bytes_of_words: Any) -> Callable:
         """(max(v, 0) + min(v, 0) * slope) + c0."""
@@ -173,22 +178,19 @@ class Emission(Emitter):
 
         return compute
 
-    def piecewise(self, value: Callable, bytes_of_words: Any) -> Callable:
-        """(c2[i] * f + c1[i]) * f + c0[i], i the nearest piece and f the way from its middle."""
-        b, first = self.b, self.field("coefficients")
-        places = [b.add(first, self.word(4 * PIECES * degree)) for degree in range(3)]
-        lookups = [self.isa.sixteen_floats(self, place) for place in places]
-        zero, most, magic = (
-            self.constant(float(number), self.floats) for number in (0, PIECES - 1, ROUND)
-        )
+    def piecewise(self) -> Callable[[Any], Any]:
+        """Return what computes the function of int16 k: 16 parabolas, in int16."""
+        b, isa, kind = self.b, self.isa, self.int16s
+        first = self.field("coefficients")
+        lookups = [isa.sixteen(self, b.add(first, self.word(2 * PIECES * d))) for d in range(3)]
 
-        def compute(tile: tuple[int, int]) -> Any:
-            v = value(tile)
-            nearest = b.fadd(self.least(self.greatest(v, zero), most), magic)
-            index = b.bitcast(nearest, self.int32s)
-            f = b.fsub(v, b.fsub(nearest, magic))
-            c0, c1, c2 = (lookup(index) for lookup in lookups)
-            return b.fadd(b.fmul(b.fadd(b.fmul(c2, f), c1), f), c0)
+        def compute(k: Any) -> Any:
+            c0, c1, c2 = (lookup(b.lshr(k, self.constant(12, kind))) for lookup in lookups)
+            f = b.xor(b.shl(k, self.constant(4, kind)), self.constant(-32768, kind))
+            p = b.add(c1, isa.rounded_product(self, c2, f))
+            y = [c0, isa.rounded_product(self, p, f)]
+            y = self.intrinsic(f"llvm.sadd.sat.v{kind.count}i16", kind, y)
+            return isa.rounded_product(self, y, self.constant(256, kind))  # (y + 64) >> 7
 
         return compute
 
@@ -222,14 +224,19 @@ class Emission(Emitter):
             v = self.least(self.greatest(value((i, j)), lo), hi)
             self.store(v, b.add(y(i), self.word(size * j)), 4)
 
-    def store_codes(self, value: Callable, channel: Any, bounded: bool, table: Any = None) -> None:
-        """Round vectors, four together because the machine packs them, and store."""
+    def store_codes(
+        self, value: Callable, channel: Any, bounded: bool, table: Any = None, between: Any = None
+    ) -> None:
+        """Round vectors, four together because the machine packs them, and store.
+
+        Codes go through a table if there is one; `between` is a function of int16 on the way.
+        """
         b, k = self.b, self.k
         y = self.places("y", channel)
         lookup = None if table is None else Lookup(self, self.isa, table, self.field("table_end"))
         for first in range(0, len(self.tiles), 4):
             tiles = self.tiles[first : first + 4]
-            codes = self.rounded([value(t) for t in tiles], bounded)
+            codes = self.rounded([value(t) for t in tiles], bounded, between)
             if lookup is not None:
                 (codes,) = lookup([codes])
             # Vectors of one pixel lie side by side, here and in memory.
@@ -240,24 +247,26 @@ class Emission(Emitter):
                 offset = self.word(k.lanes * tiles[numbers[0]][1])
                 self.store(part, b.add(y(i), offset), 1)
 
-    def rounded(self, values: list[Any], bounded: bool) -> Any:
+    def rounded(self, values: list[Any], bounded: bool, between: Any) -> Any:
         """Clamp, round half to even, and join to one vector of uint8.
 
         Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
         the least int32, and so would be what is above: if it is not `bounded` (`Layer.fits_int32`),
-        for there is a residual or a function, hi comes first.
+        for there is a residual or a function, hi, or what an int16 can hold, comes first.
         """
         b = self.b
         if not bounded:
-            hi = self.splat(self.field("hi", f32), self.floats)
+            hi = self.field("hi", f32) if between is None else ir.Constant(f32, 32767.0)
+            hi = self.splat(hi, self.floats)
             values = [self.least(v, hi) for v in values]
         words = [self.isa.nearest(self, v) for v in values]
-        codes = self.isa.packed(self, words + words[:1] * (4 - len(words)))
+        words += words[:1] * (4 - len(words))
+        codes = self.isa.packed(self, words, *[between] * (between is not None))
         lo, hi_code = (
             b.bitcast(self.splat(self.field(name, i32), self.int32s), self.bytes)
             for name in ("lo_code", "hi_code")
         )
         codes = b.select(b.icmp_unsigned(">", codes, lo), codes, lo)
-        return (
-            codes if not bounded else b.select(b.icmp_unsigned("<", codes, hi_code), codes, hi_code)
-        )
+        if bounded or between is not None:
+            codes = b.select(b.icmp_unsigned("<", codes, hi_code), codes, hi_code)
+        return codes

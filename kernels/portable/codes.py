@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from logshift.kernels import records
-from logshift.kernels.activation import PIECES, PRELU, activated
+from logshift.kernels.activation import PRELU, activated
 from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.memory import aligned
@@ -155,7 +155,7 @@ def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
     # Read once: for all the compiler knows, a store to y may change the record.
     lo, hi, z_r, m_r = a.lo, a.hi, np.float32(a.z_r), a.m_r
     has_residual, float_output = a.has_residual != 0, a.float_output != 0
-    kind, coefficients = a.activation, carray(as_pointer(a.coefficients), 3 * PIECES, np.float32)
+    kind, coefficients = a.activation, a.coefficients
     # Anything but what is multiplied by no slope may lie there.
     slopes = carray(as_pointer(a.slopes if kind == PRELU else a.b), a.channels, np.float32)
     for j in range(np.uintp(count)):
@@ -446,7 +446,7 @@ def _function(a):
     slope = (
         carray(as_pointer(a.slopes), 1, np.float32)[0] if a.activation == PRELU else np.float32(0)
     )
-    return a.activation, slope, carray(as_pointer(a.coefficients), 3 * PIECES, np.float32)
+    return a.activation, slope, a.coefficients
 
 
 @njit(error_model="numpy")

@@ -38,16 +38,20 @@ def _clamp_round(y, lo, hi):
 def _activated(v, a, o):
     """Return the function of output channel o that a record tells, of v: section 4."""
     zero, one = np.float32(0), np.float32(1)
-    c = carray(as_pointer(a.coefficients), 3 * PIECES, np.float32)
+    c = carray(as_pointer(a.coefficients), 3, np.float32)
     if a.activation == PRELU:
         slope = carray(as_pointer(a.slopes), o + 1, np.float32)[o]
         return (max(v, zero) + min(v, zero) * slope) + c[0]
     if a.activation == HARD_SWISH:
         return (v * c[0] + c[1]) * min(max(v, zero), one) + c[2]
     if a.activation == PIECEWISE:
-        i = np.int64(np.rint(min(max(v, zero), np.float32(PIECES - 1))))
-        f = v - np.float32(i)
-        return (c[2 * PIECES + i] * f + c[PIECES + i]) * f + c[i]
+        pieces = carray(as_pointer(a.coefficients), (3, PIECES), np.int16)
+        k = np.int64(_clamp_round(v, -32768, 32767))
+        c0, c1, c2 = pieces[:, k // 4096 % PIECES]
+        f = 16 * (k % 4096) - 32768
+        p = c1 + (c2 * f + 2**14) // 2**15
+        y = min(max(c0 + (p * f + 2**14) // 2**15, -32768), 32767)
+        return np.float32((y + 64) // 128)
     return v
 
 

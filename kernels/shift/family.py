@@ -26,7 +26,7 @@ import numpy as np
 from numba import carray, types
 
 from logshift.kernels import records
-from logshift.kernels.activation import PIECES, PRELU, activated
+from logshift.kernels.activation import PRELU, activated
 from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed, PackedReads
 from logshift.kernels.machine.jit import njit
@@ -279,7 +279,7 @@ def _write_codes(a, sums, m, b, slope, r, y, words):
     """Requantize: four codes, or residuals, make a word; their sums lie a quarter apart."""
     # Read once: for all the compiler knows, a store to y may change the record.
     lo, hi, z_r, m_r, has_residual = a.lo, a.hi, np.int32(a.z_r), a.m_r, a.has_residual != 0
-    kind, coefficients = a.activation, carray(as_pointer(a.coefficients), 3 * PIECES, np.float32)
+    kind, coefficients = a.activation, a.coefficients
     quarter = np.uintp(sums.size // 4)
     for i in range(np.uintp(words)):
         residuals, codes = r[i], np.uint32(0)

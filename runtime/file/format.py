@@ -92,8 +92,7 @@ def _node_tensors(
     if node.table is not None:
         tensors["table"] = np.ascontiguousarray(node.table, np.uint8).ravel()
     if node.activation is not None and node.activation.op != NO_COEFFICIENTS:
-        coefficients = node.activation.coefficients
-        tensors["coefficients"] = np.ascontiguousarray(coefficients, np.float32).ravel()
+        tensors["coefficients"] = np.ascontiguousarray(node.activation.coefficients).ravel()
     return tensors
 
 
@@ -290,8 +289,10 @@ def _node(index: int, record: Any, tensors: _Tensors) -> tuple[Node, weights.Str
             raise FormatError(f"{where}: the table has {table.size} bytes, expected 256 for each")
         node.table = table if table.size == 256 else table.reshape(-1, 256)
     if node.activation is not None and node.activation.op != NO_COEFFICIENTS:
-        coefficients = tensors.vector(f"{index}.coefficients", np.float32)
-        if node.activation.op == "Piecewise" and coefficients.size == 3 * PIECES:
+        if node.activation.op == "Piecewise":
+            coefficients = tensors.vector(f"{index}.coefficients", np.int16, 3 * PIECES)
             coefficients = coefficients.reshape(3, PIECES)
+        else:
+            coefficients = tensors.vector(f"{index}.coefficients", np.float32)
         node.activation = replace(node.activation, coefficients=coefficients)
     return node, streams

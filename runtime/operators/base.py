@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from logshift.kernels.activation import PIECES, Target, target
+from logshift.kernels.activation import MOST, PIECES, Target, target
 from logshift.runtime.graph import MAX_ATTRIBUTE, Graph, Node, Quantization, Shape
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.convolution import Convolution
@@ -177,8 +177,13 @@ def check_activation(graph: Graph, node: Node, channels: int) -> None:
         raise NodeError(
             f"{activation.op} has origin {activation.origin} and unit {activation.unit}"
         )
-    if not (np.abs(activation.coefficients) < 1e15).all():  # false for NaN
-        raise NodeError(f"coefficients of {activation.op} must be finite and below 1e15")
+    values, is_piecewise = activation.coefficients, activation.op == "Piecewise"
+    if values.dtype != (np.int16 if is_piecewise else np.float32):
+        raise NodeError(f"{activation.op} has coefficients of dtype {values.dtype}")
+    bounded = values[1:] if is_piecewise else values
+    most = MOST if is_piecewise else 1e15
+    if not (np.abs(bounded.astype(np.float64)) <= most).all():  # false for NaN
+        raise NodeError(f"coefficients of {activation.op} are beyond {most:g}, or not finite")
 
 
 def check_clamp(graph: Graph, node: Node) -> None:

@@ -85,13 +85,16 @@ def activations(draw, scale, channels=1):
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     unit = scale * draw(st.sampled_from([0.3, 8.0, 100.0]))
     origin = unit * draw(st.sampled_from([0.0, -0.5, -8.3]))
+    dtype = np.float32
     if op == "PRelu":
         coefficients = rng.normal(0, 1, draw(st.sampled_from([1, channels])))
     elif op == "HardSwish":
         coefficients = np.zeros(0)
     else:
-        coefficients = rng.normal(0, 1, (3, 16)) * [[128], [20], [20]]
-    return Activation(op, origin, unit, coefficients.astype(np.float32))
+        largest = draw(st.sampled_from([[9000, 2000, 2000], [32767, 16383, 16383]]))
+        coefficients = rng.uniform(-1, 1, (3, 16)) * np.reshape(largest, (3, 1))
+        unit, dtype = unit / 4096, np.int16
+    return Activation(op, origin, unit, coefficients.astype(dtype))
 
 
 def random_weights(rng, shape, bits, ratio, residual_shift, clip=None):

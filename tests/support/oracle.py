@@ -89,10 +89,12 @@ def _activated(v, activation, q_y):
     if activation.op == "HardSwish":
         x = v * f32(activation.unit / s_y) + f32(activation.origin / s_y)
         return x * np.clip(v, zero, f32(1)) + z_y
-    i = np.rint(np.clip(v, zero, f32(15))).astype(np.int64)
-    c0, c1, c2 = activation.coefficients[:, i]
-    f = v - i.astype(f32)
-    return (c2 * f + c1) * f + c0
+    k = np.clip(np.rint(v), -32768, 32767).astype(np.int64)
+    c0, c1, c2 = activation.coefficients[:, k // 4096 + 8].astype(np.int64)
+    f = 16 * (k % 4096) - 32768
+    p = c1 + ((c2 * f + 2**14) >> 15)
+    y = np.clip(c0 + ((p * f + 2**14) >> 15), -32768, 32767)
+    return ((y + 64) >> 7).astype(f32)
 
 
 # --- float32 and codes --------------------------------------------------------------------------

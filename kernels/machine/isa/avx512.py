@@ -19,6 +19,7 @@ class Avx512(X86):
     PACK_WORDS = "llvm.x86.avx512.packssdw.512"
     PACK_BYTES = "llvm.x86.avx512.packuswb.512"
     SHUFFLE = "llvm.x86.avx512.pshuf.b.512"
+    ROUNDED_PRODUCT = "llvm.x86.avx512.pmul.hr.sw.512"
     BYTE_DOT = "llvm.x86.avx512.vpdpbusd.512"
 
     def nearest(self, e: Emitter, v: Any) -> Any:
@@ -27,11 +28,12 @@ class Avx512(X86):
         arguments = [v, unused, all_lanes, ir.Constant(i32, 4)]  # 4: as the thread rounds
         return e.intrinsic("llvm.x86.avx512.mask.cvtps2dq.512", self.int32s, arguments)
 
-    def sixteen_floats(self, e: Emitter, address: Any) -> Callable[[Any], Any]:
-        """Return what looks up float32 in sixteen of them, by the low four bits of int32."""
-        entries = e.load(address, self.floats, 4)
-        name = "llvm.x86.avx512.permvar.sf.512"
-        return lambda index: e.intrinsic(name, self.floats, [entries, index])
+    def sixteen(self, e: Emitter, address: Any) -> Callable[[Any], Any]:
+        """Return what looks int16 up in sixteen entries at an address, by int16 below 16."""
+        entries = e.load(address, ir.VectorType(i16, 16), 2)
+        entries = e.shuffle(entries, entries, [*range(16)] * 2)
+        name = "llvm.x86.avx512.permvar.hi.512"
+        return lambda index: e.intrinsic(name, self.int16s, [entries, index])
 
     def permuted(self, e: Emitter, low: Any, index: Any, high: Any) -> Any:
         """Look up uint8 in the 128 entries of two registers, by the low seven bits of an index."""

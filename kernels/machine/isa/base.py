@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from logshift.kernels.machine.emit import Emitter, f32, i8, i16, i32, i64
+from logshift.kernels.machine.emit import Emitter, f32, i8, i16, i32
 from logshift.kernels.machine.targets import has_features
 
 
@@ -85,8 +85,13 @@ class InstructionSet:
         """Round float32 half to even, to int32; to the least one beyond the range of these."""
         raise NotImplementedError
 
-    def packed(self, e: Emitter, words: list[Any]) -> Any:
-        """Join four registers of int32, in their order, to one of uint8, saturated."""
+    def packed(
+        self, e: Emitter, words: list[Any], between: Callable[[Any], Any] = lambda pair: pair
+    ) -> Any:
+        """Join four registers of int32, in their order, to one of uint8, saturated.
+
+        `between` is done to each of two registers of int16, saturated, on the way.
+        """
         raise NotImplementedError
 
     def looked_up(self, e: Emitter, entries: Any, index: Any) -> Any:
@@ -96,18 +101,13 @@ class InstructionSet:
         """
         raise NotImplementedError
 
-    def sixteen_floats(self, e: Emitter, address: Any) -> Callable[[Any], Any]:
-        """Return what looks up float32 in sixteen of them, by the low four bits of int32."""
+    def sixteen(self, e: Emitter, address: Any) -> Callable[[Any], Any]:
+        """Return what looks int16 up in sixteen entries at an address, by int16 below 16."""
+        raise NotImplementedError
 
-        def look_up(index: Any) -> Any:
-            b, found = e.b, ir.Constant(self.floats, ir.Undefined)
-            for lane in range(self.lanes):
-                entry = b.and_(b.extract_element(index, e.word(lane)), ir.Constant(i32, 15))
-                place = b.add(address, b.shl(b.zext(entry, i64), e.word(2)))
-                found = b.insert_element(found, e.load(place, f32, 4), e.word(lane))
-            return found
-
-        return look_up
+    def rounded_product(self, e: Emitter, x: Any, w: Any) -> Any:
+        """Multiply int16 as (x * w + 2^14) >> 15."""
+        raise NotImplementedError
 
 
 ANY = InstructionSet("any", 16)  # vectors alone: LLVM makes them of what a machine has

@@ -17,6 +17,7 @@ class Ssse3(X86):
     PACK_WORDS = "llvm.x86.sse2.packssdw.128"
     PACK_BYTES = "llvm.x86.sse2.packuswb.128"
     SHUFFLE = "llvm.x86.ssse3.pshuf.b.128"
+    ROUNDED_PRODUCT = "llvm.x86.ssse3.pmul.hr.sw.128"
 
     @property
     def available(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
-from logshift.kernels.machine.emit import Emitter
+from logshift.kernels.machine.emit import Emitter, i8
 from logshift.kernels.machine.isa.base import InstructionSet
 
 
@@ -21,6 +23,7 @@ class X86(InstructionSet):
     PACK_WORDS: str  # packssdw
     PACK_BYTES: str  # packuswb
     SHUFFLE: str  # pshufb
+    ROUNDED_PRODUCT: str  # pmulhrsw
     BYTE_DOT: str  # vpdpbusd, where there is one
 
     def byte_pairs(self, e: Emitter, x: Any, w: Any) -> Any:
@@ -47,12 +50,44 @@ class X86(InstructionSet):
         ]
         return e.shuffle(first, second, lanes)
 
-    def packed(self, e: Emitter, words: list[Any]) -> Any:
-        """Join four registers of int32, in their order, to one of uint8, saturated."""
-        pairs = [e.intrinsic(self.PACK_WORDS, self.int16s, words[p : p + 2]) for p in (0, 2)]
+    def packed(
+        self, e: Emitter, words: list[Any], between: Callable[[Any], Any] = lambda pair: pair
+    ) -> Any:
+        """Join four registers of int32, in their order, to one of uint8, saturated.
+
+        `between` is done to each of two registers of int16, saturated, on the way.
+        """
+        pairs = [
+            between(e.intrinsic(self.PACK_WORDS, self.int16s, words[p : p + 2])) for p in (0, 2)
+        ]
         packed = e.b.bitcast(e.intrinsic(self.PACK_BYTES, self.bytes, pairs), self.int32s)
         order = [4 * part + v for v in range(4) for part in range(self.vector // 16)]
         return e.b.bitcast(e.shuffle(packed, packed, order), self.bytes)
+
+    def sixteen(self, e: Emitter, address: Any) -> Callable[[Any], Any]:
+        """Return what looks int16 up in sixteen entries at an address, by int16 below 16."""
+        halves = []
+        for half in (0, 16):
+            eight = e.load(e.b.add(address, e.word(half)), ir.VectorType(i8, 16), 2)
+            halves.append(e.shuffle(eight, eight, [lane % 16 for lane in range(self.vector)]))
+
+        def look_up(index: Any) -> Any:
+            # Both bytes of an entry; shuffles look at the low four bits of their numbers.
+            numbers = e.b.mul(index, e.constant(0x0202, self.int16s))
+            numbers = e.b.add(numbers, e.constant(0x0100, self.int16s))
+            numbers = e.b.bitcast(numbers, self.bytes)
+            low, high = (
+                e.b.bitcast(e.intrinsic(self.SHUFFLE, self.bytes, [half, numbers]), self.int16s)
+                for half in halves
+            )
+            is_low = e.b.icmp_unsigned("<", index, e.constant(8, self.int16s))
+            return e.b.select(is_low, low, high)
+
+        return look_up
+
+    def rounded_product(self, e: Emitter, x: Any, w: Any) -> Any:
+        """Multiply int16 as (x * w + 2^14) >> 15."""
+        return e.intrinsic(self.ROUNDED_PRODUCT, self.int16s, [x, w])
 
     def looked_up(self, e: Emitter, entries: Any, index: Any) -> Any:
         """Look up uint8 in sixteen entries, which every 16 bytes of a register repeat."""
