@@ -101,7 +101,7 @@ def _description(record: dict[str, Any]) -> str:
         rows.append(
             (
                 node["name"],
-                node["op"],
+                f"{node['op']}, {node['activation']}" if "activation" in node else node["op"],
                 node["runs"],
                 "x".join(map(str, node.get("weight_shape", ()))),
                 str(node.get("bits", "")),

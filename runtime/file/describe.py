@@ -72,6 +72,8 @@ def _describe_node(
         # For some it depends on types and sizes, which are not inferred here.
         runs = "float32 or numpy" if node["op"] in compiled.OPERATORS else numpy_name(node["op"])
     result = {"name": node["name"], "op": node["op"], "runs": runs, "bytes": size}
+    if "activation" in node:
+        result["activation"] = node["activation"]["op"]
     if "weight" in node:
         weight = node["weight"]
         count = math.prod(weight["shape"])

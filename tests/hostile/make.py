@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from logshift.converter.encode import encode
+from logshift.kernels.activation import Activation
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
@@ -126,6 +127,30 @@ def mixed() -> Graph:
     return _finish(nodes, {"x_q": Quantization(0.02, 114, 8)}, 6, constants=constants, opset=18)
 
 
+def activated() -> Graph:
+    """A fused activation function of each kind."""
+    rng = np.random.default_rng(4)
+    functions = [
+        Activation("PRelu", 0.0, 1.0, rng.uniform(0, 1, 4).astype(np.float32)),
+        Activation("HardSwish", -3.0, 6.0, np.zeros(0, np.float32)),
+        Activation("Piecewise", 0.0, 1e-3, rng.integers(-9999, 9999, (3, 16)).astype(np.int16)),
+    ]
+    nodes = [
+        Node("QuantizeLinear", "quantize", ["x"], ["x_q"]),
+        Node("Conv", "slopes", ["x_q"], ["a"], {}, _weights((4, 1, 1, 2), 4, 0.2)),
+        Node("ConvTranspose", "gate", ["a"], ["b"], {}, _weights((4, 1, 1, 4), 4, 0.2)),
+        Node("Add", "pieces", ["a", "b"], ["c"]),
+        Node("MaxPool", "max", ["c"], ["d"], {"kernel_shape": [2, 2]}),
+        Node("DequantizeLinear", "dequantize", ["d"], ["y"]),
+    ]
+    for node, function in zip(nodes[1:], functions, strict=False):
+        node.activation = function
+    return _finish(
+        nodes, {"x_q": Quantization(0.02, 114, 8)} | dict.fromkeys("abcd", Quantization(0.1, 9, 8)),
+        6,
+    )  # fmt: skip
+
+
 # --- taking files apart -------------------------------------------------------------------------
 
 
@@ -159,6 +184,7 @@ def inflated(manifest: Manifest, tensors: Tensors) -> None:
 
 FILES: dict[str, tuple[str, str, Callable[[], bytes]]] = {}
 SPARSE, DENSE, LOOKUP, POOL, PLAIN = 1, 2, 3, 4, 5  # nodes of `classifier`
+SLOPES, GATE, PIECES, MAX = 1, 2, 3, 4  # nodes of `activated`
 
 
 def fault(
@@ -767,6 +793,77 @@ def unknown_dtype(manifest, tensors):
 @fault("a producer that is no text", "'producer' must be a string")
 def producer_a_number(manifest, tensors):
     manifest["producer"] = 1
+
+
+@fault("an activation function that nobody knows", "unknown activation function 'Swish'", activated)
+def activation_unknown(manifest, tensors):
+    manifest["nodes"][SLOPES]["activation"]["op"] = "Swish"
+
+
+@fault("an activation function that is no object", "'activation' must be an object", activated)
+def activation_a_string(manifest, tensors):
+    manifest["nodes"][SLOPES]["activation"] = "PRelu"
+
+
+@fault("an activation function of a pool", "takes no activation function", activated)
+def activation_of_a_pool(manifest, tensors):
+    manifest["nodes"][MAX]["activation"] = manifest["nodes"][GATE]["activation"]
+
+
+@fault("an activation function of an ONNX operator", "have no fused activation function", mixed)
+def activation_of_onnx(manifest, tensors):
+    manifest["nodes"][TOP_K]["activation"] = {"op": "HardSwish"}
+
+
+@fault("an activation function of float32", "only what becomes codes", mixed)
+def activation_of_float32(manifest, tensors):
+    manifest["nodes"][CODES]["activation"] = {"op": "HardSwish"}
+
+
+@fault("slopes for three of four channels", "expected (1,) or (4,)", activated)
+def slopes_missing(manifest, tensors):
+    tensors[f"{SLOPES}.coefficients"] = tensors[f"{SLOPES}.coefficients"][:3]
+
+
+@fault("a slope that is NaN", "are beyond 1e+15, or not finite", activated)
+def slope_nan(manifest, tensors):
+    tensors[f"{SLOPES}.coefficients"][2] = np.nan
+
+
+@fault("coefficients of a function without any", "'2.coefficients' belongs to no node", activated)
+def coefficients_of_hard_swish(manifest, tensors):
+    tensors[f"{GATE}.coefficients"] = np.zeros(3, np.float32)
+
+
+@fault("a parabola too few", "expected int16 of shape (48,)", activated)
+def piece_missing(manifest, tensors):
+    tensors[f"{PIECES}.coefficients"] = tensors[f"{PIECES}.coefficients"][:45]
+
+
+@fault("parabolas in float32", "expected int16", activated)
+def pieces_in_float32(manifest, tensors):
+    tensors[f"{PIECES}.coefficients"] = tensors[f"{PIECES}.coefficients"].astype(np.float32)
+
+
+@fault("a coefficient whose sums overflow", "are beyond 16383", activated)
+def piece_too_steep(manifest, tensors):
+    tensors[f"{PIECES}.coefficients"][20] = -16384
+
+
+@fault("a unit of zero", "unit 0.0", activated)
+def unit_zero(manifest, tensors):
+    manifest["nodes"][GATE]["activation"]["unit"] = 0
+
+
+@fault("an origin far away", "origin 1e+20", activated)
+def origin_far(manifest, tensors):
+    manifest["nodes"][GATE]["activation"]["origin"] = 1e20
+
+
+@fault("a unit so small that sums are beyond float32", "absurdly large", activated)
+def unit_tiny(manifest, tensors):
+    manifest["nodes"][GATE]["activation"] = {"op": "HardSwish", "unit": 1e-14}
+    tensors[f"{GATE}.alpha"][:] = 1e30
 
 
 def table() -> str:

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 from support.graphs import build, random_inputs, random_weights
 
+from logshift.kernels.activation import Activation
 from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization
 
@@ -54,10 +55,19 @@ def network():
     return build(nodes, q, {"input": (2, 5, 10, 9)}, "y")
 
 
-def looked_up(channels, bits=4):
-    """A convolution that looks its codes up itself, with a residual."""
+FUNCTIONS = [
+    None,
+    Activation("PRelu", 0.0, 1.0, np.float32([0.2])),
+    Activation("HardSwish", -3.0, 6.0, np.zeros(0, np.float32)),
+    Activation("Piecewise", 0.0, 5e-4, np.arange(-4800, 4800, 200).astype(np.int16).reshape(3, 16)),
+]
+
+
+def with_function(channels, function, bits=4, group=1):
+    """A convolution with a residual, and a function, or a lookup that it does itself."""
     rng = np.random.default_rng(channels)
-    weights = random_weights(rng, (channels, 3, 3, 8), bits, 0.15, 0)
+    inputs = 8 if group == 1 else channels
+    weights = random_weights(rng, (channels, 3, 3, inputs // group), bits, 0.15, 0)
     q = {
         "x": Quantization(0.03, 100, 8), "a": Quantization(0.5, 30, 8),
         "b": Quantization(0.5, 120, 8), "c": Quantization(0.02, 5, 8),
@@ -65,13 +75,14 @@ def looked_up(channels, bits=4):
     nodes = [
         Node("QuantizeLinear", "q", ["input"], ["x"]),
         Node("QuantizeLinear", "q_a", ["other"], ["a"]),
-        Node("Conv", "conv", ["x", "a"], ["b"], {"pads": [1, 1, 1, 1]}, weights),
+        Node("Conv", "conv", ["x", "a"], ["b"], {"pads": [1] * 4, "group": group}, weights),
         Node("Lookup", "table", ["b"], ["c"]),
         Node("DequantizeLinear", "d", ["c"], ["y"]),
     ]
     nodes[2].bias = rng.standard_normal(channels).astype(np.float32)
+    nodes[2].activation = function
     nodes[3].table = rng.integers(0, 256, 256).astype(np.uint8)
-    return build(nodes, q, {"input": (1, 8, 7, 9), "other": (1, channels, 7, 9)}, "y")
+    return build(nodes, q, {"input": (1, inputs, 7, 9), "other": (1, channels, 7, 9)}, "y")
 
 
 def digest(kernels):
@@ -81,8 +92,12 @@ def digest(kernels):
     result = hashlib.sha256()
     for name in sorted(tensors):
         result.update(tensors[name].tobytes())
-    for graph in [*map(looked_up, (16, 24, 32, 64)), looked_up(40, 5)]:  # 5 bits: weights of int16
-        result.update(Session(graph, kernels=kernels).run(random_inputs(graph)).tobytes())
+    for function in FUNCTIONS:
+        graphs = [with_function(channels, function) for channels in (16, 24, 32, 64)]
+        graphs.append(with_function(40, function, bits=5))  # weights of int16
+        graphs.append(with_function(40, function, group=40))
+        for graph in graphs:
+            result.update(Session(graph, kernels=kernels).run(random_inputs(graph)).tobytes())
     return result.hexdigest()
 
 
