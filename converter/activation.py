@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from logshift.converter.clamp import NO_CLAMP, Clamp
 from logshift.converter.function import Function
 from logshift.kernels.activation import PIECES, Activation
 from logshift.runtime.graph import Quantization
 
-_WORST = 0.25  # codes by which a fit may be wrong; else rounding twice is no worse
+# Codes by which a fit may be wrong. A table is wrong by as much, for rounding moves its input by up
+# to half a code, and somewhere its codes change at least as fast as those of its input.
+_WORST = 0.5
 _SAME = 1e-6  # relative: functions this near to each other are the same
 
 # What is beyond the values that were seen.
@@ -22,15 +25,28 @@ _FAR_WEIGHT = 1 / 256
 
 _FEW, _MANY = 192, 1024  # points on which fits are compared: all, and the best ones
 _CHECKED = 4096  # on which the one that is taken is judged
-_WIDTHS = np.geomspace(0.15, 1e-4, 40)  # of a piece, in spans
-_NOTHING = 1e-3  # of a code: no error, so that wider pieces are taken
-_FINER = np.linspace(0.9, 1.1, 9)  # times these, of the best ones
-_BEST = 12
+_WIDTHS = np.geomspace(0.15, 1e-4, 56)  # of a piece, in spans
+_FINER = np.linspace(0.9, 1.1, 11)  # times these, of the best ones
+_BEST = 20
 _WIDTH_BITS = 10  # of the mantissa of a width: its multiples are float32
-_ORIGINS = 15  # besides those with a border at zero, where many functions bend
+_CENTRES = 15  # besides those with a border at zero, where many functions bend
+_NOTHING = 4e-3  # of a code: no error, so that wider pieces are taken
+
+# Where a parabola goes through a function so that it is hardly wrong: zeros of a Chebyshev
+# polynomial. And the points on which it then gets as near as it can, in so many steps.
+_THROUGH = np.array([-np.sqrt(0.75), 0, np.sqrt(0.75)])
+_ACROSS = np.linspace(-1, 1, 33)
+_STEPS = 12
+_HANKEL = np.arange(3) + np.arange(3)[:, None]  # powers in the moments of parabolas
+
+_STEP = 2**12  # of v, from one piece to the next
+_UNIT = 2**7  # of coefficients, in a code
+_MOST = 2**13 - 1  # of |c1| + |c2|: then float32, in which `export` writes it, is exact
 
 
-def activation(function: Function, q: Quantization, low: float, high: float) -> Activation | None:
+def activation(
+    function: Function, q: Quantization, low: float, high: float, clamp: Clamp = NO_CLAMP
+) -> Activation | None:
     """Return what computes a function whose result has this quantization.
 
     Parameters
@@ -40,6 +56,8 @@ def activation(function: Function, q: Quantization, low: float, high: float) -> 
         Of the result.
     low, high : float
         Bounds of what it is computed of, as far as that is known.
+    clamp : (low, high)
+        Bounds of the result, real.
 
     Returns
     -------
@@ -50,7 +68,9 @@ def activation(function: Function, q: Quantization, low: float, high: float) -> 
         return found
     if function.channels > 1:
         return None
-    return _hard_swish(function, size) or _written(function, q) or _fit(function, q, low, high)
+    return (
+        _hard_swish(function, size) or _written(function, q) or _fit(function, q, low, high, clamp)
+    )
 
 
 # --- functions with a formula of their own ------------------------------------------------------
@@ -103,53 +123,61 @@ def _plain(value: float) -> float:
 
 
 def codes(found: Activation, x: np.ndarray) -> np.ndarray:
-    """Return what the parabolas make of x, in output codes, as the definition says."""
+    """Return what the parabolas make of x, in output codes before they are rounded."""
     v = ((x - found.origin) / found.unit).astype(np.float32)
-    i = np.rint(np.clip(v, np.float32(0), np.float32(PIECES - 1)))
-    f, (c0, c1, c2) = v - i, found.coefficients[:, i.astype(np.intp)]
-    return (c2 * f + c1) * f + c0
+    k = np.rint(v.clip(-(2**15), 2**15 - 1)).astype(np.int64)
+    return _parabolas(found.coefficients.astype(np.int64), k // _STEP + PIECES // 2, k % _STEP)
 
 
-def _error(found: Activation, function: Function, q: Quantization, x: np.ndarray) -> float:
-    """Return by how many codes, before rounding, the parabolas are wrong at worst."""
-    expected = function.values(x) / q.scale + q.zero_point
-    error = np.clip(codes(found, x), 0, q.top) - np.clip(expected, 0, q.top)
-    return float(np.abs(error).max())
+def _parabolas(c: np.ndarray, n: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Return codes before rounding: of pieces n (...), c (..., 3, 16), of integers."""
+    f = 16 * position - 2**15
+    c0, c1, c2 = (np.take_along_axis(c[..., i, :], n, axis=-1) for i in range(3))
+    p = c1 + ((c2 * f + 2**14) >> 15)
+    return (c0 + ((p * f + 2**14) >> 15)).clip(-(2**15), 2**15 - 1) / _UNIT
 
 
 def _written(function: Function, q: Quantization) -> Activation | None:
     """Return the parabolas that `export` has written as the nodes of the function."""
     gathers = [node for node in function.nodes if node.op_type == "Gather"]
-    offset = next((node for node in function.nodes if node.op_type == "Add"), None)
     ratio = next((node for node in function.nodes if node.op_type == "Div"), None)
-    if len(gathers) != 3 or offset is None or ratio is None:
+    if len(gathers) != 3 or ratio is None:
         return None
+    # Without an origin nothing is added.
+    offset = next((node for node in function.nodes if node.output[0] == ratio.input[0]), ratio)
+    origin = function.constants.get(offset.input[1]) if offset.op_type == "Add" else np.zeros(())
+    unit = function.constants.get(ratio.input[1])
     tables = [function.constants.get(node.input[0], np.empty(0)) for node in gathers]
-    origin, unit = (function.constants.get(node.input[1]) for node in (offset, ratio))
     if origin is None or unit is None or any(table.shape != (PIECES,) for table in tables):
         return None
-    found = Activation(
-        "Piecewise", float(origin), -float(unit), np.stack(tables[::-1]).astype(np.float32)
-    )
-    x = found.origin + found.unit * np.linspace(-1, PIECES, _CHECKED)
-    return found if _error(found, function, q, x) < 0.01 else None
+    c = np.stack(tables[::-1]).astype(np.int16)
+    found = Activation("Piecewise", float(origin), -float(unit), c)
+    x = found.origin + found.unit * np.linspace(-(2**16), 2**16, _CHECKED)
+    expected = (function.values(x) / q.scale + q.zero_point).clip(0, q.top)
+    same = np.abs(np.floor(codes(found, x) + 0.5).clip(0, q.top) - expected) < 0.01
+    return found if same.mean() > 0.99 else None
 
 
 class _Fit:
-    """What parabolas are to come near to: a function in output codes, at points near and far."""
+    """What parabolas are to come near to: a function in output codes, as far as they matter."""
 
-    def __init__(self, function: Function, q: Quantization, low: float, high: float) -> None:
+    def __init__(
+        self, function: Function, q: Quantization, low: float, high: float, clamp: Clamp
+    ) -> None:
         self.function, self.q = function, q
+        self.bottom, self.top = (
+            end if bound is None else float(np.clip(bound / q.scale + q.zero_point, 0, q.top))
+            for bound, end in zip(clamp, (0, q.top), strict=True)
+        )
         self.span = (high - low) or abs(high) or 1.0
         margin = _MARGIN * self.span
         self.low, self.high = low - margin, high + margin
         self.is_finite = bool(np.isfinite(self.codes(self.near(_MANY))).all())
-        self.lines = [self._line(side) for side in (-1, 1)]
 
     def near(self, count: int) -> np.ndarray:
         """Return points where a fit has to be good, closer to each other around zero."""
         around = max(abs(self.low), abs(self.high)) * np.geomspace(1e-4, 1, count // 3)
-        x = np.concatenate([np.linspace(self.low, self.high, count), -around, around])
+        x = np.concatenate([np.linspace(self.low, self.high, count), -around, [0.0], around])
         return np.unique(x.clip(self.low, self.high))
 
     def codes(self, x: np.ndarray) -> np.ndarray:
@@ -158,125 +186,148 @@ class _Fit:
             y = self.function.values(x.ravel()).reshape(x.shape)
             return y / self.q.scale + self.q.zero_point
 
-    def _line(self, side: int) -> tuple[float, float] | None:
-        """Return slope and offset of the line that the function becomes on one side, if any."""
-        x = side * self.span * np.array([1e3, 1e4, 1e5])
-        y = self.codes(x)
-        with np.errstate(all="ignore"):
-            before, slope = np.diff(y) / np.diff(x)
-            offsets = y - slope * x
-            is_line = abs(before - slope) * self.span < _SAME and np.ptp(offsets) < 1e-3
-        return (float(slope), float(offsets[0])) if is_line else None
+    def inside(self, y: np.ndarray) -> np.ndarray:
+        """Return codes as far as they are not clamped anyway."""
+        return y.clip(self.bottom, self.top)
+
+    def error(self, found: Activation, x: np.ndarray) -> float:
+        """Return by how many codes, before rounding, parabolas are wrong at worst."""
+        return float(np.abs(self.inside(codes(found, x)) - self.inside(self.codes(x))).max())
 
     def best(self) -> Activation:
         """Return the candidate with the least error."""
-        width, border = np.meshgrid(self.span * _WIDTHS, np.arange(PIECES - 1))
-        other, free = np.meshgrid(
-            self.span * _WIDTHS, np.linspace(self.low - self.span, self.high, _ORIGINS)
-        )
-        first = _Candidates(
-            self,
-            _FEW,
-            np.concatenate([-(border + 0.5) * width, free]).ravel(),
-            np.concatenate([width, other]).ravel(),
-        )
-        chosen = np.argsort(first.cost, kind="stable")[:_BEST, None]
-        origin, unit = (values[chosen] * _FINER for values in (first.origin, first.unit))
-        second = _Candidates(self, _MANY, origin.ravel(), unit.ravel())
-        return second.best()
+        widths = self.span * _WIDTHS
+        width, border = np.meshgrid(widths, np.arange(-PIECES // 2, PIECES // 2 + 1))
+        other, free = np.meshgrid(widths, np.linspace(self.low, self.high, _CENTRES))
+        centre = np.concatenate([border * width, free]).ravel()
+        first = _Candidates(self, centre, np.concatenate([width, other]).ravel())
+        chosen = np.argsort(first.cost(_FEW), kind="stable")[:_BEST, None]
+        centre, width = (values[chosen] * _FINER for values in (first.centre, first.width))
+        second = _Candidates(self, centre.ravel(), width.ravel())
+        second.improve()
+        return second.activation(int(second.cost(_MANY).argmin()))
 
 
 class _Candidates:
-    """Fits with these origins and units, and what is wrong with them."""
+    """Fits by pieces of some width, side by side around a centre.
 
-    def __init__(self, fit: _Fit, points: int, origin: np.ndarray, unit: np.ndarray) -> None:
-        mantissa, exponent = np.frexp(unit)
-        unit = np.ldexp(np.rint(np.ldexp(mantissa, _WIDTH_BITS)), exponent - _WIDTH_BITS)
+    Attributes
+    ----------
+    centre, width : float64 array
+    c : float64 array (candidates, 16, 3)
+        Coefficients, in codes.
+    """
+
+    def __init__(self, fit: _Fit, centre: np.ndarray, width: np.ndarray) -> None:
+        mantissa, exponent = np.frexp(width)
+        width = np.ldexp(np.rint(np.ldexp(mantissa, _WIDTH_BITS)), exponent - _WIDTH_BITS)
         # Where a border is at zero it stays there.
-        at_border = np.rint(origin / unit - 0.5) + 0.5
-        origin = np.where(np.abs(origin / unit - at_border) < 0.05, at_border * unit, origin)
-        self.fit, self.unit = fit, unit
-        self.origin = origin.astype(np.float32).astype(np.float64)
-        near, far = fit.near(points), fit.span * _FAR
-        self.near = len(near)
-        x = np.concatenate([near, fit.low - far, fit.high + far])
-        y = fit.codes(x)
-        x, self.y = x[~np.isnan(y)], y[~np.isnan(y)].clip(0, fit.q.top)
+        border = np.rint(centre / width)
+        centre = np.where(np.abs(centre / width - border) < 0.05, border * width, centre)
+        self.fit, self.width = fit, width
+        self.centre = centre.astype(np.float32).astype(np.float64)
+        y = fit.codes(self._x(_THROUGH))
+        inside = _through(fit.inside(y))
         with np.errstate(all="ignore"):
-            self.forms = [c.astype(np.float32) for c in self._pieces()]
-            v = (x - self.origin[:, None]) / unit[:, None]
-            i = np.rint(v.clip(0, PIECES - 1)).astype(np.intp)
-            f = (v - i).astype(np.float32)
-            errors = np.stack([self._errors(c, i, f) for c in self.forms])
-        # By form of the first piece and of the last one.
-        worst = np.maximum(errors[:, None, ..., 0], errors[None, :, ..., 2])
-        worst = np.maximum(worst, errors[0, ..., 1]).clip(_NOTHING)
-        self.costs = worst[:, :, 0] + _FAR_WEIGHT * worst[:, :, 1]
-        self.cost = self.costs.min(axis=(0, 1))
+            self.c = _through(y)
+            fits = np.abs(self.c[..., 1:]).sum(axis=-1) <= _MOST / _UNIT
+        self.c = np.where(fits[..., None], self.c, inside)
 
-    def best(self) -> Activation:
-        """Return the one with the least error."""
-        first, last, best = np.unravel_index(self.costs.argmin(), self.costs.shape)
-        half = PIECES // 2
-        left, right = self.forms[first][best], self.forms[last][best]
-        c = np.concatenate([left[:, :half], right[:, half:]], axis=1)
-        return Activation("Piecewise", float(self.origin[best]), float(self.unit[best]), c)
+    def _x(self, across: np.ndarray) -> np.ndarray:
+        """Return points at some places across every piece: (candidates, 16, places)."""
+        place = np.arange(PIECES)[:, None] + (across - PIECES + 1) / 2
+        return self.centre[:, None, None] + self.width[:, None, None] * place
 
-    def _pieces(self) -> list[np.ndarray]:
-        """Return coefficients (candidates, 3, 16), with three forms of the outermost pieces.
+    def improve(self) -> None:
+        """Bring pieces nearer to the function where they are wrong most: Lawson's algorithm."""
+        fit = self.fit
+        across, y, known = self._across()
+        exact = fit.inside(y)
+        y = y.clip(fit.bottom - fit.q.top, fit.top + fit.q.top)
+        powers = across[:, :, None] ** np.arange(5)[:, None]
+        weight, least = known.astype(float), np.full(y.shape[:2], np.inf)
+        c = self.c
+        for _ in range(_STEPS):
+            p = (c[..., None, :] @ powers[:, :, :3])[:, :, 0]
+            error = np.where(known, np.abs(fit.inside(p) - exact), 0)
+            worst = error.max(axis=-1)
+            better = worst < least
+            least, self.c = np.minimum(worst, least), np.where(better[..., None], c, self.c)
+            relative = error / np.maximum(worst, 1e-9)[..., None]
+            weight = (weight + 1e-3) * relative
+            weight /= weight.sum(axis=-1, keepdims=True) + 1e-9
+            moments = (powers @ weight[..., None])[..., 0][..., _HANKEL] + 1e-12 * np.eye(3)
+            c = np.linalg.solve(moments, powers[:, :, :3] @ (weight * y)[..., None])[..., 0]
 
-        Parabolas go through the function at their borders and in their middle. Outermost are lines
-        that the function comes near to far out, if there are any, and the border is halfway to
-        them, so that errors on both sides of it are alike; or lines that go on as the function
-        does at the border; or parabolas like the others.
+    def _across(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return points across every piece, the function there, and where it is known.
+
+        Beyond the outermost pieces their last value counts, for all that the function is there.
         """
-        fit, unit = self.fit, self.unit
-        # Borders and middles of pieces, of which the outermost are as wide as the others.
-        x = self.origin[:, None] + unit[:, None] * np.arange(-0.5, PIECES, 0.5)
-        y = fit.codes(x)
-        forms = []
-        for form in range(3):
-            z = y.copy()
-            for line, sign, border, middle, end in zip(
-                fit.lines, (-1, 1), (2, -3), (1, -2), (0, -1), strict=True
-            ):
-                if form == 0 and line is not None:
-                    slope, offset = line
-                    z[:, border] = (y[:, border] + slope * x[:, border] + offset) / 2
-                    z[:, end] = z[:, border] + sign * slope * unit
-                if form < 2:
-                    z[:, middle] = (z[:, border] + z[:, end]) / 2
-            left, middle, right = z[:, :-2:2], z[:, 1::2], z[:, 2::2]
-            forms.append(np.stack([middle, right - left, 2 * (left + right - 2 * middle)], axis=1))
-        return forms
+        fit = self.fit
+        across = np.broadcast_to(_ACROSS, (len(self.width), PIECES, len(_ACROSS)))
+        y, near = fit.codes(self._x(_ACROSS)), fit.near(_FEW)
+        values = fit.inside(fit.codes(near))
+        more = np.full((*y.shape[:2], 2), np.nan)
+        place = (near - self.centre[:, None]) / self.width[:, None]
+        for piece, beyond in ((0, place < -PIECES / 2), (-1, place > PIECES / 2)):
+            found = beyond.any(axis=1)
+            for index, extreme, none in ((0, np.min, np.inf), (1, np.max, -np.inf)):
+                end = extreme(np.where(beyond, values, none), axis=1)
+                more[:, piece, index] = np.where(found, end, np.nan)
+        edge = np.zeros(more.shape)
+        edge[:, 0], edge[:, -1] = -1, 1
+        y, across = np.concatenate([y, more], axis=-1), np.concatenate([across, edge], axis=-1)
+        known = np.isfinite(y)
+        return across, np.where(known, y, 0), known
 
-    def _errors(self, c: np.ndarray, i: np.ndarray, f: np.ndarray) -> np.ndarray:
-        """Return the largest errors near and far: (2, candidates, 3).
+    def _stored(self) -> np.ndarray:
+        """Return coefficients (candidates, 3, 16) as they are stored."""
+        c = np.rint(self.c * _UNIT).transpose(0, 2, 1)
+        c[:, 0] = c[:, 0].clip(-(2**15), 2**15 - 1)
+        c[:, 1:] = c[:, 1:].clip(-_MOST, _MOST)
+        return np.nan_to_num(c).astype(np.int32)
 
-        The last axis is where: in the first two pieces, which depend on the form of the first, in
-        the last two, and between.
-        """
-        c0, c1, c2 = (np.take_along_axis(c[:, k], i, axis=1) for k in range(3))
-        error = np.abs(((c2 * f + c1) * f + c0).clip(0, self.fit.q.top) - self.y)
-        error[np.isnan(error)] = np.inf
-        first, last = i <= 1, i >= PIECES - 2
-        parts = [np.where(part, error, 0) for part in (first, ~(first | last), last)]
-        return np.stack(
-            [
-                [part[:, : self.near].max(axis=1) for part in parts],
-                [part[:, self.near :].max(axis=1, initial=0) for part in parts],
-            ]
-        ).transpose(0, 2, 1)
+    def cost(self, count: int) -> np.ndarray:
+        """Return what is wrong with each, on so many points and far beyond them."""
+        fit = self.fit
+        near, far = fit.near(count), fit.span * _FAR
+        y = fit.codes(x := np.concatenate([near, fit.low - far, fit.high + far]))
+        x, y = x[~np.isnan(y)], fit.inside(y[~np.isnan(y)])
+        k = np.rint((x - self.centre[:, None]) / (self.width[:, None] / _STEP))
+        k = k.clip(-(2**15), 2**15 - 1).astype(np.int32)
+        c = self._stored()
+        found = _parabolas(c, k // _STEP + PIECES // 2, k % _STEP)
+        error = np.abs(fit.inside(found) - y)
+        worst = np.maximum(error[:, : len(near)].max(axis=1), _NOTHING)
+        cost = worst + _FAR_WEIGHT * error[:, len(near) :].max(axis=1, initial=0)
+        return np.where(np.abs(c[:, 1:]).sum(axis=1).max(axis=1) <= _MOST, cost, np.inf)
+
+    def activation(self, index: int) -> Activation:
+        """Return one of them."""
+        c = self._stored()[index].astype(np.int16)
+        return Activation(
+            "Piecewise", float(self.centre[index]), float(self.width[index] / _STEP), c
+        )
 
 
-def _fit(function: Function, q: Quantization, low: float, high: float) -> Activation | None:
-    fit = _Fit(function, q, low, high)
+def _through(y: np.ndarray) -> np.ndarray:
+    """Return the coefficients (..., 3) of parabolas through values (..., 3) at `_THROUGH`."""
+    left, middle, right = np.moveaxis(y, -1, 0)
+    end = _THROUGH[2]
+    return np.stack(
+        [middle, (right - left) / (2 * end), (left + right - 2 * middle) / (2 * end**2)], axis=-1
+    )
+
+
+def _fit(
+    function: Function, q: Quantization, low: float, high: float, clamp: Clamp
+) -> Activation | None:
+    fit = _Fit(function, q, low, high, clamp)
     if not fit.is_finite:
         return None
     found = fit.best()
-    if not np.isfinite(found.coefficients).all():
-        return None
     # Inside of pieces too, however small they are: that is where a jump would be.
-    inside = found.origin + found.unit * np.linspace(-0.5, PIECES - 0.5, _CHECKED)
+    inside = found.origin + found.unit * np.linspace(-(2**15), 2**15, _CHECKED)
     x = np.concatenate([fit.near(_CHECKED), inside.clip(fit.low, fit.high)])
-    return found if _error(found, function, q, x) <= _WORST else None
+    return found if fit.error(found, x) <= _WORST else None

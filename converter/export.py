@@ -203,8 +203,12 @@ class _Export(OnnxWriter):
                 ("Mul", [back(4), BEFORE], {}),
             ]
         q = self.graph.quantization[out]
-        ends = [constant("first", 0), constant("last", PIECES - 1)]
+        # In float32 all of it is exact, up to |c1| + |c2| of 2^13 - 1, which `convert` keeps to.
         c0, c1, c2 = (constant(f"c{i}", c) for i, c in enumerate(activation.coefficients))
+        ends = [constant("least", -(2**15)), constant("most", 2**15 - 1)]
+        width, half = constant("width", 2**12), constant("half", 2**11)
+        quarter, middle = constant("quarter", 2**10), constant("middle", PIECES // 2)
+        code, tie = constant("code", 2**7), constant("tie", 2**6)
         return [
             # -x, for scale and shift of x itself would go into the weights in the next conversion.
             ("Neg", [BEFORE], {}),
@@ -212,15 +216,29 @@ class _Export(OnnxWriter):
             ("Div", [BEFORE, constant("unit", -activation.unit)], {}),
             ("Clip", [BEFORE, *ends], {}),
             ("Round", [BEFORE], {}),
-            ("Sub", [back(3), BEFORE], {}),
-            ("Cast", [back(2)], {"to": onnx.TensorProto.INT32}),
+            ("Div", [BEFORE, width], {}),
+            ("Floor", [BEFORE], {}),
+            ("Mul", [BEFORE, width], {}),
+            ("Sub", [back(4), BEFORE], {}),
+            ("Sub", [BEFORE, half], {}),  # a sixteenth of f
+            ("Add", [back(4), middle], {}),
+            ("Cast", [BEFORE], {"to": onnx.TensorProto.INT32}),
             ("Gather", [c2, BEFORE], {"axis": 0}),
-            ("Mul", [BEFORE, back(3)], {}),
-            ("Gather", [c1, back(3)], {"axis": 0}),
+            ("Mul", [BEFORE, back(4)], {}),
+            ("Add", [BEFORE, quarter], {}),
+            ("Div", [BEFORE, half], {}),
+            ("Floor", [BEFORE], {}),
+            ("Gather", [c1, back(6)], {"axis": 0}),
             ("Add", [back(2), BEFORE], {}),
-            ("Mul", [BEFORE, back(6)], {}),
-            ("Gather", [c0, back(6)], {"axis": 0}),
+            ("Mul", [BEFORE, back(10)], {}),
+            ("Add", [BEFORE, quarter], {}),
+            ("Div", [BEFORE, half], {}),
+            ("Floor", [BEFORE], {}),
+            ("Gather", [c0, back(12)], {"axis": 0}),
             ("Add", [back(2), BEFORE], {}),
+            ("Add", [BEFORE, tie], {}),
+            ("Div", [BEFORE, code], {}),
+            ("Floor", [BEFORE], {}),
             ("Sub", [BEFORE, constant("zero", q.zero_point)], {}),
             ("Mul", [BEFORE, constant("step", q.scale)], {}),
         ]

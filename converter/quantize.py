@@ -208,7 +208,7 @@ class _Walk:
         if node.output in self.code_tensors:
             q = self._choose(node, exact)
             if node.function is not None and node.table is not None:
-                packed.activation = activation(node.function, q, low, high)
+                packed.activation = activation(node.function, q, low, high, node.clamp)
                 if packed.activation is None:
                     raise _NeedsTable
             self.quantization[node.output] = q

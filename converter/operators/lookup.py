@@ -31,23 +31,23 @@ def read_table(
     ctx.add("Elementwise", node, [x], function=function)
 
 
-def rounded_of(
+def piece_of(
     gather: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], known: Mapping[str, np.ndarray]
 ) -> str | None:
-    """Return the rounded values at which a Gather reads the coefficients of parabolas.
+    """Return the numbers of pieces, of float32, whose coefficients a Gather reads.
 
     That is how `export` writes them. None if the node is anything else.
     """
     if gather.op_type != "Gather" or getattr(known.get(gather.input[0]), "shape", ()) != (PIECES,):
         return None
     cast = producers.get(gather.input[1])
-    rounded = producers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
-    return rounded.output[0] if rounded is not None and rounded.op_type == "Round" else None
+    piece = producers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
+    return piece.output[0] if piece is not None and piece.op_type == "Add" else None
 
 
-def read_coefficients(ctx: Context, node: onnx.NodeProto, rounded: str) -> None:
-    """Lower a Gather that reads the coefficients of parabolas."""
-    x, y, table = ctx.source(rounded), node.output[0], node.input[0]
+def read_coefficients(ctx: Context, node: onnx.NodeProto, piece: str) -> None:
+    """Lower a Gather that reads the coefficients of pieces."""
+    x, y, table = ctx.source(piece), node.output[0], node.input[0]
     ctx.shapes[y] = ctx.shapes[x]
     place = f"{y}/place"
     nodes = [

@@ -10,7 +10,7 @@ import onnx
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context, name_of
-from logshift.converter.operators.lookup import read_coefficients, read_table, rounded_of
+from logshift.converter.operators.lookup import piece_of, read_coefficients, read_table
 from logshift.converter.operators.registry import Unsupported, lowers, write_same, writes
 
 
@@ -19,8 +19,8 @@ def _gather(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     if table := ctx.table(node):
         read_table(ctx, node, *table)
         return
-    if rounded := rounded_of(node, ctx.producers, ctx.constants):
-        read_coefficients(ctx, node, rounded)
+    if piece := piece_of(node, ctx.producers, ctx.constants):
+        read_coefficients(ctx, node, piece)
         return
     x, indices = ctx.tensor(node.input[0]), ctx.constants.get(node.input[1])
     channels = ctx.shapes[x][1]
