@@ -97,13 +97,19 @@ def _hard_swish(function: Function, size: float) -> Activation | None:
     x = _around(size)
     y = function.values(x)
     with np.errstate(divide="ignore", invalid="ignore"):
-        gate = y / x
+        closed, opened = (np.flatnonzero(part) for part in (y / x < 0.05, y / x > 0.95))
+    if not (len(closed) and len(opened) and closed[-1] < opened[0] and np.isfinite(y).all()):
+        return None
+    # Around where it opens, not at zero, where it cannot be seen how far.
+    points = np.linspace(x[closed[-1]], x[opened[0]], 101)
+    points = points[points != 0]
+    gate = function.values(points) / points
     between = np.flatnonzero((gate > 0.05) & (gate < 0.95))
-    if len(between) < 2 or not np.isfinite(y).all():
+    if len(between) < 2:
         return None
     first, last = between[[0, -1]]
-    unit = (x[last] - x[first]) / (gate[last] - gate[first])
-    origin = x[first] - gate[first] * unit
+    unit = (points[last] - points[first]) / (gate[last] - gate[first])
+    origin = points[first] - gate[first] * unit
     if not unit > 0:
         return None
     unit, origin = _plain(unit), _plain(origin)

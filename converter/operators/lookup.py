@@ -28,7 +28,8 @@ def read_table(
     values = ctx.constants[node.input[0]]
     ctx.shapes[y] = ctx.shapes[x]
     function = table_function(x, y, values, zero_point, q.scale, ctx.model.opset)
-    ctx.add("Elementwise", node, [x], function=function)
+    # Not "Elementwise", of which functions before it would become a part: codes are what it reads.
+    ctx.add("Lookup", node, [x], function=function)
 
 
 def piece_of(
