@@ -23,7 +23,7 @@ import onnx
 
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.machine import describe
-from benchmarks.models import PACKAGED, SUITE
+from benchmarks.models import PACKAGED, SUITE, freed
 from benchmarks.quantizer import quantized
 from logshift import converter
 from logshift.runtime.table import text_table
@@ -44,19 +44,26 @@ class Files:
     packed: Path
 
 
-def prepare(name: str, cache: Path, weight_bits: int = 4, activation_bits: int = 8) -> Files:
-    """Build, or take from its package, and convert a network, unless that was done before."""
+def prepare(
+    name: str, cache: Path, weight_bits: int = 4, activation_bits: int = 8, is_free: bool = False
+) -> Files:
+    """Build, or take from its package, and convert a network, unless that was done before.
+
+    If it is to be free, it takes pictures of any size.
+    """
+    stem = f"{name}-free" if is_free else name
     files = Files(
-        cache / f"{name}.onnx",
-        cache / f"{name}-qdq.onnx",
-        cache / f"{name}-w{weight_bits}a{activation_bits}.stlq",
+        cache / f"{stem}.onnx",
+        cache / f"{stem}-qdq.onnx",
+        cache / f"{stem}-w{weight_bits}a{activation_bits}.stlq",
     )
     cache.mkdir(parents=True, exist_ok=True)
     model = NETWORKS[name]
     rng = np.random.default_rng(1)
     calibration = rng.standard_normal((_CALIBRATION, *model.shape)).astype(np.float32)
     if not files.float.exists():
-        onnx.save(model.build(model.size), files.float)
+        built = model.build(model.size)
+        onnx.save(freed(built) if is_free else built, files.float)
     if not files.qdq.exists():
         onnx.save(quantized(onnx.load(files.float), calibration), files.qdq)
     if not files.packed.exists():
@@ -108,6 +115,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(SUITE))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batch", nargs="+", type=int, help="default: those of the suite")
+    parser.add_argument(
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: the network's own"
+    )
     parser.add_argument("--weight-bits", type=int, default=4)
     parser.add_argument("--activation-bits", type=int, default=8)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
@@ -127,14 +137,17 @@ def main() -> None:
     rows = []
     for model in a.models:
         try:
-            files = prepare(model, a.cache, a.weight_bits, a.activation_bits)
+            files = prepare(
+                model, a.cache, a.weight_bits, a.activation_bits, is_free=a.size is not None
+            )
         except ModuleNotFoundError as error:
             print(f"{model} is left out: {error}")
             continue
         weights = onnx.load(files.float).doc_string or "random weights"
         batches = a.batch or NETWORKS[model].batches
         with tempfile.TemporaryDirectory() as cache_directory:
-            shape = (batches[0], *NETWORKS[model].shape)
+            picture = (NETWORKS[model].channels, *(a.size or NETWORKS[model].shape[1:]))
+            shape = (batches[0], *picture)
             # The first start of each of our own engines compiles; those that count are warm.
             cold = {}
             for name in names:
@@ -144,12 +157,13 @@ def main() -> None:
                     cold[name] = first.start["start"]
             for batch in batches:
                 for threads in a.threads:
-                    shape = (batch, *NETWORKS[model].shape)
+                    shape = (batch, *picture)
                     result = compare(
                         files, shape, threads, names, a.rounds, a.seconds, cache_directory
                     )
                     rows.append({
                         "model": model, "weights": weights, "threads": threads, "batch": batch,
+                        "size": shape[2:],
                         "weight_bits": a.weight_bits, "activation_bits": a.activation_bits,
                         "cold_start": cold["logshift"], "engines": result,
                     })  # fmt: skip

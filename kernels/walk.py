@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
+from logshift.kernels.machine.emit import Emitter
 from logshift.kernels.machine.native import as_pointer, call_tile
 
 
@@ -76,3 +78,33 @@ def copy_bytes(source, target, count):
     target = carray(as_pointer(np.uintp(target)), count, np.uint8)
     for byte in range(np.uintp(count)):
         target[byte] = source[byte]
+
+
+@intrinsic
+def _copy_number(typingctx, source, target, number):
+    """Copy a number of the type of `number` from an address to another, wherever they are."""
+
+    def codegen(context, builder, signature, args):
+        source, target, number = args
+        e = Emitter(builder)
+        e.store(e.load(source, number.type, 1), target, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp, number), codegen
+
+
+@njit(error_model="numpy")
+def scatter_bytes(source, step, targets, count, size):
+    """Copy `size` bytes each to the addresses in a table, from addresses that lie `step` apart."""
+    y = carray(as_pointer(targets), count, np.uintp)
+    for q in range(count):
+        # Of a few channels each pixel is one number.
+        if size == 1:
+            _copy_number(source, y[q], np.uint8(0))
+        elif size == 2:
+            _copy_number(source, y[q], np.uint16(0))
+        elif size == 4:
+            _copy_number(source, y[q], np.uint32(0))
+        else:
+            copy_bytes(source, y[q], size)
+        source += np.uintp(step)

@@ -40,7 +40,7 @@ from logshift.kernels.machine.memory import placed
 from logshift.kernels.machine.native import as_pointer, call_tile
 from logshift.kernels.records import share
 from logshift.kernels.registry import register, register_part
-from logshift.kernels.walk import copy_bytes, places_of, position, single_pixels
+from logshift.kernels.walk import places_of, position, scatter_bytes, single_pixels
 
 # Per slot: a TILE record, tables of addresses, and a tile of outputs for a block not full.
 _TABLE = 8 * 40
@@ -145,8 +145,7 @@ def _partial_block(a, t, y, spare, valid, size, scratch):
         targets[q] = np.int64(outputs) + q * block_bytes
     call_tile(a.tile, scratch)
     t.y = y_table
-    for q in range(valid):
-        copy_bytes(outputs + np.uintp(q * block_bytes), y[q], a.existing * size)
+    scatter_bytes(outputs, block_bytes, t.y, valid, a.existing * size)
 
 
 @intrinsic

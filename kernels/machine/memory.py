@@ -6,9 +6,11 @@ Those of one program share an arena: buffers that are never in use at once may l
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,8 @@ from logshift.kernels.machine.jit import njit
 
 ALIGNMENT = 64
 _MAPPED = 2**20  # bytes from which on an arena has pages of its own
+_PAGE = 2**21  # bytes of a large page of most machines: one that is not all mapped would be small
+_SHELF = 2 * _PAGE - ALIGNMENT  # bytes of a shelf's arenas, but for larger arrays
 
 
 def aligned(shape: tuple[int, ...], dtype: type | np.dtype) -> np.ndarray:
@@ -52,13 +56,50 @@ def arena(size: int) -> np.ndarray:
     # Private, as all memory is after a fork; the system's default is shared.
     flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     try:
-        region = mmap.mmap(-1, size + ALIGNMENT, **flags)
+        pages = -(-(size + ALIGNMENT) // _PAGE)
+        region = mmap.mmap(-1, (pages + 1) * _PAGE, **flags)
     except (OSError, OverflowError, ValueError) as error:
         raise MemoryError(str(error)) from None
     if hasattr(mmap, "MADV_HUGEPAGE"):  # as NumPy does for large arrays
         with contextlib.suppress(OSError):  # a kernel without them
             region.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(region, np.uint8)[:size]
+    mapped = np.frombuffer(region, np.uint8)
+    begin = -mapped.ctypes.data % _PAGE
+    return mapped[begin : begin + size]
+
+
+def trim() -> None:
+    """Give memory that is free back to the system, where the allocator has a word for that."""
+    if os.name != "nt" and (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        give_back(0)
+
+
+class Shelf:
+    """Arrays that are kept side by side in arenas, for what lies in few large pages is read faster.
+
+    May be used by several threads. An arena goes when the last array in it does.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []  # the rest of each arena
+        self._lock = threading.Lock()
+
+    def keep(self, values: np.ndarray) -> np.ndarray:
+        """Return a copy of an array, placed as `aligned` ones are."""
+        out = self._take(values.nbytes).view(values.dtype).reshape(values.shape)
+        out[...] = values
+        return out
+
+    def _take(self, nbytes: int) -> np.ndarray:
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        with self._lock:
+            found = next((i for i, free in enumerate(self._free) if free.size >= size), None)
+            if found is None:
+                found = len(self._free)
+                self._free.append(arena(max(size, _SHELF)))
+            free = self._free[found]
+            self._free[found] = free[size:]
+        return free[:nbytes]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.lookup import look_up
+from logshift.kernels.portable.moves import move_pixels
 from logshift.kernels.records import codes, floats, share
 from logshift.kernels.reference.codes import (
     BINARY,
@@ -538,27 +538,24 @@ def _copy(arguments, first_part, end_part, parts, slot):
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
     table = carray(as_pointer(a.table), 256, np.uint8)
     # A row whose pixels follow each other in both tensors is copied like one pixel.
-    joined = a.stride_w == 1 and a.channels == a.x.c and a.channels == a.y.c
+    joined = a.stride_w == a.stride_c == 1 and a.channels == a.x.c and a.channels == a.y.c
     pixels = 1 if joined else a.width
     channels, step = np.uintp(a.width * a.channels // pixels), np.uintp(a.stride_c)
+    x_step, y_step = a.stride_w * a.x.c, a.y.c
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        for j in range(pixels):
-            p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
-            p += np.uintp(a.channel0_x)
-            q = pixel_at(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
-            if a.has_table and a.stride_c == 1:
-                look_up(a.x.data + p, a.y.data + q, channels, a.table)
-            elif a.has_table:
-                for c in range(channels):
-                    y[q + c] = table[x[p + c * step]]
-            elif a.stride_c == 1:
-                for c in range(channels):
-                    y[q + c] = x[p + c]
-            else:
-                for c in range(channels):
-                    y[q + c] = x[p + c * step]
+        p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0) + np.uintp(a.channel0_x)
+        q = pixel_at(a.y, n, a.row0_y + i, a.column0_y) + np.uintp(a.channel0_y)
+        if a.stride_c == 1:
+            move_pixels(a.x.data + p, a.y.data + q, pixels, x_step, y_step, channels, a.table)
+            continue
+        for _ in range(pixels):
+            for c in range(channels):
+                code = x[p + c * step]
+                y[q + c] = table[code] if a.has_table else code
+            p += np.uintp(x_step)
+            q += np.uintp(y_step)
 
 
 @register("gather", "portable", GATHER)
@@ -582,7 +579,7 @@ def _gather(arguments, first_part, end_part, parts, slot):
             for c in range(two * pairs, channels):
                 y[q + c] = x[p + np.uintp(indices[c])]
             p += step
-            q += channels
+            q += np.uintp(a.y.c)
 
 
 _TABLES = 64  # that stay in the first-level cache together: 16 KB
@@ -608,7 +605,7 @@ def _lookup_channels(arguments, first_part, end_part, parts, slot):
             for c in range(count):
                 y[q + c] = tables[t + c * np.uintp(256) + np.uintp(x[p + c])]
             p += channels
-            q += channels
+            q += np.uintp(a.y.c)
 
 
 @register("fill", "portable", FILL)
@@ -710,6 +707,7 @@ def _quantize(arguments, first_part, end_part, parts, slot):
     size, part_size = a.scratch_size, np.uintp(_ROW_PART)
     part = carray(as_pointer(a.scratch + np.uintp(slot * size)), size, np.uint8)
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    step = np.uintp(a.y.c)
     scale, zero_point, top = a.scale, np.float32(a.zero_point), np.float32(a.top)
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
@@ -726,12 +724,12 @@ def _quantize(arguments, first_part, end_part, parts, slot):
                 for k in range(count):
                     y[q], y[q + np.uintp(1)] = part[k], part[part_size + k]
                     y[q + np.uintp(2)] = part[part_size + part_size + k]
-                    q += channels
+                    q += step
             else:
                 for k in range(count):
                     for c in range(channels):
                         y[q + c] = part[c * part_size + k]
-                    q += channels
+                    q += step
 
 
 @register("dequantize", "portable", DEQUANTIZE)

@@ -17,6 +17,7 @@ from logshift.kernels.layer import FloatLayer, Packed
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
 from logshift.kernels.portable.codes import rearrange
+from logshift.kernels.portable.moves import move_pixels
 from logshift.kernels.records import floats, share
 from logshift.kernels.reference.codes import (
     COPY,
@@ -300,19 +301,21 @@ def _copy(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = floats(a.x).ravel(), floats(a.y).ravel()
     channels, step = np.uintp(a.channels), np.uintp(a.stride_c)
+    x_step, y_step = a.stride_w * a.x.c, a.y.c
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        for j in range(a.width):
-            p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0 + j * a.stride_w)
-            p += np.uintp(a.channel0_x)
-            q = pixel_at(a.y, n, a.row0_y + i, a.column0_y + j) + np.uintp(a.channel0_y)
-            if a.stride_c == 1:
-                for c in range(channels):
-                    y[q + c] = x[p + c]
-            else:
-                for c in range(channels):
-                    y[q + c] = x[p + c * step]
+        p = pixel_at(a.x, n, a.row0 + i * a.stride_h, a.column0) + np.uintp(a.channel0_x)
+        q = pixel_at(a.y, n, a.row0_y + i, a.column0_y) + np.uintp(a.channel0_y)
+        if a.stride_c == 1:
+            x_at, y_at = a.x.data + np.uintp(4) * p, a.y.data + np.uintp(4) * q
+            move_pixels(x_at, y_at, a.width, 4 * x_step, 4 * y_step, 4 * a.channels, np.uintp(0))
+            continue
+        for _ in range(a.width):
+            for c in range(channels):
+                y[q + c] = x[p + c * step]
+            p += np.uintp(x_step)
+            q += np.uintp(y_step)
 
 
 @register("float_fill", "portable", FLOAT_FILL)

@@ -10,16 +10,18 @@ import numpy as np
 from numba import carray, njit
 
 from logshift.kernels import functions
-from logshift.kernels.functions import maximum, onnx_exp
+from logshift.kernels.functions import fma, maximum, onnx_exp
 from logshift.kernels.machine.native import as_pointer
 from logshift.kernels.records import share
 from logshift.kernels.reference.onnx_ops import (
     ONNX_BINARY,
+    ONNX_MATMUL,
     ONNX_MOVE,
     ONNX_REDUCE,
     ONNX_SOFTMAX,
     ONNX_UNARY,
     axes_of,
+    place,
     row_of,
     values,
 )
@@ -273,3 +275,27 @@ def _softmax(arguments, first_part, end_part, parts, slot):
         else:
             columns = min(_COLUMNS, a.width - first)
             _softmax_columns(x, y, p, columns, a.height, a.width, top, total)
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+@register("onnx_matmul", "portable", ONNX_MATMUL)
+def _matmul(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    x, r, y, axes = values(a.x), values(a.r), values(a.y), axes_of(a, 4)
+    columns, one = np.uintp(a.width), np.uintp(1)
+    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    for row in range(begin, end):
+        matrix, i = row // a.height, row % a.height
+        q = np.uintp(place(axes, matrix, 1) + i * a.width)
+        p = np.uintp(place(axes, matrix, 2) + i * a.count)
+        s = np.uintp(place(axes, matrix, 3))
+        for j in range(columns):
+            y[q + j] = 0
+        for _ in range(a.count):
+            value = x[p]
+            for j in range(columns):
+                y[q + j] = fma(value, r[s + j], y[q + j])
+            p += one
+            s += columns

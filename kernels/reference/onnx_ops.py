@@ -40,7 +40,7 @@ def row_of(axes, row, column):
 
 
 @njit
-def _place(axes, element, column):
+def place(axes, element, column):
     """Where an element is: its number counts over all axes."""
     size, step = axes[-1, 0], axes[-1, column]
     return row_of(axes, element // size, column) + element % size * step
@@ -65,7 +65,7 @@ def _move(arguments, first_part, end_part, parts, slot):
         return
     x, y, axes = values(a.x), values(a.y), axes_of(a, 3)
     for i in range(_count(axes)):
-        y[a.start_y + _place(axes, i, 1)] = x[a.start_x + _place(axes, i, 2)]
+        y[a.start_y + place(axes, i, 1)] = x[a.start_x + place(axes, i, 2)]
 
 
 # `function`: its place in `functions.ONNX_BINARY_FUNCTIONS`. Along the last axis x and r are
@@ -81,9 +81,9 @@ def _binary(arguments, first_part, end_part, parts, slot):
         return
     x, r, y, axes = values(a.x), values(a.r), values(a.y), axes_of(a, 4)
     for i in range(_count(axes)):
-        left, right = x[_place(axes, i, 2)], r[_place(axes, i, 3)]
+        left, right = x[place(axes, i, 2)], r[place(axes, i, 3)]
         v = _binary_by_number(a.function, left, right)
-        y[_place(axes, i, 1)] = v
+        y[place(axes, i, 1)] = v
 
 
 # Of n elements; `function`: its place in `functions.ONNX_UNARY_FUNCTIONS`.
@@ -120,9 +120,30 @@ def _reduce(arguments, first_part, end_part, parts, slot):
     for i in range(_count(axes)):
         total = functions.FIRST_TOTALS[a.function]
         for k in range(_count(reduced)):
-            v = np.float64(x[_place(axes, i, 2) + _place(reduced, k, 1)])
+            v = np.float64(x[place(axes, i, 2) + place(reduced, k, 1)])
             total = _reduce_by_number(a.function, v, total)
-        y[_place(axes, i, 1)] = np.float32(total / np.float64(a.divisor))
+        y[place(axes, i, 1)] = np.float32(total / np.float64(a.divisor))
+
+
+# y = x r: matrices of `height` rows and `count` columns times such of `count` and `width`. `axes`
+# are those before the last two.
+ONNX_MATMUL = record(**OUTPUT, r=TENSOR, **_AXES, count=INT)
+
+
+@register("onnx_matmul", "reference", ONNX_MATMUL)
+def _matmul(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part != 0:
+        return
+    x, r, y, axes = values(a.x), values(a.r), values(a.y), axes_of(a, 4)
+    for n in range(a.n):
+        q, p, s = place(axes, n, 1), place(axes, n, 2), place(axes, n, 3)
+        for i in range(a.height):
+            for j in range(a.width):
+                acc = np.float32(0)
+                for k in range(a.count):
+                    acc = functions.fma(x[p + i * a.count + k], r[s + k * a.width + j], acc)
+                y[q + i * a.width + j] = acc
 
 
 # Of (n, height, width), along `height`.

@@ -16,7 +16,7 @@ from logshift.kernels import functions
 from logshift.runtime.graph import Graph, Inference, Node, Shape
 from logshift.runtime.onnx_ops import numpy_ops
 from logshift.runtime.plan.call import Call
-from logshift.runtime.plan.work import ELEMENT, FUNCTION, SOFTMAX
+from logshift.runtime.plan.work import ELEMENT, FUNCTION, PRODUCT, SOFTMAX
 
 _FLOAT = np.dtype(np.float32)
 _CUT = 2**12  # elements of a contiguous axis above which it is cut in two, for threads to share
@@ -244,6 +244,38 @@ def _clip(n: _Node) -> list[Call] | None:
     return [_function(n, "clip", *bounds)]
 
 
+# --- products -------------------------------------------------------------------------------------
+
+
+def _matmul(n: _Node) -> list[Call] | None:
+    r = n.node.inputs[1]
+    if n.found.dtypes.get(r) != _FLOAT:
+        return None
+    first, second = n.shape(n.x), n.shape(r)
+    first = (1, *first) if len(first) == 1 else first
+    second = (*second, 1) if len(second) == 1 else second
+    # What a matrix is of: of batches that one tensor is repeated along it may be more than it has.
+    (rows, count), columns = first[-2:], second[-1]
+    whole = np.broadcast_shapes(first[:-2], second[:-2])
+    steps = [
+        [size * step for step in of_matrices]
+        for size, of_matrices in (
+            (rows * columns, _contiguous(whole)),
+            (rows * count, _repeated(first[:-2], whole)),
+            (count * columns, _repeated(second[:-2], whole)),
+        )
+    ]
+    if not any(steps[2]) and math.prod(whole) == math.prod(first[:-2]):
+        # One matrix for all: the rows of the first ones follow each other.
+        rows, whole, steps = rows * math.prod(whole), (), [[], [], []]
+    table = axes(whole, *steps)
+    fields = {
+        "axes": table, "rank": len(table), "count": count,
+        "n": math.prod(whole), "height": rows, "width": columns, "channels": 1,
+    }  # fmt: skip
+    return [Call("onnx_matmul", {"x": n.x, "r": r, "y": n.y}, fields, PRODUCT * count)]
+
+
 # --- along axes -----------------------------------------------------------------------------------
 
 
@@ -309,5 +341,5 @@ OPERATORS: dict[str, Callable[[_Node], Iterable[Call] | None]] = {
     "Tanh": _unary("tanh"),
     "ReduceMax": _reduce("max"), "ReduceMean": _reduce("sum", mean=True),
     "ReduceMin": _reduce("min"), "ReduceSum": _reduce("sum"),
-    "Softmax": _softmax,
+    "MatMul": _matmul, "Softmax": _softmax,
 }  # fmt: skip

@@ -20,13 +20,16 @@ class NodeError(Exception):
 
 
 class Operand(NamedTuple):
-    """A tensor that kernels read or write."""
+    """A tensor that kernels read or write, or what a Slice takes of one."""
 
     name: str  # under which it is stored
     shape: Shape  # (N, C, H, W)
     top: int  # first row and column of the picture in its buffer
     left: int
     quantization: Quantization | None  # None for float32
+    channel: int = 0  # the first one
+    steps: tuple[int, int, int] = (1, 1, 1)  # from channel to channel, row to row, column to column
+    in_place: bool = False  # lies already where the Concat that reads it would bring it
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -91,6 +94,9 @@ class Operator:
         What a node has beside its attributes.
     reads_onnx, writes_onnx : bool
         Its input, or its output, lies as in ONNX, not channels last.
+    writes_parts : bool
+        Its kernels on codes write the channels that are the output's and leave others alone that
+        lie between those of one pixel and the next.
     renames : bool
         The output is the input's bytes under another name and shape: nothing is built.
     """
@@ -107,6 +113,7 @@ class Operator:
     stores: str = ""
     reads_onnx: bool = False
     writes_onnx: bool = False
+    writes_parts: bool = False
     renames: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from logshift.runtime.operators.base import (
 )
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.convolution import Convolution, Phase
+
+_LANES = 16  # channels that fill a vector of the widest machines
 
 # --- shapes -------------------------------------------------------------------------------------
 
@@ -150,7 +153,8 @@ def _check_transposed(graph: Graph, node: Node) -> None:
 def phases(node: Node) -> Iterator[tuple[Any, Phase]]:
     """Yield the convolutions that compute a node's output: indices of their weights, and where.
 
-    A ConvTranspose is one ordinary convolution for each output phase.
+    A ConvTranspose is one ordinary convolution for each output phase. Phases side by side that read
+    the same inputs may be one, whose channels are those of all their pixels.
     """
     a, shape = node.attributes, node.weight_shape
     assert shape is not None
@@ -163,10 +167,37 @@ def phases(node: Node) -> Iterator[tuple[Any, Phase]]:
         for i in (0, 1)
     )
     for p, (taps_h, first_h, dilation_h) in enumerate(rows):
-        for q, (taps_w, first_w, dilation_w) in enumerate(columns):
-            first, dilations = (first_h, first_w), (dilation_h, dilation_w)
-            grid = np.ix_(range(shape[0]), taps_h, taps_w, range(shape[3]))
-            yield grid, Phase(first, (1, 1), dilations, (p, q), tuple(a["strides"]))
+        for q, end in _joined(node, columns):
+            _, first_w, dilation_w = columns[q]
+            _, ky, _, c = np.ix_([0], taps_h, [0], range(shape[3]))
+            o = np.tile(np.arange(shape[0]), end - q).reshape(-1, 1, 1, 1)
+            taps_w = np.array([taps for taps, *_ in columns[q:end]], np.int64)
+            kx = np.repeat(taps_w, shape[0], axis=0)[:, None, :, None]
+            yield (o, ky, kx, c), Phase(
+                (first_h, first_w), (1, 1), (dilation_h, dilation_w), (p, q), tuple(a["strides"]),
+                end - q,
+            )  # fmt: skip
+
+
+def _joined(node: Node, columns: Sequence[tuple[list[int], int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield runs of phases of columns, first and end, that are computed as one.
+
+    They read the same inputs, there are as many outputs of each, and their channels together fill
+    vectors better than they do alone.
+    """
+    a, shape = node.attributes, node.weight_shape
+    assert shape is not None
+    alone = a["group"] > 1 or shape[0] % _LANES == 0 or node.activation is not None
+    padded = a["output_padding"][1] - a["pads"][1] - a["pads"][3]
+    longer = (_extents(node)[1] + padded) % a["strides"][1]  # so many have an output more
+    keys = [
+        (len(taps), *others, q < longer, alone and q) for q, (taps, *others) in enumerate(columns)
+    ]
+    begin = 0
+    for _, run in itertools.groupby(keys):
+        end = begin + len(list(run))
+        yield begin, end
+        begin = end
 
 
 def _phases(
@@ -221,15 +252,15 @@ def _build(site: Site) -> Iterator[Call]:
     tensors = {"x": x.name, "y": y.name}
     if len(site.inputs) > 1:
         tensors["r"] = site.inputs[1].name
-    n, c, h, w = y.shape
+    n, _, h, w = y.shape
     for conv in site.convolutions:
         phase = conv.phase
         height, width = phase.count(0, h), phase.count(1, w)
         if height <= 0 or width <= 0:
             continue
-        _, kernel_h, kernel_w, _ = conv.layer.weights.shape
+        channels, kernel_h, kernel_w, _ = conv.layer.weights.shape
         fields = {
-            "n": n, "height": height, "width": width, "channels": c,
+            "n": n, "height": height, "width": width, "channels": channels,
             "row0": x.top + phase.first[0], "column0": x.left + phase.first[1],
             "dilation_h": phase.dilations[0], "dilation_w": phase.dilations[1],
             "kernel_h": kernel_h, "kernel_w": kernel_w,
@@ -250,13 +281,13 @@ _ATTRIBUTES: Attributes = {
 OPERATORS = [
     Operator(
         "Conv", "c? ff", _shape, _build, _ATTRIBUTES, (1, 2), check=_check, activates=True,
-        stores="weights",
+        stores="weights", writes_parts=True,
     ),
     Operator(
         "ConvTranspose", "c? ff", _transposed_shape, _build,
         # There are strides[0] * strides[1] phases.
         {**_ATTRIBUTES, "strides": ([1, 1], integers(2, 1, 32)),
          "output_padding": ([0, 0], integers(2, 0))},
-        (1, 2), check=_check_transposed, activates=True, stores="weights",
+        (1, 2), check=_check_transposed, activates=True, stores="weights", writes_parts=True,
     ),
 ]  # fmt: skip

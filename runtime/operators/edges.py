@@ -43,7 +43,7 @@ def _nothing(site: Site) -> Iterator[Call]:
 
 
 OPERATORS = [
-    Operator("QuantizeLinear", "fc", _same_shape, _quantize, reads_onnx=True),
+    Operator("QuantizeLinear", "fc", _same_shape, _quantize, reads_onnx=True, writes_parts=True),
     Operator("DequantizeLinear", "cf", _same_shape, _dequantize, writes_onnx=True),
     Operator("Flatten", "ff", _flat_shape, _nothing, renames=True),
 ]

@@ -48,4 +48,6 @@ def _build(site: Site) -> Iterator[Call]:
         yield Call("lookup_channels", {"x": x.name, "y": y.name}, fields)
 
 
-OPERATORS = [Operator("Lookup", "cc", _shape, _build, check=_check, stores="table")]
+OPERATORS = [
+    Operator("Lookup", "cc", _shape, _build, check=_check, stores="table", writes_parts=True)
+]

@@ -28,20 +28,17 @@ def copy(
     x: Operand,
     *,
     at: tuple[int, ...] = (0, 0, 0),
-    start: tuple[int, ...] = (0, 0, 0),
-    step: tuple[int, ...] = (1, 1, 1),
-    sizes: dict[str, Any] | None = None,
     table: np.ndarray | None = None,
 ) -> Call:
-    """Copy from x to the output; `at`, `start` and `step` are (channel, row, column)."""
+    """Copy x to the output, from the channel, row and column `at` on."""
     y = site.output
     fields = {
-        "channel0_x": start[0], "row0": x.top + start[1], "column0": x.left + start[2],
-        "stride_c": step[0], "stride_h": step[1], "stride_w": step[2],
+        "channel0_x": x.channel, "row0": x.top, "column0": x.left,
+        "stride_c": x.steps[0], "stride_h": x.steps[1], "stride_w": x.steps[2],
         "channel0_y": at[0], "row0_y": y.top + at[1], "column0_y": y.left + at[2],
         "table": 0 if table is None else table, "has_table": table is not None,
     }  # fmt: skip
-    return Call(site.kernel_op("copy"), {"x": x.name, "y": y.name}, (sizes or x.sizes) | fields)
+    return Call(site.kernel_op("copy"), {"x": x.name, "y": y.name}, x.sizes | fields)
 
 
 # --- Concat -------------------------------------------------------------------------------------
@@ -62,11 +59,12 @@ def _concat(site: Site) -> Iterator[Call]:
     axis, position = site.node.attributes["axis"], 0
     for x in site.inputs:
         at = tuple(position if axis == a else 0 for a in (1, 2, 3))
-        yield copy(site, x, at=at, table=_between(x.quantization, site.output.quantization))
+        if not x.in_place:
+            yield copy(site, x, at=at, table=between(x.quantization, site.output.quantization))
         position += x.shape[axis]
 
 
-def _between(q_x: Quantization | None, q_y: Quantization | None) -> np.ndarray | None:
+def between(q_x: Quantization | None, q_y: Quantization | None) -> np.ndarray | None:
     """Return the table from codes of one quantization to another's, None if they are the same."""
     if q_x is None or q_y is None or q_x == q_y:
         return None
@@ -130,12 +128,22 @@ def _slice_shape(node: Node, inputs: list[Shape]) -> Shape:
     return tuple(shape)
 
 
+def sliced(node: Node, x: Operand) -> Operand:
+    """Return what a Slice takes of x, as it lies there."""
+    (channel, top, left), (along_c, along_h, along_w) = (x.channel, x.top, x.left), x.steps
+    for axis, taken in _slices(node.attributes, x.shape):
+        if axis == 1:
+            channel, along_c = channel + taken.start * along_c, along_c * taken.step
+        elif axis == 2:
+            top, along_h = top + taken.start * along_h, along_h * taken.step
+        else:
+            left, along_w = left + taken.start * along_w, along_w * taken.step
+    shape, steps = _slice_shape(node, [x.shape]), (along_c, along_h, along_w)
+    return x._replace(shape=shape, channel=channel, top=top, left=left, steps=steps)
+
+
 def _slice(site: Site) -> Iterator[Call]:
-    x = site.inputs[0]
-    start, step = [0, 0, 0], [1, 1, 1]
-    for axis, taken in _slices(site.node.attributes, x.shape):
-        start[axis - 1], step[axis - 1] = taken.start, taken.step
-    yield copy(site, x, start=tuple(start), step=tuple(step), sizes=site.output.sizes)
+    yield copy(site, sliced(site.node, site.inputs[0]))
 
 
 # --- Pad ----------------------------------------------------------------------------------------
@@ -172,11 +180,13 @@ def _depth_to_space(site: Site) -> Iterator[Call]:
 
 OPERATORS = [
     Operator(
-        "Concat", "cc ff", _concat_shape, _concat, {"axis": (1, one_of(1, 2, 3))}, (1, 4096)
+        "Concat", "cc ff", _concat_shape, _concat, {"axis": (1, one_of(1, 2, 3))}, (1, 4096),
+        writes_parts=True,
     ),
     Operator(
         "Gather", "cc", _gather_shape, _gather,
         {"axis": (1, one_of(1)), "indices": (REQUIRED, _are_channels)}, keeps_quantization=True,
+        writes_parts=True,
     ),
     Operator(
         "Slice", "cc ff", _slice_shape, _slice,

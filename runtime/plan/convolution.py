@@ -17,7 +17,8 @@ class Phase:
     """Which outputs a convolution computes, and from where; of pairs, rows and columns.
 
     Output `begin + i * step` is computed from a window that begins at input `first + i * stride`.
-    A Conv is one phase of all outputs; a ConvTranspose has several, of a stride of 1.
+    A Conv is one phase of all outputs; a ConvTranspose has several, of a stride of 1. Of several
+    that are joined an output is some pixels side by side.
     """
 
     first: tuple[int, int]
@@ -25,6 +26,7 @@ class Phase:
     dilations: tuple[int, int]
     begin: tuple[int, int] = (0, 0)
     steps: tuple[int, int] = (1, 1)
+    pixels: int = 1
 
     def count(self, axis: int, size: int) -> int:
         """Return how many of `size` outputs along an axis (0 rows, 1 columns) it computes."""

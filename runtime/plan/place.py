@@ -5,13 +5,16 @@ paddings of the convolutions that read them need: padding then costs nothing and
 edges. A border whose bytes other tensors use as well is written anew at every run. For small
 tensors that would take too long; they keep their bytes, which go only to tensors of the same
 geometry and zero point, and their borders are written once.
+
+What a Concat of channels joins may be written into its output at once: such a part lies at its
+channels of the whole's pixels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +95,13 @@ class Places:
                     self.rewritten.add(name)
                 else:
                     self.array(name).fill(geometry.zero_point)
+        # What is a part of another part comes before it.
+        for name, node in reversed(schedule.parts.items()):
+            if (whole := self.found.get(node.outputs[0])) is not None:
+                before = node.inputs[: node.inputs.index(name)]
+                channel = sum(shapes[schedule.root(x)][1] for x in before)
+                address, *others = whole.values
+                self.found[name] = replace(whole, values=(address + channel, *others))
 
     def array(self, name: str) -> np.ndarray:
         """Return a tensor's buffer, (N, H, W, C)."""
@@ -137,7 +147,8 @@ class Places:
         kept: dict[Geometry, list[list[Any]]] = {}
         for index, operation in enumerate(schedule.operations):
             for name in operation.writes if operation.kind != "numpy" else ():
-                if name in schedule.outside:
+                name = schedule.held(name)
+                if name in schedule.outside or name in tensors:
                     continue
                 geometry = self._geometry(name, borders.get(name, (0, 0, 0, 0)))
                 last, nbytes = schedule.last_use[name], geometry.nbytes

@@ -12,6 +12,7 @@ import numpy as np
 
 from logshift.kernels.activation import Target
 from logshift.kernels.layer import FloatLayer, Layer
+from logshift.kernels.machine.memory import Shelf, trim
 from logshift.kernels.registry import kernel
 from logshift.runtime.executor import spread
 from logshift.runtime.graph import Graph, Node, Shape
@@ -19,6 +20,8 @@ from logshift.runtime.infer import nominal_shapes
 from logshift.runtime.operators.base import target_of
 from logshift.runtime.operators.conv import phases
 from logshift.runtime.plan.convolution import Convolution
+
+_MANY = 2**19  # weights of a network that large pages are worth it for
 
 
 def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convolution]]:
@@ -34,14 +37,18 @@ def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convo
     }
     shapes = nominal_shapes(graph)
     order = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    shelf = Shelf() if sum(sizes.values()) >= _MANY else None
     prepared = spread(
-        lambda index: list(_prepare_node(graph, graph.nodes[index], family, shapes)), order, threads
-    )
+        lambda index: list(_prepare_node(graph, graph.nodes[index], family, shapes, shelf)),
+        order, threads,
+    )  # fmt: skip
+    if shelf is not None:
+        trim()  # nothing that stays fills the gaps that packing leaves
     return dict(zip(order, prepared, strict=True))
 
 
 def _prepare_node(
-    graph: Graph, node: Node, family: str, shapes: dict[str, Shape]
+    graph: Graph, node: Node, family: str, shapes: dict[str, Shape], shelf: Shelf | None
 ) -> Iterator[Convolution]:
     is_coded = graph.on_codes(node)
     to = target_of(graph, node)
@@ -55,6 +62,12 @@ def _prepare_node(
         chosen = kernel("conv" if is_coded else "float_conv", family, layer)
         assert chosen.pack is not None
         packed = chosen.pack(layer)
+        if shelf is not None:
+            packed.fields.update(
+                (key, shelf.keep(value))
+                for key, value in packed.fields.items()
+                if isinstance(value, np.ndarray)
+            )
         # A layer keeps what it has computed; a new one holds nothing that only packing needs.
         yield Convolution(chosen, replace(layer), packed, phase, to)
 
@@ -72,12 +85,16 @@ def _coded_layer(graph: Graph, node: Node, to: Target) -> Callable[..., Layer]:
     words = cache(weights.words)
 
     def layer(taps: Any, **geometry: Any) -> Layer:
-        part = weights
+        part, channels = weights, slice(None)
         if taps is not ...:
-            part = replace(words(), first=words().first[taps], second=words().second[taps])
+            part, channels = words(), taps[0].ravel()
+            part = replace(
+                part, first=part.first[taps], second=part.second[taps], alpha=part.alpha[channels]
+            )
         return Layer(
-            part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m, b=b, slopes=slopes,
-            is_activated=to.kind != 0, **geometry,
+            part, activation_bits=q_x.bits, z_x=q_x.zero_point, m=m[channels], b=b[channels],
+            slopes=None if slopes is None else slopes[channels], is_activated=to.kind != 0,
+            **geometry,
         )  # fmt: skip
 
     return layer
@@ -89,6 +106,10 @@ def _float_layer(node: Node) -> Callable[..., FloatLayer]:
     if node.weights is not None:
         weights = node.weights.values()
     assert bias is not None and weights is not None
-    return lambda taps, **geometry: FloatLayer(
-        np.ascontiguousarray(weights[taps], np.float32), bias=bias, **geometry
-    )
+
+    def layer(taps: Any, **geometry: Any) -> FloatLayer:
+        part = np.ascontiguousarray(weights[taps], np.float32)
+        channels = slice(None) if taps is ... else taps[0].ravel()
+        return FloatLayer(part, bias=bias[channels], **geometry)
+
+    return layer

@@ -20,6 +20,7 @@ from logshift.runtime.graph import Inference, Node
 from logshift.runtime.onnx_ops import numpy_ops
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.operators.base import Operand, Site
+from logshift.runtime.operators.moves import sliced
 from logshift.runtime.plan import work
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.layout import Layout, TensorValues, layout
@@ -232,23 +233,28 @@ class Plan:
     def _calls_of(self, operation: Operation) -> Iterable[Call]:
         if operation.kind == "onnx":
             return self._calls[operation.index]
-        inputs, (output, *_) = operation.reads, operation.writes
+        (output, *_) = operation.writes
         if operation.kind == "packed":
             node = operation.node
             convolutions = self._schedule.convolutions.get(operation.index, ())
-            operands = [self._operand(name) for name in inputs]
+            operands = [self._operand(name) for name in self._schedule.read(node)]
             return OPERATORS[node.op].build(
                 Site(node, operands, self._operand(output), convolutions)
             )
         y = self._operand(output)
-        return [Call(operation.kind, {"x": inputs[0], "y": output}, y.sizes)]
+        return [Call(operation.kind, {"x": operation.reads[0], "y": output}, y.sizes)]
 
     def _operand(self, name: str) -> Operand:
         found = self._operands.get(name)
+        if found is None and name in self._schedule.slices:
+            node = self._schedule.slices[name]
+            (source,) = self._schedule.read(node)
+            found = self._operands[name] = sliced(node, self._operand(source))
         if found is None:
             place, shape = self._places.found.get(name), nchw(self.shapes[name])
             top, left = (place.geometry.top, place.geometry.left) if place else (0, 0)
-            found = Operand(name, shape, top, left, self.graph.quantization.get(name))
+            quantization, in_place = self.graph.quantization.get(name), name in self._schedule.parts
+            found = Operand(name, shape, top, left, quantization, in_place=in_place)
             self._operands[name] = found
         return found
 

@@ -2,7 +2,8 @@
 
 Packed operators keep float32 tensors channels last, ONNX operators and the caller see ONNX's
 layout; where a tensor is needed in both, one more operation converts it. Lookups that a
-convolution does as well are no operations, nor is what only gives a tensor another name or shape.
+convolution does as well are no operations, nor is what only gives a tensor another name or shape,
+nor a Slice that only Concats read: they read what it is of.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from logshift.runtime.onnx_ops.shapes import OF_SHAPE
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.operators.conv import constants
 from logshift.runtime.operators.lookup import has_one_table
+from logshift.runtime.operators.moves import between
 from logshift.runtime.plan.convolution import Convolution
 from logshift.runtime.plan.layout import layout
 
@@ -62,6 +64,12 @@ class Schedule:
     ----------
     lookups : dict of tensor name to Node
         Lookups that convolutions do as well, by the outputs of these.
+    slices : dict of tensor name to Node
+        Slices that nobody does, by their outputs: whoever reads these reads what they are of.
+    parts : dict of tensor name to Node
+        Codes that are written where a Concat would bring them, and that Concat.
+    tables : dict of tensor name to uint8 array (256,)
+        What codes of convolutions go through at the end, by the outputs of these.
     native, outside : set of tensor names
         Float32 tensors that are stored channels last, and those that a run allocates.
     viewed : set of names of tensors whose bytes others are as well
@@ -91,7 +99,13 @@ class Schedule:
         self.viewed = {self.origin(name) for name in self._views}
         self._compiled = compiled
         self.keep_all = keep_all
+        self._read_by = self._readers()
         self.lookups = {} if keep_all else self._fused_lookups()
+        self.slices = {} if keep_all else self._read_in_place()
+        self.tables = {
+            out: node.table for out, node in self.lookups.items() if node.table is not None
+        }
+        self.parts = {} if keep_all else self._written_in_place()
         self.native, self.outside = set[str](), set[str]()
         self.operations = self._operations(known, pixels)
         origins = Counter(self.origin(info.name) for info in self.graph.outputs)
@@ -102,7 +116,7 @@ class Schedule:
         }
         end = len(self.operations)
         self.last_use = {
-            name: end if keep_all else index
+            self.held(name): end if keep_all else index
             for index, operation in enumerate(self.operations)
             for name in (*operation.reads, *operation.writes)
         }
@@ -135,6 +149,21 @@ class Schedule:
         name = self.root(name)
         return name if self.graph.is_code(name) else channels_last(name)
 
+    def read(self, node: Node) -> tuple[str, ...]:
+        """Names of the tensors that a packed operator's kernels read, in whatever layout."""
+        of = self.origin if OPERATORS[node.op].reads_onnx else self.stored
+        return tuple(map(of, node.inputs))
+
+    def held(self, name: str) -> str:
+        """Name of the stored tensor whose memory another one's is."""
+        while True:
+            if name in self.parts:
+                name = self.parts[name].outputs[0]
+            elif name in self.slices:
+                name = self.stored(self.slices[name].inputs[0])
+            else:
+                return name
+
     def written(self, node: Node) -> str:
         """Name of the tensor that a node's kernels write, in whatever layout."""
         out = node.outputs[0]
@@ -144,9 +173,9 @@ class Schedule:
         templates = {}
         for index, convolutions in self.convolutions.items():
             node = self.graph.nodes[index]
-            lookup = self.lookups.get(node.outputs[0])
+            table = self.tables.get(node.outputs[0])
             for conv in convolutions:
-                fields = constants(self.graph, node, conv, lookup.table if lookup else None)
+                fields = constants(self.graph, node, conv, table)
                 templates[conv] = layout(conv.kernel).filled(fields)
         return templates
 
@@ -172,7 +201,7 @@ class Schedule:
             if _only_renames(node):
                 if wanted:
                     needed.add(self.root(node.inputs[0]))
-            elif node.outputs[0] in fused:
+            elif node.outputs[0] in fused or node.outputs[0] in self.slices:
                 if node.outputs[0] in needed:
                     needed.add(node.inputs[0])
             elif written and wanted:
@@ -224,8 +253,7 @@ class Schedule:
                     if name in self.native:
                         convert(index, node, name, "to_channels_last")
                 continue
-            operator, out = OPERATORS[node.op], self.written(node)
-            reads = tuple(map(self.origin if operator.reads_onnx else self.stored, node.inputs))
+            operator, out, reads = OPERATORS[node.op], self.written(node), self.read(node)
             if graph.is_code(out):
                 operations.append(Operation(index, node, "packed", reads, (out,)))
                 continue
@@ -247,20 +275,63 @@ class Schedule:
         """Whether an ONNX operator needs no NumPy."""
         return index in self._compiled or node.outputs[0] in self._views
 
-    def _fused_lookups(self) -> dict[str, Node]:
-        """Lookups that the convolutions whose outputs they read do as well, by those outputs."""
+    def _readers(self) -> dict[str, list[Node]]:
+        """Nodes by what they read, as often as they do."""
         readers: dict[str, list[Node]] = {}
         for node in self.graph.nodes:
             for name in node.inputs:
                 readers.setdefault(name, []).append(node)
+        return readers
+
+    def _fused_lookups(self) -> dict[str, Node]:
+        """Lookups that the convolutions whose outputs they read do as well, by those outputs."""
         return {
-            out: readers[out][0]
-            for index, convolutions in self.convolutions.items()
-            if self.graph.nodes[index].activation is None
+            out: self._read_by[out][0]
+            for index in self.convolutions
+            if self._look_up(index)
             and (out := self.graph.nodes[index].outputs[0]) in self.graph.quantization
-            and [has_one_table(reader) for reader in readers.get(out, [])] == [True]
-            and all(conv.kernel.looks_up for conv in convolutions)
+            and [has_one_table(reader) for reader in self._read_by.get(out, [])] == [True]
         }
+
+    def _look_up(self, index: int) -> bool:
+        """Whether codes of a node's convolutions can go through a table at the end."""
+        kernels = [conv.kernel for conv in self.convolutions[index]]
+        return self.graph.nodes[index].activation is None and all(k.looks_up for k in kernels)
+
+    def _read_in_place(self) -> dict[str, Node]:
+        """Slices of codes of which only Concats are made, by their outputs."""
+        return {
+            out: node
+            for node in self.graph.nodes
+            if node.op == "Slice"
+            and self.graph.is_code(out := node.outputs[0])
+            and all(reader.op == "Concat" for reader in self._read_by.get(out, []))
+        }
+
+    def _written_in_place(self) -> dict[str, Node]:
+        """Names of codes that nobody reads but one Concat of channels, with that one.
+
+        Codes of another quantization are there if convolutions bring them to the Concat's, after
+        what they look up anyway. Adds these to `tables`.
+        """
+        quantization, parts = self.graph.quantization, dict[str, Node]()
+        for index, node in enumerate(self.graph.nodes):
+            out = self.written(node)
+            readers = self._read_by.get(out, [])
+            if node.is_onnx or not OPERATORS[node.op].writes_parts or out not in quantization:
+                continue
+            if [(r.op, r.attributes.get("axis")) for r in readers] != [("Concat", 1)]:
+                continue
+            if any(conv.phase.pixels > 1 for conv in self.convolutions.get(index, ())):
+                continue
+            table = between(quantization[out], quantization[readers[0].outputs[0]])
+            if table is not None:
+                if index not in self.convolutions or not self._look_up(index):
+                    continue
+                first = self.tables.get(node.outputs[0])
+                self.tables[node.outputs[0]] = table if first is None else table[first]
+            parts[out] = readers[0]
+        return parts
 
 
 def _only_renames(node: Node) -> bool:

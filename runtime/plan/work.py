@@ -8,6 +8,7 @@ from __future__ import annotations
 # Of one element of what other kernels compute; of one that is a function, or of a softmax.
 ELEMENT, FUNCTION, SOFTMAX = 16, 64, 128
 DEPTHWISE = 4  # of one multiplication of a depthwise convolution
+PRODUCT = 4  # of one multiplication of float32
 
 # A thread more is worth it for this much work: some microseconds, several times what a meeting at
 # the barrier takes.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
-from support.graphs import GRAPHS, build, random_inputs, random_weights
+from support.graphs import GRAPHS, build, concatenations, random_inputs, random_weights
 
 from logshift.kernels import registry
 from logshift.kernels.stlq.codec import LogWeights
@@ -15,6 +15,7 @@ from logshift.runtime import Session
 from logshift.runtime.graph import Node, Quantization
 
 FAST = ("portable", "dot", "shift")
+KINDS = GRAPHS | {"Concat": concatenations()}
 
 
 def assert_same(expected, actual, context):
@@ -24,11 +25,11 @@ def assert_same(expected, actual, context):
         assert tensor.tobytes() == actual[name].tobytes(), (context, name)
 
 
-@pytest.mark.parametrize("kind", GRAPHS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.hypothesis
 def test_fast_equals_reference_equals_numpy(kind):
     @settings(max_examples=60, deadline=None)
-    @given(graph=GRAPHS[kind], seed=st.integers(0, 2**16))
+    @given(graph=KINDS[kind], seed=st.integers(0, 2**16))
     def check(graph, seed):
         inputs = random_inputs(graph, seed)
         expected = Session(graph, threads=1, kernels="reference").trace_codes(inputs)
@@ -103,3 +104,45 @@ def test_every_operation_has_a_reference_and_a_portable_kernel():
         families = {k.family for k in registry.kernels() if k.op == op}
         known = {name for names in registry.FAMILIES.values() for name in names}
         assert {"reference", "portable"} <= families <= known
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "pad", "extra", "count"),
+    [
+        (5, 2, 2, 0, 0, 2),  # a row of phases is one convolution
+        (1, 3, 3, 0, 0, 3),
+        (5, 2, 2, 0, 1, 4),  # the first phase has an output more than the second one
+        (24, 3, 3, 0, 1, 6),
+        (5, 4, 2, 1, 0, 4),  # phases begin at different inputs
+        (5, 4, 4, 1, 2, 8),  # the last phase begins one input later
+        (5, 1, 3, 0, 0, 6),  # two phases have no taps
+        (16, 2, 2, 0, 0, 4),  # channels fill vectors as they are
+    ],
+)
+def test_phases_of_a_transposed_convolution_are_joined_where_they_read_alike(
+    channels, kernel, stride, pad, extra, count
+):
+    rng = np.random.default_rng(channels)
+    weights = random_weights(rng, (channels, kernel, kernel, 6), 4, 0.2, 0)
+    attributes = {
+        "strides": [stride] * 2, "pads": [pad] * 4, "output_padding": [extra] * 2
+    }  # fmt: skip
+    conv = Node("ConvTranspose", "conv", ["x", "r"], ["y"], attributes, weights)
+    conv.bias = rng.standard_normal(channels).astype(np.float32)
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("QuantizeLinear", "s", ["other"], ["r"]),
+        conv,
+        Node("Lookup", "l", ["y"], ["t"], table=rng.integers(0, 256, 256).astype(np.uint8)),
+        Node("DequantizeLinear", "d", ["t"], ["z"]),
+    ]
+    size = stride * 4 + extra + kernel - 2 * pad
+    q = {name: Quantization(0.1, 9, 8) for name in "xryt"}
+    inputs = {"input": (2, 6, 5, 5), "other": (2, channels, size, size)}
+    graph = build(nodes, q, inputs, "z")
+    inputs = random_inputs(graph)
+    expected = oracle.evaluate(graph, inputs)["z"]
+    for kernels in registry.FAMILIES:
+        session = Session(graph, threads=2, kernels=kernels)
+        assert [len(found) for found in session._planner.convolutions.values()] == [count]
+        assert np.array_equal(session.run(inputs), expected), kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def bits(x):
 def run(graph, inputs):
     """Outputs, the same bits for every kernel and number of threads, without NumPy."""
     found = []
-    for kernels, threads in (("reference", 1), ("portable", 1), ("portable", 2)):
+    for kernels, threads in (("reference", 1), ("portable", 1), ("portable", 2), ("auto", 2)):
         session = Session(graph, threads=threads, kernels=kernels)
         assert steps_in_numpy(session, inputs) == []
         result = session.run(inputs)
@@ -246,6 +247,37 @@ def test_bounds_that_only_a_run_tells():
     session = Session(graph)
     assert steps_in_numpy(session, inputs) == ["Clip"]
     np.testing.assert_array_equal(session.run(inputs), np.maximum(inputs["x"], -1))
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 90)),
+    batch=arrays.mutually_broadcastable_shapes(num_shapes=2, max_dims=3, max_side=3),
+    vectors=st.sampled_from([(False, False)] * 5 + [(True, False), (False, True), (True, True)]),
+    seed=SEEDS,
+)
+def test_matmul(sizes, batch, vectors, seed):
+    rows, count, columns = sizes
+    first, second = batch.input_shapes
+    shapes = [
+        (count,) if vectors[0] else (*first, rows, count),
+        (count,) if vectors[1] else (*second, count, columns),
+    ]
+    first, second = (floats(shape, seed + i) for i, shape in enumerate(shapes))
+    check(
+        "MatMul", first, second, compare=partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    )
+
+
+def test_matmul_of_what_is_not_a_number():
+    first, second = (floats((2, 9, 20), seed, special=True) for seed in (0, 1))
+    graph = network(
+        [node("MatMul", ["a", "b"], "y")], {"a": first, "b": second.swapaxes(1, 2).copy()}, ["y"]
+    )
+    run(graph, {"a": first, "b": second.swapaxes(1, 2).copy()})
 
 
 # --- along axes -----------------------------------------------------------------------------------

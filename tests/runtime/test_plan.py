@@ -12,13 +12,21 @@ from hypothesis import strategies as st
 from support.graphs import build, random_inputs, random_weights
 
 from logshift.kernels import registry
-from logshift.kernels.machine.memory import ALIGNMENT, Block, aligned, arena, arrange
+from logshift.kernels.machine.memory import (
+    ALIGNMENT,
+    Block,
+    Shelf,
+    aligned,
+    arena,
+    arrange,
+)
+from logshift.kernels.registry import FAMILIES
 from logshift.runtime import Session
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.infer import infer
 from logshift.runtime.onnx_ops import numpy_ops
 from logshift.runtime.onnx_ops import shapes as onnx_shapes
-from logshift.runtime.plan import place, planner, program
+from logshift.runtime.plan import place, planner, prepare, program
 from logshift.runtime.validate import validate
 
 BLOCKS = st.lists(
@@ -72,14 +80,45 @@ def chain(size=9, zero_points=(3, 0, 250, 7, 114, 9)):
     return build(nodes, q, {"input": (2, 8, size, size)}, "out")
 
 
+def joined(size=9):
+    """Concats, one in another, of convolutions of several quantizations, of pools and slices."""
+    rng = np.random.default_rng(6)
+    q = {name: Quantization(0.3, 7, 8) for name in ("x", "a", "b", "pooled", "inner", "y")}
+    q |= {"c": Quantization(0.2, 3, 8), "d": Quantization(0.1, 0, 8), "whole": q["x"]}
+    q |= {"upper": q["c"], "other": Quantization(0.25, 90, 8), "table": Quantization(0.4, 9, 8)}
+
+    def conv(x, y, kernel, channels):
+        weights = random_weights(rng, (12, kernel, kernel, channels), 4, 0.15, 0)
+        return Node("Conv", y, [x], [y], {"pads": [kernel // 2] * 4}, weights)
+
+    upper = {"axes": [1, 3], "starts": [5, 0], "ends": [12, 99], "steps": [2, 1]}
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        conv("x", "a", 3, 8),  # as it is
+        conv("x", "b", 1, 8),  # read by somebody else too
+        conv("x", "c", 3, 8),  # only a slice of it
+        conv("b", "d", 1, 12),  # and looked up, and requantized
+        Node("Lookup", "l", ["d"], ["table"], table=np.arange(256, dtype=np.uint8)[::-1].copy()),
+        Node("MaxPool", "p", ["x"], ["pooled"], {"kernel_shape": [3, 3], "pads": [1] * 4}),
+        Node("Slice", "s", ["c"], ["upper"], upper),
+        Node("Concat", "i", ["upper", "a", "table"], ["inner"], {"axis": 1}),
+        conv("x", "other", 1, 8),
+        Node("Concat", "w", ["b", "inner", "pooled", "other"], ["whole"], {"axis": 1}),
+        conv("whole", "y", 5, 12 + 28 + 8 + 12),
+        Node("DequantizeLinear", "e", ["y"], ["out"]),
+    ]
+    return build(nodes, q, {"input": (2, 8, size, size)}, "out")
+
+
 # All borders are written at every run, none is, and both.
 SMALL = [0, 2400, 2**30]
 
 
+@pytest.mark.parametrize("network", [chain, joined])
 @pytest.mark.parametrize("small", SMALL)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_runs_do_not_depend_on_what_memory_held(small, threads, monkeypatch):
-    graph = chain()
+def test_runs_do_not_depend_on_what_memory_held(network, small, threads, monkeypatch):
+    graph = network()
     first, second = random_inputs(graph, 1), random_inputs(graph, 2)
     expected = [Session(graph, threads=1, kernels="reference").run(x) for x in (first, second)]
 
@@ -129,18 +168,35 @@ def of_any_size(graph):
     return graph
 
 
+@pytest.mark.parametrize("network", [chain, joined])
 @pytest.mark.parametrize("small", SMALL)
-def test_a_session_gives_for_every_size_what_a_new_one_gives(small, monkeypatch):
+def test_a_session_gives_for_every_size_what_a_new_one_gives(network, small, monkeypatch):
     monkeypatch.setattr(place, "_SMALL", small)
-    graph = of_any_size(chain())
+    graph = of_any_size(network())
     session = Session(graph, threads=2)
     rng = np.random.default_rng(3)
     for n, h, w in [(1, 9, 9), (2, 5, 31), (1, 31, 5), (3, 1, 1), (1, 9, 9), (1, 64, 40)]:
         x = rng.standard_normal((n, 8, h, w)).astype(np.float32)
-        fresh = Session(graph, threads=1, kernels="reference")
-        assert np.array_equal(session.run(x), fresh.run(x))
+        slow = Session(graph, threads=1, kernels="reference")
+        assert np.array_equal(session.run(x), slow.run(x))
+        fresh = Session(graph, threads=1)
         plans = [s._plan({"input": x}) for s in (session, fresh)]
         assert plans[0].shapes == plans[1].shapes and plans[0].nbytes == plans[1].nbytes
+
+
+@pytest.mark.parametrize("kernels", FAMILIES)
+def test_parts_of_a_concat_are_written_where_it_would_bring_them(kernels):
+    graph = joined()
+    session = Session(graph, threads=1, kernels=kernels)
+    x = random_inputs(graph)
+    plans = [session._plan(session._arrays(x), keep_all) for keep_all in (False, True)]
+    copied = [[step.node.name for step in plan.steps if step.kernel.op == "copy"] for plan in plans]
+    looks_up = all(conv.kernel.looks_up for (conv,) in session._planner.convolutions.values())
+    # Only convolutions that look codes up can bring them to another quantization.
+    assert copied[0] == (["i", "w"] if looks_up else ["l", "i", "i", "w", "w"])
+    assert copied[1] == ["l", "s", "i", "i", "i", "w", "w", "w", "w"]
+    assert plans[0].nbytes < plans[1].nbytes
+    assert np.array_equal(session.run(x), session.trace(x)["out"])
 
 
 def test_a_new_size_uses_what_the_first_one_made(monkeypatch):
@@ -221,6 +277,34 @@ def test_large_arenas_are_private_pages_that_are_let_go():
     assert region() is None
     with pytest.raises(MemoryError):
         arena(2**60)
+
+
+@given(sizes=st.lists(st.sampled_from([0, 1, 63, 64, 5000, 2**20, 2**22, 5 * 2**20]), max_size=8))
+def test_arrays_on_a_shelf_lie_apart_and_are_let_go_with_it(sizes):
+    shelf = Shelf()
+    arrays = [np.arange(size, dtype=np.int64).astype(np.uint8) for size in sizes]
+    kept = [shelf.keep(array) for array in arrays]
+    assert all(np.array_equal(*pair) for pair in zip(arrays, kept, strict=True))
+    assert all(array.ctypes.data % ALIGNMENT == 0 for array in kept)
+    shape = shelf.keep(np.ones((3, 5), np.float32))
+    assert shape.shape == (3, 5) and shape.dtype == np.float32 and (shape == 1).all()
+    assert all(np.array_equal(*pair) for pair in zip(arrays, kept, strict=True))
+    region = weakref.ref(shape.base.base)
+    del shelf, kept, shape
+    assert region() is None
+
+
+def test_weights_of_a_large_network_lie_side_by_side(monkeypatch):
+    graph = chain()
+    for many in (0, 2**30):
+        monkeypatch.setattr(prepare, "_MANY", many)
+        session = Session(graph, threads=2)
+        fields = [conv.packed.fields for (conv,) in session._planner.convolutions.values()]
+        places = sorted(each["weights"].ctypes.data for each in fields)
+        if many == 0:
+            assert places[-1] - places[0] < 2**21
+        expected = Session(graph, threads=1, kernels="reference").run(random_inputs(graph))
+        assert np.array_equal(session.run(random_inputs(graph)), expected)
 
 
 def test_plans_that_are_let_go_are_freed_at_once():

@@ -82,9 +82,13 @@ def onnx_results(family):
     nodes += [node(op, ["x", axes], op + axes) for op in reductions for axes in ("first", "last")]
     nodes += [node("Softmax", ["x"], f"Softmax{axis}", axis=axis) for axis in (1, 2)]
     nodes.append(node("Transpose", ["x"], "Transpose", perm=[2, 0, 1]))
+    nodes += [
+        node("MatMul", names, f"MatMul{names}") for names in (("wide", "tall"), ("tall", "wide"))
+    ]
     constants = {"first": np.array([0, 1]), "last": np.array([-1])}
     rng = np.random.default_rng(10)
     inputs = {"x": 3 * random(rng, (3, 7, 75)), "r": random(rng, (7, 1))}
+    inputs |= {"wide": random(rng, (2, 1, 13, 71)), "tall": random(rng, (3, 71, 13))}
     graph = network(nodes, inputs, [each.outputs[0] for each in nodes], constants, opset=24)
     session = Session(graph, threads=1, kernels=family)
     assert len(session._plan(inputs).parts) == 1

@@ -306,6 +306,87 @@ def joins(draw):
     return build(nodes, q, inputs, "z")
 
 
+@st.composite
+def concatenations(draw):
+    """Concats of what Concats and others make of pictures, of which some are read otherwise too."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    height, width = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    shared = draw(quantizations())
+    q = {"x": draw(st.one_of(st.just(shared), quantizations()))}
+    nodes = [Node("QuantizeLinear", "q", ["input"], ["x"])]
+    inputs = {"input": (draw(st.integers(1, 2)), draw(st.integers(1, 9)), 2 * height, 2 * width)}
+    channels, halved = {"x": inputs["input"][1]}, []
+
+    def add(op, sources, own, count, attributes, **stored):
+        out = f"t{len(nodes)}"
+        nodes.append(Node(op, out, list(sources), [out], attributes, **stored))
+        q[out], channels[out] = own, count
+        return out
+
+    def target():
+        return draw(st.one_of(st.just(shared), quantizations()))
+
+    def convolve(x, kernel, stride):
+        count = draw(st.one_of(st.integers(1, 9), st.integers(10, 70)))
+        attributes = {"pads": [kernel // 2] * 4, "strides": [stride] * 2}
+        weights = random_weights(rng, (count, kernel, kernel, channels[x]), 4, 0.2, 0)
+        out = add("Conv", [x], target(), count, attributes, weights=weights)
+        nodes[-1].bias = (rng.standard_normal(count) * q[out].scale * 9).astype(np.float32)
+        return out
+
+    def look_up(x):
+        own = target()
+        table = draw(tables(own.top, channels[x]))
+        return add("Lookup", [x], own, channels[x], {}, table=table)
+
+    def take(x, steps):
+        first = draw(st.integers(0, channels[x] - 1))
+        last, step = draw(st.integers(first, channels[x] - 1)), draw(st.integers(1, 2))
+        starts = [first, *(draw(st.integers(0, each - 1)) for each in steps)]
+        attributes = {
+            "axes": [1, 2, 3], "starts": starts, "ends": [last + 1, 99, 99], "steps": [step, *steps]
+        }  # fmt: skip
+        return add("Slice", [x], q[x], len(range(first, last + 1, step)), attributes)
+
+    def shrink(x):
+        return add("MaxPool", [x], q[x], channels[x], {"kernel_shape": [2, 2], "strides": [2, 2]})
+
+    for _ in range(draw(st.integers(1, 4))):
+        halved.append(
+            draw(
+                st.sampled_from(
+                    [lambda: convolve("x", 3, 2), lambda: take("x", [2, 2]), lambda: shrink("x")]
+                )
+            )()
+        )
+    for _ in range(draw(st.integers(1, 6))):
+        x = draw(st.sampled_from(halved))
+        kind = draw(st.sampled_from(["Conv", "Lookup", "Slice", "MaxPool", "Resize", "Concat"]))
+        if kind == "Conv":
+            out = convolve(x, draw(st.sampled_from([1, 3])), 1)
+        elif kind == "Lookup":
+            out = look_up(x)
+        elif kind == "Slice":
+            out = take(x, [1, 1])
+        elif kind == "Resize":
+            attributes = {"mode": "nearest", "sizes": [height, width]}
+            out = add("Resize", [x], q[x], channels[x], attributes)
+        elif kind == "MaxPool":
+            attributes = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+            out = add("MaxPool", [x], q[x], channels[x], attributes)
+        else:
+            parts = draw(st.lists(st.sampled_from(halved), min_size=1, max_size=3))
+            out = add("Concat", parts, target(), sum(channels[x] for x in parts), {"axis": 1})
+        halved.append(out)
+    read = {name for each in nodes for name in each.inputs}
+    parts = [name for name in halved if name not in read]
+    out = add("Concat", parts, target(), sum(channels[x] for x in parts), {"axis": 1})
+    if draw(st.booleans()):
+        out = convolve(out, draw(st.sampled_from([1, 3])), 1)
+    nodes.append(Node("DequantizeLinear", "d", [out], ["z"]))
+    return build(nodes, q, inputs, "z")
+
+
 GRAPHS = {
     "Conv": convolutions(),
     "ConvTranspose": convolutions("ConvTranspose"),

@@ -1,0 +1,142 @@
+"""Products of matrices of float32, by tiles of rows and columns that are read where they lie.
+
+Lanes are columns, so that every element is one chain of fused multiply-adds. The last tile of rows,
+and of columns, overlaps the one before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from logshift.kernels.machine.emit import Emitter, f32
+from logshift.kernels.machine.isa.avx2 import FMA
+from logshift.kernels.machine.isa.avx512 import AVX512
+from logshift.kernels.machine.isa.neon import NEON
+from logshift.kernels.machine.jit import njit
+from logshift.kernels.records import share
+from logshift.kernels.reference.onnx_ops import ONNX_MATMUL, axes_of, place
+from logshift.kernels.registry import register
+
+_ISA = next((isa for isa in (AVX512, FMA, NEON) if isa.available), NEON)
+_LANES = _ISA.lanes
+_HALF, _QUARTER = max(_LANES // 2, 1), max(_LANES // 4, 1)
+_MANY, _FEW = 8, 4  # rows of a tile
+_CHUNK = 128  # columns that all rows take before others, so that they stay in the cache
+
+
+def _tile(rows: int, columns: int) -> Any:
+    """Return what computes so many rows and columns."""
+    widths = [min(columns, _LANES)] * max(columns // _LANES, 1)
+
+    @intrinsic
+    def tile(typingctx, x, x_row, r, r_row, y, y_row, count):
+        """Take addresses of first elements, bytes from row to row, and how many products."""
+
+        def codegen(context, builder, signature, args):
+            _emit(Emitter(builder), rows, widths, *args)
+            return context.get_dummy_value()
+
+        return types.void(x, x_row, r, r_row, y, y_row, count), codegen
+
+    return tile
+
+
+def _emit(
+    e: Emitter, rows: int, widths: list[int], x: Any, x_row: Any, r: Any, r_row: Any, y: Any,
+    y_row: Any, count: Any,
+) -> None:  # fmt: skip
+    """Emit a loop over the products of a tile, and its stores."""
+    b, kind = e.b, ir.VectorType(f32, widths[0])
+    begins = [4 * kind.count * j for j in range(len(widths))]
+    tiles = [(i, j) for i in range(rows) for j in range(len(widths))]
+    lines = [b.add(x, b.mul(x_row, e.word(i))) for i in range(rows)]
+    before, loop, after = b.block, *(b.append_basic_block(n) for n in ("product", "done"))
+    b.branch(loop)
+    b.position_at_end(loop)
+    k, at = b.phi(count.type), b.phi(r.type)
+    acc = {t: b.phi(kind) for t in tiles}
+    vectors = [e.load(b.add(at, e.word(begin)), kind, 4) for begin in begins]
+    new = {}
+    for i, line in enumerate(lines):
+        value = e.splat(e.load(b.add(line, b.mul(k, e.word(4))), f32, 4), kind)
+        for j, vector in enumerate(vectors):
+            arguments = [value, vector, acc[i, j]]
+            new[i, j] = e.intrinsic(f"llvm.fma.v{kind.count}f32", kind, arguments)
+    k_next, at_next = b.add(k, e.word(1)), b.add(at, r_row)
+    e.incoming(k, (before, e.word(0)), (loop, k_next))
+    e.incoming(at, (before, r), (loop, at_next))
+    for t, phi in acc.items():
+        e.incoming(phi, (before, e.constant(0.0, kind)), (loop, new[t]))
+    b.cbranch(b.icmp_signed("<", k_next, count), loop, after)
+    b.position_at_end(after)
+    for (i, j), value in new.items():
+        e.store(value, b.add(b.add(y, b.mul(y_row, e.word(i))), e.word(begins[j])), 4)
+
+
+def _of_rows(rows: int) -> Any:
+    """Return what computes so many rows of any number of columns."""
+    most = _LANES * min(16 // rows, 8)  # enough sums at once for their latency not to count
+    wide, whole, half, quarter, single = (
+        _tile(rows, columns) for columns in (most, _LANES, _HALF, _QUARTER, 1)
+    )
+
+    @njit(error_model="numpy")
+    def of_rows(x, x_row, r, r_row, y, y_row, count, first, columns, all_columns):
+        j, end = first, first + columns
+        while j < end:
+            left = end - j
+            if 2 * left > most and all_columns >= most:
+                at = 4 * min(j, all_columns - most)
+                wide(x, x_row, r + at, r_row, y + at, y_row, count)
+                j += most
+            elif all_columns >= _LANES:
+                at = 4 * min(j, all_columns - _LANES)
+                whole(x, x_row, r + at, r_row, y + at, y_row, count)
+                j += _LANES
+            elif all_columns >= _HALF:
+                at = 4 * min(j, all_columns - _HALF)
+                half(x, x_row, r + at, r_row, y + at, y_row, count)
+                j += _HALF
+            elif all_columns >= _QUARTER:
+                at = 4 * min(j, all_columns - _QUARTER)
+                quarter(x, x_row, r + at, r_row, y + at, y_row, count)
+                j += _QUARTER
+            else:
+                single(x, x_row, r + 4 * j, r_row, y + 4 * j, y_row, count)
+                j += 1
+
+    return of_rows
+
+
+_many_rows, _few_rows, _one_row = (_of_rows(rows) for rows in (_MANY, _FEW, 1))
+
+
+@register("onnx_matmul", "fma", ONNX_MATMUL, available=lambda: _ISA.available)
+def _matmul(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    axes, rows, columns, count = axes_of(a, 4), a.height, a.width, a.count
+    of_tile = _MANY if rows >= _MANY else _FEW if rows >= _FEW else 1
+    tiles, chunks = (rows + of_tile - 1) // of_tile, (columns + _CHUNK - 1) // _CHUNK
+    begin, end = share(a.n * chunks * tiles, first_part, end_part, parts)
+    for item in range(begin, end):
+        matrix, within = item // (chunks * tiles), item % (chunks * tiles)
+        row = min(within % tiles * of_tile, rows - of_tile)
+        first = within // tiles * _CHUNK
+        x = np.int64(a.x.data) + 4 * (place(axes, matrix, 2) + row * count)
+        r = np.int64(a.r.data) + 4 * place(axes, matrix, 3)
+        y = np.int64(a.y.data) + 4 * (place(axes, matrix, 1) + row * columns)
+        given = (
+            x, 4 * count, r, 4 * columns, y, 4 * columns, count,
+            first, min(_CHUNK, columns - first), columns,
+        )  # fmt: skip
+        if of_tile == _MANY:
+            _many_rows(*given)
+        elif of_tile == _FEW:
+            _few_rows(*given)
+        else:
+            _one_row(*given)
