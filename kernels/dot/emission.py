@@ -239,6 +239,8 @@ class Emission(Emitter):
             codes = self.rounded([value(t) for t in tiles], bounded, between)
             if lookup is not None:
                 (codes,) = lookup([codes])
+            elif self.is_activated:
+                codes = self.looked_up(codes)
             # Vectors of one pixel lie side by side, here and in memory.
             for i in dict.fromkeys(i for i, _ in tiles):
                 numbers = [number for number, t in enumerate(tiles) if t[0] == i]
@@ -246,6 +248,16 @@ class Emission(Emitter):
                 part = self.shuffle(codes, codes, [*range(begin, end)])
                 offset = self.word(k.lanes * tiles[numbers[0]][1])
                 self.store(part, b.add(y(i), offset), 1)
+
+    def looked_up(self, codes: Any) -> Any:
+        """Look codes up in the table, if there is one."""
+        b, before, table = self.b, self.b.block, self.field("table")
+        with b.if_then(b.icmp_unsigned("!=", table, self.word(0))):
+            (found,) = Lookup(self, self.isa, table, self.field("table_end"))([codes])
+            after = b.block
+        result = b.phi(codes.type)
+        self.incoming(result, (before, codes), (after, found))
+        return result
 
     def rounded(self, values: list[Any], bounded: bool, between: Any) -> Any:
         """Clamp, round half to even, and join to one vector of uint8.

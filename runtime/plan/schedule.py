@@ -295,8 +295,7 @@ class Schedule:
 
     def _look_up(self, index: int) -> bool:
         """Whether codes of a node's convolutions can go through a table at the end."""
-        kernels = [conv.kernel for conv in self.convolutions[index]]
-        return self.graph.nodes[index].activation is None and all(k.looks_up for k in kernels)
+        return all(conv.kernel.looks_up for conv in self.convolutions[index])
 
     def _read_in_place(self) -> dict[str, Node]:
         """Slices of codes of which only Concats are made, by their outputs."""
