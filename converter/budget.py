@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from logshift.converter.encode import blocks, encode, gains, largest
-from logshift.converter.evaluate import Network, Value, clamped, rows
+from logshift.converter.evaluate import Network, Value, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
@@ -216,7 +216,7 @@ class _Network(Network):
                 error = float(np.square(y - exact).sum(axis=(1, 2, 3)).mean(dtype=np.float64))
                 # Of one position of the outputs.
                 error /= exact[0, 0].size
-                changed[name] = clamped(y, node.clamp)
+                changed[name] = evaluator.finish(y)
             elif changed.keys() & set(node.inputs):
                 changed.update(self.results(node, evaluator, values))
         if error == 0.0:

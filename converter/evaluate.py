@@ -14,7 +14,6 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from logshift.converter.clamp import Clamp
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.layout import onnx_weight
 from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
@@ -83,11 +82,14 @@ def run_onnx(
 
 
 class Evaluator:
-    """Evaluates one lowered node, without its clamp."""
+    """Evaluates one lowered node, without its activation function and clamp: `finish` has these."""
 
     def __init__(self, node: FloatNode) -> None:
         self.node = node
         self.session: onnxruntime.InferenceSession | None = None
+        self.function: onnxruntime.InferenceSession | None = None
+        if node.function is not None and node.table is not None:
+            self.function = session(node.function.model(np.float32))
         if node.is_onnx or node.op in ("QuantizeLinear", "DequantizeLinear", "Flatten", "Clip"):
             return
         if node.op == "Lookup":
@@ -125,11 +127,17 @@ class Evaluator:
         assert output is not None
         return output
 
-
-def clamped(y: np.ndarray, clamp: Clamp) -> np.ndarray:
-    """Return y within the bounds of `clamp`."""
-    low, high = clamp
-    return y if low is None and high is None else np.clip(y, low, high)
+    def finish(self, y: np.ndarray) -> np.ndarray:
+        """Return the output for what the node computes before its function and its clamp."""
+        if self.function is not None:
+            assert self.node.function is not None
+            step = max(1, _BATCH_ELEMENTS // y[:1].size)
+            parts = (y[start : start + step] for start in range(0, len(y), step))
+            y = np.concatenate(
+                [self.function.run(None, {self.node.function.input: part})[0] for part in parts]
+            )
+        low, high = self.node.clamp
+        return y if low is None and high is None else np.clip(y, low, high)
 
 
 def evaluate_graph(graph: FloatGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -159,7 +167,7 @@ class Network:
         """Evaluate a node on `values`; returns its outputs by name."""
         if not node.is_onnx:
             y = evaluator([rows(values[name]) for name in node.inputs])
-            return {node.output: clamped(y, node.clamp)}
+            return {node.output: evaluator.finish(y)}
         inputs = [values[name] if name else None for name in node.inputs]
         constant = [name in self.graph.constants for name in node.inputs]
         found = run_onnx(node, inputs, constant, self.batches)
@@ -182,7 +190,7 @@ class _NodeWriter(OnnxWriter):
         self._parameters = [self.fresh("weight"), self.fresh("bias")]
         return self._parameters
 
-    def clamp(self, node: AnyNode) -> list[Step]:
+    def finish(self, node: AnyNode) -> list[Step]:
         return []
 
     def model(self) -> onnx.ModelProto:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from logshift.converter.metadata import Metadata, WeightRecord
+from logshift.kernels.activation import PIECES, Activation
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.file import files, format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
@@ -26,7 +27,7 @@ except ModuleNotFoundError:
     raise ConversionError("exporting needs onnx: pip install 'logshift[converter]'") from None
 
 from logshift.converter.layout import onnx_weight
-from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step
+from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step, back
 from logshift.converter.operators.registry import WRITINGS
 
 # Version 19 of ONNX's operators has pools with dilations, and 22 has them drop the last window of
@@ -176,10 +177,71 @@ class _Export(OnnxWriter):
             self.keep_float.add(weight)
         return [weight, self.constant(f"{out}/bias", node.bias)]
 
-    def clamp(self, node: AnyNode) -> list[Step]:
-        if node.attributes["clamp"] == [None, None]:
-            return []
-        return [("Clip", [BEFORE, *self.bounds(node)], {})]
+    def finish(self, node: AnyNode) -> list[Step]:
+        assert isinstance(node, Node)
+        steps = [] if node.activation is None else self._activation(node, node.activation)
+        if node.attributes["clamp"] != [None, None]:
+            steps.append(("Clip", [BEFORE, *self.bounds(node)], {}))
+        return steps
+
+    def _activation(self, node: Node, activation: Activation) -> list[Step]:
+        """Return the steps of an activation function, in the order of its definition."""
+        out = node.outputs[0]
+
+        def constant(name: str, value: Any) -> str:
+            return self.constant(f"{out}/{name}", value)
+
+        if activation.op == "PRelu":
+            slopes = constant("slope", activation.coefficients.reshape(-1, 1, 1))
+            return [("PRelu", [BEFORE, slopes], {})]
+        if activation.op == "HardSwish":
+            bounds = [constant("gate/low", 0), constant("gate/high", 1)]
+            return [
+                ("Sub", [BEFORE, constant("origin", activation.origin)], {}),
+                ("Div", [BEFORE, constant("unit", activation.unit)], {}),
+                ("Clip", [BEFORE, *bounds], {}),
+                ("Mul", [back(4), BEFORE], {}),
+            ]
+        q = self.graph.quantization[out]
+        # In float32 all of it is exact, up to |c1| + |c2| of 2^13 - 1, which `convert` keeps to.
+        c0, c1, c2 = (constant(f"c{i}", c) for i, c in enumerate(activation.coefficients))
+        ends = [constant("least", -(2**15)), constant("most", 2**15 - 1)]
+        width, half = constant("width", 2**12), constant("half", 2**11)
+        quarter, middle = constant("quarter", 2**10), constant("middle", PIECES // 2)
+        code, tie = constant("code", 2**7), constant("tie", 2**6)
+        return [
+            # -x, for scale and shift of x itself would go into the weights in the next conversion.
+            ("Neg", [BEFORE], {}),
+            ("Add", [BEFORE, constant("origin", activation.origin)], {}),
+            ("Div", [BEFORE, constant("unit", -activation.unit)], {}),
+            ("Clip", [BEFORE, *ends], {}),
+            ("Round", [BEFORE], {}),
+            ("Div", [BEFORE, width], {}),
+            ("Floor", [BEFORE], {}),
+            ("Mul", [BEFORE, width], {}),
+            ("Sub", [back(4), BEFORE], {}),
+            ("Sub", [BEFORE, half], {}),  # a sixteenth of f
+            ("Add", [back(4), middle], {}),
+            ("Cast", [BEFORE], {"to": onnx.TensorProto.INT32}),
+            ("Gather", [c2, BEFORE], {"axis": 0}),
+            ("Mul", [BEFORE, back(4)], {}),
+            ("Add", [BEFORE, quarter], {}),
+            ("Div", [BEFORE, half], {}),
+            ("Floor", [BEFORE], {}),
+            ("Gather", [c1, back(6)], {"axis": 0}),
+            ("Add", [back(2), BEFORE], {}),
+            ("Mul", [BEFORE, back(10)], {}),
+            ("Add", [BEFORE, quarter], {}),
+            ("Div", [BEFORE, half], {}),
+            ("Floor", [BEFORE], {}),
+            ("Gather", [c0, back(12)], {"axis": 0}),
+            ("Add", [back(2), BEFORE], {}),
+            ("Add", [BEFORE, tie], {}),
+            ("Div", [BEFORE, code], {}),
+            ("Floor", [BEFORE], {}),
+            ("Sub", [BEFORE, constant("zero", q.zero_point)], {}),
+            ("Mul", [BEFORE, constant("step", q.scale)], {}),
+        ]
 
     def bounds(self, node: AnyNode) -> list[str]:
         return self._bounds(node.outputs[0], "clamp", node.attributes["clamp"])

@@ -40,8 +40,10 @@ class FloatNode:
     words : LogWeights, optional
         The weight, if it lies on a grid already.
     clamp : (low, high) in real units, None for no bound
-    function : Function
-        Of a Lookup.
+    function : Function, optional
+        A Lookup's; of what may have an activation function, that function: the clamp comes last.
+    table : FloatNode, optional
+        The Lookup that does what `function` and `clamp` do, if nothing but a table can.
     opset : int
         Version of an ONNX operator in ONNX's own form; 0 for packed operators.
     more_outputs : tensor names
@@ -62,6 +64,7 @@ class FloatNode:
     words: LogWeights | None = None
     clamp: Clamp = NO_CLAMP
     function: Function | None = None
+    table: FloatNode | None = None
     opset: int = 0
     more_outputs: list[str] = field(default_factory=list)
     is_float: bool = False

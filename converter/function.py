@@ -36,6 +36,11 @@ class Function:
     constants: dict[str, np.ndarray]
     opset: int
 
+    @property
+    def channels(self) -> int:
+        """For how many channels it says what it is there; 1 if that is the same for all."""
+        return max((len(c) for c in self.constants.values() if c.ndim == 3), default=1)
+
     def model(self, dtype: type[np.generic]) -> onnx.ModelProto:
         """Return the function as an ONNX model on tensors of this type."""
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
@@ -52,28 +57,34 @@ class Function:
         opset = helper.make_opsetid("", self.opset)
         return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Evaluate it at x, one-dimensional, in float64.
+    def values(self, x: np.ndarray) -> np.ndarray:
+        """Evaluate it at x, one-dimensional, in float64: what is not finite stays so.
 
         Returns an array of the shape of x, or (C, x.size) if channels differ.
+        """
+        channels = self.channels
+        x = np.broadcast_to(x.astype(np.float64), (1, channels, 1, x.size))
+        with np.errstate(all="ignore"):
+            (y,) = ReferenceEvaluator(self.model(np.float64)).run(None, {self.input: x})
+        y = np.broadcast_to(y, x.shape)
+        return np.asarray(y[0, :, 0] if channels > 1 else y.ravel(), np.float64)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Evaluate it as `values` does.
 
         Raises
         ------
         ConversionError
             If it is not finite everywhere on `x`.
         """
-        channels = max((len(c) for c in self.constants.values() if c.ndim == 3), default=1)
-        x = np.broadcast_to(x.astype(np.float64), (1, channels, 1, x.size))
-        with np.errstate(all="ignore"):
-            (y,) = ReferenceEvaluator(self.model(np.float64)).run(None, {self.input: x})
-        y = np.broadcast_to(y, x.shape)
+        y = self.values(x)
         if not np.isfinite(y).all():
-            worst = float(x[~np.isfinite(y)][0])
+            worst = float(np.broadcast_to(x, y.shape)[~np.isfinite(y)][0])
             raise ConversionError(
                 f"the element-wise function of {self.output!r} is not finite at x = {worst:g},"
                 " which its input can reach; keep_float leaves its node in float32"
             )
-        return np.asarray(y[0, :, 0] if channels > 1 else y.ravel(), np.float64)
+        return y
 
     def renamed(self, source: str, result: str) -> Function:
         """Return the function with other names of its input and output."""

@@ -5,17 +5,21 @@ Every rule keeps the function exactly; each looks back from a node to the produc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 
 from logshift.converter.clamp import NO_CLAMP, clamp_twice, zero_side
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.function import Function
+from logshift.converter.operators.functions import without_bounds
 from logshift.converter.recognise import scaled
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.operators.conv import pads_fit
 
 _CLAMPING = [op for op, operator in OPERATORS.items() if "clamp" in operator.attributes]
+_ACTIVATING = [op for op, operator in OPERATORS.items() if operator.activates]
 
 
 def fuse(graph: FloatGraph) -> None:
@@ -86,12 +90,7 @@ class _Fusion:
         assert node.weight is not None and node.bias is not None
         conv = self._sole_producer(node.inputs[0], "Conv", "ConvTranspose")
         if conv and self._takes_in(conv):
-            assert conv.weight is not None and conv.bias is not None
-            scale = node.weight.astype(np.float64)
-            conv.weight = (conv.weight * scale[:, None, None, None]).astype(np.float32)
-            conv.bias = (conv.bias * scale + node.bias).astype(np.float32)
-            if conv.words is not None:
-                conv.words = scaled(conv.words, scale)
+            _scale(conv, node.weight.astype(np.float64), node.bias)
             self._rename_output(conv, node.output)
         elif node.function:
             self._elementwise(node)
@@ -197,6 +196,94 @@ class _Fusion:
             conv.attributes["pads"] = pads
             conv.inputs[0] = pad.inputs[0]
             self.nodes.remove(pad)
+
+
+def fuse_functions(graph: FloatGraph, alike: Callable[[FloatNode, FloatNode], bool]) -> None:
+    """Let functions of results be computed before these are rounded, in place; after `place`.
+
+    A table of codes that nothing else reads becomes the activation function of the node that makes
+    them. What only scales and shifts the result of a convolution goes into its weights, and bounds
+    become its clamp, so HardSigmoid takes no function. Tables stay where the model itself rounds
+    the tensor between.
+
+    Parameters
+    ----------
+    graph : FloatGraph
+    alike : callable(node, table) -> bool
+        Whether the results of both are to be rounded alike.
+    """
+    uses = graph.uses()
+    producers = {name: node for node in graph.nodes for name in node.outputs}
+    nodes = []
+    for node in graph.nodes:
+        target = producers[node.inputs[0]] if node.op == "Lookup" else None
+        if (
+            target is not None
+            and target.op in _ACTIVATING
+            and uses[target.output] == 1
+            and target.output not in graph.quantization
+            and alike(target, node)
+            and _take_function(target, node)
+        ):
+            graph.code_tensors.remove(target.output)
+            target.output = node.output
+            producers[node.output] = target
+        else:
+            nodes.append(node)
+    graph.nodes = nodes
+
+
+def _take_function(target: FloatNode, table: FloatNode) -> bool:
+    """Let a node compute the function of a table as well, if it can."""
+    assert table.function is not None
+    if target.function is not None:
+        return False
+    function, bounds = without_bounds(table.function)
+    if function is None:
+        target.clamp = clamp_twice(target.clamp, bounds)
+        return True
+    if target.is_conv and len(target.inputs) == 1 and (line := _line(function)) is not None:
+        scale, shift = line
+        low, high = target.clamp
+        if target.clamp != NO_CLAMP:
+            if len(scale) > 1 or scale[0] <= 0:
+                return False
+            low, high = (
+                None if bound is None else float(bound * scale[0] + shift[0])
+                for bound in (low, high)
+            )
+        _scale(target, scale, shift)
+        target.clamp = clamp_twice((low, high), bounds)
+        return True
+    if target.clamp != NO_CLAMP or (function.channels > 1 and not target.is_conv):
+        return False
+    target.function, target.clamp, target.table = function, bounds, table
+    return True
+
+
+# Where a function shows whether it is a line.
+_POINTS = np.array([0.0, 1.0, -1.0, 0.5, 7.25, -7.25, 1e3, -1e3, 1e6, -1e6])
+
+
+def _line(function: Function) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return scale and shift, one value or (C,), of a function that does no more."""
+    y = np.atleast_2d(function.values(_POINTS))
+    shift = y[:, 0]
+    scale = y[:, 1] - shift
+    expected = scale[:, None] * _POINTS + shift[:, None]
+    size = np.abs(scale[:, None] * _POINTS) + np.abs(shift[:, None])
+    is_line = np.isfinite(y).all() and (np.abs(y - expected) <= 1e-9 * size).all()
+    return (scale, shift) if is_line else None
+
+
+def _scale(conv: FloatNode, scale: np.ndarray, shift: np.ndarray) -> None:
+    """Scale and shift the result of a convolution, by (O,) or (1,) in float64."""
+    assert conv.weight is not None and conv.bias is not None
+    scale = np.resize(scale, len(conv.bias))
+    conv.weight = (conv.weight * scale[:, None, None, None]).astype(np.float32)
+    conv.bias = (conv.bias * scale + shift).astype(np.float32)
+    if conv.words is not None:
+        conv.words = scaled(conv.words, scale)
 
 
 def onnx_nodes(function: Function, name: str, graph: FloatGraph) -> list[FloatNode]:

@@ -16,6 +16,7 @@ from logshift.converter.float_graph import FloatGraph, Problems
 from logshift.converter.onnx_model import Model, Trace, dim_name
 from logshift.converter.operators.context import Context, name_of
 from logshift.converter.operators.edges import round_to_codes
+from logshift.converter.operators.lookup import piece_of
 from logshift.converter.operators.registry import LOWERINGS, VARIADIC, Lowering, Unsupported
 from logshift.runtime.graph import Dim, ValueInfo
 
@@ -80,6 +81,8 @@ class _Walk:
                 # Lowerings look up sizes themselves; ONNX operators ask for their inputs.
                 if table := self.ctx.table(node):
                     needed.add(table[0].input[0])
+                elif piece := piece_of(node, self.ctx.producers, self.ctx.constants):
+                    needed.add(piece)
                 else:
                     needed.update(node.input if node.op_type in VARIADIC else node.input[:1])
                 kept.append(node)

@@ -17,9 +17,14 @@ from logshift.runtime.graph import Node, Quantization
 
 AnyNode = Node | FloatNode
 
-# Operator, inputs (one may be what the step before makes), attributes.
+# Operator, inputs (which may be what steps before make), attributes.
 Step = tuple[str, list[str], dict[str, Any]]
-BEFORE = "<before>"
+BEFORE = "<1>"
+
+
+def back(steps: int) -> str:
+    """Return what stands for the result of so many steps before; of one it is `BEFORE`."""
+    return f"<{steps}>"
 
 
 class OnnxWriter:
@@ -64,14 +69,16 @@ class OnnxWriter:
         Returns the name of the result: that of the node's output, or `x` if there are no steps.
         """
         result = x
+        made: dict[str, str] = {}
         for index, (op, inputs, attributes) in enumerate(steps):
             last = index == len(steps) - 1
-            inputs = [result if name == BEFORE else name for name in inputs]
+            inputs = [made.get(name, name) for name in inputs]
             result = node.outputs[0] if last else self.fresh(f"{node.outputs[0]}/{op}")
             name = node.name if index == 0 else f"{node.name}/{op}"
             if op in (before for before, _, _ in steps[1:index]):
                 name += f"_{index}"
             self.node(op, name, inputs, result, **attributes)
+            made = {back(n + 1): name for n, name in enumerate([result, *made.values()])}
         return result
 
     # --- what the two write in their own way ----------------------------------------------------
@@ -80,8 +87,8 @@ class OnnxWriter:
         """Return the names of weight and bias of a convolution."""
         raise NotImplementedError
 
-    def clamp(self, node: AnyNode) -> list[Step]:
-        """Return the step that bounds a result, if it has bounds."""
+    def finish(self, node: AnyNode) -> list[Step]:
+        """Return the steps of a node's activation function and of its clamp, if it has them."""
         raise NotImplementedError
 
     def bounds(self, node: AnyNode) -> list[str]:

@@ -223,7 +223,7 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     """Lower and fuse, and prove on a sample that the function is still the same."""
     from logshift.converter.evaluate import evaluate_graph
     from logshift.converter.float_graph import Problems
-    from logshift.converter.fuse import fuse
+    from logshift.converter.fuse import fuse, fuse_functions
     from logshift.converter.lower import lower
     from logshift.converter.onnx_model import run, run_reference, trace
     from logshift.converter.place import place
@@ -248,6 +248,8 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
         node.keeps_weight = node.name in kept or settings.keeps_float(node.name)
     settle(graph)
     place(graph, lambda node: node.keeps_weight or settings.activation_bits_of(node.name) == 32)
+    bits = settings.activation_bits_of
+    fuse_functions(graph, lambda node, table: bits(node.name) == bits(table.name))
     saturate(graph)
     found = evaluate_graph(graph, samples.first)
     expected = run(model.original, samples.first)

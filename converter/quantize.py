@@ -7,19 +7,20 @@ quantization of everything before it has shifted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from logshift.converter import feedback
+from logshift.converter.activation import activation
 from logshift.converter.budget import Plan, fixed_plan
 from logshift.converter.calibrate import choose_quantization
+from logshift.converter.clamp import NO_CLAMP
 from logshift.converter.evaluate import (
     Evaluator,
     Value,
-    clamped,
     rows,
     run_onnx,
     snr_db,
@@ -104,6 +105,10 @@ def quantize_graph(
     return _Walk(graph, samples, batches, settings, plan).run(progress)
 
 
+class _NeedsTable(Exception):
+    """The function of a node can only be a table of codes."""
+
+
 class _Walk:
     def __init__(
         self,
@@ -120,15 +125,16 @@ class _Walk:
         self.plan = plan
         self.streams = {name: _Streams(x, x) for name, x in {**samples, **graph.constants}.items()}
         self.quantization: dict[str, Quantization] = {}
+        self.code_tensors = set(graph.code_tensors)
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
         last_use = _last_uses(self.graph)
         nodes, errors = [], []
         for index, node in enumerate(self.graph.nodes):
             progress(index, len(self.graph.nodes), node.name)
-            packed, error = self._node(node)
-            nodes.append(packed)
-            errors.append(error)
+            for packed, error in self._nodes(node):
+                nodes.append(packed)
+                errors.append(error)
             for name in [n for n in self.streams if last_use.get(n, index) <= index]:
                 del self.streams[name]
         progress(len(self.graph.nodes), len(self.graph.nodes), "")
@@ -168,9 +174,22 @@ class _Walk:
         )
         return packed, LayerError(None, snr_db(signal, noisy))
 
+    def _nodes(self, node: FloatNode) -> Iterator[tuple[Node, LayerError]]:
+        """Pack a node; one whose function cannot be computed at once becomes two."""
+        try:
+            yield self._onnx(node) if node.is_onnx else self._node(node)
+        except _NeedsTable:
+            assert node.table is not None
+            before = node.table.inputs[0]
+            self.code_tensors.add(before)
+            if node.output in self.plan:
+                self.plan = self.plan | {before: self.plan[node.output]}
+            yield self._node(
+                replace(node, output=before, function=None, table=None, clamp=NO_CLAMP)
+            )
+            yield self._node(node.table)
+
     def _node(self, node: FloatNode) -> tuple[Node, LayerError]:
-        if node.is_onnx:
-            return self._onnx(node)
         for name in node.inputs:
             stream = self.streams[name]
             if not isinstance(stream.exact, np.ndarray):
@@ -180,13 +199,19 @@ class _Walk:
         count = len(self.streams[node.inputs[0]].exact)
         evaluator = Evaluator(node)
         exact = evaluator.sweep(self._exact(node), count)
-        rounds = node.is_quantized or node.output in self.graph.code_tensors
-        if rounds and not np.isfinite(exact).all():
-            raise ConversionError(
-                f"{node.op} {node.name!r}: the float model produces NaN or infinity here on the"
-                " calibration data"
-            )
+        self._check(node, exact)
         packed = Node(node.op, node.name, list(node.inputs), [node.output], dict(node.attributes))
+        low, high = float(exact.min()), float(exact.max())
+        means = _channel_means(exact) if node.is_quantized else None
+        exact = evaluator.finish(exact)
+        self._check(node, exact)
+        if node.output in self.code_tensors:
+            q = self._choose(node, exact)
+            if node.function is not None and node.table is not None:
+                packed.activation = activation(node.function, q, low, high, node.clamp)
+                if packed.activation is None:
+                    raise _NeedsTable
+            self.quantization[node.output] = q
         weight_snr = None
         if node.is_conv and node.keeps_weight:
             packed.float_weights, packed.bias = node.weight, node.bias
@@ -199,18 +224,16 @@ class _Walk:
             quantized = evaluator.sweep(self._quantized(node), count, values)
             packed.bias = node.bias
             if self.settings.bias_correction and not self._is_given(node):
-                shift = _channel_means(exact) - _channel_means(quantized)
+                shift = means - _channel_means(quantized)
                 packed.bias = (node.bias + shift).astype(np.float32)
                 quantized += shift.astype(np.float32).reshape(-1, 1, 1)
         else:
             quantized = evaluator.sweep(self._quantized(node), count)
-        exact, quantized = clamped(exact, node.clamp), clamped(quantized, node.clamp)
-        if node.output not in self.graph.code_tensors:
+        quantized = evaluator.finish(quantized)
+        if node.output not in self.code_tensors:
             self.streams[node.output] = _Streams(exact, quantized)
             error = snr_db(exact, quantized)
         else:
-            q = self._choose(node, exact)
-            self.quantization[node.output] = q
             if node.output in self.graph.quantization:
                 exact = np.clip(exact, *q.dequantize(np.array([0, q.top])))
             codes = q.quantize(quantized)
@@ -218,6 +241,14 @@ class _Walk:
             error = snr_db(exact, q.dequantize(codes))
         self._fill_in(packed, node)
         return packed, LayerError(weight_snr, error)
+
+    def _check(self, node: FloatNode, exact: np.ndarray) -> None:
+        rounds = node.is_quantized or node.output in self.code_tensors
+        if rounds and not np.isfinite(exact).all():
+            raise ConversionError(
+                f"{node.op} {node.name!r}: the float model produces NaN or infinity here on the"
+                " calibration data"
+            )
 
     def _exact(self, node: FloatNode) -> Callable[[slice], list[np.ndarray]]:
         return lambda part: [self.streams[name].exact[part] for name in node.inputs]  # type: ignore[misc]
@@ -236,7 +267,7 @@ class _Walk:
 
     def _is_given(self, node: FloatNode) -> bool:
         """Tell whether the model leaves nothing to choose about a layer."""
-        codes = self.graph.code_tensors.intersection([*node.inputs, node.output])
+        codes = self.code_tensors.intersection([*node.inputs, node.output])
         return node.words is not None and codes <= set(self.graph.quantization)
 
     def _encode(self, node: FloatNode, count: int) -> LogWeights:
@@ -271,8 +302,8 @@ class _Walk:
         bounded = "clamp" in OPERATORS[node.op].attributes
         if bounded and (low is not None or high is not None):
             packed.attributes["clamp"] = [_bound(low, q), _bound(high, q)]
-        if node.function is not None:
-            assert q is not None
+        if node.op == "Lookup":
+            assert node.function is not None and q is not None
             q_x = self.quantization[node.inputs[0]]
             # Codes beyond the top never occur; they get the top's value.
             codes = np.minimum(np.arange(256), q_x.top)

@@ -94,4 +94,4 @@ def _affine(
 
 @writes("Add", "Sub", "Mul")
 def _write(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
-    return [(node.op, x, {}), *to.clamp(node)]
+    return [(node.op, x, {}), *to.finish(node)]

@@ -164,4 +164,4 @@ def _write(to: OnnxWriter, node: AnyNode, x: list[str]) -> list[Step]:
     attributes["kernel_shape"] = list(node.weight_shape[1:3])
     inputs = [x[0], *to.parameters(node)]
     residual: list[Step] = [("Add", [BEFORE, name], {}) for name in x[1:]]
-    return [(node.op, inputs, attributes), *residual, *to.clamp(node)]
+    return [(node.op, inputs, attributes), *residual, *to.finish(node)]

@@ -7,13 +7,14 @@ it from here.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from logshift.converter.clamp import NO_CLAMP, Clamp, ordered
+from logshift.converter.clamp import NO_CLAMP, Clamp, clamp_twice, ordered
 from logshift.converter.function import Function
 from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
@@ -52,7 +53,7 @@ def elementwise(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
         "Elementwise",
         node,
         list(dict.fromkeys(tensors)),
-        clamp=_clamp(ctx, node, a),
+        clamp=_clamp(node, ctx.constants),
         function=function,
     )
 
@@ -106,16 +107,17 @@ def _is_scalar(array: np.ndarray) -> bool:
     return array.size > 0 and bool((array == array.flat[0]).all())
 
 
-def _clamp(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> Clamp:
+def _clamp(node: onnx.NodeProto, known: Mapping[str, np.ndarray]) -> Clamp:
     """Return the bounds if the node is nothing but a clamp."""
-    constants = {name: ctx.constants[name] for name in node.input if name in ctx.constants}
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    constants = {name: known[name] for name in node.input if name in known}
     if any(array.size != 1 for array in constants.values()):
         return NO_CLAMP
 
     def bound(index: int, attribute: str = "") -> float | None:
         name = node.input[index] if index < len(node.input) else ""
-        value = float(constants[name].flat[0]) if name in constants else a.get(attribute)
-        return _bound(value)
+        value = float(constants[name].flat[0]) if name in constants else attributes.get(attribute)
+        return None if value is None or abs(value) > _NO_BOUND else value
 
     match node.op_type:
         case "Relu":
@@ -128,8 +130,28 @@ def _clamp(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> Clamp:
     return NO_CLAMP
 
 
-def _bound(value: float | None) -> float | None:
-    return None if value is None or abs(value) > _NO_BOUND else value
+def without_bounds(function: Function) -> tuple[Function | None, Clamp]:
+    """Return a function without the clamps that end it, None if nothing is left, and its bounds."""
+    *nodes, last = function.nodes
+    constants, bounds = dict(function.constants), _clamp(last, function.constants)
+    source = next(name for name in last.input if name not in constants)
+    if last.op_type == "HardSigmoid":
+        a = {"alpha": 0.2, "beta": 0.5}
+        a |= {attribute.name: attribute.f for attribute in last.attribute}
+        alpha, beta, scaled, line = (f"{function.output}/{name}" for name in (*a, "scaled", "line"))
+        constants |= {alpha: np.array(a["alpha"], np.float32)}
+        constants |= {beta: np.array(a["beta"], np.float32)}
+        nodes.append(helper.make_node("Mul", [source, alpha], [scaled]))
+        nodes.append(helper.make_node("Add", [scaled, beta], [line]))
+        source, bounds = line, (0.0, 1.0)
+    if bounds == NO_CLAMP:
+        return function, NO_CLAMP
+    if source == function.input:
+        return None, bounds
+    inner, before = without_bounds(
+        Function(function.input, source, nodes, constants, function.opset)
+    )
+    return inner, clamp_twice(before, bounds)
 
 
 # --- on float32 ---------------------------------------------------------------------------------
@@ -181,17 +203,10 @@ def packed_function(function: Function) -> tuple[str, dict[str, Any], Clamp] | N
     if first.op_type in (*_SAME, "HardSwish"):
         known = OPERATORS[first.op_type].attributes
         return first.op_type, {k: v for k, v in attributes.items() if k in known}, NO_CLAMP
-    if first.op_type == "Relu":
-        return "Clip", {}, (0.0, None)
     if first.op_type == "Gelu" and attributes.get("approximate", b"none") == b"none":
         return "Gelu", {}, NO_CLAMP
-    if first.op_type == "Clip" and all(a.size == 1 for a in function.constants.values()):
-        bounds = [attributes.get("min"), attributes.get("max")]
-        for index, name in enumerate(first.input[1:3]):
-            if name:
-                bounds[index] = float(function.constants[name].item())
-        low, high = map(_bound, bounds)
-        return "Clip", {}, ordered(low, high)
+    if first.op_type in ("Clip", "Relu") and all(a.size == 1 for a in function.constants.values()):
+        return "Clip", {}, _clamp(first, function.constants)
     return None
 
 

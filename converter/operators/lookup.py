@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
+from logshift.converter.function import Function
 from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
 from logshift.converter.operators.registry import Unsupported, writes
 from logshift.converter.qdq import table_function
+from logshift.kernels.activation import PIECES
 from logshift.runtime.graph import Node, Quantization
 
 
@@ -24,6 +28,34 @@ def read_table(
     values = ctx.constants[node.input[0]]
     ctx.shapes[y] = ctx.shapes[x]
     function = table_function(x, y, values, zero_point, q.scale, ctx.model.opset)
+    # Not "Elementwise", of which functions before it would become a part: codes are what it reads.
+    ctx.add("Lookup", node, [x], function=function)
+
+
+def piece_of(
+    gather: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto], known: Mapping[str, np.ndarray]
+) -> str | None:
+    """Return the numbers of pieces, of float32, whose coefficients a Gather reads.
+
+    That is how `export` writes them. None if the node is anything else.
+    """
+    if gather.op_type != "Gather" or getattr(known.get(gather.input[0]), "shape", ()) != (PIECES,):
+        return None
+    cast = producers.get(gather.input[1])
+    piece = producers.get(cast.input[0]) if cast is not None and cast.op_type == "Cast" else None
+    return piece.output[0] if piece is not None and piece.op_type == "Add" else None
+
+
+def read_coefficients(ctx: Context, node: onnx.NodeProto, piece: str) -> None:
+    """Lower a Gather that reads the coefficients of pieces."""
+    x, y, table = ctx.source(piece), node.output[0], node.input[0]
+    ctx.shapes[y] = ctx.shapes[x]
+    place = f"{y}/place"
+    nodes = [
+        helper.make_node("Cast", [x], [place], to=TensorProto.INT64),
+        helper.make_node("Gather", [table, place], [y]),
+    ]
+    function = Function(x, y, nodes, {table: ctx.constants[table]}, ctx.model.opset)
     ctx.add("Elementwise", node, [x], function=function)
 
 

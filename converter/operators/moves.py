@@ -10,7 +10,7 @@ import onnx
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context, name_of
-from logshift.converter.operators.lookup import read_table
+from logshift.converter.operators.lookup import piece_of, read_coefficients, read_table
 from logshift.converter.operators.registry import Unsupported, lowers, write_same, writes
 
 
@@ -18,6 +18,9 @@ from logshift.converter.operators.registry import Unsupported, lowers, write_sam
 def _gather(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     if table := ctx.table(node):
         read_table(ctx, node, *table)
+        return
+    if piece := piece_of(node, ctx.producers, ctx.constants):
+        read_coefficients(ctx, node, piece)
         return
     x, indices = ctx.tensor(node.input[0]), ctx.constants.get(node.input[1])
     channels = ctx.shapes[x][1]

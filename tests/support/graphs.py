@@ -85,6 +85,7 @@ def activations(draw, scale, channels=1):
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     unit = scale * draw(st.sampled_from([0.3, 8.0, 100.0]))
     origin = unit * draw(st.sampled_from([0.0, -0.5, -8.3]))
+    origin, unit = float(np.float32(origin)), float(np.float32(unit))  # as ONNX keeps them
     dtype = np.float32
     if op == "PRelu":
         coefficients = rng.normal(0, 1, draw(st.sampled_from([1, channels])))

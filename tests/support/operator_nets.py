@@ -91,11 +91,11 @@ OPERATORS = {
     "squeeze and excitation": (
         lambda n: n.node("Mul", "x", n.node("Sigmoid", n.conv(n.node("GlobalAveragePool", "x"),
                                                               kernel=1))),
-        ["GlobalAveragePool", "Conv", "Lookup", "Mul"]),
+        ["GlobalAveragePool", "Conv", "Mul"]),
     "sum with one value per picture": (
         lambda n: n.node("Add", "x", n.conv("x", out=1)), ["Conv", "Add"]),
     "swish": (
-        lambda n: n.node("Mul", n.conv("x"), n.node("Sigmoid", "Conv0")), ["Conv", "Lookup"]),
+        lambda n: n.node("Mul", n.conv("x"), n.node("Sigmoid", "Conv0")), ["Conv"]),
     "division after conv": (
         lambda n: n.node("Div", n.conv("x"), n.constant(3.0)), ["Conv"]),
     "relu after conv": (lambda n: n.node("Relu", n.conv("x")), ["Conv"]),
@@ -175,14 +175,14 @@ OPERATORS = {
     "depth to space, DCR": (lambda n: n.node("DepthToSpace", "x", blocksize=2), ["DepthToSpace"]),
     "depth to space, CRD": (
         lambda n: n.node("DepthToSpace", "x", blocksize=2, mode="CRD"), ["DepthToSpace"]),
-    "leaky relu": (lambda n: n.node("LeakyRelu", n.conv("x"), alpha=0.1), ["Conv", "Lookup"]),
+    "leaky relu": (lambda n: n.node("LeakyRelu", n.conv("x"), alpha=0.1), ["Conv"]),
     "sigmoid of tanh": (lambda n: n.node("Sigmoid", n.node("Tanh", "x")), ["Lookup"]),
     "hard sigmoid": (lambda n: n.node("HardSigmoid", "x"), ["Lookup"]),
     "hard swish": (lambda n: n.node("HardSwish", "x"), ["Lookup"]),
-    "hard swish in parts": (lambda n: _hard_swish(n, n.conv("x")), ["Conv", "Lookup"]),
+    "hard swish in parts": (lambda n: _hard_swish(n, n.conv("x")), ["Conv"]),
     "silu in parts": (
         lambda n: n.node("Mul", n.conv("x"), n.node("Sigmoid", n.nodes[-1].output[0])),
-        ["Conv", "Lookup"]),
+        ["Conv"]),
     "elu": (lambda n: n.node("Elu", "x", alpha=0.7), ["Lookup"]),
     "selu": (lambda n: n.node("Selu", "x"), ["Lookup"]),
     "softplus": (lambda n: n.node("Softplus", "x"), ["Lookup"]),

@@ -1,0 +1,339 @@
+"""Functions of one tensor as what kernels compute before they round: `docs/quantization.md` 4.
+
+A function that is one of those with a formula of its own is recognised by its values, whatever
+nodes compute it. Every other one is fitted by parabolas, where these come near enough.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from logshift.converter.clamp import NO_CLAMP, Clamp
+from logshift.converter.function import Function
+from logshift.kernels.activation import PIECES, Activation
+from logshift.runtime.graph import Quantization
+
+# Codes by which a fit may be wrong. A table is wrong by as much, for rounding moves its input by up
+# to half a code, and somewhere its codes change at least as fast as those of its input.
+_WORST = 0.5
+_SAME = 1e-6  # relative: functions this near to each other are the same
+
+# What is beyond the values that were seen.
+_MARGIN = 0.25  # of their span, on both sides, where a fit has to be as good
+_FAR = np.geomspace(0.01, 1e3, 20)  # spans from there, where an error counts less
+_FAR_WEIGHT = 1 / 256
+
+_FEW, _MANY = 192, 1024  # points on which fits are compared: all, and the best ones
+_CHECKED = 4096  # on which the one that is taken is judged
+_WIDTHS = np.geomspace(0.15, 1e-4, 56)  # of a piece, in spans
+_FINER = np.linspace(0.9, 1.1, 11)  # times these, of the best ones
+_BEST = 20
+_WIDTH_BITS = 10  # of the mantissa of a width: its multiples are float32
+_CENTRES = 15  # besides those with a border at zero, where many functions bend
+_NOTHING = 4e-3  # of a code: no error, so that wider pieces are taken
+
+# Where a parabola goes through a function so that it is hardly wrong: zeros of a Chebyshev
+# polynomial. And the points on which it then gets as near as it can, in so many steps.
+_THROUGH = np.array([-np.sqrt(0.75), 0, np.sqrt(0.75)])
+_ACROSS = np.linspace(-1, 1, 33)
+_STEPS = 12
+_HANKEL = np.arange(3) + np.arange(3)[:, None]  # powers in the moments of parabolas
+
+_STEP = 2**12  # of v, from one piece to the next
+_UNIT = 2**7  # of coefficients, in a code
+_MOST = 2**13 - 1  # of |c1| + |c2|: then float32, in which `export` writes it, is exact
+
+
+def activation(
+    function: Function, q: Quantization, low: float, high: float, clamp: Clamp = NO_CLAMP
+) -> Activation | None:
+    """Return what computes a function whose result has this quantization.
+
+    Parameters
+    ----------
+    function : Function
+    q : Quantization
+        Of the result.
+    low, high : float
+        Bounds of what it is computed of, as far as that is known.
+    clamp : (low, high)
+        Bounds of the result, real.
+
+    Returns
+    -------
+    Activation, or None if nothing comes near enough.
+    """
+    size = max(abs(low), abs(high)) or 1.0
+    if (found := _prelu(function, size)) is not None:
+        return found
+    if function.channels > 1:
+        return None
+    return (
+        _hard_swish(function, size) or _written(function, q) or _fit(function, q, low, high, clamp)
+    )
+
+
+# --- functions with a formula of their own ------------------------------------------------------
+
+
+def _around(size: float) -> np.ndarray:
+    """Return points on both sides of zero, from far within `size` to far beyond it."""
+    points = np.concatenate([np.geomspace(1e-3, 1e3, 61) * size, np.linspace(0, 16, 257)])
+    return np.unique(np.concatenate([-points, points]))
+
+
+def _prelu(function: Function, size: float) -> Activation | None:
+    x = _around(size)
+    y = np.atleast_2d(function.values(x))
+    slopes = (y[:, 0] / x[0]).astype(np.float32)
+    expected = np.where(x < 0, slopes[:, None] * x, x)
+    if not (np.abs(y - expected) <= _SAME * np.abs(x)).all():
+        return None
+    return Activation("PRelu", 0.0, 1.0, slopes[:1] if (slopes == slopes[0]).all() else slopes)
+
+
+def _hard_swish(function: Function, size: float) -> Activation | None:
+    """Return the function if it is x * clamp((x - origin) / unit, 0, 1)."""
+    x = _around(size)
+    y = function.values(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        closed, opened = (np.flatnonzero(part) for part in (y / x < 0.05, y / x > 0.95))
+    if not (len(closed) and len(opened) and closed[-1] < opened[0] and np.isfinite(y).all()):
+        return None
+    # Around where it opens, not at zero, where it cannot be seen how far.
+    points = np.linspace(x[closed[-1]], x[opened[0]], 101)
+    points = points[points != 0]
+    gate = function.values(points) / points
+    between = np.flatnonzero((gate > 0.05) & (gate < 0.95))
+    if len(between) < 2:
+        return None
+    first, last = between[[0, -1]]
+    unit = (points[last] - points[first]) / (gate[last] - gate[first])
+    origin = points[first] - gate[first] * unit
+    if not unit > 0:
+        return None
+    unit, origin = _plain(unit), _plain(origin)
+    expected = x * np.clip((x - origin) / unit, 0, 1)
+    if not (np.abs(y - expected) <= _SAME * np.abs(x)).all():
+        return None
+    return Activation("HardSwish", origin, unit, np.zeros(0, np.float32))
+
+
+def _plain(value: float) -> float:
+    """Return the number that float32 constants have kept from being this one."""
+    short = float(f"{value:.5g}")
+    return short if abs(short - value) <= _SAME * abs(value) else float(np.float32(value))
+
+
+# --- parabolas ----------------------------------------------------------------------------------
+
+
+def codes(found: Activation, x: np.ndarray) -> np.ndarray:
+    """Return what the parabolas make of x, in output codes before they are rounded."""
+    v = ((x - found.origin) / found.unit).astype(np.float32)
+    k = np.rint(v.clip(-(2**15), 2**15 - 1)).astype(np.int64)
+    return _parabolas(found.coefficients.astype(np.int64), k // _STEP + PIECES // 2, k % _STEP)
+
+
+def _parabolas(c: np.ndarray, n: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Return codes before rounding: of pieces n (...), c (..., 3, 16), of integers."""
+    f = 16 * position - 2**15
+    c0, c1, c2 = (np.take_along_axis(c[..., i, :], n, axis=-1) for i in range(3))
+    p = c1 + ((c2 * f + 2**14) >> 15)
+    return (c0 + ((p * f + 2**14) >> 15)).clip(-(2**15), 2**15 - 1) / _UNIT
+
+
+def _written(function: Function, q: Quantization) -> Activation | None:
+    """Return the parabolas that `export` has written as the nodes of the function."""
+    gathers = [node for node in function.nodes if node.op_type == "Gather"]
+    ratio = next((node for node in function.nodes if node.op_type == "Div"), None)
+    if len(gathers) != 3 or ratio is None:
+        return None
+    # Without an origin nothing is added.
+    offset = next((node for node in function.nodes if node.output[0] == ratio.input[0]), ratio)
+    origin = function.constants.get(offset.input[1]) if offset.op_type == "Add" else np.zeros(())
+    unit = function.constants.get(ratio.input[1])
+    tables = [function.constants.get(node.input[0], np.empty(0)) for node in gathers]
+    if origin is None or unit is None or any(table.shape != (PIECES,) for table in tables):
+        return None
+    c = np.stack(tables[::-1]).astype(np.int16)
+    found = Activation("Piecewise", float(origin), -float(unit), c)
+    x = found.origin + found.unit * np.linspace(-(2**16), 2**16, _CHECKED)
+    expected = (function.values(x) / q.scale + q.zero_point).clip(0, q.top)
+    same = np.abs(np.floor(codes(found, x) + 0.5).clip(0, q.top) - expected) < 0.01
+    return found if same.mean() > 0.99 else None
+
+
+class _Fit:
+    """What parabolas are to come near to: a function in output codes, as far as they matter."""
+
+    def __init__(
+        self, function: Function, q: Quantization, low: float, high: float, clamp: Clamp
+    ) -> None:
+        self.function, self.q = function, q
+        self.bottom, self.top = (
+            end if bound is None else float(np.clip(bound / q.scale + q.zero_point, 0, q.top))
+            for bound, end in zip(clamp, (0, q.top), strict=True)
+        )
+        self.span = (high - low) or abs(high) or 1.0
+        margin = _MARGIN * self.span
+        self.low, self.high = low - margin, high + margin
+        self.is_finite = bool(np.isfinite(self.codes(self.near(_MANY))).all())
+
+    def near(self, count: int) -> np.ndarray:
+        """Return points where a fit has to be good, closer to each other around zero."""
+        around = max(abs(self.low), abs(self.high)) * np.geomspace(1e-4, 1, count // 3)
+        x = np.concatenate([np.linspace(self.low, self.high, count), -around, [0.0], around])
+        return np.unique(x.clip(self.low, self.high))
+
+    def codes(self, x: np.ndarray) -> np.ndarray:
+        """Return the function, in output codes."""
+        with np.errstate(all="ignore"):
+            y = self.function.values(x.ravel()).reshape(x.shape)
+            return y / self.q.scale + self.q.zero_point
+
+    def inside(self, y: np.ndarray) -> np.ndarray:
+        """Return codes as far as they are not clamped anyway."""
+        return y.clip(self.bottom, self.top)
+
+    def error(self, found: Activation, x: np.ndarray) -> float:
+        """Return by how many codes, before rounding, parabolas are wrong at worst."""
+        return float(np.abs(self.inside(codes(found, x)) - self.inside(self.codes(x))).max())
+
+    def best(self) -> Activation:
+        """Return the candidate with the least error."""
+        widths = self.span * _WIDTHS
+        width, border = np.meshgrid(widths, np.arange(-PIECES // 2, PIECES // 2 + 1))
+        other, free = np.meshgrid(widths, np.linspace(self.low, self.high, _CENTRES))
+        centre = np.concatenate([border * width, free]).ravel()
+        first = _Candidates(self, centre, np.concatenate([width, other]).ravel())
+        chosen = np.argsort(first.cost(_FEW), kind="stable")[:_BEST, None]
+        centre, width = (values[chosen] * _FINER for values in (first.centre, first.width))
+        second = _Candidates(self, centre.ravel(), width.ravel())
+        second.improve()
+        return second.activation(int(second.cost(_MANY).argmin()))
+
+
+class _Candidates:
+    """Fits by pieces of some width, side by side around a centre.
+
+    Attributes
+    ----------
+    centre, width : float64 array
+    c : float64 array (candidates, 16, 3)
+        Coefficients, in codes.
+    """
+
+    def __init__(self, fit: _Fit, centre: np.ndarray, width: np.ndarray) -> None:
+        mantissa, exponent = np.frexp(width)
+        width = np.ldexp(np.rint(np.ldexp(mantissa, _WIDTH_BITS)), exponent - _WIDTH_BITS)
+        # Where a border is at zero it stays there.
+        border = np.rint(centre / width)
+        centre = np.where(np.abs(centre / width - border) < 0.05, border * width, centre)
+        self.fit, self.width = fit, width
+        self.centre = centre.astype(np.float32).astype(np.float64)
+        y = fit.codes(self._x(_THROUGH))
+        inside = _through(fit.inside(y))
+        with np.errstate(all="ignore"):
+            self.c = _through(y)
+            fits = np.abs(self.c[..., 1:]).sum(axis=-1) <= _MOST / _UNIT
+        self.c = np.where(fits[..., None], self.c, inside)
+
+    def _x(self, across: np.ndarray) -> np.ndarray:
+        """Return points at some places across every piece: (candidates, 16, places)."""
+        place = np.arange(PIECES)[:, None] + (across - PIECES + 1) / 2
+        return self.centre[:, None, None] + self.width[:, None, None] * place
+
+    def improve(self) -> None:
+        """Bring pieces nearer to the function where they are wrong most: Lawson's algorithm."""
+        fit = self.fit
+        across, y, known = self._across()
+        exact = fit.inside(y)
+        y = y.clip(fit.bottom - fit.q.top, fit.top + fit.q.top)
+        powers = across[:, :, None] ** np.arange(5)[:, None]
+        weight, least = known.astype(float), np.full(y.shape[:2], np.inf)
+        c = self.c
+        for _ in range(_STEPS):
+            p = (c[..., None, :] @ powers[:, :, :3])[:, :, 0]
+            error = np.where(known, np.abs(fit.inside(p) - exact), 0)
+            worst = error.max(axis=-1)
+            better = worst < least
+            least, self.c = np.minimum(worst, least), np.where(better[..., None], c, self.c)
+            relative = error / np.maximum(worst, 1e-9)[..., None]
+            weight = (weight + 1e-3) * relative
+            weight /= weight.sum(axis=-1, keepdims=True) + 1e-9
+            moments = (powers @ weight[..., None])[..., 0][..., _HANKEL] + 1e-12 * np.eye(3)
+            c = np.linalg.solve(moments, powers[:, :, :3] @ (weight * y)[..., None])[..., 0]
+
+    def _across(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return points across every piece, the function there, and where it is known.
+
+        Beyond the outermost pieces their last value counts, for all that the function is there.
+        """
+        fit = self.fit
+        across = np.broadcast_to(_ACROSS, (len(self.width), PIECES, len(_ACROSS)))
+        y, near = fit.codes(self._x(_ACROSS)), fit.near(_FEW)
+        values = fit.inside(fit.codes(near))
+        more = np.full((*y.shape[:2], 2), np.nan)
+        place = (near - self.centre[:, None]) / self.width[:, None]
+        for piece, beyond in ((0, place < -PIECES / 2), (-1, place > PIECES / 2)):
+            found = beyond.any(axis=1)
+            for index, extreme, none in ((0, np.min, np.inf), (1, np.max, -np.inf)):
+                end = extreme(np.where(beyond, values, none), axis=1)
+                more[:, piece, index] = np.where(found, end, np.nan)
+        edge = np.zeros(more.shape)
+        edge[:, 0], edge[:, -1] = -1, 1
+        y, across = np.concatenate([y, more], axis=-1), np.concatenate([across, edge], axis=-1)
+        known = np.isfinite(y)
+        return across, np.where(known, y, 0), known
+
+    def _stored(self) -> np.ndarray:
+        """Return coefficients (candidates, 3, 16) as they are stored."""
+        c = np.rint(self.c * _UNIT).transpose(0, 2, 1)
+        c[:, 0] = c[:, 0].clip(-(2**15), 2**15 - 1)
+        c[:, 1:] = c[:, 1:].clip(-_MOST, _MOST)
+        return np.nan_to_num(c).astype(np.int32)
+
+    def cost(self, count: int) -> np.ndarray:
+        """Return what is wrong with each, on so many points and far beyond them."""
+        fit = self.fit
+        near, far = fit.near(count), fit.span * _FAR
+        y = fit.codes(x := np.concatenate([near, fit.low - far, fit.high + far]))
+        x, y = x[~np.isnan(y)], fit.inside(y[~np.isnan(y)])
+        k = np.rint((x - self.centre[:, None]) / (self.width[:, None] / _STEP))
+        k = k.clip(-(2**15), 2**15 - 1).astype(np.int32)
+        c = self._stored()
+        found = _parabolas(c, k // _STEP + PIECES // 2, k % _STEP)
+        error = np.abs(fit.inside(found) - y)
+        worst = np.maximum(error[:, : len(near)].max(axis=1), _NOTHING)
+        cost = worst + _FAR_WEIGHT * error[:, len(near) :].max(axis=1, initial=0)
+        return np.where(np.abs(c[:, 1:]).sum(axis=1).max(axis=1) <= _MOST, cost, np.inf)
+
+    def activation(self, index: int) -> Activation:
+        """Return one of them."""
+        c = self._stored()[index].astype(np.int16)
+        return Activation(
+            "Piecewise", float(self.centre[index]), float(self.width[index] / _STEP), c
+        )
+
+
+def _through(y: np.ndarray) -> np.ndarray:
+    """Return the coefficients (..., 3) of parabolas through values (..., 3) at `_THROUGH`."""
+    left, middle, right = np.moveaxis(y, -1, 0)
+    end = _THROUGH[2]
+    return np.stack(
+        [middle, (right - left) / (2 * end), (left + right - 2 * middle) / (2 * end**2)], axis=-1
+    )
+
+
+def _fit(
+    function: Function, q: Quantization, low: float, high: float, clamp: Clamp
+) -> Activation | None:
+    fit = _Fit(function, q, low, high, clamp)
+    if not fit.is_finite:
+        return None
+    found = fit.best()
+    # Inside of pieces too, however small they are: that is where a jump would be.
+    inside = found.origin + found.unit * np.linspace(-(2**15), 2**15, _CHECKED)
+    x = np.concatenate([fit.near(_CHECKED), inside.clip(fit.low, fit.high)])
+    return found if fit.error(found, x) <= _WORST else None
