@@ -720,11 +720,11 @@ def _quantize(arguments, first_part, end_part, parts, slot):
                 for k in range(count):
                     v = x[p + c * plane + j + k]
                     part[c * part_size + k] = _quantized(v, scale, zero_point, top)
-            if channels == 3:  # pictures
+            if channels == 3 and step == channels:  # pictures
                 for k in range(count):
                     y[q], y[q + np.uintp(1)] = part[k], part[part_size + k]
                     y[q + np.uintp(2)] = part[part_size + part_size + k]
-                    q += step
+                    q += channels
             else:
                 for k in range(count):
                     for c in range(channels):
