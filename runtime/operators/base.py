@@ -86,6 +86,9 @@ class Operator:
         What a node has beside its attributes.
     reads_onnx, writes_onnx : bool
         Its input, or its output, lies as in ONNX, not channels last.
+    writes_within : bool
+        Its kernels write codes also where pixels of the output lie further apart than its channels
+        take: as some channels of another tensor.
     renames : bool
         The output is the input's bytes under another name and shape: nothing is built.
     """
@@ -101,6 +104,7 @@ class Operator:
     stores: str = ""
     reads_onnx: bool = False
     writes_onnx: bool = False
+    writes_within: bool = False
     renames: bool = False
 
 

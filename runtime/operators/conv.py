@@ -244,13 +244,14 @@ _ATTRIBUTES: Attributes = {
 
 OPERATORS = [
     Operator(
-        "Conv", "c? ff", _shape, _build, _ATTRIBUTES, (1, 2), check=_check, stores="weights"
+        "Conv", "c? ff", _shape, _build, _ATTRIBUTES, (1, 2), check=_check, stores="weights",
+        writes_within=True,
     ),
     Operator(
         "ConvTranspose", "c? ff", _transposed_shape, _build,
         # There are strides[0] * strides[1] phases.
         {**_ATTRIBUTES, "strides": ([1, 1], integers(2, 1, 32)),
          "output_padding": ([0, 0], integers(2, 0))},
-        (1, 2), check=_check_transposed, stores="weights",
+        (1, 2), check=_check_transposed, stores="weights", writes_within=True,
     ),
 ]  # fmt: skip

@@ -183,7 +183,7 @@ OPERATORS = [
         {"axes": (REQUIRED, lambda v: _are_positions(v) and set(v) <= {1, 2, 3}),
          "starts": (REQUIRED, _are_positions), "ends": (REQUIRED, _are_positions),
          "steps": (REQUIRED, lambda v: _are_positions(v) and all(map(integer(1), v)))},
-        check=_check_slice, keeps_quantization=True,
+        check=_check_slice, keeps_quantization=True, writes_within=True,
     ),
     Operator(
         "Pad", "cc ff", _pad_shape, _pad,

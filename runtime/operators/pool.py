@@ -117,11 +117,13 @@ _ATTRIBUTES: Attributes = {
 
 OPERATORS = [
     Operator(
-        "MaxPool", "cc ff", _shape, _largest, _ATTRIBUTES, check=_check, keeps_quantization=True
+        "MaxPool", "cc ff", _shape, _largest, _ATTRIBUTES, check=_check, keeps_quantization=True,
+        writes_within=True,
     ),
     Operator(
         "AveragePool", "cc ff", _shape, _average,
         {**_ATTRIBUTES, "count_include_pad": (0, one_of(0, 1))}, check=_check,
+        writes_within=True,
     ),
     Operator("GlobalMaxPool", "cc ff", _global_shape, _largest, keeps_quantization=True),
     Operator("GlobalAveragePool", "cc ff", _global_shape, _average),

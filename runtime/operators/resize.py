@@ -117,6 +117,6 @@ OPERATORS = [
             "scales": (None, _are_scales),
             "sizes": (None, lambda v: v is None or integers(2, 1)(v)),
         },
-        (1, 2), check=_check, keeps_quantization=True,
+        (1, 2), check=_check, keeps_quantization=True, writes_within=True,
     )
 ]  # fmt: skip

@@ -92,6 +92,12 @@ class Places:
                     self.rewritten.add(name)
                 else:
                     self.array(name).fill(geometry.zero_point)
+        for name, (whole, channel) in self._parts(schedule).items():
+            place = self.found[whole]
+            data, *values = place.values
+            self.found[name] = Place(
+                place.geometry, place.offset + channel, (data + channel, *values)
+            )
 
     def array(self, name: str) -> np.ndarray:
         """Return a tensor's buffer, (N, H, W, C)."""
@@ -137,7 +143,8 @@ class Places:
         kept: dict[Geometry, list[list[Any]]] = {}
         for index, operation in enumerate(schedule.operations):
             for name in operation.writes if operation.kind != "numpy" else ():
-                if name in schedule.outside:
+                name = schedule.within.get(name, name)
+                if name in schedule.outside or name in tensors:
                     continue
                 geometry = self._geometry(name, borders.get(name, (0, 0, 0, 0)))
                 last, nbytes = schedule.last_use[name], geometry.nbytes
@@ -152,6 +159,19 @@ class Places:
                 user[1] = last
                 tensors[name] = user[0], geometry
         return blocks, tensors
+
+    def _parts(self, schedule: Schedule) -> dict[str, tuple[str, int]]:
+        """Return of which tensor, and from which channel on, others are parts."""
+        parts = {}
+        wholes = set(schedule.within.values())
+        for operation in schedule.operations:
+            channel = 0
+            if wholes.intersection(operation.writes):
+                for name in operation.reads:
+                    if name in schedule.within:
+                        parts[name] = schedule.within[name], channel
+                    channel += self._shapes[name][1]
+        return parts
 
     def _borders(self, schedule: Schedule) -> dict[str, _Border]:
         """Return the border that the readers of each stored tensor need."""

@@ -74,7 +74,9 @@ class Planner:
         """Return the schedule for shapes; they decide about little of it, mostly about nothing."""
         pixels = frozenset(name for name in self._heads if math.prod(found.shapes[name][2:]) == 1)
         views = frozenset(index for index, made in calls.items() if not made)
-        key = frozenset(found.values), pixels, views, frozenset(calls) - views, keep_all
+        turned = {} if keep_all else compiled.turned_back(self.graph, found, calls)
+        moving = frozenset(calls).difference(views, turned)
+        key = frozenset(found.values), pixels, views, moving, frozenset(turned.items()), keep_all
         if key not in self._schedules:
             self._schedules[key] = Schedule(self.graph, self.convolutions, *key)
         return self._schedules[key]

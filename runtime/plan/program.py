@@ -237,9 +237,11 @@ class Plan:
             node = operation.node
             convolutions = self._schedule.convolutions.get(operation.index, ())
             operands = [self._operand(name) for name in inputs]
-            return OPERATORS[node.op].build(
+            calls = OPERATORS[node.op].build(
                 Site(node, operands, self._operand(output), convolutions)
             )
+            # What was computed where a Concat wants it need not be copied there.
+            return (call for call in calls if call.tensors.get("x") not in self._schedule.within)
         y = self._operand(output)
         return [Call(operation.kind, {"x": inputs[0], "y": output}, y.sizes)]
 

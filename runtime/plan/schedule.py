@@ -55,6 +55,7 @@ class Schedule:
     known : names of tensors whose values are known before a run
     pixels : names of float32 outputs of convolutions that are of one pixel
     views, compiled : positions of ONNX operators that cost nothing, and that kernels compute
+    turned : (position, tensor) of Transposes that give the bytes of a tensor stored channels last
     keep_all : bool
         Nothing is fused, and every tensor keeps its bytes to the end.
 
@@ -68,6 +69,8 @@ class Schedule:
     unshared : set of names of outputs that are the only ones of what a run allocates
     operations : list of Operation
     last_use : dict of tensor name to position of the last operation that reads or writes it
+    within : dict of tensor name to tensor name
+        Tensors that are computed where a Concat wants them, as channels of its output.
     numpy_steps : dict of operation's position to NumpyStep
     renamed : list of (name stored under, name)
     templates : dict of Convolution to the values of its argument record that no size changes
@@ -81,6 +84,7 @@ class Schedule:
         pixels: frozenset[str],
         views: frozenset[int],
         compiled: frozenset[int],
+        turned: frozenset[tuple[int, str]],
         keep_all: bool,
     ) -> None:
         self.graph, self.convolutions = graph, convolutions
@@ -88,6 +92,7 @@ class Schedule:
             node.outputs[0]: node.inputs[0] for node in graph.nodes if _only_renames(node)
         }
         self._views = {self.graph.nodes[i].outputs[0]: self.graph.nodes[i].inputs[0] for i in views}
+        self._views |= {self.graph.nodes[i].outputs[0]: channels_last(x) for i, x in turned}
         self.viewed = {self.origin(name) for name in self._views}
         self._compiled = compiled
         self.keep_all = keep_all
@@ -111,6 +116,7 @@ class Schedule:
             for name in self.last_use
             if name.endswith(channels_last(""))
         ]
+        self.within = {} if keep_all else self._within()
         self.numpy_steps = self._numpy_steps()
         self.readers = [
             (graph.nodes[index], self.stored(graph.nodes[index].inputs[0]), found)
@@ -161,6 +167,26 @@ class Schedule:
                 steps[i] = NumpyStep(operation.node, last)
         return steps
 
+    def _within(self) -> dict[str, str]:
+        quantization = self.graph.quantization
+        writers = {name: operation for operation in self.operations for name in operation.writes}
+        reads = Counter(name for operation in self.operations for name in operation.reads)
+        found = {}
+        for operation in self.operations:
+            node, out = operation.node, operation.writes[0]
+            if node.op != "Concat" or out not in quantization or node.attributes["axis"] != 1:
+                continue
+            for name in operation.reads:
+                writer = writers[name].node
+                # With one quantization, a copy would be all that is left to do.
+                if (
+                    reads[name] == 1
+                    and quantization[name] == quantization[out]
+                    and OPERATORS[writer.op].writes_within
+                ):
+                    found[name] = out
+        return found
+
     def _needed(self, values: frozenset[str]) -> list[tuple[int, Node]]:
         """List the nodes to be run, with their positions, in order."""
         fused = {node.outputs[0] for node in self.lookups.values()}
@@ -189,6 +215,8 @@ class Schedule:
         outside = set(channels_first)
         for index, node in nodes:
             names = {self.origin(name) for name in node.inputs if name}
+            if node.outputs[0] in self._views:
+                continue
             if node.is_onnx:
                 channels_first |= names
                 if not self._is_native(index, node):
@@ -198,6 +226,7 @@ class Schedule:
             else:
                 names = {self.root(name) for name in node.inputs}
                 self.native |= {name for name in names if not graph.is_code(name)}
+        channels_first |= {self.origin(name) for name in self.native.intersection(self._views)}
         given = {info.name for info in graph.inputs}
         operations: list[Operation] = []
 
@@ -239,6 +268,7 @@ class Schedule:
                 continue
             operations.append(Operation(index, node, "packed", reads, (channels_last(out),)))
             self.native.add(out)
+            self.outside |= outside & {channels_last(out)}
             if out in channels_first:
                 convert(index, node, out, "to_channels_first")
         return operations
