@@ -94,9 +94,9 @@ class Places:
                     self.array(name).fill(geometry.zero_point)
         for name, (whole, channel) in self._parts(schedule).items():
             place = self.found[whole]
-            data, *values = place.values
+            data, rest = place.values[0], place.values[1:]
             self.found[name] = Place(
-                place.geometry, place.offset + channel, (data + channel, *values)
+                place.geometry, place.offset + channel, (data + channel, *rest)
             )
 
     def array(self, name: str) -> np.ndarray:

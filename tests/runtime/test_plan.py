@@ -162,6 +162,50 @@ def test_what_a_concat_joins_is_computed_where_it_wants_it(small, kernels, monke
         assert np.array_equal(session.run(x), expected)
 
 
+def ends_in_floats():
+    """A convolution to float32, which is read channels last and is an output as well."""
+    rng = np.random.default_rng(7)
+    q = {"x": Quantization(0.3, 7, 8)}
+    weights = random_weights(rng, (5, 3, 3, 4), 4, 0.15, 0)
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("Conv", "c", ["x"], ["f"], {"pads": [1] * 4}, weights),
+        Node("GlobalAveragePool", "p", ["f"], ["pooled"]),
+        Node("Flatten", "n", ["pooled"], ["flat"]),
+    ]
+    graph = build(nodes, q, {"input": (2, 4, 5, 6)}, "f")
+    graph.outputs += [
+        ValueInfo("flat", (2, 5), (2, 5)),
+        ValueInfo("pooled", (2, 5, 1, 1), (2, 5, 1, 1)),
+    ]
+    return graph
+
+
+@pytest.mark.parametrize("cached", [0, 4000, 2**30])
+@pytest.mark.parametrize("make", [chain, joined, ends_in_floats])
+def test_a_batch_may_be_cut_into_groups(make, cached, monkeypatch):
+    graph = make()
+    for infos in (graph.inputs, graph.outputs):
+        infos[:] = [dataclasses.replace(i, shape=("N", *i.shape[1:])) for i in infos]
+    validate(graph)
+    (info,) = graph.inputs
+    monkeypatch.setattr(planner, "_CACHED", cached)
+    session, reference = Session(graph, threads=2), Session(graph, threads=1, kernels="reference")
+    found = set()
+    for batch in (1, 6, 7):
+        x = np.random.default_rng(batch).normal(0, 30, (batch, *info.shape[1:])).astype(np.float32)
+        plan = session._plan(session._arrays(x))
+        found.add(len(plan.program) // len(plan.steps))
+        expected = reference.trace_codes(x)
+        for _ in range(2):
+            y = session.run(x)
+            for name, value in y.items() if isinstance(y, dict) else [(graph.outputs[0].name, y)]:
+                np.testing.assert_array_equal(value, expected[name])
+        assert len(session.profile(x, 1)) == len({s.node.name for s in plan.steps})
+    assert (1 in found) and (cached == 2**30) == (max(found) == 1)
+    assert cached != 0 or found == {1, 6, 7}
+
+
 def of_any_size(graph):
     """Let the pictures of a graph have any size."""
     (info,) = graph.inputs
