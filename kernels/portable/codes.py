@@ -799,13 +799,18 @@ def _quantize(arguments, first_part, end_part, parts, slot):
     part = carray(as_pointer(a.scratch + np.uintp(slot * size)), size, np.uint8)
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
     scale, zero_point, top = a.scale, np.float32(a.zero_point), np.float32(a.top)
-    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    # Pixels of a column that nothing lies beside follow each other as those of a row do.
+    column = a.width == 1 and a.y.w == 1
+    across = _ROW_PART if column else a.width
+    down = (a.height + across - 1) // across if column else a.height
+    begin, end = share(a.n * down, first_part, end_part, parts)
     for item in range(begin, end):
-        n, i = item // a.height, item % a.height
-        p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
-        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
-        for j in range(np.uintp(0), np.uintp(a.width), part_size):
-            count = min(part_size, np.uintp(a.width) - j)
+        n, i = item // down, item % down
+        p = np.uintp(n) * channels * plane + np.uintp(i * across)
+        q = pixel_at(a.y, n, a.y.top + (i * across if column else i), a.y.left)
+        width = np.uintp(min(across, a.height - i * across) if column else a.width)
+        for j in range(np.uintp(0), width, part_size):
+            count = min(part_size, width - j)
             for c in range(channels):
                 for k in range(count):
                     v = x[p + c * plane + j + k]
