@@ -51,12 +51,13 @@ def turned_back(
     """
     sources: dict[str, str] = {}  # of views, by their names
     result = {}
+    # These may need a border around what they read.
+    packed = {name for node in graph.nodes if not node.is_onnx for name in node.inputs}
     for index, node in enumerate(graph.nodes):
         if not node.is_onnx:
-            # Others may need a border around it.
-            onnx_only = all(n.is_onnx for n in graph.nodes if node.outputs[0] in n.inputs)
-            if onnx_only and not graph.is_code(node.outputs[0]):
-                sources[node.outputs[0]] = node.outputs[0]
+            out = node.outputs[0]
+            if out not in packed and not graph.is_code(out):
+                sources[out] = out
             continue
         source = sources.get(node.inputs[0]) if node.inputs else None
         if source is None or index not in made:
