@@ -310,7 +310,7 @@ class Session:
                 pieces.append((part.node, numpy_name(part.node.op), part))
                 continue
             for index in range(part.start, part.stop):
-                step = plan.steps[index]
+                step = plan.steps[index % len(plan.steps)]
                 pieces.append((step.node, step.kernel.name, slice(index, index + 1)))
         seconds = np.empty((repeat, len(pieces)))
         for run in range(repeat):

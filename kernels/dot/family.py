@@ -73,11 +73,28 @@ def _supports(tile: Microkernel, layer: Layer) -> bool:
     return fits and layer.is_depthwise == (tile.kind == "depthwise")
 
 
+def _single(tile: Microkernel) -> Microkernel | None:
+    """Return the twin of a microkernel that takes a single pixel, if there is one."""
+    return MICROKERNELS.get(replace(tile, pixels=1).name)
+
+
 def _cost(tile: Microkernel, layer: Layer) -> float:
-    """Channels computed, those beyond the last included; the larger of two equal blocks."""
-    channels = layer.weights.shape[0] // layer.group
-    padded = -(-channels // tile.channels) * tile.channels - tile.channels / 1000
-    return padded * (2 if tile.kind == "wide" else 1)
+    """Channels of the widest byte dot products that take as long, for a pixel; from measurements.
+
+    Channels and pixels that are computed beyond the last count as others do. Single pixels wait for
+    the latency of products where these are few; what goes through spare memory costs more.
+    """
+    channels, pixels = layer.weights.shape[0] // layer.group, max(layer.pixels, 1)
+    full, left = divmod(pixels, tile.pixels)
+    slots = float(tile.pixels * (full + (left > 0)))
+    if channels < tile.channels:
+        slots *= 1.5
+    elif 3 * left <= tile.pixels and _single(tile) is not None:
+        waits = tile.kind == "dot" and tile.vectors < 4
+        slots = tile.pixels * full + left * (4 / tile.vectors if waits else 1)
+    padded = -(-channels // tile.channels) * tile.channels
+    # The larger a block, the fewer loads.
+    return padded * tile.price * slots / pixels * (1 + 0.05 / tile.vectors)
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:
@@ -109,7 +126,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     ]  # fmt: skip
 
     start = np.where(rows < 0, 0, -layer.offset[rows] - begun)
-    single = MICROKERNELS.get(replace(tile, pixels=1).name)
+    single = _single(tile)
     return _PackedTiles(
         {
             "weights": stream,

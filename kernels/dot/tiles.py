@@ -85,6 +85,11 @@ CHUNK_WEIGHTS = 16384
 # Bytes of codes of one transformed tile and position that lie side by side for "winograd_dot".
 RUN = 64
 
+# Of a step, for each vector.
+_INSTRUCTIONS = {
+    "pair": 2, "dot": 1, "wide": 4, "depthwise": 2, "winograd": 2, "winograd_dot": 1, "rows": 1
+}  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Microkernel:
@@ -119,6 +124,14 @@ class Microkernel:
     def sums_in_int16(self) -> bool:
         """Whether sums must be flushed to int32 in time."""
         return self.kind in ("pair", "depthwise", "winograd")
+
+    @property
+    def price(self) -> float:
+        """How long a step takes for a channel, in steps of "dot" on registers of 64 bytes.
+
+        Registers half as large take more than half the time each on some machines, on others not.
+        """
+        return _INSTRUCTIONS[self.kind] * (64 / self.isa.vector) ** 0.5
 
     @property
     def available(self) -> bool:

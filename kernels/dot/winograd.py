@@ -116,7 +116,7 @@ def _cost(tile: Microkernel, layer: Layer) -> float:
     input channels there are, and the transform of codes the more the fewer output channels.
     """
     computed = first_channels(tile.channels, layer).size * tile.channels
-    return computed * (0.47 + 8 / layer.weights.shape[3]) + 3
+    return tile.price * (computed * (0.47 + 8 / layer.weights.shape[3]) + 3)
 
 
 def _cost_dot(tile: Microkernel, layer: Layer) -> float:
@@ -127,7 +127,7 @@ def _cost_dot(tile: Microkernel, layer: Layer) -> float:
     channels = layer.weights.shape[3]
     computed = first_channels(tile.channels, layer).size * tile.channels
     beyond = 1 + 2 / max(layer.pixels, 1) ** 0.5
-    return beyond * (computed * (0.47 + 2.4 / channels) + 1 + 130 / channels)
+    return tile.price * beyond * (computed * (0.47 + 2.4 / channels) + 1 + 130 / channels)
 
 
 def _pack(tile: Microkernel, layer: Layer) -> Packed:

@@ -10,12 +10,16 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from logshift.kernels import records
 from logshift.kernels.activation import PRELU, activated
 from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed
+from logshift.kernels.machine.emit import Emitter, i8, i32
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
 from logshift.kernels.portable.moves import move_pixels
@@ -360,11 +364,42 @@ def _raise_to_taps(y, q, x, p, step, taps, channels):
             p += step
 
 
+_WIDE, _NARROW = 64, 16  # channels whose largest codes are found together
+
+
+def _write_largest(lanes):
+    """Return what writes the largest codes of so many channels of some pixels to an address."""
+
+    @intrinsic
+    def write(typingctx, x, row_step, rows, column_step, columns, target):
+        def codegen(context, builder, signature, args):
+            x, row_step, rows, column_step, columns, target = args
+            e, kind = Emitter(builder), ir.VectorType(i8, lanes)
+            largest = cgutils.alloca_once_value(builder, e.constant(0, kind))
+            with cgutils.for_range(builder, rows) as row:
+                begin = builder.add(x, builder.mul(row.index, row_step))
+                with cgutils.for_range(builder, columns) as column:
+                    place = builder.add(begin, builder.mul(column.index, column_step))
+                    codes, held = e.load(place, kind, 1), builder.load(largest)
+                    higher = builder.icmp_unsigned(">", codes, held)
+                    builder.store(builder.select(higher, codes, held), largest)
+            e.store(builder.load(largest), target, 1)
+            return context.get_dummy_value()
+
+        return types.void(x, row_step, rows, column_step, columns, target), codegen
+
+    return write
+
+
+_write_largest_wide, _write_largest_narrow = _write_largest(_WIDE), _write_largest(_NARROW)
+
+
 @register("pool_max", "portable", POOL)
 def _pool_max(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
-    channels = np.uintp(a.channels)
+    channels, wide, narrow = np.uintp(a.channels), np.uintp(_WIDE), np.uintp(_NARROW)
+    row_step, column_step = a.dilation_h * a.x.w * a.x.c, a.dilation_w * a.x.c
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
@@ -374,9 +409,23 @@ def _pool_max(arguments, first_part, end_part, parts, slot):
             column0 = a.column0 + j * a.stride_w
             kx0, kx1 = taps_within(a.low_w, a.high_w, column0, a.dilation_w, a.kernel_w)
             q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
+            column = column0 + kx0 * a.dilation_w
+            if channels >= narrow:
+                p = a.x.data + pixel_at(a.x, n, row0 + ky0 * a.dilation_h, column)
+                lanes = wide if channels >= wide else narrow
+                for first in range(np.uintp(0), channels, lanes):
+                    c = min(first, channels - lanes)  # the last ones overlap others
+                    if lanes == wide:
+                        _write_largest_wide(
+                            p + c, row_step, ky1 - ky0, column_step, kx1 - kx0, a.y.data + q + c
+                        )
+                    else:
+                        _write_largest_narrow(
+                            p + c, row_step, ky1 - ky0, column_step, kx1 - kx0, a.y.data + q + c
+                        )
+                continue
             for c in range(channels):
                 y[q + c] = 0
-            column = column0 + kx0 * a.dilation_w
             for ky in range(ky0, ky1):
                 p = pixel_at(a.x, n, row0 + ky * a.dilation_h, column)
                 _raise_to_taps(y, q, x, p, a.dilation_w * a.x.c, kx1 - kx0, channels)
@@ -621,7 +670,48 @@ def _fill(arguments, first_part, end_part, parts, slot):
             y[q + j] = value
 
 
-@register("resize", "portable", RESIZE)
+_LANES = 16  # channels that are interpolated together
+
+
+@njit(error_model="numpy")
+def _between_rows(x, p0, p1, v0, v1, count, row):
+    """Interpolate between contiguous elements of two rows, from p0 and p1 on."""
+    p0, p1 = np.uintp(p0), np.uintp(p1)
+    for k in range(np.uintp(count)):
+        row[k] = np.int32(v0 * np.int32(x[p0 + k])) + np.int32(v1 * np.int32(x[p1 + k]))
+
+
+@njit(inline="always")
+def _between(left, right, u0, u1):
+    """Interpolate between two sums that `_between_rows` made."""
+    return np.uint8(np.int32(u0 * left + u1 * right + 2**21) >> np.int32(22))
+
+
+@intrinsic
+def _vector_between(typingctx, left, right, u0, u1, target):
+    """Do so with `_LANES` sums from two addresses on, and write them to a third."""
+
+    def codegen(context, builder, signature, args):
+        left, right, u0, u1, target = args
+        e, kind = Emitter(builder), ir.VectorType(i32, _LANES)
+        parts = [
+            builder.mul(e.load(address, kind, 4), e.splat(weight, kind))
+            for address, weight in ((left, u0), (right, u1))
+        ]
+        acc = builder.add(builder.add(*parts), e.constant(2**21, kind))
+        codes = builder.trunc(builder.ashr(acc, e.constant(22, kind)), ir.VectorType(i8, _LANES))
+        e.store(codes, target, 1)
+        return context.get_dummy_value()
+
+    return types.void(left, right, u0, u1, target), codegen
+
+
+def _resize_scratch(record):
+    """Bytes of a row of sums; the products by rows and by columns are exact in any order."""
+    return 4 * record["x"]["w"] * record["channels"] if record["linear"] else 0
+
+
+@register("resize", "portable", RESIZE, scratch=_resize_scratch)
 def _resize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = codes(a.x).ravel(), codes(a.y).ravel()
@@ -631,29 +721,37 @@ def _resize(arguments, first_part, end_part, parts, slot):
     column0 = carray(as_pointer(a.column_index0), a.width, np.int64)
     column1 = carray(as_pointer(a.column_index1), a.width, np.int64)
     column_weight = carray(as_pointer(a.column_weight), a.width, np.int64)
-    channels = np.uintp(a.channels)
+    channels, lanes = np.uintp(a.channels), np.uintp(_LANES)
+    scratch = a.scratch + np.uintp(slot * a.scratch_size)
+    row = carray(as_pointer(scratch), a.scratch_size // 4, np.int32)
+    used = column1[a.width - 1] + 1  # columns of x
     begin, end = share(a.n * a.height, first_part, end_part, parts)
     for item in range(begin, end):
         n, i = item // a.height, item % a.height
-        v1 = np.int32(row_weight[i])
-        v0 = np.int32(2048) - v1
-        for j in range(a.width):
-            u1 = np.int32(column_weight[j])
-            u0 = np.int32(2048) - u1
-            w00, w01, w10, w11 = v0 * u0, v0 * u1, v1 * u0, v1 * u1
-            p00 = pixel_at(a.x, n, a.x.top + row0[i], a.x.left + column0[j])
-            q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
-            if not a.linear:
+        p = pixel_at(a.x, n, a.x.top + row0[i], a.x.left)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
+        if not a.linear:
+            for j in range(a.width):
+                p_j = p + np.uintp(column0[j]) * channels
                 for c in range(channels):
-                    y[q + c] = x[p00 + c]
-                continue
-            p01 = pixel_at(a.x, n, a.x.top + row0[i], a.x.left + column1[j])
-            p10 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left + column0[j])
-            p11 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left + column1[j])
-            for c in range(channels):
-                acc = np.int32(w00 * np.int32(x[p00 + c]) + w01 * np.int32(x[p01 + c]))
-                acc += np.int32(w10 * np.int32(x[p10 + c]) + w11 * np.int32(x[p11 + c]))
-                y[q + c] = np.uint8((acc + np.int32(2**21)) >> np.int32(22))
+                    y[q + c] = x[p_j + c]
+                q += np.uintp(a.y.c)
+            continue
+        v0, v1 = np.int32(2048 - row_weight[i]), np.int32(row_weight[i])
+        p1 = pixel_at(a.x, n, a.x.top + row1[i], a.x.left)
+        _between_rows(x, p, p1, v0, v1, used * a.channels, row)
+        for j in range(a.width):
+            u0, u1 = np.int32(2048 - column_weight[j]), np.int32(column_weight[j])
+            left, right = np.uintp(column0[j]) * channels, np.uintp(column1[j]) * channels
+            for c in range(channels if channels < lanes else np.uintp(0)):
+                y[q + c] = _between(row[left + c], row[right + c], u0, u1)
+            for first in range(np.uintp(0), channels if channels >= lanes else np.uintp(0), lanes):
+                c = min(first, channels - lanes)  # the last ones overlap others
+                _vector_between(
+                    scratch + (left + c) * np.uintp(4), scratch + (right + c) * np.uintp(4),
+                    u0, u1, a.y.data + q + c,
+                )  # fmt: skip
+            q += np.uintp(a.y.c)
 
 
 @njit(error_model="numpy")
@@ -709,13 +807,18 @@ def _quantize(arguments, first_part, end_part, parts, slot):
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
     step = np.uintp(a.y.c)
     scale, zero_point, top = a.scale, np.float32(a.zero_point), np.float32(a.top)
-    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    # Pixels of a column that nothing lies beside follow each other as those of a row do.
+    column = a.width == 1 and a.y.w == 1
+    across = _ROW_PART if column else a.width
+    down = (a.height + across - 1) // across if column else a.height
+    begin, end = share(a.n * down, first_part, end_part, parts)
     for item in range(begin, end):
-        n, i = item // a.height, item % a.height
-        p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
-        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
-        for j in range(np.uintp(0), np.uintp(a.width), part_size):
-            count = min(part_size, np.uintp(a.width) - j)
+        n, i = item // down, item % down
+        p = np.uintp(n) * channels * plane + np.uintp(i * across)
+        q = pixel_at(a.y, n, a.y.top + (i * across if column else i), a.y.left)
+        width = np.uintp(min(across, a.height - i * across) if column else a.width)
+        for j in range(np.uintp(0), width, part_size):
+            count = min(part_size, width - j)
             for c in range(channels):
                 for k in range(count):
                     v = x[p + c * plane + j + k]

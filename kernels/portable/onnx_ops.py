@@ -215,8 +215,8 @@ def _raise_columns(x, p, columns, count, step, top):
 
 
 @njit(error_model="numpy")
-def _softmax_row(x, y, p, count, top):
-    """Softmax of contiguous elements, from p on."""
+def _raise_row(x, y, p, count, top):
+    """Write e to the power of contiguous elements, from p on, less the largest of them."""
     # The largest may be looked for in any order.
     top[:_LANES] = -np.inf
     _raise_columns(x, p, _LANES, count // _LANES, _LANES, top)
@@ -225,15 +225,32 @@ def _softmax_row(x, y, p, count, top):
     largest = top[0]
     for j in range(1, _LANES):
         largest = maximum(top[j], largest)
-    p, count, zero = np.uintp(p), np.uintp(count), np.float32(0)
-    for i in range(count):
+    p, zero = np.uintp(p), np.float32(0)
+    for i in range(np.uintp(count)):
         y[p + i] = onnx_exp(x[p + i] - largest, zero, zero)
-    total = 0.0
+
+
+@njit(error_model="numpy")
+def _softmax_rows(x, y, p, rows, count, top):
+    """Softmax of up to four rows of contiguous elements, from p on."""
+    for row in range(rows):
+        _raise_row(x, y, p + row * count, count, top)
+    # A sum's additions wait for each other, those of other rows need not wait for them.
+    p0, p1 = np.uintp(p), np.uintp(p + min(1, rows - 1) * count)
+    p2, p3 = np.uintp(p + min(2, rows - 1) * count), np.uintp(p + (rows - 1) * count)
+    total0 = total1 = total2 = total3 = 0.0
+    count = np.uintp(count)
     for i in range(count):
-        total += np.float64(y[p + i])
-    divisor = np.float32(total)
-    for i in range(count):
-        y[p + i] /= divisor
+        total0 += np.float64(y[p0 + i])
+        total1 += np.float64(y[p1 + i])
+        total2 += np.float64(y[p2 + i])
+        total3 += np.float64(y[p3 + i])
+    totals = (total0, total1, total2, total3)
+    for row in range(rows):
+        divisor = np.float32(total3 if row == rows - 1 else totals[row])
+        for i in range(count):
+            y[p0 + i] /= divisor
+        p0 += count
 
 
 @njit(error_model="numpy")
@@ -267,14 +284,14 @@ def _softmax(arguments, first_part, end_part, parts, slot):
     top = carray(as_pointer(scratch + np.uintp(8 * _COLUMNS)), _COLUMNS, np.float32)
     blocks = (a.width + _COLUMNS - 1) // _COLUMNS
     begin, end = share(a.n * blocks, first_part, end_part, parts)
+    if a.width == 1:
+        for n in range(begin, end, 4):
+            _softmax_rows(x, y, n * a.height, min(4, end - n), a.height, top)
+        return
     for item in range(begin, end):
         n, first = item // blocks, item % blocks * _COLUMNS
-        p = n * a.height * a.width + first
-        if a.width == 1:
-            _softmax_row(x, y, p, a.height, top)
-        else:
-            columns = min(_COLUMNS, a.width - first)
-            _softmax_columns(x, y, p, columns, a.height, a.width, top, total)
+        p, columns = n * a.height * a.width + first, min(_COLUMNS, a.width - first)
+        _softmax_columns(x, y, p, columns, a.height, a.width, top, total)
 
 
 # --- products ------------------------------------------------------------------------------------

@@ -321,7 +321,7 @@ def _fill(arguments, first_part, end_part, parts, slot):
 # index0/index1 (int64) and weight1 (int64, of 2048) per output row, then per output column
 RESIZE = record(
     **OUTPUT, linear=INT, row_index0=ADDRESS, row_index1=ADDRESS, row_weight=ADDRESS,
-    column_index0=ADDRESS, column_index1=ADDRESS, column_weight=ADDRESS,
+    column_index0=ADDRESS, column_index1=ADDRESS, column_weight=ADDRESS, **SCRATCH,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ tensors are float32, not empty, and of known shapes. NumPy does the rest, see `n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,37 @@ def calls(graph: Graph, found: Inference) -> dict[int, tuple[Call, ...]]:
         made = build(_Node(graph, node, found))
         if made is not None:
             result[index] = tuple(made)
+    return result
+
+
+def turned_back(
+    graph: Graph, found: Inference, made: Mapping[int, tuple[Call, ...]]
+) -> dict[int, str]:
+    """Return which Transposes give the bytes of a packed operator's output, as that is stored.
+
+    That is channels last, and what a converted MatMul is followed by.
+
+    Returns
+    -------
+    dict of a node's position to the name of that operator's output
+    """
+    sources: dict[str, str] = {}  # of views, by their names
+    result = {}
+    # These may need a border around what they read.
+    packed = {name for node in graph.nodes if not node.is_onnx for name in node.inputs}
+    for index, node in enumerate(graph.nodes):
+        if not node.is_onnx:
+            out = node.outputs[0]
+            if out not in packed and not graph.is_code(out):
+                sources[out] = out
+            continue
+        source = sources.get(node.inputs[0]) if node.inputs else None
+        if source is None or index not in made:
+            continue
+        if not made[index]:
+            sources[node.outputs[0]] = source
+        elif node.op == "Transpose" and _is_channels_last(_Node(graph, node, found), source):
+            result[index] = source
     return result
 
 
@@ -141,17 +172,34 @@ def _view(n: _Node) -> list[Call]:
     return []
 
 
+def _order(n: _Node) -> list[int] | None:
+    """Return which axis of its input each axis of a Transpose's output is."""
+    rank = len(n.shape(n.x))
+    order = n.get("perm", [*range(rank)][::-1])
+    return [axis % rank for axis in order] if isinstance(order, list) else None
+
+
 def _transpose(n: _Node) -> list[Call] | None:
-    shape, steps = n.shape(n.x), _contiguous(n.shape(n.x))
-    order = n.get("perm", [*range(len(shape))][::-1])
-    if not isinstance(order, list):
+    shape, steps, order = n.shape(n.x), _contiguous(n.shape(n.x)), _order(n)
+    if order is None:
         return None
-    order = [axis % len(shape) for axis in order]
     moved = [axis for axis in order if shape[axis] != 1]
     if moved == sorted(moved):
         return []
     whole = n.shape(n.y)
     return [_move(n.x, n.y, whole, [steps[axis] for axis in order], 0, _contiguous(whole))]
+
+
+def _is_channels_last(n: _Node, source: str) -> bool:
+    """Whether a Transpose of a view of a tensor gives the bytes of that, channels last."""
+    shape, whole = n.shape(n.x), n.shape(source)
+    sizes = [size for size in whole if size != 1]
+    if len(whole) != 4 or sizes != [size for size in shape if size != 1]:
+        return False
+    last = [axis for axis in (0, 2, 3, 1) if whole[axis] != 1]
+    places = iter(axis for axis, size in enumerate(whole) if size != 1)
+    axis_of = {axis: next(places) for axis, size in enumerate(shape) if size != 1}
+    return [axis_of[axis] for axis in _order(n) or () if axis in axis_of] == last
 
 
 def _expand(n: _Node) -> list[Call]:

@@ -17,6 +17,10 @@ from logshift.runtime.plan.convolution import Convolution
 from logshift.runtime.plan.program import Plan
 from logshift.runtime.plan.schedule import Schedule
 
+# Bytes of all that a step reads and writes: batches are cut into groups of pictures whose tensors
+# stay in the caches between two steps.
+_CACHED = 2**23
+
 
 class Planner:
     """Plans of one network for any input shapes; keeps what does not depend on these.
@@ -56,7 +60,11 @@ class Planner:
         try:
             calls = compiled.calls(self.graph, found)
             schedule = self._schedule(found, calls, keep_all)
-            return Plan(schedule, found, calls, self.kernel, self.threads)
+            part, groups = found, 1 if keep_all else self._groups(schedule, found)
+            if groups > 1:
+                part = infer(self.graph, {n: (s[0] // groups, *s[1:]) for n, s in shapes.items()})
+                schedule = self._schedule(part, calls, keep_all)
+            return Plan(schedule, part, calls, self.kernel, self.threads, groups)
         except MemoryError:
             raise InputError(
                 "not enough memory for this input size; use a smaller batch or picture"
@@ -68,13 +76,37 @@ class Planner:
             self._kernels[op] = kernel(op, self._family)
         return self._kernels[op]
 
+    def _groups(self, schedule: Schedule, found: Inference) -> int:
+        """Return into how many groups of pictures, one after the other, a batch is cut."""
+        firsts = {info.shape[0] if info.shape else 1 for info in self.graph.inputs}
+        # Packed operators compute every picture by itself.
+        if len(firsts) > 1 or type(*firsts) is int or any(n.is_onnx for n in self.graph.nodes):
+            return 1
+        batch = found.shapes[self.graph.inputs[0].name][0]
+        bytes_of = {
+            name: math.prod(shape) * (1 if self.graph.is_code(name) else 4)
+            for name, shape in found.shapes.items()
+        }
+        for stored, name in schedule.renamed:
+            bytes_of[stored] = bytes_of[name]
+        largest = max(
+            (sum(bytes_of[name] for name in (*o.reads, *o.writes)) for o in schedule.operations),
+            default=0,
+        )
+        counts = [g for g in range(1, batch + 1) if batch % g == 0]
+        groups = next((g for g in counts if largest <= g * _CACHED), batch)
+        # Of small groups, which other numbers of pictures would not need, threads get too little.
+        return groups if 4 * largest >= groups * _CACHED else 1
+
     def _schedule(
         self, found: Inference, calls: dict[int, tuple[Call, ...]], keep_all: bool
     ) -> Schedule:
         """Return the schedule for shapes; they decide about little of it, mostly about nothing."""
         pixels = frozenset(name for name in self._heads if math.prod(found.shapes[name][2:]) == 1)
         views = frozenset(index for index, made in calls.items() if not made)
-        key = frozenset(found.values), pixels, views, frozenset(calls) - views, keep_all
+        turned = {} if keep_all else compiled.turned_back(self.graph, found, calls)
+        moving = frozenset(calls).difference(views, turned)
+        key = frozenset(found.values), pixels, views, moving, frozenset(turned.items()), keep_all
         if key not in self._schedules:
             self._schedules[key] = Schedule(self.graph, self.convolutions, *key)
         return self._schedules[key]

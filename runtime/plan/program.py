@@ -38,7 +38,8 @@ class Step:
     values: list[Any]
     homes: int  # threads that it is worth
     parts: int  # into which each one's share of it may be cut
-    place: int = 0  # of the argument record in the plan's
+    place: int = 0  # of the argument record in the plan's, of the first group's
+    bound: bool = False  # each group has a record of its own
 
 
 class Plan:
@@ -56,10 +57,13 @@ class Plan:
         Chooses the kernel of an operation that is no convolution.
     threads : int
         Largest number of threads that will run it.
+    groups : int
+        The program is run for so many groups of pictures, one after the other; `found` is for one.
+        Above 1 only of a schedule of packed operators.
 
     Attributes
     ----------
-    steps : list of Step
+    steps : list of Step, those of one group
     program : int64 array (steps, 4), see `executor`
     parts : list of slice of the program, or NumpyStep between two of them
     held_bytes : int
@@ -73,8 +77,10 @@ class Plan:
         calls: Mapping[int, tuple[Call, ...]],
         kernel: Callable[[str], Kernel],
         threads: int,
+        groups: int = 1,
     ) -> None:
         self.graph, self.shapes, self.steps = schedule.graph, dict(found.shapes), list[Step]()
+        self._groups = groups
         self.parts: list[slice | NumpyStep] = []
         self._schedule, self._found, self._calls = schedule, found, calls
         self._kernel, self._threads = kernel, threads
@@ -89,6 +95,8 @@ class Plan:
         self._places = Places(schedule, self.shapes)
         self._build()
         self._finish()
+        if groups > 1:  # from here on they are those of all groups
+            self.shapes = {n: (groups * size, *rest) for n, (size, *rest) in self.shapes.items()}
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -137,7 +145,8 @@ class Plan:
         return arrays
 
     def _point(self, name: str, array: np.ndarray) -> None:
-        self._words[self._bound[name]] = array.ctypes.data
+        part = array.nbytes // self._groups
+        self._words[self._bound[name]] = array.ctypes.data + part * np.arange(self._groups)
 
     def run_in_numpy(self, step: NumpyStep, arrays: dict[str, np.ndarray]) -> None:
         """Run an ONNX operator; its results go into `arrays`."""
@@ -277,6 +286,7 @@ class Plan:
             if place is None:
                 n, c, h, w = nchw(self.shapes[origin])
                 tensor: tuple[int, ...] = (0, n, h, w, c, 0, 0)
+                step.bound = True
                 self._bindings.setdefault(origin, []).append((step, form.word[key]))
             else:
                 tensor = place.values
@@ -313,20 +323,28 @@ class Plan:
         end = 0
         for step in self.steps:
             step.place = end
-            end += step.layout.stride
+            end += step.layout.stride * (self._groups if step.bound else 1)
         self._arguments = aligned((end,), np.uint8)
         self._words = self._arguments.view(np.uintp)
         begin, buffer = self._arguments.ctypes.data, self._arguments.data
         program = []
-        for step in self.steps:
-            step.layout.struct.pack_into(buffer, step.place, *step.values)
-            address = begin + step.place
-            program.append((step.kernel.address, address, step.homes, step.parts))
+        for group in range(self._groups):
+            for step in self.steps:
+                place = step.place + step.layout.stride * (group if step.bound else 0)
+                if group == 0 or step.bound:
+                    step.layout.struct.pack_into(buffer, place, *step.values)
+                program.append((step.kernel.address, begin + place, step.homes, step.parts))
         self.program = np.array(program, np.int64).reshape(len(program), 4)
+        if self._groups > 1:
+            self.parts = [slice(0, len(program))]
+        # A row for each place, of all groups in their order.
+        order = np.arange(self._groups)
         self._bound = {
-            name: np.array([step.place // 8 + word for step, word in places])
+            name: np.array([
+                step.place // 8 + word + step.layout.stride // 8 * order for step, word in places
+            ])
             for name, places in self._bindings.items()
-        }
+        }  # fmt: skip
         self._bound_constants = {
             name: np.asarray(self._found.values[name], order="C")
             for name in self._bound

@@ -57,6 +57,7 @@ class Schedule:
     known : names of tensors whose values are known before a run
     pixels : names of float32 outputs of convolutions that are of one pixel
     views, compiled : positions of ONNX operators that cost nothing, and that kernels compute
+    turned : (position, tensor) of Transposes that give the bytes of a tensor stored channels last
     keep_all : bool
         Nothing is fused, and every tensor keeps its bytes to the end.
 
@@ -89,6 +90,7 @@ class Schedule:
         pixels: frozenset[str],
         views: frozenset[int],
         compiled: frozenset[int],
+        turned: frozenset[tuple[int, str]],
         keep_all: bool,
     ) -> None:
         self.graph, self.convolutions = graph, convolutions
@@ -96,6 +98,7 @@ class Schedule:
             node.outputs[0]: node.inputs[0] for node in graph.nodes if _only_renames(node)
         }
         self._views = {self.graph.nodes[i].outputs[0]: self.graph.nodes[i].inputs[0] for i in views}
+        self._views |= {self.graph.nodes[i].outputs[0]: channels_last(x) for i, x in turned}
         self.viewed = {self.origin(name) for name in self._views}
         self._compiled = compiled
         self.keep_all = keep_all
@@ -218,6 +221,8 @@ class Schedule:
         outside = set(channels_first)
         for index, node in nodes:
             names = {self.origin(name) for name in node.inputs if name}
+            if node.outputs[0] in self._views:
+                continue
             if node.is_onnx:
                 channels_first |= names
                 if not self._is_native(index, node):
@@ -227,6 +232,7 @@ class Schedule:
             else:
                 names = {self.root(name) for name in node.inputs}
                 self.native |= {name for name in names if not graph.is_code(name)}
+        channels_first |= {self.origin(name) for name in self.native.intersection(self._views)}
         given = {info.name for info in graph.inputs}
         operations: list[Operation] = []
 
@@ -267,6 +273,7 @@ class Schedule:
                 continue
             operations.append(Operation(index, node, "packed", reads, (channels_last(out),)))
             self.native.add(out)
+            self.outside |= outside & {channels_last(out)}
             if out in channels_first:
                 convert(index, node, out, "to_channels_first")
         return operations

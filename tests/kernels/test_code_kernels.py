@@ -48,6 +48,54 @@ def test_fast_equals_reference_equals_numpy(kind):
     check()
 
 
+@pytest.mark.parametrize("size", [(130, 1), (65, 1), (1, 70), (3, 67)])
+@pytest.mark.parametrize("channels", [3, 7])
+@pytest.mark.parametrize("pads", [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+def test_columns_are_quantized_as_rows_are(size, channels, pads):
+    rng = np.random.default_rng(0)
+    weights = random_weights(rng, (4, 1, 1 + pads[3], channels), 4, 0.15, 0)
+    if pads[0]:
+        weights = random_weights(rng, (4, 2, 1, channels), 4, 0.15, 0)
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("Conv", "conv", ["x"], ["y"], {"pads": pads}, weights),
+    ]
+    graph = build(nodes, {"x": Quantization(0.1, 100, 8)}, {"input": (2, channels, *size)}, "y")
+    inputs = random_inputs(graph)
+    expected = Session(graph, threads=1, kernels="reference").trace_codes(inputs)
+    for threads in (1, 2):
+        session = Session(graph, threads=threads, kernels="portable")
+        assert_same(expected, session.trace_codes(inputs), threads)
+        np.testing.assert_array_equal(session.run(inputs), expected["y"])
+
+
+@pytest.mark.parametrize("channels", [3, 15, 16, 21, 63, 64, 70, 133])
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("MaxPool", {"kernel_shape": [3, 2], "strides": [2, 1], "pads": [1, 1, 2, 0]}),
+        ("MaxPool", {"kernel_shape": [2, 2], "dilations": [2, 3], "pads": [1, 1, 1, 1]}),
+        ("Resize", {"mode": "linear", "sizes": [13, 20]}),
+        ("Resize", {"mode": "linear", "scales": [0.6, 0.7]}),
+        ("Resize", {"mode": "nearest", "scales": [2.0, 2.0]}),
+        ("Slice", {"axes": [2, 3], "starts": [1, 0], "ends": [9, 9], "steps": [2, 3]}),
+    ],
+)
+def test_any_number_of_channels_fits_vectors(op, attributes, channels):
+    q = dict.fromkeys(("x", "y"), Quantization(0.1, 100, 8))
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]), Node(op, "node", ["x"], ["y"], attributes),
+        Node("DequantizeLinear", "d", ["y"], ["z"]),
+    ]  # fmt: skip
+    graph = build(nodes, q, {"input": (2, channels, 7, 8)}, "z")
+    inputs = random_inputs(graph)
+    expected = Session(graph, threads=1, kernels="reference").run(inputs)
+    for threads in (1, 2):
+        np.testing.assert_array_equal(
+            Session(graph, threads=threads, kernels="portable").run(inputs), expected
+        )
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("signs", ["plus", "minus", "pairs", "halves"])
 def test_largest_weights_and_codes_do_not_overflow(bits, signs):

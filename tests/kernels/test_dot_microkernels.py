@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from support.assembly import needs_x86, printed_for
 
+from logshift.kernels import registry
 from logshift.kernels.dot.tiles import MICROKERNELS
+from logshift.kernels.layer import Layer
+from logshift.kernels.stlq.codec import LogWeights
 
 CPUS = {
     "avx512vnni": "icelake-server",
@@ -47,3 +51,32 @@ def test_steps_have_no_more_products_than_they_need(name):
     assert products and len(products) % needed == 0
     others = {"v?pmaddubsw", "vpdpbusd"} - {instruction}
     assert not any(re.search(rf"\b{other}\s", assembly) for other in others)
+
+
+AVX512, AVX2 = ("avx512vnni", "avx2", "ssse3"), ("avx2", "ssse3")
+
+
+@pytest.mark.parametrize(
+    ("sets", "out", "pixels", "chosen"),
+    [
+        (AVX512, 64, 3136, "avx512vnni-6x64"),
+        (AVX512, 512, 49, "avx512vnni-6x64"),  # 28 pixels would leave 7
+        (AVX512, 96, 2704, "avx512vnni-14x32"),
+        (AVX512, 24, 2704, "avx512vnni-28x16"),  # blocks that overlap, not another's full ones
+        (AVX512, 8, 2704, "avx2-12x8"),
+        (AVX512, 1000, 1, "avx512vnni-6x64"),  # sums that do not wait for each other
+        (AVX2, 64, 3136, "avx2-6x16"),
+        (AVX2, 24, 2704, "avx2-12x8"),
+        (AVX2, 4, 2704, "ssse3-12x4"),
+    ],
+)
+def test_the_tile_that_wastes_least_is_chosen(sets, out, pixels, chosen):
+    first = np.random.default_rng(0).integers(0, 16, (out, 1, 1, 64), np.uint8)
+    m = np.ones(out, np.float32)
+    weights = LogWeights(first, np.zeros_like(first), m, 4)
+    layer = Layer(weights, 1, (1, 1), (1, 1), 8, 0, m, m, pixels)
+    candidates = [
+        k for k in registry.kernels()
+        if k.op == "conv" and k.family == "dot" and k.variant.startswith(sets) and k.supports(layer)
+    ]  # fmt: skip
+    assert min(candidates, key=lambda k: k.cost(layer)).variant == chosen

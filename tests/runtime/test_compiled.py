@@ -316,7 +316,7 @@ def test_softmax(shape, seed, data):
           compare=near)  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(1, 1000), (1, 16, 4, 130), (3, 5, 200)])
+@pytest.mark.parametrize("shape", [(1, 1000), (1, 16, 4, 130), (3, 6, 200)])
 @pytest.mark.parametrize("axis", [1, -1])
 def test_softmax_of_many(shape, axis):
     check("Softmax", 10 * floats(shape), axis=axis, compare=near)
@@ -341,6 +341,36 @@ def backbone(rng):
         Node("Conv", "conv", ["c"], ["features"], {"pads": [1] * 4}, weights),
     ]
     return nodes, {"c": Quantization(0.05, 120, 8)}
+
+
+@pytest.mark.parametrize("width", [1, 5])
+@pytest.mark.parametrize("reader", ["Neg", "Cast", "Identity", "Add"])
+@pytest.mark.parametrize("first_too", [False, True])
+def test_a_transpose_of_what_lies_channels_last_costs_nothing(width, reader, first_too):
+    nodes, quantization = backbone(np.random.default_rng(0))
+    x, perm, constants = "features", [0, 2, 3, 1], {"i": ints(1)}
+    if width == 1:
+        nodes.append(node("Squeeze", ["features", "axis"], "s"))
+        x, perm, constants = "s", [0, 2, 1], {"axis": ints(3)}
+    nodes.append(node("Transpose", [x], "t", perm=perm))
+    attributes = {"to": 1} if reader == "Cast" else {}  # which NumPy does
+    nodes.append(node(reader, ["t", "t"] if reader == "Add" else ["t"], "y", **attributes))
+    inputs = {"x": floats((2, 4, 6, width))}
+    outputs = ["y", "t", x] if first_too else ["y"]
+    graph = network(nodes, inputs, outputs, constants, quantization=quantization)
+    session = Session(graph, threads=1)
+    for _ in range(2):
+        found = session.run(inputs) if first_too else {"y": session.run(inputs)}
+        traced = session.trace_codes(inputs)
+        turned = traced[x].transpose(perm)
+        expected = {"Neg": -turned, "Add": turned + turned}.get(reader, turned)
+        for name, y in zip(outputs, (expected, turned, traced[x]), strict=False):
+            np.testing.assert_array_equal(found[name], y)
+    ops = [step.kernel.op for step in session._plan(inputs).steps]
+    assert "onnx_move" not in ops
+    assert ("to_channels_first" in ops) == first_too
+    if reader != "Cast":
+        run(graph, inputs)
 
 
 def test_a_classifier_is_one_program():
