@@ -159,48 +159,6 @@ def test_a_border_is_written_at_every_run_only_where_others_use_its_bytes(monkey
     assert fills(2**30) == 0
 
 
-def joined(size=9):
-    """Convolutions, a pooling, a resizing and a slice that a Concat joins, and what is copied."""
-    rng = np.random.default_rng(6)
-    q = dict.fromkeys(("t", "a", "b", "m", "z", "s", "j", "y"), Quantization(0.3, 7, 8))
-    q["other"] = Quantization(0.25, 9, 8)
-
-    def conv(x, y, k, channels, out, **attributes):
-        weights = random_weights(rng, (out, k, k, channels), 4, 0.15, 0)
-        return Node("Conv", y, [x], [y], {"pads": [k // 2] * 4, **attributes}, weights)
-
-    half = {"strides": [2, 2]}
-    nodes = [
-        Node("QuantizeLinear", "q", ["input"], ["t"]),
-        conv("t", "a", 3, 8, 24), conv("a", "b", 1, 24, 5), conv("a", "other", 3, 24, 3),
-        Node("MaxPool", "m", ["t"], ["m"], {"kernel_shape": [3, 3], "pads": [1] * 4}),
-        conv("a", "small", 3, 24, 7, **half),
-        Node("Resize", "z", ["small"], ["z"], {"mode": "linear", "sizes": [size, size]}),
-        Node("Slice", "s", ["a"], ["s"],
-             {"axes": [1], "starts": [2], "ends": [5], "steps": [1]}),
-        Node("Concat", "j", ["b", "a", "m", "other", "z", "s"], ["j"], {"axis": 1}),
-        conv("j", "y", 3, 5 + 24 + 8 + 3 + 7 + 3, 8),
-        Node("DequantizeLinear", "d", ["y"], ["out"]),
-    ]  # fmt: skip
-    q["small"] = q["z"]
-    return build(nodes, q, {"input": (2, 8, size, size)}, "out")
-
-
-@pytest.mark.parametrize("small", SMALL)
-@pytest.mark.parametrize("kernels", ["auto", "portable", "shift", "reference"])
-def test_what_a_concat_joins_is_computed_where_it_wants_it(small, kernels, monkeypatch):
-    graph = joined()
-    x = random_inputs(graph)
-    expected = Session(graph, threads=1, kernels="reference").trace(x)["out"]
-    monkeypatch.setattr(place, "_SMALL", small)
-    session = Session(graph, threads=2, kernels=kernels)
-    plan = session._plan(session._arrays(x))
-    copies = [step.node.name for step in plan.steps if step.kernel.op == "copy"]
-    assert copies == ["s", "j", "j"]  # of what others read too, and of another quantization
-    for _ in range(2):
-        assert np.array_equal(session.run(x), expected)
-
-
 def ends_in_floats():
     """A convolution to float32, which is read channels last and is an output as well."""
     rng = np.random.default_rng(7)
