@@ -39,7 +39,7 @@ OTHERS = {
     "add": ("Add", {}, 2, (64, 14, 14)),
     "multiply": ("Mul", {}, 2, (64, 14, 14)),
     "gather": ("Gather", {"indices": list(range(63, -1, -1))}, 1, (64, 14, 14)),
-    "copy": ("Concat", {"axis": 2}, 2, (128, 14, 14)),
+    "copy": ("Concat", {"axis": 2}, 2, (64, 28, 14)),
     "resize": ("Resize", {"mode": "linear", "scales": [2.0, 2.0]}, 1, (64, 28, 28)),
     "depth_to_space": ("DepthToSpace", {"blocksize": 2}, 1, (16, 28, 28)),
 }
