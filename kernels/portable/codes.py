@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from logshift.kernels import records
-from logshift.kernels.activation import PRELU, activated
+from logshift.kernels.activation import HARD_SWISH, PIECEWISE, PRELU, activated
 from logshift.kernels.functions import ROUND
 from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.emit import Emitter, i8, i32
@@ -159,19 +159,35 @@ def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
     # Read once: for all the compiler knows, a store to y may change the record.
     lo, hi, z_r, m_r = a.lo, a.hi, np.float32(a.z_r), a.m_r
     has_residual, float_output = a.has_residual != 0, a.float_output != 0
-    kind, coefficients = a.activation, a.coefficients
-    # Anything but what is multiplied by no slope may lie there.
-    slopes = carray(as_pointer(a.slopes if kind == PRELU else a.b), a.channels, np.float32)
+    if a.activation:
+        _write_activated(a, acc, acc0, m, b, o0, count, y, y0, r, r0)
+        return
     for j in range(np.uintp(count)):
         v = np.float32(acc[acc0 + j]) * m[o0 + j]
         v = v + b[o0 + j]
         if has_residual:
             v = v + (np.float32(r[r0 + j]) - z_r) * m_r
-        v = activated(v, kind, slopes[o0 + j], coefficients)
         if float_output:
             y_float[y0 + j] = min(max(v, lo), hi)
         else:
             y[y0 + j] = _to_code(v, lo, hi)
+
+
+@njit(error_model="numpy")
+def _write_activated(a, acc, acc0, m, b, o0, count, y, y0, r, r0):
+    """Do the same with a function, for which loops are no vectors."""
+    lo, hi, z_r, m_r, kind, coefficients = (
+        a.lo, a.hi, np.float32(a.z_r), a.m_r, a.activation, a.coefficients
+    )  # fmt: skip
+    # Anything but what is multiplied by no slope may lie there.
+    slopes = carray(as_pointer(a.slopes if kind == PRELU else a.b), a.channels, np.float32)
+    for j in range(np.uintp(count)):
+        v = np.float32(acc[acc0 + j]) * m[o0 + j]
+        v = v + b[o0 + j]
+        if a.has_residual:
+            v = v + (np.float32(r[r0 + j]) - z_r) * m_r
+        v = activated(v, kind, slopes[o0 + j], coefficients)
+        y[y0 + j] = _to_code(v, lo, hi)
 
 
 @njit(error_model="numpy")
@@ -489,41 +505,54 @@ def _repeat(source, p, step, own, pixels, channels, row):
         q += channels
 
 
-@njit(inline="always")
-def _function(a):
-    """Kind, slope and coefficients of the function of an operation on two tensors."""
-    slope = (
-        carray(as_pointer(a.slopes), 1, np.float32)[0] if a.activation == PRELU else np.float32(0)
-    )
-    return a.activation, slope, a.coefficients
+def _of_two(value):
+    """Return what computes a run of codes from two, of which `value` makes one before rounding."""
+    inner = njit(inline="always")(value)
+
+    @njit(error_model="numpy")
+    def run(a, x, p, r, s, y, q, count):
+        p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
+        z_x, z_r, m, m_r, b = np.float32(a.z_x), np.float32(a.z_r), a.m, a.m_r, a.b
+        lo, hi, kind, coefficients = a.lo, a.hi, a.activation, a.coefficients
+        # A loop for each kind of function: tests inside would keep the compiler from vectors.
+        if kind == 0:
+            for k in range(count):
+                y[q + k] = _to_code(inner(x[p + k], r[s + k], z_x, z_r, m, m_r, b), lo, hi)
+        elif kind == PRELU:
+            slope = carray(as_pointer(a.slopes), 1, np.float32)[0]
+            for k in range(count):
+                v = activated(
+                    inner(x[p + k], r[s + k], z_x, z_r, m, m_r, b), PRELU, slope, coefficients
+                )
+                y[q + k] = _to_code(v, lo, hi)
+        elif kind == HARD_SWISH:
+            for k in range(count):
+                v = activated(
+                    inner(x[p + k], r[s + k], z_x, z_r, m, m_r, b), HARD_SWISH, hi, coefficients
+                )
+                y[q + k] = _to_code(v, lo, hi)
+        else:
+            for k in range(count):
+                v = activated(
+                    inner(x[p + k], r[s + k], z_x, z_r, m, m_r, b), PIECEWISE, hi, coefficients
+                )
+                y[q + k] = _to_code(v, lo, hi)
+
+    return run
 
 
-@njit(error_model="numpy")
-def _add_run(a, x, p, r, s, y, q, count):
-    p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
-    z_x, z_r, m, m_r = np.float32(a.z_x), np.float32(a.z_r), a.m, a.m_r
-    b, lo, hi = a.b, a.lo, a.hi
-    kind, slope, coefficients = _function(a)
-    for k in range(count):
-        v = (np.float32(x[p + k]) - z_x) * m
-        v = v + b
-        v = v + (np.float32(r[s + k]) - z_r) * m_r
-        v = activated(v, kind, slope, coefficients)
-        y[q + k] = _to_code(v, lo, hi)
+@_of_two
+def _add_run(x, r, z_x, z_r, m, m_r, b):
+    v = (np.float32(x) - z_x) * m
+    v = v + b
+    return v + (np.float32(r) - z_r) * m_r
 
 
-@njit(error_model="numpy")
-def _multiply_run(a, x, p, r, s, y, q, count):
-    p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
-    z_x, z_r, m = np.float32(a.z_x), np.float32(a.z_r), a.m
-    b, lo, hi = a.b, a.lo, a.hi
-    kind, slope, coefficients = _function(a)
-    for k in range(count):
-        v = (np.float32(x[p + k]) - z_x) * (np.float32(r[s + k]) - z_r)
-        v = v * m
-        v = v + b
-        v = activated(v, kind, slope, coefficients)
-        y[q + k] = _to_code(v, lo, hi)
+@_of_two
+def _multiply_run(x, r, z_x, z_r, m, m_r, b):
+    v = (np.float32(x) - z_x) * (np.float32(r) - z_r)
+    v = v * m
+    return v + b
 
 
 @njit(error_model="numpy")

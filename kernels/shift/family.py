@@ -297,7 +297,7 @@ def _join_digits(sums, words):
 
 
 @njit(inline="always", error_model="numpy")
-def _write_codes(a, sums, m, b, slope, r, y, words):
+def _write_codes(a, sums, m, b, slope, is_activated, r, y, words):
     """Requantize: four codes, or residuals, make a word; their sums lie a quarter apart."""
     # Read once: for all the compiler knows, a store to y may change the record.
     lo, hi, z_r, m_r, has_residual = a.lo, a.hi, np.int32(a.z_r), a.m_r, a.has_residual != 0
@@ -309,7 +309,9 @@ def _write_codes(a, sums, m, b, slope, r, y, words):
             byte = np.uint32(8 * q)
             code = residuals >> byte & np.uint32(255)
             t = sums[np.uintp(q) * quarter + i]
-            v = activated(_real(t, m, b, has_residual, code, z_r, m_r), kind, slope, coefficients)
+            v = _real(t, m, b, has_residual, code, z_r, m_r)
+            if is_activated:
+                v = activated(v, kind, slope, coefficients)
             v = min(max(v, lo), hi)
             codes |= np.uint32(np.int32((v + ROUND) - ROUND)) << byte
         y[i] = codes
@@ -351,7 +353,11 @@ def _finish(a, sums, words, digits, o, channel, valid, y, r_row, codes_row):
         slope = np.float32(0)
         if a.activation == PRELU:
             slope = carray(as_pointer(a.slopes), a.channels, np.float32)[o]
-        _write_codes(a, sums, m[o], b[o], slope, r, codes, words)
+        # A loop for each: a test inside would keep the compiler from vectors.
+        if a.activation:
+            _write_codes(a, sums, m[o], b[o], slope, True, r, codes, words)
+        else:
+            _write_codes(a, sums, m[o], b[o], slope, False, r, codes, words)
 
 
 @njit(inline="always", error_model="numpy")
