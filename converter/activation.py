@@ -112,7 +112,7 @@ def _hard_swish(function: Function, size: float) -> Activation | None:
     origin = points[first] - gate[first] * unit
     if not unit > 0:
         return None
-    unit, origin = _plain(unit), _plain(origin)
+    unit, origin = _plain(float(unit)), _plain(float(origin))
     expected = x * np.clip((x - origin) / unit, 0, 1)
     if not (np.abs(y - expected) <= _SAME * np.abs(x)).all():
         return None

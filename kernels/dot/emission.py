@@ -273,7 +273,7 @@ class Emission(Emitter):
             values = [self.least(v, hi) for v in values]
         words = [self.isa.nearest(self, v) for v in values]
         words += words[:1] * (4 - len(words))
-        codes = self.isa.packed(self, words, *[between] * (between is not None))
+        codes = self.isa.packed(self, words, between)
         lo, hi_code = (
             b.bitcast(self.splat(self.field(name, i32), self.int32s), self.bytes)
             for name in ("lo_code", "hi_code")

@@ -86,11 +86,11 @@ class InstructionSet:
         raise NotImplementedError
 
     def packed(
-        self, e: Emitter, words: list[Any], between: Callable[[Any], Any] = lambda pair: pair
+        self, e: Emitter, words: list[Any], between: Callable[[Any], Any] | None = None
     ) -> Any:
         """Join four registers of int32, in their order, to one of uint8, saturated.
 
-        `between` is done to each of two registers of int16, saturated, on the way.
+        `between`, if given, is done to each of two registers of int16, saturated, on the way.
         """
         raise NotImplementedError
 

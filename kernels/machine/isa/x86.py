@@ -51,15 +51,15 @@ class X86(InstructionSet):
         return e.shuffle(first, second, lanes)
 
     def packed(
-        self, e: Emitter, words: list[Any], between: Callable[[Any], Any] = lambda pair: pair
+        self, e: Emitter, words: list[Any], between: Callable[[Any], Any] | None = None
     ) -> Any:
         """Join four registers of int32, in their order, to one of uint8, saturated.
 
-        `between` is done to each of two registers of int16, saturated, on the way.
+        `between`, if given, is done to each of two registers of int16, saturated, on the way.
         """
-        pairs = [
-            between(e.intrinsic(self.PACK_WORDS, self.int16s, words[p : p + 2])) for p in (0, 2)
-        ]
+        pairs = [e.intrinsic(self.PACK_WORDS, self.int16s, words[p : p + 2]) for p in (0, 2)]
+        if between is not None:
+            pairs = [between(pair) for pair in pairs]
         packed = e.b.bitcast(e.intrinsic(self.PACK_BYTES, self.bytes, pairs), self.int32s)
         order = [4 * part + v for v in range(4) for part in range(self.vector // 16)]
         return e.b.bitcast(e.shuffle(packed, packed, order), self.bytes)
