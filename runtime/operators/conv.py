@@ -187,7 +187,7 @@ def _joined(node: Node, columns: Sequence[tuple[list[int], int, int]]) -> Iterat
     """
     a, shape = node.attributes, node.weight_shape
     assert shape is not None
-    alone = a["group"] > 1 or shape[0] % _LANES == 0 or node.activation is not None
+    alone = a["group"] > 1 or shape[0] % _LANES == 0
     padded = a["output_padding"][1] - a["pads"][1] - a["pads"][3]
     longer = (_extents(node)[1] + padded) % a["strides"][1]  # so many have an output more
     keys = [
