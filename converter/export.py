@@ -209,6 +209,16 @@ class _Export(OnnxWriter):
         width, half = constant("width", 2**12), constant("half", 2**11)
         quarter, middle = constant("quarter", 2**10), constant("middle", PIECES // 2)
         code, tie = constant("code", 2**7), constant("tie", 2**6)
+
+        def times(f: str) -> list[Step]:
+            """Return (x * f + 2^14) >> 15, of x from the step before and a sixteenth of f."""
+            return [
+                ("Mul", [BEFORE, f], {}),
+                ("Add", [BEFORE, quarter], {}),
+                ("Div", [BEFORE, half], {}),
+                ("Floor", [BEFORE], {}),
+            ]
+
         return [
             # -x, for scale and shift of x itself would go into the weights in the next conversion.
             ("Neg", [BEFORE], {}),
@@ -224,16 +234,10 @@ class _Export(OnnxWriter):
             ("Add", [back(4), middle], {}),
             ("Cast", [BEFORE], {"to": onnx.TensorProto.INT32}),
             ("Gather", [c2, BEFORE], {"axis": 0}),
-            ("Mul", [BEFORE, back(4)], {}),
-            ("Add", [BEFORE, quarter], {}),
-            ("Div", [BEFORE, half], {}),
-            ("Floor", [BEFORE], {}),
+            *times(back(4)),
             ("Gather", [c1, back(6)], {"axis": 0}),
             ("Add", [back(2), BEFORE], {}),
-            ("Mul", [BEFORE, back(10)], {}),
-            ("Add", [BEFORE, quarter], {}),
-            ("Div", [BEFORE, half], {}),
-            ("Floor", [BEFORE], {}),
+            *times(back(10)),
             ("Gather", [c0, back(12)], {"axis": 0}),
             ("Add", [back(2), BEFORE], {}),
             ("Add", [BEFORE, tie], {}),

@@ -71,16 +71,14 @@ def target(activation: Activation | None, scale: float, zero_point: int) -> Targ
     if activation is None:
         return Target(scale, zero_point)
     kind, origin, unit = ACTIVATIONS.index(activation.op) + 1, activation.origin, activation.unit
-    coefficients, slopes = activation.coefficients, None
     if kind == PRELU:
-        origin, unit, slopes = 0.0, scale, coefficients
-        coefficients = np.array([zero_point])
-    elif kind == HARD_SWISH:
-        coefficients = np.array([unit / scale, origin / scale, zero_point])
-    if kind == PIECEWISE:
-        coefficients = np.roll(coefficients, PIECES // 2, axis=1)
-    dtype = np.int16 if kind == PIECEWISE else np.float32
-    return Target(unit, -origin / unit, kind, np.ascontiguousarray(coefficients, dtype), slopes)
+        z_y = np.array([zero_point], np.float32)
+        return Target(scale, 0.0, kind, z_y, activation.coefficients)
+    if kind == HARD_SWISH:
+        coefficients = np.array([unit / scale, origin / scale, zero_point], np.float32)
+    else:
+        coefficients = np.roll(activation.coefficients, PIECES // 2, axis=1)
+    return Target(unit, -origin / unit, kind, coefficients)
 
 
 @njit(inline="always", error_model="numpy")

@@ -87,28 +87,26 @@ def _of_rows(rows: int) -> Any:
 
     @njit(error_model="numpy")
     def of_rows(x, x_row, r, r_row, y, y_row, count, first, columns, all_columns):
-        j, end = first, first + columns
+        j, end, narrow = first, first + columns, 1
+        for fewer in (_QUARTER, _HALF, _LANES):
+            if all_columns >= fewer:
+                narrow = fewer
         while j < end:
-            left = end - j
-            if 2 * left > most and all_columns >= most:
-                at = 4 * min(j, all_columns - most)
+            width = narrow
+            if 2 * (end - j) > most and all_columns >= most:
+                width = most
+            at = 4 * min(j, all_columns - width)
+            if width == most:
                 wide(x, x_row, r + at, r_row, y + at, y_row, count)
-                j += most
-            elif all_columns >= _LANES:
-                at = 4 * min(j, all_columns - _LANES)
+            elif width == _LANES:
                 whole(x, x_row, r + at, r_row, y + at, y_row, count)
-                j += _LANES
-            elif all_columns >= _HALF:
-                at = 4 * min(j, all_columns - _HALF)
+            elif width == _HALF:
                 half(x, x_row, r + at, r_row, y + at, y_row, count)
-                j += _HALF
-            elif all_columns >= _QUARTER:
-                at = 4 * min(j, all_columns - _QUARTER)
+            elif width == _QUARTER:
                 quarter(x, x_row, r + at, r_row, y + at, y_row, count)
-                j += _QUARTER
             else:
-                single(x, x_row, r + 4 * j, r_row, y + 4 * j, y_row, count)
-                j += 1
+                single(x, x_row, r + at, r_row, y + at, y_row, count)
+            j += width
 
     return of_rows
 

@@ -152,21 +152,22 @@ def _accumulate(x, p0, p1, p2, p3, valid, run, w, wk, block, acc):
         _one_pixel(x, p0, run, w, wk, 16, acc)
 
 
-@njit(error_model="numpy")
-def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
-    """Requantize `count` channels of one pixel, from `o0` on, and store them at y0."""
+@njit(inline="always")
+def _write_channels(is_activated, a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
     acc0, o0, y0, r0 = np.uintp(acc0), np.uintp(o0), np.uintp(y0), np.uintp(r0)
     # Read once: for all the compiler knows, a store to y may change the record.
     lo, hi, z_r, m_r = a.lo, a.hi, np.float32(a.z_r), a.m_r
     has_residual, float_output = a.has_residual != 0, a.float_output != 0
-    if a.activation:
-        _write_activated(a, acc, acc0, m, b, o0, count, y, y0, r, r0)
-        return
+    kind, coefficients = a.activation, a.coefficients
+    # Anything but what is multiplied by no slope may lie there.
+    slopes = carray(as_pointer(a.slopes if kind == PRELU else a.b), a.channels, np.float32)
     for j in range(np.uintp(count)):
         v = np.float32(acc[acc0 + j]) * m[o0 + j]
         v = v + b[o0 + j]
         if has_residual:
             v = v + (np.float32(r[r0 + j]) - z_r) * m_r
+        if is_activated:
+            v = activated(v, kind, slopes[o0 + j], coefficients)
         if float_output:
             y_float[y0 + j] = min(max(v, lo), hi)
         else:
@@ -174,20 +175,13 @@ def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
 
 
 @njit(error_model="numpy")
-def _write_activated(a, acc, acc0, m, b, o0, count, y, y0, r, r0):
-    """Do the same with a function, for which loops are no vectors."""
-    lo, hi, z_r, m_r, kind, coefficients = (
-        a.lo, a.hi, np.float32(a.z_r), a.m_r, a.activation, a.coefficients
-    )  # fmt: skip
-    # Anything but what is multiplied by no slope may lie there.
-    slopes = carray(as_pointer(a.slopes if kind == PRELU else a.b), a.channels, np.float32)
-    for j in range(np.uintp(count)):
-        v = np.float32(acc[acc0 + j]) * m[o0 + j]
-        v = v + b[o0 + j]
-        if a.has_residual:
-            v = v + (np.float32(r[r0 + j]) - z_r) * m_r
-        v = activated(v, kind, slopes[o0 + j], coefficients)
-        y[y0 + j] = _to_code(v, lo, hi)
+def _write(a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0):
+    """Requantize `count` channels of one pixel, from `o0` on, and store them at y0."""
+    # A loop for each: with a function it is no loop of vectors.
+    if a.activation:
+        _write_channels(True, a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0)
+    else:
+        _write_channels(False, a, acc, acc0, m, b, o0, count, y, y_float, y0, r, r0)
 
 
 @njit(error_model="numpy")
@@ -507,36 +501,30 @@ def _repeat(source, p, step, own, pixels, channels, row):
 
 def _of_two(value):
     """Return what computes a run of codes from two, of which `value` makes one before rounding."""
-    inner = njit(inline="always")(value)
+    before = njit(inline="always")(value)
+
+    @njit(inline="always")
+    def loop(kind, slope, a, x, p, r, s, y, q, count):
+        p, q, s = np.uintp(p), np.uintp(q), np.uintp(s)
+        z_x, z_r, m, m_r, b = np.float32(a.z_x), np.float32(a.z_r), a.m, a.m_r, a.b
+        lo, hi, coefficients = a.lo, a.hi, a.coefficients
+        for k in range(np.uintp(count)):
+            v = before(x[p + k], r[s + k], z_x, z_r, m, m_r, b)
+            y[q + k] = _to_code(activated(v, kind, slope, coefficients), lo, hi)
 
     @njit(error_model="numpy")
     def run(a, x, p, r, s, y, q, count):
-        p, q, s, count = np.uintp(p), np.uintp(q), np.uintp(s), np.uintp(count)
-        z_x, z_r, m, m_r, b = np.float32(a.z_x), np.float32(a.z_r), a.m, a.m_r, a.b
-        lo, hi, kind, coefficients = a.lo, a.hi, a.activation, a.coefficients
         # A loop for each kind of function: tests inside would keep the compiler from vectors.
-        if kind == 0:
-            for k in range(count):
-                y[q + k] = _to_code(inner(x[p + k], r[s + k], z_x, z_r, m, m_r, b), lo, hi)
-        elif kind == PRELU:
+        slope = np.float32(0)
+        if a.activation == 0:
+            loop(0, slope, a, x, p, r, s, y, q, count)
+        elif a.activation == PRELU:
             slope = carray(as_pointer(a.slopes), 1, np.float32)[0]
-            for k in range(count):
-                v = activated(
-                    inner(x[p + k], r[s + k], z_x, z_r, m, m_r, b), PRELU, slope, coefficients
-                )
-                y[q + k] = _to_code(v, lo, hi)
-        elif kind == HARD_SWISH:
-            for k in range(count):
-                v = activated(
-                    inner(x[p + k], r[s + k], z_x, z_r, m, m_r, b), HARD_SWISH, hi, coefficients
-                )
-                y[q + k] = _to_code(v, lo, hi)
+            loop(PRELU, slope, a, x, p, r, s, y, q, count)
+        elif a.activation == HARD_SWISH:
+            loop(HARD_SWISH, slope, a, x, p, r, s, y, q, count)
         else:
-            for k in range(count):
-                v = activated(
-                    inner(x[p + k], r[s + k], z_x, z_r, m, m_r, b), PIECEWISE, hi, coefficients
-                )
-                y[q + k] = _to_code(v, lo, hi)
+            loop(PIECEWISE, slope, a, x, p, r, s, y, q, count)
 
     return run
 

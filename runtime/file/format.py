@@ -29,7 +29,7 @@ from logshift.runtime.validate import validate
 MANIFEST_KEY = "logshift"
 CHECKSUM_KEY = "checksum"
 
-NO_COEFFICIENTS = "HardSwish"  # all other activation functions have some
+_NO_COEFFICIENTS = "HardSwish"  # all other activation functions have some
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def _node_tensors(
         tensors["bias"] = np.ascontiguousarray(node.bias, np.float32)
     if node.table is not None:
         tensors["table"] = np.ascontiguousarray(node.table, np.uint8).ravel()
-    if node.activation is not None and node.activation.op != NO_COEFFICIENTS:
+    if node.activation is not None and node.activation.op != _NO_COEFFICIENTS:
         tensors["coefficients"] = np.ascontiguousarray(node.activation.coefficients).ravel()
     return tensors
 
@@ -288,7 +288,7 @@ def _node(index: int, record: Any, tensors: _Tensors) -> tuple[Node, weights.Str
         if table.size == 0 or table.size % 256:
             raise FormatError(f"{where}: the table has {table.size} bytes, expected 256 for each")
         node.table = table if table.size == 256 else table.reshape(-1, 256)
-    if node.activation is not None and node.activation.op != NO_COEFFICIENTS:
+    if node.activation is not None and node.activation.op != _NO_COEFFICIENTS:
         if node.activation.op == "Piecewise":
             coefficients = tensors.vector(f"{index}.coefficients", np.int16, 3 * PIECES)
             coefficients = coefficients.reshape(3, PIECES)
