@@ -121,6 +121,39 @@ class Node:
         return None if self.float_weights is None else self.float_weights.shape
 
 
+@dataclass(frozen=True)
+class ConstantWords:
+    """A constant whose values are those of words.
+
+    Attributes
+    ----------
+    weights : LogWeights
+        Shape (O, 1, 1, K): rows are what the constant holds at each place along `axes`.
+    shape : Shape
+        Of the constant.
+    axes : tuple of int
+        Those that have an alpha for each place, in this order; O is the product of their sizes.
+    """
+
+    weights: LogWeights
+    shape: Shape
+    axes: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All axes of the constant in the order in which words have them."""
+        return (*self.axes, *(axis for axis in range(len(self.shape)) if axis not in self.axes))
+
+    def values(self) -> np.ndarray:
+        """Return the constant, float32."""
+        w = self.weights.integers().reshape(self.weights.shape[0], -1)
+        matrix = np.empty(w.shape, np.float32)
+        # In float64 until the last step, a piece at a time.
+        np.multiply(w, self.weights.unit()[:, None], out=matrix, casting="same_kind")
+        front = matrix.reshape([self.shape[axis] for axis in self.order])
+        return np.ascontiguousarray(front.transpose(np.argsort(self.order)))
+
+
 @dataclass
 class Graph:
     """A packed network.
@@ -140,6 +173,8 @@ class Graph:
         Name and version of the program that made it, if known; for the reader's eye only.
     constants : dict of tensor name to array
         Constant inputs of ONNX operators.
+    constant_words : dict of tensor name to ConstantWords
+        What constants that are stored as words are made of; `constants` has their values.
     opset : int
         Version of the ONNX operators.
     """
@@ -154,6 +189,7 @@ class Graph:
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     opset: int = NEWEST_OPSET
     producer: str = ""
+    constant_words: dict[str, ConstantWords] = field(default_factory=dict)
 
     def is_code(self, tensor: str) -> bool:
         """Tell whether a tensor holds uint8 codes."""

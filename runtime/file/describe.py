@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections import Counter
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from logshift.kernels.errors import FormatError
 from logshift.runtime.file import format
 from logshift.runtime.onnx_ops import compiled
 from logshift.runtime.session import numpy_name
+
+Places = dict[str, tuple[int, int]]  # bytes of the file that tensors take
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -28,14 +28,13 @@ def describe(path: Path) -> dict[str, Any]:
     OSError
         If it cannot be read.
     """
-    manifest = format.read_manifest(path)
+    manifest, places = format.read_layout(path)
     try:
-        sizes = layer_bytes(path)
-        with safetensors.safe_open(path, framework="np") as tensors:
-            nodes = [
-                _describe_node(index, node, manifest["tensors"], sizes[index], tensors)
-                for index, node in enumerate(manifest["nodes"])
-            ]
+        sizes = _layer_bytes(places)
+        nodes = [
+            _describe_node(index, node, manifest["tensors"], sizes[index], path, places)
+            for index, node in enumerate(manifest["nodes"])
+        ]
         layers = [node for node in nodes if "bits" in node]
         weights = sum(node["weights"] for node in layers)
         return {
@@ -54,8 +53,14 @@ def describe(path: Path) -> dict[str, Any]:
             "nzr": sum(node["nzr"] * node["weights"] for node in layers) / max(weights, 1),
         }
     # What is not validated here is validated on loading, which also names the rule.
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, zlib.error,
-            safetensors.SafetensorError) as error:  # fmt: skip
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        zlib.error,
+    ) as error:
         raise FormatError(f"{path}: the file is damaged ({error})") from error
 
 
@@ -65,7 +70,7 @@ def _value(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_node(
-    index: int, node: dict[str, Any], codes: dict[str, Any], size: int, tensors: Any
+    index: int, node: dict[str, Any], codes: dict[str, Any], size: int, path: Path, places: Places
 ) -> dict[str, Any]:
     runs = "float32" if codes.keys().isdisjoint(node["inputs"] + node["outputs"]) else "codes"
     if node.get("domain"):
@@ -80,16 +85,21 @@ def _describe_node(
         result |= {"weight_shape": weight["shape"], "weights": count}
         if "bits" in weight:
             result["bits"] = weight["bits"]
-            result["nzr"] = _second_words(index, weight, count, tensors) / count
+            result["nzr"] = _second_words(index, weight, count, path, places) / count
     return result
 
 
-def _second_words(index: int, weight: dict[str, Any], count: int, tensors: Any) -> int:
+def _second_words(
+    index: int, weight: dict[str, Any], count: int, path: Path, places: Places
+) -> int:
     """Count the second words of a layer by its tile counts or bitmap."""
     if weight["positions"] == "none":
         return 0
     name = "count" if weight["positions"] == "list" else "position"
-    raw = tensors.get_tensor(f"{index}.{name}").tobytes()
+    begin, end = places[f"{index}.{name}"]
+    with open(path, "rb") as file:
+        file.seek(begin)
+        raw = file.read(end - begin)
     if name in weight["zlib"]:
         raw = zlib.decompressobj().decompress(raw, 2 * count)
     if name == "count":
@@ -100,14 +110,19 @@ def _second_words(index: int, weight: dict[str, Any], count: int, tensors: Any) 
 def layer_bytes(path: Path) -> Counter[int]:
     """Return the bytes of each node's tensors in a packed file, by the node's index.
 
-    Tensors are named `<index of the node>.<what>`; see `docs/format.md`.
+    Tensors are named `<index of the node>.<what>`; see `docs/format.md`. What several nodes have is
+    counted for the first.
     """
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return _layer_bytes(format.read_layout(path)[1])
+
+
+def _layer_bytes(places: Places) -> Counter[int]:
+    owners: dict[tuple[int, int], int] = {}
+    for name, place in places.items():
+        index = name.split(".")[0]
+        if index.isdecimal():
+            owners[place] = min(int(index), owners.get(place, int(index)))
     sizes: Counter[int] = Counter()
-    for name, tensor in header.items():
-        owner = name.split(".")[0]
-        if owner.isdecimal():
-            begin, end = tensor["data_offsets"]
-            sizes[int(owner)] += end - begin
+    for (begin, end), owner in owners.items():
+        sizes[owner] += end - begin
     return sizes
