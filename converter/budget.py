@@ -20,6 +20,7 @@ from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
+from logshift.converter.shared import layers, weight_of
 from logshift.kernels.stlq.codec import LogWeights
 
 _PICTURES = 8  # that sensitivities are measured on
@@ -68,24 +69,24 @@ def fixed_plan(
         `residual_ratio` is the budget: second words, over the weights of all layers.
     progress : callable(done, total, what)
     """
-    layers = _layers(graph)
+    found = layers(graph)
     bits, ratio = settings.weight_bits, settings.residual_ratio
-    if ratio in (0.0, 1.0) or len(layers) < 2:
-        return {node.output: Share(bits, ratio) for node in layers}
+    if ratio in (0.0, 1.0) or len(found) < 2:
+        return {node.output: Share(bits, ratio) for nodes in found for node in nodes}
     worth: list[np.ndarray] = []
     sizes: list[int] = []
-    for node, single, variance in _measured(graph, samples, batches, settings, progress):
-        assert node.weight is not None
-        gain = gains(node.weight, single.alpha, bits, settings.residual_shift, single.clip)
+    for nodes, single, variance in _measured(graph, samples, batches, settings, progress):
+        weight = weight_of(nodes)
+        gain = gains(weight, single.alpha, bits, settings.residual_shift, single.clip)
         gain *= np.repeat(variance, len(gain) // len(variance), axis=0)
         summed, size = blocks(gain, settings.granularity, settings.tile)
         worth.append(summed.astype(np.float32) / size)
         sizes.append(size)
-    weights = sum(node.weight.size for node in layers if node.weight is not None)
-    bought = _bought(worth, sizes, ratio * weights)
+    bought = _bought(worth, sizes, ratio * sum(weight_of(nodes).size for nodes in found))
     return {
         node.output: Share(bits, float(np.count_nonzero(chosen) / len(chosen)))
-        for node, chosen in zip(layers, bought, strict=True)
+        for nodes, chosen in zip(found, bought, strict=True)
+        for node in nodes
     }
 
 
@@ -114,27 +115,28 @@ def best_plans(
     Each comes with its expected size in bytes. A layer gets more only where the error of the
     network falls by as much for each bit as anywhere else.
     """
-    layers: dict[str, list[_Case]] = {}
-    for node, _, variance in _measured(graph, samples, batches, settings, progress):
-        layers[node.output] = _cases(node, variance, settings)
+    tried = [
+        (nodes, _cases(weight_of(nodes), variance, settings))
+        for nodes, _, variance in _measured(graph, samples, batches, settings, progress)
+    ]
     plans: dict[float, Plan] = {}
-    for price in _prices(layers.values()):
-        chosen = {
-            name: min(cases, key=lambda c: c.error + price * c.size)
-            for name, cases in layers.items()
-        }
-        size = sum(case.size for case in chosen.values()) / 8
-        plans.setdefault(size, {name: case.share for name, case in chosen.items()})
+    for price in _prices(cases for _, cases in tried):
+        chosen = [
+            (nodes, min(cases, key=lambda c: c.error + price * c.size)) for nodes, cases in tried
+        ]
+        size = sum(case.size for _, case in chosen) / 8
+        plans.setdefault(
+            size, {node.output: case.share for nodes, case in chosen for node in nodes}
+        )
     return sorted(plans.items(), key=lambda item: item[0])
 
 
-def _cases(node: FloatNode, variance: np.ndarray, settings: Settings) -> list[_Case]:
-    """Try bits and ratios on a layer, on some of its output channels if it has many."""
-    assert node.weight is not None
-    step = -(-len(node.weight) // _ROWS)
-    weight = node.weight[::step]
-    of_rows = np.repeat(variance, len(node.weight) // len(variance), axis=0)[::step]
-    scale = node.weight.size / weight.size
+def _cases(whole: np.ndarray, variance: np.ndarray, settings: Settings) -> list[_Case]:
+    """Try bits and ratios on a weight, on some of its output channels if it has many."""
+    step = -(-len(whole) // _ROWS)
+    weight = whole[::step]
+    of_rows = np.repeat(variance, len(whole) // len(variance), axis=0)[::step]
+    scale = whole.size / weight.size
     cases = []
     for bits in _AUTO_BITS:
         for ratio in _AUTO_RATIOS:
@@ -166,57 +168,57 @@ def _prices(layers: Iterable[list[_Case]]) -> np.ndarray:
     return np.unique(slopes) if slopes else np.ones(1)
 
 
-def _layers(graph: FloatGraph) -> list[FloatNode]:
-    """Return the layers whose words are to be chosen."""
-    return [node for node in graph.nodes if node.is_quantized and node.words is None]
-
-
 def _measured(
     graph: FloatGraph,
     samples: Mapping[str, np.ndarray],
     batches: int,
     settings: Settings,
     progress: Progress,
-) -> Iterator[tuple[FloatNode, LogWeights, np.ndarray]]:
-    """Yield layers, their single words, and by what squared errors of weights count, (group, K)."""
-    layers = _layers(graph)
+) -> Iterator[tuple[list[FloatNode], LogWeights, np.ndarray]]:
+    """Yield the nodes of every weight, its single words, and what its squared errors count.
+
+    The last is an array (group, K).
+    """
+    found = layers(graph)
     size = max(len(x) // batches for x in samples.values())
     few = min(batches, max(1, _PICTURES // size))
     part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
     network = _Network(graph, part, few)
-    for number, node in enumerate(layers):
-        progress(number, len(layers), f"measuring {node.name}")
-        assert node.weight is not None
-        single = encode(node.weight, settings.weight_bits, 0.0)
+    for number, nodes in enumerate(found):
+        progress(number, len(found), f"measuring {nodes[0].name}")
+        single = encode(weight_of(nodes), settings.weight_bits, 0.0)
         # What is not finite is for the conversion itself to refuse.
         with np.errstate(over="ignore", invalid="ignore"):
-            sensitivity = network.sensitivity(node.output, single.values())
-            variance = np.nan_to_num(
-                sensitivity * input_variance(node, rows(network.values[node.inputs[0]]))
+            variance = sum(
+                input_variance(node, rows(network.values[node.inputs[0]])) for node in nodes
             )
-        yield node, single, variance
+            sensitivity = network.sensitivity(nodes, single.values())
+            yield nodes, single, np.nan_to_num(sensitivity * variance)
 
 
 class _Network(Network):
     """The float network on a few pictures."""
 
-    def sensitivity(self, name: str, weight: np.ndarray) -> float:
-        """Squared relative error of all outputs, per squared error of a layer with this weight.
+    def sensitivity(self, nodes: list[FloatNode], weight: np.ndarray) -> float:
+        """Squared relative error of all outputs, per squared error of layers with this weight.
 
-        What the layer's bias can make up for, the mean error of a channel, is none.
+        What a layer's bias can make up for, the mean error of a channel, is none.
         """
         changed: dict[str, Value] = {}
         values = ChainMap(changed, self.values)
         error = 0.0
         for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
-            if node.output == name:
+            if node in nodes:
                 inputs = [rows(self.values[n]) for n in node.inputs]
-                y, exact = evaluator(inputs, weight), evaluator(inputs)
-                y -= (y - exact).mean(axis=(0, 2, 3), keepdims=True)
-                error = float(np.square(y - exact).sum(axis=(1, 2, 3)).mean(dtype=np.float64))
+                exact = evaluator(inputs)
+                lost = evaluator(inputs, weight) - exact
+                lost -= lost.mean(axis=(0, 2, 3), keepdims=True)
                 # Of one position of the outputs.
-                error /= exact[0, 0].size
-                changed[name] = evaluator.finish(y)
+                size = exact[0, 0].size
+                error += float(np.square(lost).sum(axis=(1, 2, 3)).mean(dtype=np.float64)) / size
+                if changed.keys() & set(node.inputs):  # of another node with this weight
+                    exact = evaluator([rows(values[n]) for n in node.inputs])
+                changed[node.output] = evaluator.finish(exact + lost)
             elif changed.keys() & set(node.inputs):
                 changed.update(self.results(node, evaluator, values))
         if error == 0.0:

@@ -7,7 +7,7 @@ operators run as the runtime runs them, one batch of the model at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -146,6 +146,36 @@ def evaluate_graph(graph: FloatGraph, inputs: Mapping[str, np.ndarray]) -> dict[
     return {info.name: rows(network.values[info.name]) for info in graph.outputs}
 
 
+def results(
+    node: FloatNode,
+    evaluator: Evaluator,
+    values: Mapping[str, Value],
+    constants: Collection[str],
+    batches: int,
+) -> dict[str, Value]:
+    """Evaluate a node on `values`; returns its outputs by name."""
+    if not node.is_onnx:
+        y = evaluator([rows(values[name]) for name in node.inputs])
+        return {node.output: evaluator.finish(y)}
+    inputs = [values[name] if name else None for name in node.inputs]
+    constant = [name in constants for name in node.inputs]
+    found = run_onnx(node, inputs, constant, batches)
+    return {name: y for name, y in zip(node.outputs, found, strict=True) if name}
+
+
+def walk(
+    graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int
+) -> Iterator[tuple[FloatNode, Mapping[str, Value]]]:
+    """Evaluate the float network; yields every node with its inputs, before it is evaluated."""
+    values: dict[str, Value] = {**inputs, **graph.constants}
+    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    for index, node in enumerate(graph.nodes):
+        yield node, values
+        values.update(results(node, Evaluator(node), values, graph.constants, batches))
+        for name in [n for n in values if last_use.get(n, index) <= index]:
+            del values[name]
+
+
 class Network:
     """The float network on some pictures, every tensor kept.
 
@@ -165,13 +195,7 @@ class Network:
         self, node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
     ) -> dict[str, Value]:
         """Evaluate a node on `values`; returns its outputs by name."""
-        if not node.is_onnx:
-            y = evaluator([rows(values[name]) for name in node.inputs])
-            return {node.output: evaluator.finish(y)}
-        inputs = [values[name] if name else None for name in node.inputs]
-        constant = [name in self.graph.constants for name in node.inputs]
-        found = run_onnx(node, inputs, constant, self.batches)
-        return {name: y for name, y in zip(node.outputs, found, strict=True) if name}
+        return results(node, evaluator, values, self.graph.constants, self.batches)
 
 
 class _NodeWriter(OnnxWriter):

@@ -229,6 +229,7 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     from logshift.converter.place import place
     from logshift.converter.qdq import saturate, settle
     from logshift.converter.rearrange import rearrange
+    from logshift.converter.shared import share
 
     problems = Problems()
     shown = trace(model, samples.first)
@@ -251,6 +252,7 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     bits = settings.activation_bits_of
     fuse_functions(graph, lambda node, table: bits(node.name) == bits(table.name))
     saturate(graph)
+    share(graph)
     found = evaluate_graph(graph, samples.first)
     expected = run(model.original, samples.first)
     worst = max(_differences(expected, found))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from logshift.converter import feedback
+from logshift.converter import feedback, shared
 from logshift.converter.activation import activation
 from logshift.converter.budget import Plan, fixed_plan
 from logshift.converter.calibrate import choose_quantization
@@ -126,6 +126,9 @@ class _Walk:
         self.streams = {name: _Streams(x, x) for name, x in {**samples, **graph.constants}.items()}
         self.quantization: dict[str, Quantization] = {}
         self.code_tensors = set(graph.code_tensors)
+        # Of weights that several nodes have, by their `id`: what is known of all, and their words.
+        self.ahead = shared.look_ahead(graph, samples, batches, settings)
+        self.encoded: dict[int, LogWeights] = {}
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
         last_use = _last_uses(self.graph)
@@ -218,13 +221,17 @@ class _Walk:
             quantized = evaluator.sweep(self._quantized(node), count)
         elif node.is_conv:
             assert node.weight is not None and node.bias is not None
-            packed.weights = self._encode(node, count)
+            packed.weights = self._encode(node)
             values = packed.weights.values()
             weight_snr = snr_db(node.weight, values)
             quantized = evaluator.sweep(self._quantized(node), count, values)
             packed.bias = node.bias
             if self.settings.bias_correction and not self._is_given(node):
-                shift = means - _channel_means(quantized)
+                ahead = self.ahead.get(id(node.weight))
+                if ahead is not None and ahead.has_one_bias:
+                    shift = ahead.shift(node.weight, values)
+                else:
+                    shift = means - _channel_means(quantized)
                 packed.bias = (node.bias + shift).astype(np.float32)
                 quantized += shift.astype(np.float32).reshape(-1, 1, 1)
         else:
@@ -270,18 +277,22 @@ class _Walk:
         codes = self.code_tensors.intersection([*node.inputs, node.output])
         return node.words is not None and codes <= set(self.graph.quantization)
 
-    def _encode(self, node: FloatNode, count: int) -> LogWeights:
+    def _encode(self, node: FloatNode) -> LogWeights:
         if node.words is not None:
             return node.words
-        share = self.plan[node.output]
-        s, ratio = replace(self.settings, weight_bits=share.bits), share.ratio
-        assert node.weight is not None
-        if s.error_feedback and node.weight[0].size <= feedback.MOST_INPUTS:
-            moments, cross = feedback.covariance(
-                node, self._quantized(node), self._exact(node), count, s.bias_correction
+        key = id(node.weight)
+        if key not in self.encoded:
+            share, ahead = self.plan[node.output], self.ahead.get(key)
+            stream, q = self.streams[node.inputs[0]], self.quantization.get(node.inputs[0])
+            self.encoded[key] = feedback.encode_layer(
+                node,
+                feedback.Inputs(rows(stream.quantized), q),
+                feedback.Inputs(rows(stream.exact)),
+                replace(self.settings, weight_bits=share.bits),
+                share.ratio,
+                None if ahead is None else ahead.moments,
             )
-            return feedback.encode_with_feedback(node.weight, moments, cross, s, ratio)
-        return feedback.encode_alone(node.weight, s, ratio)
+        return self.encoded[key]
 
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
         if node.output in self.graph.quantization:
