@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxslim
 from onnx.reference import ReferenceEvaluator
 
-from logshift.converter import qdq
+from logshift.converter import imports, qdq
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
+from logshift.converter.simplify import RENAMING, simplified
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 
@@ -23,12 +23,6 @@ from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 _MAX_BYTES = 2**31 - 2**20
 # Before it, arithmetic broadcasts by attributes.
 MIN_OPSET = 7
-# Simplifications that change weights.
-_RENAMING = (
-    "FusionConvAdd", "FusionConvBN", "FusionConvMul", "FusionConvTransposeAdd",
-    "FusionConvTransposeBN", "FusionConvTransposeMul", "FusionGemm", "FusionGemmAdd",
-    "FusionGemmMul",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,11 @@ class ModelInput:
     name: str
     shape: tuple[Dim, ...]
     dtype: str = "float32"
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds real numbers, of any precision."""
+        return np.dtype(self.dtype).kind == "f"
 
     @property
     def batch(self) -> int:
@@ -52,7 +51,7 @@ class Model:
     Attributes
     ----------
     original : onnx.ModelProto
-        As it was given, but for its quantization.
+        In plain form (see `imports`), without its quantization.
     proto : onnx.ModelProto
         Simplified.
     inputs : list of ModelInput
@@ -61,6 +60,14 @@ class Model:
     quantization : dict of node name to Quantization
         What was taken out of it; see `qdq.strip`.
     metadata : Metadata
+    left : dict of the first output of a node to str
+        Why nodes have a form still that is not plain.
+    given : onnx.ModelProto, optional
+        The model as it was given, if that was not in plain form.
+    rounds : bool
+        Whether the given model rounds where the plain one does not.
+    declared : dict of output name to TypeProto.Tensor
+        What the given model says of its outputs.
     """
 
     original: onnx.ModelProto
@@ -69,6 +76,10 @@ class Model:
     size: int
     quantization: dict[str, Quantization]
     metadata: Metadata
+    left: dict[str, str] = field(default_factory=dict)
+    given: onnx.ModelProto | None = None
+    rounds: bool = False
+    declared: dict[str, onnx.TypeProto.Tensor] = field(default_factory=dict)
 
     @property
     def opset(self) -> int:
@@ -101,43 +112,27 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     size = original.ByteSize()
     if size > _MAX_BYTES:
         raise ConversionError(f"{where}: {size} bytes; models of 2 GiB and more are not supported")
+    model = onnx.ModelProto()
+    model.CopyFrom(original)
     try:
-        onnx.checker.check_model(original)
+        mended = imports.put_in_order(model)
+        onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
-    _check_opset(original, where)
-    inputs = _inputs(original.graph)
-    known = Metadata.read(original)
-    original, quantization = qdq.strip(original, known)
+    _check_opset(model, where)
+    known = Metadata.read(model)
+    imported = imports.brought_in(model)
+    inputs = _inputs(imported.model.graph)
+    plain, quantization = qdq.strip(imported.model, known)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     named = quantization or known.weights or known.keep_float
-    proto = _simplified(original, _RENAMING if named else ())
-    return Model(original, proto, inputs, size, quantization, known)
-
-
-def _simplified(model: onnx.ModelProto, skipped: tuple[str, ...]) -> onnx.ModelProto:
-    """Simplify a model; where that fails it stays as it is, which costs nothing but speed."""
-    # Inference of shapes may know less than the model says.
-    for options in ({}, {"no_shape_infer": True}):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        try:
-            proto = onnxslim.slim(copy, skip_fusion_patterns=skipped, **options)
-        except Exception:  # a simplifier may fail in any way
-            continue
-        if _is_whole(proto.graph):
-            return proto
-    return model
-
-
-def _is_whole(graph: onnx.GraphProto) -> bool:
-    """Tell whether all nodes' inputs come from somewhere."""
-    known = {"", *(value.name for value in graph.input), *(t.name for t in graph.initializer)}
-    for node in graph.node:
-        if not known.issuperset(node.input):
-            return False
-        known.update(node.output)
-    return known.issuperset(value.name for value in graph.output)
+    proto = simplified(plain, RENAMING if named else ())
+    given = original if mended or imported.changed else None
+    declared = {value.name: value.type.tensor_type for value in original.graph.output}
+    return Model(
+        plain, proto, inputs, size, quantization, known, imported.left, given, imported.rounds,
+        declared,
+    )  # fmt: skip
 
 
 def _check_opset(model: onnx.ModelProto, where: str) -> None:

@@ -36,6 +36,9 @@ _MEMORY = 2**30
 # Folding reorders float32 sums; anything beyond that means a wrong translation.
 _TOLERANCE = 1e-3
 _LEAST = 1e-4
+# What a model in half precision or on codes, rounded everywhere, may differ from the one it means.
+_ROUNDING = 0.5
+_OF_HALVES = 2e-3
 _SHOWN = 5
 
 
@@ -226,11 +229,15 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     from logshift.converter.fuse import fuse, fuse_functions
     from logshift.converter.lower import lower
     from logshift.converter.onnx_model import run, run_reference, trace
+    from logshift.converter.operators.registry import LOWERINGS
     from logshift.converter.place import place
     from logshift.converter.qdq import saturate, settle
     from logshift.converter.rearrange import rearrange
+    from logshift.converter.refusals import refuse
     from logshift.converter.shared import share
 
+    refuse(model.proto.graph, model.left, LOWERINGS)
+    _check_import(model, samples.first)
     problems = Problems()
     shown = trace(model, samples.first)
     if rearrange(model, shown):
@@ -267,12 +274,41 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
                 f"output {name!r}: the ONNX model itself produces NaN or infinity on the"
                 " calibration data"
             )
-        if not error <= _TOLERANCE:
+        # float16 has no more digits.
+        precise = _TOLERANCE if y.dtype != np.float16 else _OF_HALVES
+        if not error <= precise:
             raise ConversionError(
                 f"output {name!r}: the translated network differs from the ONNX model by"
                 f" {error:.2g} (relative) before any quantization; please report this model"
             )
     return graph
+
+
+def _check_import(model: Model, sample: Mapping[str, np.ndarray]) -> None:
+    """Prove on a sample that the model in plain form is the one that was given."""
+    from logshift.converter.onnx_model import run
+
+    if model.given is None:
+        return
+    try:
+        given = run(model.given, sample)
+    except ConversionError:  # nobody can run it as it is
+        return
+    tolerance = _ROUNDING if model.rounds else _TOLERANCE
+    names = [value.name for value in model.given.graph.output]
+    for name, y, z in zip(names, given, run(model.original, sample), strict=True):
+        if y.shape != z.shape or y.dtype != z.dtype:
+            difference = f"is {z.dtype} of shape {z.shape} and not {y.dtype} of shape {y.shape}"
+        elif model.rounds and not (y.dtype.kind == "f" and np.isfinite(y).all()):
+            continue
+        elif _difference(y, z) > tolerance:
+            difference = f"differs by {_difference(y, z):.2g} (relative)"
+        else:
+            continue
+        raise ConversionError(
+            f"output {name!r}: brought into standard float operators it {difference}; please"
+            " report this model"
+        )
 
 
 def _differences(expected: Sequence[np.ndarray], found: Mapping[str, np.ndarray]) -> list[float]:

@@ -63,7 +63,7 @@ def open_samples(
                 f"calibration array has shape {calibration.shape}; expected samples (N, C, H, W)"
                 " as float32, or pictures (N, H, W, C) as uint8"
             )
-        if calibration.dtype == np.uint8 and _single(inputs).dtype == "float32":
+        if calibration.dtype == np.uint8 and _single(inputs).is_float:
             return _from_pictures(calibration, inputs, preprocessing)
         return _from_array(calibration, _single(inputs), preprocessing)
     if isinstance(calibration, Iterable):
@@ -110,10 +110,10 @@ def _from_pictures(
     def prepare(index: int) -> np.ndarray:
         picture = pictures[index]
         if not isinstance(picture, Path):
-            return chosen.prepare(picture, size, last)
+            return chosen.prepare(picture, size, last).astype(info.dtype, copy=False)
         try:
             with Image.open(picture) as image:
-                return chosen.prepare(image, size, last)
+                return chosen.prepare(image, size, last).astype(info.dtype, copy=False)
         except (OSError, UnidentifiedImageError) as error:
             raise InputError(f"cannot read picture {os.fspath(picture)!r}: {error}") from error
 
@@ -125,7 +125,7 @@ def _from_pictures(
 
 
 def _picture_size(info: ModelInput, preprocessing: Preprocessing) -> tuple[int, int]:
-    if len(info.shape) != 4 or info.dtype != "float32":
+    if len(info.shape) != 4 or not info.is_float:
         raise InputError(
             f"input {info.name!r} is {info.dtype} of shape {info.shape}, no picture (N, C, H, W);"
             " give calibration as arrays"
@@ -223,10 +223,9 @@ def _checked(item: Any, inputs: Sequence[ModelInput]) -> dict[str, np.ndarray]:
 
 def _check(array: np.ndarray, info: ModelInput) -> None:
     expected: tuple[Any, ...] = ("N", *info.shape[1:])
-    is_float = info.dtype == "float32"
     if (
         array.ndim != len(expected)
-        or not (array.dtype.kind == "f" if is_float else np.can_cast(array.dtype, info.dtype))
+        or not (array.dtype.kind == "f" if info.is_float else np.can_cast(array.dtype, info.dtype))
         or len(array) == 0
         or any(isinstance(d, int) and d != s for d, s in zip(expected, array.shape, strict=True))
     ):
@@ -237,7 +236,8 @@ def _check(array: np.ndarray, info: ModelInput) -> None:
 
 
 def _as_given(array: np.ndarray, info: ModelInput) -> np.ndarray:
-    array = np.ascontiguousarray(array, info.dtype)
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, info.dtype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError(f"calibration for input {info.name!r} holds NaN or infinity")
     return array

@@ -70,7 +70,8 @@ def turned_back(
 
 
 def _has_kernels(node: Node, found: Inference) -> bool:
-    for name in (*node.inputs[:1], *node.outputs):
+    first = slice(1, 2) if node.op == "Where" else slice(1)
+    for name in (*node.inputs[first], *node.outputs):
         if found.dtypes.get(name) != _FLOAT or 0 in found.shapes[name]:
             return False
     return node.outputs[0] not in found.values
@@ -239,6 +240,17 @@ def _concat(n: _Node) -> list[Call] | None:
     return made
 
 
+def _where(n: _Node) -> list[Call] | None:
+    """Move what a condition chooses that sizes decide."""
+    if (chosen := n.value(0)) is None:
+        return None
+    name = n.node.inputs[1 if chosen else 2]
+    if n.found.dtypes.get(name) != _FLOAT:
+        return None
+    whole = n.shape(n.y)
+    return [_move(name, n.y, whole, _repeated(n.shape(name), whole), 0, _contiguous(whole))]
+
+
 # --- element by element ---------------------------------------------------------------------------
 
 
@@ -376,7 +388,7 @@ def _softmax(n: _Node) -> list[Call] | None:
 OPERATORS: dict[str, Callable[[_Node], Iterable[Call] | None]] = {
     **dict.fromkeys(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _view),
     "Concat": _concat, "Expand": _expand, "Slice": _windows, "Split": _windows,
-    "Transpose": _transpose,
+    "Transpose": _transpose, "Where": _where,
     "Add": _binary("add"), "Div": _binary("div"), "Max": _binary("maximum"),
     "Min": _binary("minimum"), "Mul": _binary("mul"), "PRelu": _binary("prelu"), "Pow": _power,
     "Sub": _binary("sub"), "Sum": _binary("add"),
