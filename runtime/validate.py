@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from logshift.kernels.errors import FormatError, InputError
@@ -23,7 +25,7 @@ from logshift.runtime.operators.base import REQUIRED, NodeError
 def validate(graph: Graph) -> None:
     """Check everything that a kernel will trust, except the input of a particular run.
 
-    Fills in what attributes are by default.
+    Fills in what attributes are by default, and lays arrays out as kernels read them.
 
     Raises
     ------
@@ -64,6 +66,7 @@ def validate(graph: Graph) -> None:
                 _check_packed_node(graph, node)
         except NodeError as error:
             raise FormatError(f"{label}: {error}") from None
+        _lay_out(node)
     if unused := set(graph.quantization) - known:
         raise FormatError(f"quantization given for unknown tensor {min(unused)!r}")
     for info in graph.outputs:
@@ -73,6 +76,16 @@ def validate(graph: Graph) -> None:
     if len({info.name for info in graph.outputs}) != len(graph.outputs):
         raise FormatError("an output is given twice")
     _check_outputs(graph)
+
+
+def _lay_out(node: Node) -> None:
+    """Let arrays that kernels get by their address have their values one after the other."""
+    for name in ("bias", "table", "float_weights"):
+        if (array := getattr(node, name)) is not None:
+            setattr(node, name, np.ascontiguousarray(array))
+    if (function := node.activation) is not None:
+        stored = np.ascontiguousarray(function.coefficients)
+        node.activation = replace(function, coefficients=stored)
 
 
 def _check_quantization(graph: Graph) -> None:
