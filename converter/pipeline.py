@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,7 +17,8 @@ from logshift.converter.extra import require
 from logshift.converter.progress import Progress, reporting
 from logshift.converter.report import LayerReport, Report
 from logshift.converter.settings import AUTO, Settings, Target
-from logshift.kernels.errors import ConversionError, InputError
+from logshift.converter.verdict import MOST_SAMPLES, Verdict, judge
+from logshift.kernels.errors import AccuracyWarning, ConversionError, InputError
 from logshift.runtime.file import format
 from logshift.runtime.file.describe import layer_bytes
 from logshift.runtime.graph import Graph
@@ -64,6 +66,7 @@ def convert(
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
+    strict: bool = False,
     progress: Progress | bool | None = None,
 ) -> Report:
     """Convert an ONNX model to a packed power-of-two network.
@@ -121,8 +124,11 @@ def convert(
     labels : list of str, optional
         Class names; stored in the file.
     calibration_limit : int, optional
-        Most calibration samples to use; by default as many as fit into 1 GiB, at most 512. For
-        `max_drop` and `min_snr` samples that do not fit measure what a choice does to the outputs.
+        Most samples that calibrate; by default as many as fit into 1 GiB, at most 512. What is
+        beyond them measures the outcome, else every fifth sample does, if there are five.
+    strict : bool
+        Whether a network whose outputs are too far from the float model's is an error, and no file
+        is written, rather than a warning; see `docs/quantization.md`, "The verdict".
     progress : callable(done, total, what), or bool, optional
         By default a progress bar on terminals, if rich is installed.
 
@@ -133,11 +139,17 @@ def convert(
     Raises
     ------
     ConversionError
-        If the model cannot be converted; lists every offending node.
+        If the model cannot be converted; lists every offending node. With `strict`, if the packed
+        network does not do what the model does.
     InputError
         If a setting or the calibration data does not fit.
     OSError
         If the file cannot be written. Whatever stops a conversion leaves an old file as it was.
+
+    Warns
+    -----
+    AccuracyWarning
+        If outputs of the packed network are too far from the float model's.
     """
     wanted = Target.of(weight_bits, max_bytes, max_drop, min_snr)
     settings = Settings(
@@ -159,7 +171,7 @@ def convert(
     from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import load
     from logshift.converter.quantize import quantize_graph
-    from logshift.converter.samples import open_samples
+    from logshift.converter.samples import divide, open_samples
 
     loaded = load(model)
     preprocessing = preprocessing or loaded.metadata.preprocessing
@@ -167,10 +179,14 @@ def convert(
     samples = open_samples(calibration, loaded.inputs, preprocessing)
     graph = _lowered(loaded, samples, settings)
     limit = calibration_limit or _limit(graph)
-    # Where outputs are measured, samples beyond those that fit can measure, a batch at a time.
-    measured = wanted is not None and wanted.max_bytes is None and calibration_limit is None
-    data, batches = _whole_batches(samples.read(_readable(loaded) if measured else limit), loaded)
-    data, batches, others = _divided(data, batches, max(limit // loaded.inputs[0].batch, 1))
+    # What a plan does to the outputs is measured on as many as there are, a batch at a time.
+    chooses = wanted is not None and wanted.max_bytes is None
+    most = _readable(loaded) if chooses and calibration_limit is None else limit + MOST_SAMPLES
+    data, batches = _whole_batches(samples.read(most), loaded)
+    size = loaded.inputs[0].batch
+    divided = divide(
+        data, batches, max(limit // size, 1), batches if chooses else max(MOST_SAMPLES // size, 1)
+    )
 
     def finish(packed: Graph) -> None:
         if samples.preprocessing is not None:
@@ -184,13 +200,21 @@ def convert(
     with reporting(progress) as show:
         plan = None
         if wanted:
-            plan = choose_plan(graph, data, batches, others, settings, wanted, finish, show)
-        packed, errors = quantize_graph(graph, data, batches, settings, show, plan)
-    finish(packed)
+            plan = choose_plan(graph, divided, settings, wanted, finish, show)
+        packed, errors = quantize_graph(
+            graph, divided.calibration, divided.batches, settings, show, plan
+        )
+        finish(packed)
+        verdict = judge(loaded, graph, packed, divided, show)
+    if strict and verdict.warning:
+        raise ConversionError(f"{verdict.warning}; nothing was written")
     file_bytes = format.write(packed, target)
-    count = len(next(iter(data.values())))
+    count = len(next(iter(divided.calibration.values())))
     notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
-    return _report(target, packed, errors, file_bytes, loaded.size, count, notes)
+    report = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+    if verdict.warning:
+        warnings.warn(f"{os.fspath(target)}: {verdict.warning}", AccuracyWarning, stacklevel=2)
+    return report
 
 
 def _patterns(keep_float: Sequence[str]) -> tuple[str, ...]:
@@ -288,7 +312,7 @@ def _check_import(model: Model, sample: Mapping[str, np.ndarray]) -> None:
     """Prove on a sample that the model in plain form is the one that was given."""
     from logshift.converter.onnx_model import run
 
-    if model.given is None:
+    if not model.changed:
         return
     try:
         given = run(model.given, sample)
@@ -342,21 +366,6 @@ def _whole_batches(data: dict[str, np.ndarray], model: Model) -> tuple[dict[str,
         else x[: batches * info.batch]
         for info in model.inputs
     }, batches
-
-
-def _divided(
-    data: dict[str, np.ndarray], batches: int, fitting: int
-) -> tuple[dict[str, np.ndarray], int, list[dict[str, np.ndarray]]]:
-    """Return batches that calibrate, spread over all, how many these are, and the others."""
-    from logshift.converter.samples import spread
-
-    if batches <= fitting:
-        return data, batches, []
-    split = {name: x.reshape(batches, -1, *x.shape[1:]) for name, x in data.items()}
-    used = spread(batches, fitting)
-    rest = np.setdiff1d(np.arange(batches), used)
-    chosen = {name: np.concatenate(x[used]) for name, x in split.items()}
-    return chosen, fitting, [{name: x[i] for name, x in split.items()} for i in rest]
 
 
 def _readable(model: Model) -> int:
@@ -421,6 +430,7 @@ def _report(
     onnx_bytes: int,
     samples: int,
     notes: list[str],
+    verdict: Verdict,
 ) -> Report:
     sizes = layer_bytes(target)
     layers, weights, residuals = [], 0, 0
@@ -454,4 +464,5 @@ def _report(
         samples,
         graph.settings,
         notes,
+        verdict,
     )

@@ -15,6 +15,8 @@ from logshift.converter.onnx_model import ModelInput
 from logshift.kernels.errors import InputError
 from logshift.runtime.picture import Preprocessing, picture_files
 
+_HELD_BACK = 5  # one batch in so many measures
+
 Calibration = str | os.PathLike[str] | np.ndarray | Iterable[Mapping[str, np.ndarray]]
 
 
@@ -92,6 +94,64 @@ def spread(available: int, limit: int) -> list[int]:
 def _nominal_batch(x: np.ndarray, info: ModelInput) -> np.ndarray:
     """Return the samples that make up one batch of the model, repeated where they are too few."""
     return np.resize(x[: info.batch], (info.batch, *x.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Division:
+    """Calibration data in two parts: what calibrates, and what measures the outcome.
+
+    Attributes
+    ----------
+    calibration : dict of input name to array (pictures, ...)
+    batches : int
+        How many batches of the model these are.
+    measuring : list of dict of input name to array
+        Batches of the model.
+    held_back : bool
+        Whether these do not calibrate; where there are too few samples, the same do both.
+    """
+
+    calibration: dict[str, np.ndarray]
+    batches: int
+    measuring: list[dict[str, np.ndarray]]
+    held_back: bool
+
+
+def divide(data: Mapping[str, np.ndarray], batches: int, fitting: int, most: int) -> Division:
+    """Divide calibration data, both parts spread over all of it.
+
+    What does not fit measures. Where everything fits, every fifth batch is held back, but none of
+    fewer than five.
+
+    Parameters
+    ----------
+    data : dict of input name to array (pictures, ...)
+    batches : int
+        How many batches of the model these are.
+    fitting : int
+        Most batches that calibrate.
+    most : int
+        Most batches to hold back where everything fits.
+    """
+    used = np.ones(batches, bool)
+    if batches > fitting:
+        used[:] = False
+        used[spread(batches, fitting)] = True
+    elif batches >= _HELD_BACK:
+        every = np.arange(_HELD_BACK - 1, batches, _HELD_BACK)
+        used[every[spread(len(every), most)]] = False
+    split = {n: x.reshape(batches, len(x) // batches, *x.shape[1:]) for n, x in data.items()}
+    rest = np.flatnonzero(~used)
+    held_back = len(rest) > 0
+    return Division(
+        {name: np.concatenate(x[used]) for name, x in split.items()} if held_back else dict(data),
+        int(used.sum()),
+        [
+            {name: x[i] for name, x in split.items()}
+            for i in (rest if held_back else range(batches))
+        ],
+        held_back,
+    )
 
 
 # --- pictures -----------------------------------------------------------------------------------
