@@ -294,7 +294,9 @@ class _Axis:
         if not seen.any():
             return [np.arange(len(power))]
         level = np.zeros(len(power), int)
-        level[seen] = _levels(np.log2(power[seen]) / 2)
+        for kind in (seen & probable, seen & ~probable):  # whatever their sizes are
+            if kind.any():
+                level[kind] = _levels(np.log2(power[kind]) / 2) + level.max() + 1
         # What says nothing belongs to what is like it.
         for channel in np.flatnonzero(~seen):
             alike = seen & probable if (seen & probable).any() and probable[channel] else seen
