@@ -173,17 +173,17 @@ class _Walk:
     def _declared(
         self, value: onnx.ValueInfoProto, nominal: Shape
     ) -> list[onnx.TensorShapeProto.Dimension]:
-        """Return what is said of an output's dimensions, and not contradicted by the graph."""
-        given = self.model.declared.get(value.name)
-        given = value.type.tensor_type if given is None else given
+        """Return an output's dimensions: as declared where inference does not say otherwise."""
         found = list(value.type.tensor_type.shape.dim)
-        dims = list(given.shape.dim)
+        found = found if len(found) == len(nominal) else []
+        given = self.model.declared.get(value.name)
+        dims = found if given is None else list(given.shape.dim)
         if len(dims) != len(nominal):
-            return found if len(found) == len(nominal) else []
-        for axis, dim in enumerate(found if len(found) == len(nominal) else ()):
-            if dim.HasField("dim_param") and dims[axis].HasField("dim_value"):
-                dims[axis] = dim
-        return dims
+            return found
+        return [
+            inferred if inferred.dim_param and dim.dim_value else dim
+            for dim, inferred in zip(dims, found or dims, strict=True)
+        ]
 
 
 def _resized_late(

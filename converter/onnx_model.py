@@ -13,6 +13,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from logshift.converter import imports, qdq
+from logshift.converter.imports.sizes import InputShapes, give_sizes
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
 from logshift.converter.simplify import RENAMING, simplified
@@ -70,6 +71,8 @@ class Model:
         Whether the given model rounds where the plain one does not.
     declared : dict of output name to TypeProto.Tensor
         What the given model says of its outputs.
+    frees_sizes : bool
+        Whether inputs must take other sizes than the nominal ones, whatever that costs.
     """
 
     original: onnx.ModelProto
@@ -83,6 +86,7 @@ class Model:
     changed: bool = False
     rounds: bool = False
     declared: dict[str, onnx.TypeProto.Tensor] = field(default_factory=dict)
+    frees_sizes: bool = False
 
     @property
     def opset(self) -> int:
@@ -90,13 +94,25 @@ class Model:
         return next(o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx"))
 
 
-def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
+def load(
+    source: str | os.PathLike[str] | onnx.ModelProto, input_shapes: InputShapes | None = None
+) -> Model:
     """Load, check and simplify a model.
+
+    Parameters
+    ----------
+    source : path or onnx.ModelProto
+        The latter is left as it is.
+    input_shapes : mapping of input name to sizes, optional
+        See `convert`.
 
     Raises
     ------
     ConversionError
-        If it is no valid ONNX model, or has inputs that are no tensors of numbers.
+        If it is no valid ONNX model, or has inputs that are no tensors of numbers, or cannot have
+        the sizes that are asked for.
+    InputError
+        If `input_shapes` does not fit its inputs.
     OSError
         If the file cannot be read.
     """
@@ -124,6 +140,10 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
     _check_opset(model, where)
     known = Metadata.read(model)
+    if input_shapes:
+        mended |= give_sizes(model, input_shapes)
+        original = onnx.ModelProto()
+        original.CopyFrom(model)
     imported = imports.brought_in(model)
     inputs = _inputs(imported.model.graph)
     plain, quantization = qdq.strip(imported.model, known)
@@ -131,9 +151,12 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     named = quantization or known.weights or known.keep_float
     proto = simplified(plain, RENAMING if named else ())
     declared = {value.name: value.type.tensor_type for value in original.graph.output}
+    if input_shapes:
+        declared = {}
+    free = any(not isinstance(d, int) for sizes in (input_shapes or {}).values() for d in sizes)
     return Model(
         plain, proto, inputs, size, quantization, known, original, imported.left,
-        mended or imported.changed, imported.rounds, declared,
+        mended or imported.changed, imported.rounds, declared, free,
     )  # fmt: skip
 
 
@@ -177,8 +200,11 @@ def _dim(name: str, axis: int, dim: onnx.TensorShapeProto.Dimension) -> Dim:
 
 
 def dim_name(dim: onnx.TensorShapeProto.Dimension) -> str:
-    """Return the name of an unknown dimension, "" if it has none: "?" says no more than that."""
-    return "" if dim.dim_param == "?" else dim.dim_param
+    """Return the name of an unknown dimension, "" if it has none.
+
+    "?" says no more than that, and a formula is no name.
+    """
+    return "" if dim.dim_param == "?" or " " in dim.dim_param else dim.dim_param
 
 
 _DTYPES: dict[int, str] = {

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import onnx
 
     from logshift.converter.float_graph import FloatGraph
+    from logshift.converter.imports.sizes import InputShapes
     from logshift.converter.onnx_model import Model
     from logshift.converter.quantize import LayerError
     from logshift.converter.samples import Calibration, Samples
@@ -49,6 +50,7 @@ def convert(
     out: str | os.PathLike[str],
     *,
     calibration: Calibration,
+    input_shapes: InputShapes | None = None,
     weight_bits: int | Literal["auto"] = 4,
     residual_ratio: float = 0.15,
     max_bytes: int | None = None,
@@ -81,6 +83,11 @@ def convert(
         Typical inputs: a folder of pictures, a float32 array (N, C, H, W) as the ONNX model takes
         it, a uint8 array of pictures (N, H, W, C), or an iterable of dictionaries with a float32
         array for each input.
+    input_shapes : mapping of input name to sizes, optional
+        Of the model's inputs, for every axis a number, or None (or a name) for any size: what an
+        export has fixed is freed, as in ``{"x": (None, 3, None, None)}``, or the other way round.
+        Numbers in the graph that were sizes of the input follow; where that cannot be, the node is
+        named.
     weight_bits : int, or "auto"
         Bits of a word, 2 to 5. "auto" chooses 3, 4 or 5 and second words for every layer: the
         smallest file that meets `max_drop` or `min_snr`, or the best one within `max_bytes`. It
@@ -173,7 +180,7 @@ def convert(
     from logshift.converter.quantize import quantize_graph
     from logshift.converter.samples import divide, open_samples
 
-    loaded = load(model)
+    loaded = load(model, input_shapes)
     preprocessing = preprocessing or loaded.metadata.preprocessing
     labels = loaded.metadata.labels if labels is None else labels
     samples = open_samples(calibration, loaded.inputs, preprocessing)

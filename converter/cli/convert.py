@@ -76,6 +76,14 @@ def convert(
             " (N, C, H, W) as the model takes it or uint8 pictures (N, H, W, C)."
         ),
     ],
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME:]N,C,H,W",
+            help="Sizes of an input, '?' or a name where any will do: 'x:?,3,?,?' frees what the"
+            " export has fixed. May be given several times; the name is needed of several inputs.",
+        ),
+    ] = None,
     mean: Annotated[
         str | None,
         typer.Option(help="Per channel, in units of pixel / 255.", show_default="ImageNet's"),
@@ -134,6 +142,7 @@ def convert(
             model,
             out,
             calibration=data,
+            input_shapes=_input_shapes(input_shape or []),
             **settings,
             preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
             if given
@@ -142,6 +151,19 @@ def convert(
             strict=strict,
         )
     show(report.to_dict(), str(report), as_json)
+
+
+def _input_shapes(texts: list[str]) -> dict[str, tuple[int | str | None, ...]] | None:
+    shapes: dict[str, tuple[int | str | None, ...]] = {}
+    for text in texts:
+        # Names may have colons of their own.
+        name, _, sizes = text.rpartition(":")
+        parts = [part.strip() for part in sizes.split(",")]
+        if not all(parts):
+            raise InputError(f"--input-shape {text!r}: give sizes like 'x:?,3,?,?' or '1,3,224,224'")
+        dims = (int(p) if p.isdecimal() else None if p in ("?", "-1") else p for p in parts)
+        shapes[name] = tuple(dims)
+    return shapes or None
 
 
 def _bits(text: str) -> int | Literal["auto"]:

@@ -14,7 +14,7 @@ import onnx
 from onnx import inliner
 
 from logshift.converter.imports.branches import has_control, straighten
-from logshift.converter.imports.declared import forget
+from logshift.converter.imports.declared import complete, forget
 from logshift.converter.imports.dynamic import DYNAMIC
 from logshift.converter.imports.editor import Editor
 from logshift.converter.imports.microsoft import ONNXRUNTIME, claim
@@ -61,6 +61,7 @@ def put_in_order(model: onnx.ModelProto) -> bool:
     ConversionError
         If nodes wait for each other, or read what no node makes.
     """
+    complete(model)
     moved, claimed = sort(model.graph), claim(model)
     return moved or claimed
 

@@ -260,8 +260,14 @@ class Context:
             return [int(v) for v in self.constants[name].ravel()]
         if name not in self.sizes:
             raise Unsupported(f"its input {name!r} must be a constant")
-        self.fixed_size = True
+        self.fix_size()
         return [int(v) for v in self.sizes[name].ravel()]
+
+    def fix_size(self) -> None:
+        """Note that a translation holds for the nominal height and width only."""
+        if self.model.frees_sizes:
+            raise Unsupported("it computes sizes from the input's, which were asked to be free")
+        self.fixed_size = True
 
     def words(self, node: onnx.NodeProto, weight: np.ndarray) -> LogWeights | None:
         """Return the words of a weight, (O, kh, kw, C / group), that lies on a grid already."""

@@ -110,7 +110,7 @@ def _add_matrix(
     if c * h * w != weight.shape[1]:
         raise Unsupported(f"multiplies {weight.shape[1]} features, reads shape {ctx.shapes[x]}")
     if h * w > 1:
-        ctx.fixed_size = True
+        ctx.fix_size()
     weight = np.ascontiguousarray(weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1))
     ctx.add(
         "Conv",
