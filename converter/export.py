@@ -7,6 +7,7 @@ metadata, see `docs/qdq.md`; converting the model again gives the same network.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Any
 
@@ -75,6 +76,8 @@ class _Export(OnnxWriter):
         self.weights: dict[str, WeightRecord] = {}
         self.scales: dict[str, float] = {}
         self.keep_float: set[str] = set()
+        # Names of weights and biases, by what these are.
+        self.parameters_of: dict[tuple[Any, ...], str] = {}
         # By tensor of codes: the uint8 tensor, and the float32 tensor that others read.
         self.quantized: dict[str, str] = {}
         self.real: dict[str, str] = {}
@@ -169,13 +172,20 @@ class _Export(OnnxWriter):
             values = node.weights.values()
         assert values is not None
         array = onnx_weight(node.op, values, node.attributes["group"])
-        weight = self.constant(f"{out}/weight", array)
+        weight = self._parameter(f"{out}/weight", array, kept=node.weights is None)
         if node.weights is not None:
             granularity = self.graph.settings.get("granularity", "element")
             self.weights[weight] = WeightRecord.of(node.weights, granularity)
         else:
             self.keep_float.add(weight)
-        return [weight, self.constant(f"{out}/bias", node.bias)]
+        return [weight, self._parameter(f"{out}/bias", node.bias)]
+
+    def _parameter(self, name: str, value: np.ndarray, kept: bool = False) -> str:
+        """Return a constant of this value: one for all nodes that have it."""
+        key = value.shape, kept, hashlib.sha256(value.tobytes()).digest()
+        if key not in self.parameters_of:
+            self.parameters_of[key] = self.constant(name, value)
+        return self.parameters_of[key]
 
     def finish(self, node: AnyNode) -> list[Step]:
         assert isinstance(node, Node)
