@@ -27,6 +27,7 @@ try:
 except ModuleNotFoundError:
     raise ConversionError("exporting needs onnx: pip install 'logshift[converter]'") from None
 
+from logshift.converter.constant_words import weights_among
 from logshift.converter.layout import onnx_weight
 from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step, back
 from logshift.converter.operators.registry import WRITINGS
@@ -85,8 +86,15 @@ class _Export(OnnxWriter):
         self.names |= {info.name for info in graph.inputs} | set(graph.constants)
 
     def model(self) -> onnx.ModelProto:
+        inputs = [info.name for info in self.graph.inputs]
+        weights = weights_among(self.graph.nodes, self.graph.constants, inputs)
         for name, array in self.graph.constants.items():
             self.initializers.append(numpy_helper.from_array(array, name))
+            if name in self.graph.constant_words:
+                words = self.graph.constant_words[name].weights
+                self.weights[name] = WeightRecord.of(words, self._granularity)
+            elif name in weights:
+                self.keep_float.add(name)
         for node in self.graph.nodes:
             inputs = [self.real.get(name, name) for name in node.inputs]
             (self._onnx if node.is_onnx else self._packed)(node, inputs)
@@ -106,6 +114,10 @@ class _Export(OnnxWriter):
         )
         self._metadata().write(model)
         return model
+
+    @property
+    def _granularity(self) -> str:
+        return self.graph.settings.get("granularity", "element")
 
     def _metadata(self) -> Metadata:
         preprocessing = self.graph.preprocessing
@@ -174,8 +186,7 @@ class _Export(OnnxWriter):
         array = onnx_weight(node.op, values, node.attributes["group"])
         weight = self._parameter(f"{out}/weight", array, kept=node.weights is None)
         if node.weights is not None:
-            granularity = self.graph.settings.get("granularity", "element")
-            self.weights[weight] = WeightRecord.of(node.weights, granularity)
+            self.weights[weight] = WeightRecord.of(node.weights, self._granularity)
         else:
             self.keep_float.add(weight)
         return [weight, self._parameter(f"{out}/bias", node.bias)]

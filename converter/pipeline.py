@@ -221,6 +221,7 @@ def _check_arguments(
 
 def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     """Lower and fuse, and prove on a sample that the function is still the same."""
+    from logshift.converter.constant_words import find_weights
     from logshift.converter.evaluate import evaluate_graph
     from logshift.converter.float_graph import Problems
     from logshift.converter.fuse import fuse, fuse_functions
@@ -243,7 +244,7 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     kept = {
         node.name or node.output[0]
         for node in model.proto.graph.node
-        if not model.metadata.keep_float.isdisjoint(node.input[1:2])
+        if not model.metadata.keep_float.isdisjoint(node.input)
     }
     for node in graph.nodes:
         node.keeps_weight = node.name in kept or settings.keeps_float(node.name)
@@ -253,6 +254,7 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     fuse_functions(graph, lambda node, table: bits(node.name) == bits(table.name))
     saturate(graph)
     share(graph)
+    find_weights(graph, model.metadata.weights)
     found = evaluate_graph(graph, samples.first)
     expected = run(model.original, samples.first)
     worst = max(_differences(expected, found))
@@ -408,6 +410,9 @@ def _report(
                 **fields,
             )
         )
+    for words in graph.constant_words.values():
+        weights += words.weights.first.size
+        residuals += int(np.count_nonzero(words.weights.second))
     return Report(
         os.fspath(target),
         layers,

@@ -106,17 +106,28 @@ def layer_bytes(path: Path) -> Counter[int]:
     """Return the bytes of each node's tensors in a packed file, by the node's index.
 
     Tensors are named `<index of the node>.<what>`; see `docs/format.md`. What several nodes have is
-    counted for the first.
+    counted for the first, also constants of words.
     """
     return _layer_bytes(format.read_layout(path))
 
 
 def _layer_bytes(layout: format.Layout) -> Counter[int]:
+    manifest = layout.manifest
+    readers = {
+        n: i for i, node in reversed([*enumerate(manifest["nodes"])]) for n in node["inputs"]
+    }
+    words = manifest.get("constant_words", {})
+    constants = {
+        f"constant.{i}": readers[name]
+        for i, name in enumerate(manifest.get("constants", ()))
+        if name in words and name in readers
+    }
     owners: dict[tuple[int, int], int] = {}
     for name, place in layout.places.items():
-        index = name.split(".")[0]
-        if index.isdecimal():
-            owners[place] = min(int(index), owners.get(place, int(index)))
+        key = name.rpartition(".")[0]
+        owner = int(key) if key.isdecimal() else constants.get(key)
+        if owner is not None:
+            owners[place] = min(owner, owners.get(place, owner))
     sizes: Counter[int] = Counter()
     for (begin, end), owner in owners.items():
         sizes[owner] += end - begin
