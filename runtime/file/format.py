@@ -103,8 +103,11 @@ def _parts(graph: Graph) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if name in graph.constant_words:
             words = graph.constant_words[name]
             streams = pack(words.weights, f"constant {name!r}")
-            record = manifest.CONSTANT.write(replace(words, weights=manifest.WORDS.write(streams)))
-            content["constant_words"][name] = record
+            content["constant_words"][name] = {
+                "shape": list(words.shape),
+                "axes": list(words.axes),
+                "weight": manifest.WORDS.write(streams),
+            }
             tensors |= {f"constant.{index}.{key}": part for key, part in streams.tensors.items()}
         else:
             tensors[f"constant.{index}"] = np.array(array, order="C")
@@ -431,7 +434,7 @@ def _decoded(
 ) -> list[weights.StoredWeights]:
     """Decode weights; those of equal tensors are one object."""
     keys = [_identity(each) for each in streams]
-    uses, distinct = Counter(keys), {}
+    uses, distinct = Counter(keys), dict[tuple[Any, ...], weights.Streams]()
     for key, each in zip(keys, streams, strict=True):
         distinct.setdefault(key, each)
     stored = spread(
@@ -445,7 +448,7 @@ def _decoded(
 def _identity(streams: weights.Streams) -> tuple[Any, ...]:
     """Return what weights of equal tensors have in common, and others have not."""
     tensors = tuple(
-        (name, hashlib.sha256(array).digest()) for name, array in streams.tensors.items()
+        (name, hashlib.sha256(array.data).digest()) for name, array in streams.tensors.items()
     )
     said = streams.shape, streams.bits, streams.residual_shift, streams.clip
     return tensors, said, streams.positions, streams.tile, streams.zlib
