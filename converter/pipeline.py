@@ -16,6 +16,7 @@ from logshift.converter.extra import require
 from logshift.converter.progress import Progress, reporting
 from logshift.converter.report import LayerReport, Report
 from logshift.converter.settings import AUTO, Settings, Target
+from logshift.converter.threads import single_blas
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime.file import format
 from logshift.runtime.file.describe import layer_bytes
@@ -152,7 +153,7 @@ def convert(
     )
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
-    require("converting", "onnx", "onnxruntime", "onnxslim")
+    require("converting", "onnx", "onnxruntime", "onnxslim", "threadpoolctl")
     from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import load
     from logshift.converter.quantize import quantize_graph
@@ -178,7 +179,7 @@ def convert(
         if wanted:
             packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
 
-    with reporting(progress) as show:
+    with single_blas(), reporting(progress) as show:
         plan = None
         if wanted:
             plan = choose_plan(graph, data, batches, others, settings, wanted, finish, show)
