@@ -10,6 +10,7 @@ operator is lowered is in `operators/`.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
 from logshift.converter.float_graph import FloatGraph, Problems
@@ -18,7 +19,7 @@ from logshift.converter.operators.context import Context, name_of
 from logshift.converter.operators.edges import round_to_codes
 from logshift.converter.operators.lookup import piece_of
 from logshift.converter.operators.registry import LOWERINGS, VARIADIC, Lowering, Unsupported
-from logshift.runtime.graph import Dim, ValueInfo
+from logshift.runtime.graph import Dim, Shape, ValueInfo
 
 
 def lower(model: Model, trace: Trace, problems: Problems) -> FloatGraph:
@@ -83,8 +84,11 @@ class _Walk:
                     needed.add(table[0].input[0])
                 elif piece := piece_of(node, self.ctx.producers, self.ctx.constants):
                     needed.add(piece)
-                else:
+                elif node.op_type in LOWERINGS:
                     needed.update(node.input if node.op_type in VARIADIC else node.input[:1])
+                else:
+                    real = (n for n in node.input if self.ctx.dtypes.get(n) == np.float32)
+                    needed.update(real, node.input[:1])
                 kept.append(node)
         return _resized_late(kept[::-1], self.ctx.joined)
 
@@ -149,7 +153,7 @@ class _Walk:
             if value.name not in results or value.name not in self.ctx.onnx_shapes:
                 continue  # `problems` knows why
             nominal = self.ctx.onnx_shapes[value.name]
-            declared = list(value.type.tensor_type.shape.dim)
+            declared = self._declared(value, nominal)
             packed = results[value.name] not in self.ctx.plain_names
             shape: list[Dim] = []
             if packed:  # its first dimension is the batch, unless it has been summed up
@@ -164,6 +168,22 @@ class _Walk:
             dtype = self.ctx.dtypes[value.name].name
             infos.append(ValueInfo(value.name, tuple(shape), nominal, dtype))
         return infos
+
+
+    def _declared(
+        self, value: onnx.ValueInfoProto, nominal: Shape
+    ) -> list[onnx.TensorShapeProto.Dimension]:
+        """Return what is said of an output's dimensions, and not contradicted by the graph."""
+        given = self.model.declared.get(value.name)
+        given = value.type.tensor_type if given is None else given
+        found = list(value.type.tensor_type.shape.dim)
+        dims = list(given.shape.dim)
+        if len(dims) != len(nominal):
+            return found if len(found) == len(nominal) else []
+        for axis, dim in enumerate(found if len(found) == len(nominal) else ()):
+            if dim.HasField("dim_param") and dims[axis].HasField("dim_value"):
+                dims[axis] = dim
+        return dims
 
 
 def _resized_late(

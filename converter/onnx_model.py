@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxslim
 from onnx.reference import ReferenceEvaluator
 
-from logshift.converter import qdq
+from logshift.converter import imports, qdq
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
+from logshift.converter.simplify import RENAMING, simplified
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 
@@ -23,12 +23,6 @@ from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 _MAX_BYTES = 2**31 - 2**20
 # Before it, arithmetic broadcasts by attributes.
 MIN_OPSET = 7
-# Simplifications that change weights.
-_RENAMING = (
-    "FusionConvAdd", "FusionConvBN", "FusionConvMul", "FusionConvTransposeAdd",
-    "FusionConvTransposeBN", "FusionConvTransposeMul", "FusionGemm", "FusionGemmAdd",
-    "FusionGemmMul",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,11 @@ class ModelInput:
     name: str
     shape: tuple[Dim, ...]
     dtype: str = "float32"
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds real numbers, of any precision."""
+        return np.dtype(self.dtype).kind == "f"
 
     @property
     def batch(self) -> int:
@@ -52,7 +51,7 @@ class Model:
     Attributes
     ----------
     original : onnx.ModelProto
-        As it was given, but for its quantization.
+        In plain form (see `imports`), without its quantization.
     proto : onnx.ModelProto
         Simplified.
     inputs : list of ModelInput
@@ -61,6 +60,16 @@ class Model:
     quantization : dict of node name to Quantization
         What was taken out of it; see `qdq.strip`.
     metadata : Metadata
+    given : onnx.ModelProto
+        As it was given: what the packed network is to do.
+    left : dict of the first output of a node to str
+        Why nodes have a form still that is not plain.
+    changed : bool
+        Whether the given model was not in plain form.
+    rounds : bool
+        Whether the given model rounds where the plain one does not.
+    declared : dict of output name to TypeProto.Tensor
+        What the given model says of its outputs.
     """
 
     original: onnx.ModelProto
@@ -69,6 +78,11 @@ class Model:
     size: int
     quantization: dict[str, Quantization]
     metadata: Metadata
+    given: onnx.ModelProto
+    left: dict[str, str] = field(default_factory=dict)
+    changed: bool = False
+    rounds: bool = False
+    declared: dict[str, onnx.TypeProto.Tensor] = field(default_factory=dict)
 
     @property
     def opset(self) -> int:
@@ -101,43 +115,26 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     size = original.ByteSize()
     if size > _MAX_BYTES:
         raise ConversionError(f"{where}: {size} bytes; models of 2 GiB and more are not supported")
+    model = onnx.ModelProto()
+    model.CopyFrom(original)
     try:
-        onnx.checker.check_model(original)
+        mended = imports.put_in_order(model)
+        onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
-    _check_opset(original, where)
-    inputs = _inputs(original.graph)
-    known = Metadata.read(original)
-    original, quantization = qdq.strip(original, known)
+    _check_opset(model, where)
+    known = Metadata.read(model)
+    imported = imports.brought_in(model)
+    inputs = _inputs(imported.model.graph)
+    plain, quantization = qdq.strip(imported.model, known)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     named = quantization or known.weights or known.keep_float
-    proto = _simplified(original, _RENAMING if named else ())
-    return Model(original, proto, inputs, size, quantization, known)
-
-
-def _simplified(model: onnx.ModelProto, skipped: tuple[str, ...]) -> onnx.ModelProto:
-    """Simplify a model; where that fails it stays as it is, which costs nothing but speed."""
-    # Inference of shapes may know less than the model says.
-    for options in ({}, {"no_shape_infer": True}):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        try:
-            proto = onnxslim.slim(copy, skip_fusion_patterns=skipped, **options)
-        except Exception:  # a simplifier may fail in any way
-            continue
-        if _is_whole(proto.graph):
-            return proto
-    return model
-
-
-def _is_whole(graph: onnx.GraphProto) -> bool:
-    """Tell whether all nodes' inputs come from somewhere."""
-    known = {"", *(value.name for value in graph.input), *(t.name for t in graph.initializer)}
-    for node in graph.node:
-        if not known.issuperset(node.input):
-            return False
-        known.update(node.output)
-    return known.issuperset(value.name for value in graph.output)
+    proto = simplified(plain, RENAMING if named else ())
+    declared = {value.name: value.type.tensor_type for value in original.graph.output}
+    return Model(
+        plain, proto, inputs, size, quantization, known, original, imported.left,
+        mended or imported.changed, imported.rounds, declared,
+    )  # fmt: skip
 
 
 def _check_opset(model: onnx.ModelProto, where: str) -> None:
@@ -267,28 +264,50 @@ def _mixed(
     }
 
 
-def run(
-    proto: onnx.ModelProto, inputs: Mapping[str, np.ndarray], *, optimize: bool = True
-) -> list[np.ndarray]:
-    """Run a model with onnxruntime and return its outputs.
+class Runner:
+    """Runs a model with onnxruntime.
 
     What onnxruntime knows no way to run, such as operators of a newer version, `onnx.reference`
     runs.
-
-    Raises
-    ------
-    ConversionError
-        If neither can run it on these inputs.
     """
-    try:
-        runner = session(proto, optimize=optimize)
-        # Simplifying removes inputs on which nothing depends.
-        known = {value.name for value in runner.get_inputs()}
-        return list(runner.run(None, {n: x for n, x in inputs.items() if n in known}))
-    except Exception as error:  # onnxruntime's exceptions share no useful base
-        if (found := run_reference(proto, inputs)) is None:
-            raise ConversionError(f"onnxruntime cannot run the model: {error}") from error
+
+    def __init__(self, proto: onnx.ModelProto, *, optimize: bool = True) -> None:
+        self._proto = proto
+        self._session: Any = None
+        self._error: Exception | None = None
+        try:
+            self._session = session(proto, optimize=optimize)
+        except Exception as error:  # onnxruntime's exceptions share no useful base
+            self._error = error
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs.
+
+        Raises
+        ------
+        ConversionError
+            If neither can run the model on these inputs.
+        """
+        if self._session is not None:
+            # Simplifying removes inputs on which nothing depends.
+            known = {value.name for value in self._session.get_inputs()}
+            given = {name: x for name, x in inputs.items() if name in known}
+            try:
+                return list(self._session.run(None, given))
+            except Exception as error:
+                self._error = error
+        if (found := run_reference(self._proto, inputs)) is None:
+            raise ConversionError(
+                f"onnxruntime cannot run the model: {self._error}"
+            ) from self._error
         return found
+
+
+def run(
+    proto: onnx.ModelProto, inputs: Mapping[str, np.ndarray], *, optimize: bool = True
+) -> list[np.ndarray]:
+    """Run a model once and return its outputs; see `Runner`."""
+    return Runner(proto, optimize=optimize)(inputs)
 
 
 def run_reference(

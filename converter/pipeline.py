@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,7 +18,8 @@ from logshift.converter.progress import Progress, reporting
 from logshift.converter.report import LayerReport, Report
 from logshift.converter.settings import AUTO, Settings, Target
 from logshift.converter.threads import single_blas
-from logshift.kernels.errors import ConversionError, InputError
+from logshift.converter.verdict import MOST_SAMPLES, Verdict, judge
+from logshift.kernels.errors import AccuracyWarning, ConversionError, InputError
 from logshift.runtime.file import format
 from logshift.runtime.file.describe import layer_bytes
 from logshift.runtime.graph import Graph
@@ -37,6 +39,9 @@ _MEMORY = 2**30
 # Folding reorders float32 sums; anything beyond that means a wrong translation.
 _TOLERANCE = 1e-3
 _LEAST = 1e-4
+# What a model in half precision or on codes, rounded everywhere, may differ from the one it means.
+_ROUNDING = 0.5
+_OF_HALVES = 2e-3
 _SHOWN = 5
 
 
@@ -62,6 +67,7 @@ def convert(
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
+    strict: bool = False,
     progress: Progress | bool | None = None,
 ) -> Report:
     """Convert an ONNX model to a packed power-of-two network.
@@ -119,8 +125,11 @@ def convert(
     labels : list of str, optional
         Class names; stored in the file.
     calibration_limit : int, optional
-        Most calibration samples to use; by default as many as fit into 1 GiB, at most 512. For
-        `max_drop` and `min_snr` samples that do not fit measure what a choice does to the outputs.
+        Most samples that calibrate; by default as many as fit into 1 GiB, at most 512. What is
+        beyond them measures the outcome, else every fifth sample does, if there are five.
+    strict : bool
+        Whether a network whose outputs are too far from the float model's is an error, and no file
+        is written, rather than a warning; see `docs/quantization.md`, "The verdict".
     progress : callable(done, total, what), or bool, optional
         By default a progress bar on terminals, if rich is installed.
 
@@ -131,11 +140,17 @@ def convert(
     Raises
     ------
     ConversionError
-        If the model cannot be converted; lists every offending node.
+        If the model cannot be converted; lists every offending node. With `strict`, if the packed
+        network does not do what the model does.
     InputError
         If a setting or the calibration data does not fit.
     OSError
         If the file cannot be written. Whatever stops a conversion leaves an old file as it was.
+
+    Warns
+    -----
+    AccuracyWarning
+        If outputs of the packed network are too far from the float model's.
     """
     wanted = Target.of(weight_bits, max_bytes, max_drop, min_snr)
     settings = Settings(
@@ -157,7 +172,7 @@ def convert(
     from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import load
     from logshift.converter.quantize import quantize_graph
-    from logshift.converter.samples import open_samples
+    from logshift.converter.samples import divide, open_samples
 
     loaded = load(model)
     preprocessing = preprocessing or loaded.metadata.preprocessing
@@ -165,10 +180,14 @@ def convert(
     samples = open_samples(calibration, loaded.inputs, preprocessing)
     graph = _lowered(loaded, samples, settings)
     limit = calibration_limit or _limit(graph)
-    # Where outputs are measured, samples beyond those that fit can measure, a batch at a time.
-    measured = wanted is not None and wanted.max_bytes is None and calibration_limit is None
-    data, batches = _whole_batches(samples.read(_readable(loaded) if measured else limit), loaded)
-    data, batches, others = _divided(data, batches, max(limit // loaded.inputs[0].batch, 1))
+    # What a plan does to the outputs is measured on as many as there are, a batch at a time.
+    chooses = wanted is not None and wanted.max_bytes is None
+    most = _readable(loaded) if chooses and calibration_limit is None else limit + MOST_SAMPLES
+    data, batches = _whole_batches(samples.read(most), loaded)
+    size = loaded.inputs[0].batch
+    divided = divide(
+        data, batches, max(limit // size, 1), batches if chooses else max(MOST_SAMPLES // size, 1)
+    )
 
     def finish(packed: Graph) -> None:
         if samples.preprocessing is not None:
@@ -182,13 +201,21 @@ def convert(
     with single_blas(), reporting(progress) as show:
         plan = None
         if wanted:
-            plan = choose_plan(graph, data, batches, others, settings, wanted, finish, show)
-        packed, errors = quantize_graph(graph, data, batches, settings, show, plan)
-    finish(packed)
+            plan = choose_plan(graph, divided, settings, wanted, finish, show)
+        packed, errors = quantize_graph(
+            graph, divided.calibration, divided.batches, settings, show, plan
+        )
+        finish(packed)
+        verdict = judge(loaded, graph, packed, divided, show)
+    if strict and verdict.warning:
+        raise ConversionError(f"{verdict.warning}; nothing was written")
     file_bytes = format.write(packed, target)
-    count = len(next(iter(data.values())))
+    count = len(next(iter(divided.calibration.values())))
     notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
-    return _report(target, packed, errors, file_bytes, loaded.size, count, notes)
+    report = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+    if verdict.warning:
+        warnings.warn(f"{os.fspath(target)}: {verdict.warning}", AccuracyWarning, stacklevel=2)
+    return report
 
 
 def _patterns(keep_float: Sequence[str]) -> tuple[str, ...]:
@@ -228,11 +255,15 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     from logshift.converter.fuse import fuse, fuse_functions
     from logshift.converter.lower import lower
     from logshift.converter.onnx_model import run, run_reference, trace
+    from logshift.converter.operators.registry import LOWERINGS
     from logshift.converter.place import place
     from logshift.converter.qdq import saturate, settle
     from logshift.converter.rearrange import rearrange
+    from logshift.converter.refusals import refuse
     from logshift.converter.shared import share
 
+    refuse(model.proto.graph, model.left, LOWERINGS)
+    _check_import(model, samples.first)
     problems = Problems()
     shown = trace(model, samples.first)
     if rearrange(model, shown):
@@ -270,12 +301,41 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
                 f"output {name!r}: the ONNX model itself produces NaN or infinity on the"
                 " calibration data"
             )
-        if not error <= _TOLERANCE:
+        # float16 has no more digits.
+        precise = _TOLERANCE if y.dtype != np.float16 else _OF_HALVES
+        if not error <= precise:
             raise ConversionError(
                 f"output {name!r}: the translated network differs from the ONNX model by"
                 f" {error:.2g} (relative) before any quantization; please report this model"
             )
     return graph
+
+
+def _check_import(model: Model, sample: Mapping[str, np.ndarray]) -> None:
+    """Prove on a sample that the model in plain form is the one that was given."""
+    from logshift.converter.onnx_model import run
+
+    if not model.changed:
+        return
+    try:
+        given = run(model.given, sample)
+    except ConversionError:  # nobody can run it as it is
+        return
+    tolerance = _ROUNDING if model.rounds else _TOLERANCE
+    names = [value.name for value in model.given.graph.output]
+    for name, y, z in zip(names, given, run(model.original, sample), strict=True):
+        if y.shape != z.shape or y.dtype != z.dtype:
+            difference = f"is {z.dtype} of shape {z.shape} and not {y.dtype} of shape {y.shape}"
+        elif model.rounds and not (y.dtype.kind == "f" and np.isfinite(y).all()):
+            continue
+        elif _difference(y, z) > tolerance:
+            difference = f"differs by {_difference(y, z):.2g} (relative)"
+        else:
+            continue
+        raise ConversionError(
+            f"output {name!r}: brought into standard float operators it {difference}; please"
+            " report this model"
+        )
 
 
 def _differences(expected: Sequence[np.ndarray], found: Mapping[str, np.ndarray]) -> list[float]:
@@ -309,21 +369,6 @@ def _whole_batches(data: dict[str, np.ndarray], model: Model) -> tuple[dict[str,
         else x[: batches * info.batch]
         for info in model.inputs
     }, batches
-
-
-def _divided(
-    data: dict[str, np.ndarray], batches: int, fitting: int
-) -> tuple[dict[str, np.ndarray], int, list[dict[str, np.ndarray]]]:
-    """Return batches that calibrate, spread over all, how many these are, and the others."""
-    from logshift.converter.samples import spread
-
-    if batches <= fitting:
-        return data, batches, []
-    split = {name: x.reshape(batches, -1, *x.shape[1:]) for name, x in data.items()}
-    used = spread(batches, fitting)
-    rest = np.setdiff1d(np.arange(batches), used)
-    chosen = {name: np.concatenate(x[used]) for name, x in split.items()}
-    return chosen, fitting, [{name: x[i] for name, x in split.items()} for i in rest]
 
 
 def _readable(model: Model) -> int:
@@ -388,6 +433,7 @@ def _report(
     onnx_bytes: int,
     samples: int,
     notes: list[str],
+    verdict: Verdict,
 ) -> Report:
     sizes = layer_bytes(target)
     layers, weights, residuals = [], 0, 0
@@ -424,4 +470,5 @@ def _report(
         samples,
         graph.settings,
         notes,
+        verdict,
     )

@@ -40,6 +40,7 @@ from logshift.runtime.graph import (
     Quantization,
 )
 from logshift.runtime.operators import OPERATORS
+from logshift.runtime.validate import validate
 
 # Before the walk, float stream and codes of the quantized one: bytes per value of a tensor.
 _BYTES_PER_VALUE = 5
@@ -104,13 +105,15 @@ def quantize_graph(
     Returns
     -------
     Graph
-        Packed; without preprocessing, labels and settings.
+        Packed and validated; without preprocessing, labels and settings.
     list of LayerError
         One per node.
     """
     if plan is None:
         plan = fixed_plan(graph, samples, batches, settings, progress)
-    return _Walk(graph, samples, batches, settings, plan).run(progress)
+    packed, errors = _Walk(graph, samples, batches, settings, plan).run(progress)
+    validate(packed)  # fills in what attributes are by default
+    return packed, errors
 
 
 class _NeedsTable(Exception):

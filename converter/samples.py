@@ -15,6 +15,8 @@ from logshift.converter.onnx_model import ModelInput
 from logshift.kernels.errors import InputError
 from logshift.runtime.picture import Preprocessing, picture_files
 
+_HELD_BACK = 5  # one batch in so many measures
+
 Calibration = str | os.PathLike[str] | np.ndarray | Iterable[Mapping[str, np.ndarray]]
 
 
@@ -63,7 +65,7 @@ def open_samples(
                 f"calibration array has shape {calibration.shape}; expected samples (N, C, H, W)"
                 " as float32, or pictures (N, H, W, C) as uint8"
             )
-        if calibration.dtype == np.uint8 and _single(inputs).dtype == "float32":
+        if calibration.dtype == np.uint8 and _single(inputs).is_float:
             return _from_pictures(calibration, inputs, preprocessing)
         return _from_array(calibration, _single(inputs), preprocessing)
     if isinstance(calibration, Iterable):
@@ -94,6 +96,64 @@ def _nominal_batch(x: np.ndarray, info: ModelInput) -> np.ndarray:
     return np.resize(x[: info.batch], (info.batch, *x.shape[1:]))
 
 
+@dataclass(frozen=True)
+class Division:
+    """Calibration data in two parts: what calibrates, and what measures the outcome.
+
+    Attributes
+    ----------
+    calibration : dict of input name to array (pictures, ...)
+    batches : int
+        How many batches of the model these are.
+    measuring : list of dict of input name to array
+        Batches of the model.
+    held_back : bool
+        Whether these do not calibrate; where there are too few samples, the same do both.
+    """
+
+    calibration: dict[str, np.ndarray]
+    batches: int
+    measuring: list[dict[str, np.ndarray]]
+    held_back: bool
+
+
+def divide(data: Mapping[str, np.ndarray], batches: int, fitting: int, most: int) -> Division:
+    """Divide calibration data, both parts spread over all of it.
+
+    What does not fit measures. Where everything fits, every fifth batch is held back, but none of
+    fewer than five.
+
+    Parameters
+    ----------
+    data : dict of input name to array (pictures, ...)
+    batches : int
+        How many batches of the model these are.
+    fitting : int
+        Most batches that calibrate.
+    most : int
+        Most batches to hold back where everything fits.
+    """
+    used = np.ones(batches, bool)
+    if batches > fitting:
+        used[:] = False
+        used[spread(batches, fitting)] = True
+    elif batches >= _HELD_BACK:
+        every = np.arange(_HELD_BACK - 1, batches, _HELD_BACK)
+        used[every[spread(len(every), most)]] = False
+    split = {n: x.reshape(batches, len(x) // batches, *x.shape[1:]) for n, x in data.items()}
+    rest = np.flatnonzero(~used)
+    held_back = len(rest) > 0
+    return Division(
+        {name: np.concatenate(x[used]) for name, x in split.items()} if held_back else dict(data),
+        int(used.sum()),
+        [
+            {name: x[i] for name, x in split.items()}
+            for i in (rest if held_back else range(batches))
+        ],
+        held_back,
+    )
+
+
 # --- pictures -----------------------------------------------------------------------------------
 
 
@@ -110,10 +170,10 @@ def _from_pictures(
     def prepare(index: int) -> np.ndarray:
         picture = pictures[index]
         if not isinstance(picture, Path):
-            return chosen.prepare(picture, size, last)
+            return chosen.prepare(picture, size, last).astype(info.dtype, copy=False)
         try:
             with Image.open(picture) as image:
-                return chosen.prepare(image, size, last)
+                return chosen.prepare(image, size, last).astype(info.dtype, copy=False)
         except (OSError, UnidentifiedImageError) as error:
             raise InputError(f"cannot read picture {os.fspath(picture)!r}: {error}") from error
 
@@ -125,7 +185,7 @@ def _from_pictures(
 
 
 def _picture_size(info: ModelInput, preprocessing: Preprocessing) -> tuple[int, int]:
-    if len(info.shape) != 4 or info.dtype != "float32":
+    if len(info.shape) != 4 or not info.is_float:
         raise InputError(
             f"input {info.name!r} is {info.dtype} of shape {info.shape}, no picture (N, C, H, W);"
             " give calibration as arrays"
@@ -223,10 +283,9 @@ def _checked(item: Any, inputs: Sequence[ModelInput]) -> dict[str, np.ndarray]:
 
 def _check(array: np.ndarray, info: ModelInput) -> None:
     expected: tuple[Any, ...] = ("N", *info.shape[1:])
-    is_float = info.dtype == "float32"
     if (
         array.ndim != len(expected)
-        or not (array.dtype.kind == "f" if is_float else np.can_cast(array.dtype, info.dtype))
+        or not (array.dtype.kind == "f" if info.is_float else np.can_cast(array.dtype, info.dtype))
         or len(array) == 0
         or any(isinstance(d, int) and d != s for d, s in zip(expected, array.shape, strict=True))
     ):
@@ -237,7 +296,8 @@ def _check(array: np.ndarray, info: ModelInput) -> None:
 
 
 def _as_given(array: np.ndarray, info: ModelInput) -> np.ndarray:
-    array = np.ascontiguousarray(array, info.dtype)
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, info.dtype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError(f"calibration for input {info.name!r} holds NaN or infinity")
     return array

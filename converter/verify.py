@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from logshift.converter import ort
+from logshift.converter.compare import Sums
 from logshift.converter.extra import require
+from logshift.converter.verdict import Verdict, compare, verdict_on
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import Session, load
 from logshift.runtime.table import text_table
@@ -54,16 +56,20 @@ class Verification:
     agreement : float
         Share of positions at which the largest channel of the first output is the same.
     samples : int
+    verdict : Verdict, optional
+        Of all outputs.
     """
 
     tensors: list[TensorError]
     output: str
     agreement: float
     samples: int
+    verdict: Verdict | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types; infinite and undefined ratios are None."""
         record = asdict(self)
+        record["verdict"] = self.verdict and self.verdict.to_dict()
         for tensor in record["tensors"]:
             for key in ("snr_db", "cosine"):
                 if not math.isfinite(tensor[key]):
@@ -71,37 +77,16 @@ class Verification:
         return record
 
     def __str__(self) -> str:
-        """Return a table of the tensors and the agreement of the first output."""
+        """Return a table of the tensors, the agreement of the first output, and the verdict."""
         rows = [("tensor", "op", "SNR dB", "cosine")]
         rows += [(t.name, t.op, f"{t.snr_db:.1f}", f"{t.cosine:.5f}") for t in self.tensors]
-        return (
-            f"{text_table(rows, left=2)}\n"
+        lines = [
+            text_table(rows, left=2),
             f"first output {self.output!r}: same top-1 for {100 * self.agreement:.1f} % of"
-            f" {self.samples} samples"
-        )
-
-
-class _Sums:
-    """Running sums of one tensor over all samples."""
-
-    def __init__(self) -> None:
-        self.expected = self.found = self.product = self.difference = 0.0
-
-    def add(self, expected: np.ndarray, found: np.ndarray) -> None:
-        x, y = expected.ravel().astype(np.float64), found.ravel().astype(np.float64)
-        self.expected += float(x @ x)
-        self.found += float(y @ y)
-        self.product += float(x @ y)
-        self.difference += float((x - y) @ (x - y))
-
-    def snr_db(self) -> float:
-        if self.difference == 0:
-            return math.inf
-        return 10 * math.log10(self.expected / self.difference) if self.expected else -math.inf
-
-    def cosine(self) -> float:
-        norm = math.sqrt(self.expected) * math.sqrt(self.found)
-        return self.product / norm if norm else math.nan
+            f" {self.samples} samples",
+            *([str(self.verdict)] if self.verdict else []),
+        ]
+        return "\n".join(lines)
 
 
 def verify(
@@ -134,7 +119,8 @@ def verify(
     session = packed if isinstance(packed, Session) else load(packed)
     reference, names = _reference(model, session)
     output = session.outputs[0].name
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, Sums] = {}
+    outputs = compare(session.inputs, session.outputs, session.labels)
     same = positions = samples = 0
     for sample in _each(inputs, session):
         found = session.trace(sample)
@@ -143,7 +129,9 @@ def verify(
         for name in names:
             x, y = expected[name], found.get(name)
             if y is not None and x.dtype.kind == "f" and x.shape == y.shape:
-                sums.setdefault(name, _Sums()).add(x, y)
+                sums.setdefault(name, Sums()).add(x.reshape(1, -1), y.reshape(1, -1))
+        for info, error in zip(session.outputs, outputs, strict=True):
+            error.add(expected[info.name], found[info.name])
         if expected[output].shape != found[output].shape:
             raise ConversionError(
                 f"output {output!r} has shape {expected[output].shape} in the ONNX model and"
@@ -161,6 +149,7 @@ def verify(
         output,
         same / positions,
         samples,
+        verdict_on([error.error() for error in outputs], samples, session.graph.settings),
     )
 
 

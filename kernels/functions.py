@@ -385,6 +385,37 @@ def onnx_tanh(x, alpha, beta):
     return y if x == x else x
 
 
+@njit(inline="always")
+def onnx_affine(x, alpha, beta):
+    """Return alpha * x + beta."""
+    return alpha * x + beta
+
+
+@njit(inline="always")
+def onnx_relu(x, alpha, beta):
+    """Return x, or 0 where it is negative."""
+    return maximum(x, np.float32(0))
+
+
+@njit(inline="always")
+def onnx_scaled_tanh(x, alpha, beta):
+    """Return alpha * tanh(beta * x)."""
+    return alpha * onnx_tanh(beta * x, alpha, beta)
+
+
+@njit(inline="always", error_model="numpy")
+def onnx_softsign(x, alpha, beta):
+    """Return x / (1 + |x|)."""
+    return x / (_ONE + abs(x))
+
+
+@njit(inline="always")
+def onnx_thresholded_relu(x, alpha, beta):
+    """Return x, or 0 where it is not above alpha."""
+    y = x if x > alpha else np.float32(0)
+    return y if x == x else x
+
+
 # --- by name and by number ------------------------------------------------------------------------
 
 # What the argument `function` of a kernel says is a function's place in one of these.
@@ -398,6 +429,12 @@ ONNX_UNARY_FUNCTIONS = {
     "hard_sigmoid": onnx_hard_sigmoid, "hard_swish": onnx_hard_swish, "leaky_relu": leaky_relu,
     "neg": onnx_neg, "reciprocal": onnx_reciprocal, "sigmoid": onnx_sigmoid, "sqrt": onnx_sqrt,
     "swish": onnx_swish, "tanh": onnx_tanh,
+}  # fmt: skip
+RECURRENT_FUNCTIONS = {
+    "Affine": onnx_affine, "Elu": onnx_elu, "HardSigmoid": onnx_hard_sigmoid,
+    "LeakyRelu": leaky_relu, "Relu": onnx_relu, "ScaledTanh": onnx_scaled_tanh,
+    "Sigmoid": onnx_sigmoid, "Softsign": onnx_softsign, "Tanh": onnx_tanh,
+    "ThresholdedRelu": onnx_thresholded_relu,
 }  # fmt: skip
 ONNX_BINARY_FUNCTIONS = {
     "add": add, "sub": sub, "mul": mul, "div": div, "maximum": maximum, "minimum": minimum,

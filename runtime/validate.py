@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,7 +30,7 @@ _MOST_UNIT = 1e15  # of the words of a constant: their values stay far from floa
 def validate(graph: Graph) -> None:
     """Check everything that a kernel will trust, except the input of a particular run.
 
-    Fills in what attributes are by default.
+    Fills in what attributes are by default, and lays arrays out as kernels read them.
 
     Raises
     ------
@@ -75,6 +76,7 @@ def validate(graph: Graph) -> None:
                 _check_packed_node(graph, node)
         except NodeError as error:
             raise FormatError(f"{label}: {error}") from None
+        _lay_out(node)
     if unused := set(graph.quantization) - known:
         raise FormatError(f"quantization given for unknown tensor {min(unused)!r}")
     for info in graph.outputs:
@@ -110,6 +112,16 @@ def check_words(name: str, words: ConstantWords) -> None:
         raise FormatError(f"constant {name!r}: {error}") from None
     if float(words.weights.unit().max()) > _MOST_UNIT:
         raise FormatError(f"constant {name!r}: alpha is absurdly large")
+
+
+def _lay_out(node: Node) -> None:
+    """Let arrays that kernels get by their address have their values one after the other."""
+    for name in ("bias", "table", "float_weights"):
+        if (array := getattr(node, name)) is not None:
+            setattr(node, name, np.ascontiguousarray(array))
+    if (function := node.activation) is not None:
+        stored = np.ascontiguousarray(function.coefficients)
+        node.activation = replace(function, coefficients=stored)
 
 
 def _check_quantization(graph: Graph) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from logshift import converter
 from logshift.converter.cli.shared import Json, Onnx, choice, load_array, show
 from logshift.converter.settings import AUTO, Declaration, Settings, Target, declared
-from logshift.kernels.errors import InputError
+from logshift.kernels.errors import AccuracyWarning, InputError
 from logshift.runtime.picture import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -99,6 +100,13 @@ def convert(
     labels: Annotated[
         Path | None, typer.Option(help="Text file of class names, one a line.")
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Write nothing, and fail, if the outputs are too far from the float model's.",
+        ),
+    ] = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -120,16 +128,19 @@ def convert(
     settings = {name: v.value if isinstance(v, Enum) else v for name, v in settings.items()}
     settings["weight_bits"] = _bits(settings["weight_bits"])
     settings["keep_float"] = settings["keep_float"] or ()
-    report = converter.convert(
-        model,
-        out,
-        calibration=data,
-        **settings,
-        preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
-        if given
-        else None,
-        labels=None if labels is None else _lines(labels),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccuracyWarning)  # the report has it
+        report = converter.convert(
+            model,
+            out,
+            calibration=data,
+            **settings,
+            preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
+            if given
+            else None,
+            labels=None if labels is None else _lines(labels),
+            strict=strict,
+        )
     show(report.to_dict(), str(report), as_json)
 
 

@@ -18,9 +18,9 @@ from logshift.converter.float_graph import FloatNode
 from logshift.converter.operators.registry import Unsupported
 from logshift.converter.qdq import table_of
 from logshift.converter.recognise import recognise
+from logshift.converter.refusals import why_not
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.graph import DTYPES, Quantization, Shape
-from logshift.runtime.onnx_ops import numpy_ops
 
 if TYPE_CHECKING:
     from logshift.converter.onnx_model import Model, Trace
@@ -138,10 +138,8 @@ class Context:
         for name in filter(None, node.output):
             # Also of a node that fails: its consumers shall be judged on their own.
             self.plain_names[name] = name
-        if node.domain not in ("", "ai.onnx"):
-            raise Unsupported(f"operator of the domain {node.domain!r}")
-        if node.op_type not in numpy_ops.OPERATORS | {"ConstantOfShape"}:
-            raise Unsupported("not supported")
+        if reason := why_not(node, self.model.left):
+            raise Unsupported(reason)
         for name in filter(None, node.output):
             if (dtype := self.dtypes.get(name)) is None or dtype.name not in DTYPES:
                 raise Unsupported(f"its output {name!r} is no tensor of numbers")

@@ -12,7 +12,7 @@ from logshift.kernels.registry import Kernel, kernel
 from logshift.runtime.graph import Graph, Inference, Shape
 from logshift.runtime.infer import infer
 from logshift.runtime.onnx_ops import compiled
-from logshift.runtime.plan.call import Call
+from logshift.runtime.plan.call import Call, reads_of, writes_of
 from logshift.runtime.plan.convolution import Convolution
 from logshift.runtime.plan.program import Plan
 from logshift.runtime.plan.schedule import Schedule
@@ -41,6 +41,7 @@ class Planner:
         self._family = family
         self._kernels: dict[str, Kernel] = {}
         self._seen: dict[int, np.dtype | None] = {}  # see `infer`
+        self._prepared: dict[str, np.ndarray] = {}  # constants, for compiled ONNX operators
         self._schedules: dict[tuple, Schedule] = {}
         self._heads = [
             node.outputs[0]
@@ -58,7 +59,7 @@ class Planner:
         """
         found = infer(self.graph, shapes, self._seen)
         try:
-            calls = compiled.calls(self.graph, found)
+            calls = compiled.calls(self.graph, found, self._prepared)
             schedule = self._schedule(found, calls, keep_all)
             part, groups = found, 1 if keep_all else self._groups(schedule, found)
             if groups > 1:
@@ -105,7 +106,11 @@ class Planner:
         pixels = frozenset(name for name in self._heads if math.prod(found.shapes[name][2:]) == 1)
         views = frozenset(index for index, made in calls.items() if not made)
         turned = {} if keep_all else compiled.turned_back(self.graph, found, calls)
-        moving = frozenset(calls).difference(views, turned)
+        moving = frozenset(
+            (index, reads_of(made), writes_of(made))
+            for index, made in calls.items()
+            if index not in views and index not in turned
+        )
         key = frozenset(found.values), pixels, views, moving, frozenset(turned.items()), keep_all
         if key not in self._schedules:
             self._schedules[key] = Schedule(self.graph, self.convolutions, *key)

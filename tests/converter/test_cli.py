@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 
 import numpy as np
@@ -177,6 +178,30 @@ def test_hostile_files_end_in_one_line(capsys, path):
             continue  # only what is shown is read
         assert code == 1 and captured.out == ""
         assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_convert_tells_the_verdict(capsys, tmp_path, onnx_model, monkeypatch):
+    np.save(tmp_path / "x.npy", noise(10))
+    path = tmp_path / "net.stlq"
+    arguments = ("convert", onnx_model, path, "--calibration", tmp_path / "x.npy")
+    text = output(capsys, *arguments)
+    assert "on 2 samples that did not calibrate:\n  output 'y': SNR" in text
+    assert "warning" not in text
+    coarse = (*arguments, "--bits", "2", "--residual-ratio", "0", "--activation-bits", "2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, not twice
+        text = output(capsys, *coarse)
+        record = json.loads(output(capsys, *coarse, "--json"))
+    (line,) = [line for line in text.splitlines() if line.startswith("warning: ")]
+    assert line == f"warning: {record['verdict']['warning']}" and "\033" not in line
+    assert record["verdict"]["remedy"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert f"\033[1;33m{line}" in output(capsys, *coarse)
+    path.write_bytes(b"old")
+    assert call(*coarse, "--strict") == 1
+    assert line.removeprefix("warning: ") in capsys.readouterr().err
+    assert path.read_bytes() == b"old"
+    assert call(*arguments, "--strict") == 0 and path.read_bytes() != b"old"
 
 
 def test_run_on_arrays(capsys, packed, tmp_path):

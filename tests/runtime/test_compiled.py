@@ -525,3 +525,113 @@ def test_values_that_numpy_refuses_are_still_refused():
     graph = network(nodes, inputs, ["y"])
     with pytest.raises(InputError, match="'y' .Gather"):
         Session(graph).run(inputs)
+
+
+# --- recurrent networks ---------------------------------------------------------------------------
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+def recurrent(op, length, batch, inputs, hidden, seed, *, direction="forward", layout=0,
+              lengths=None, states=True, bias=True, peepholes=False):  # fmt: skip
+    """Inputs of a recurrent operator, None for those that are not given."""
+    directions, gates = 2 if direction == "bidirectional" else 1, GATES[op]
+    state = (batch, directions, hidden) if layout else (directions, batch, hidden)
+    values = [
+        floats((batch, length, inputs) if layout else (length, batch, inputs), seed),
+        floats((directions, gates * hidden, inputs), seed + 1) / 4,
+        floats((directions, gates * hidden, hidden), seed + 2) / 4,
+        floats((directions, 2 * gates * hidden), seed + 3) if bias else None,
+        lengths, floats(state, seed + 4) if states else None,
+    ]  # fmt: skip
+    if op == "LSTM":
+        values.append(floats(state, seed + 5) if states else None)
+        values.append(floats((directions, 3 * hidden), seed + 6) if peepholes else None)
+    return values
+
+
+def check_recurrent(op, values, outputs, **attributes):
+    """Compare with NumPy: weights are constants; inputs and states, and lengths, are given."""
+    names = [f"x{i}" if x is not None else "" for i, x in enumerate(values)]
+    tensors = {name: x for name, x in zip(names, values, strict=True) if name}
+    given = {name: tensors.pop(name) for name in ("x0", "x4", "x5", "x6") if name in tensors}
+    graph = network(
+        [node(op, names, *outputs, **attributes)], given, [n for n in outputs if n], tensors, 22
+    )
+    found = run(graph, given)
+    expected = numpy_ops.compute(op, attributes, 22, values, 3 if op == "LSTM" else 2)
+    for name, y in zip(outputs, expected, strict=False):
+        if name:
+            assert found[name].shape == y.shape and found[name].dtype == y.dtype
+            np.testing.assert_allclose(found[name], y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", GATES)
+@settings(max_examples=12)
+@given(
+    sizes=st.tuples(*[st.integers(1, n) for n in (5, 11, 20, 35)]), seed=SEEDS,
+    direction=st.sampled_from(["forward", "reverse", "bidirectional"]), data=st.data(),
+)  # fmt: skip
+def test_recurrent(op, sizes, seed, direction, data):
+    length, batch, inputs, hidden = sizes
+    flags = [data.draw(st.booleans()) for _ in range(6)]
+    layout, states, bias, peepholes, coupled, linear = flags
+    attributes = {"hidden_size": hidden, "direction": direction, "layout": int(layout)}
+    if data.draw(st.booleans()):
+        attributes["clip"] = 1.5
+    attributes |= {"input_forget": int(coupled)} if op == "LSTM" else {}
+    attributes |= {"linear_before_reset": int(linear)} if op == "GRU" else {}
+    lengths = None
+    if data.draw(st.booleans()):
+        lengths = np.array(
+            data.draw(st.lists(st.integers(-1, length + 2), min_size=batch, max_size=batch)),
+            np.int32,
+        )
+    values = recurrent(op, length, batch, inputs, hidden, seed % 1000, direction=direction,
+                       layout=layout, lengths=lengths, states=states, bias=bias,
+                       peepholes=peepholes and op == "LSTM")  # fmt: skip
+    wanted = data.draw(st.sampled_from([("y", "h", "c"), ("y",), ("", "h"), ("", "", "c")]))
+    outputs = wanted if op == "LSTM" else [n for n in wanted if n != "c"]
+    check_recurrent(op, values, outputs if any(outputs) else ["y"], **attributes)
+
+
+@pytest.mark.parametrize("name", functions.RECURRENT_FUNCTIONS)
+def test_activation_functions_of_recurrent_networks(name):
+    attributes = {"hidden_size": 5, "direction": "bidirectional"}
+    for op, count in (("RNN", 2), ("GRU", 4), ("LSTM", 6)):
+        check_recurrent(
+            op, recurrent(op, 3, 2, 4, 5, 1, direction="bidirectional"), ["y"], **attributes,
+            activations=[name.upper()] * (count - 1) + ["Tanh"],
+            activation_alpha=[0.3, 0.6], activation_beta=[0.4],
+        )  # fmt: skip
+
+
+def test_recurrent_networks_that_numpy_runs():
+    """What has no kernel: a function without one, and weights that only a run tells."""
+    values = recurrent("LSTM", 3, 2, 4, 5, 1)
+    names = [f"x{i}" if x is not None else "" for i, x in enumerate(values)]
+    tensors = {name: x for name, x in zip(names, values, strict=True) if name}
+    softplus = {"activations": ["Sigmoid", "Softplus", "Tanh"]}
+    for names_given, attributes in ((["x0", "x1"], {}), (["x0"], softplus)):
+        inputs = {name: tensors[name] for name in names_given}
+        others = {name: x for name, x in tensors.items() if name not in names_given}
+        graph = network([node("LSTM", names, "y", **attributes)], inputs, ["y"], others)
+        session = Session(graph)
+        assert steps_in_numpy(session, inputs) == ["LSTM"]
+        (expected,) = numpy_ops.compute("LSTM", attributes, 18, values, 1)
+        np.testing.assert_array_equal(session.run(inputs), expected)
+
+
+def test_weights_of_recurrent_networks_are_laid_out_once():
+    values = recurrent("GRU", 3, 2, 4, 5, 1, states=False)
+    names = [f"x{i}" if x is not None else "" for i, x in enumerate(values)]
+    constants = dict(zip(names[1:4], values[1:4], strict=True))
+    graph = network([node("GRU", names, "y")], {"x0": values[0]}, ["y"], constants)
+    graph.inputs[0] = ValueInfo("x0", ("length", 2, 4), (3, 2, 4))
+    session = Session(graph)
+    for length in (3, 1, 8):
+        x = floats((length, 2, 4), length)
+        (expected,) = numpy_ops.compute("GRU", {}, 18, [x, *values[1:]], 1)
+        np.testing.assert_allclose(session.run(x), expected, rtol=1e-5, atol=1e-5)
+    held = session._planner._prepared
+    assert sum(array.nbytes for array in held.values()) == 4 * (4 * 48 + 5 * 48 + 64)
