@@ -172,7 +172,10 @@ def mutated(data: bytes, rng: random.Random, gently: bool) -> bytes:
         return make.sign(json.dumps(manifest), tensors)
     # What only a file of version 4 has: the index, and what its metadata say.
     manifest["index"], together = make.put_together(tensors)
-    outer = {"format_version": 4}
+    outer: dict[str, Any] = {"format_version": 4}
+    if rng.random() < 0.5:
+        outer["data_bytes"] = together.size
+        together = np.frombuffer(zlib.compress(together.tobytes()), np.uint8)
     mutate_manifest(rng.choice([manifest["index"], outer]), rng)
     return make.sign_bundle(outer, manifest, {"data": together})
 

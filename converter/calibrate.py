@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from logshift.kernels.machine.jit import njit
 from logshift.runtime.graph import Quantization
 
 _SAMPLE = 2**16
@@ -73,4 +74,15 @@ def _range(q: Quantization) -> tuple[float, float]:
 
 
 def _squared_error(values: np.ndarray, q: Quantization) -> float:
-    return float(np.square(q.dequantize(q.quantize(values)) - values).sum(dtype=np.float64))
+    return _error(values, np.float32(q.scale), np.float32(q.zero_point), np.float32(q.top))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _error(values, scale, zero, top):
+    """Squared error of values as `Quantization` quantizes and dequantizes them."""
+    total = 0.0
+    for i in range(values.size):
+        code = min(max(np.rint(values[i] / scale) + zero, np.float32(0)), top)
+        error = (code - zero) * scale - values[i]
+        total += np.float64(error * error)
+    return total

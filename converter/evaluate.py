@@ -82,14 +82,21 @@ def run_onnx(
 
 
 class Evaluator:
-    """Evaluates one lowered node, without its activation function and clamp: `finish` has these."""
+    """Evaluates one lowered node, without its activation function and clamp: `finish` has these.
 
-    def __init__(self, node: FloatNode) -> None:
+    Parameters
+    ----------
+    node : FloatNode
+    threads : int, optional
+        Of every evaluation; by default as many as a session of logshift would have.
+    """
+
+    def __init__(self, node: FloatNode, threads: int | None = None) -> None:
         self.node = node
         self.session: onnxruntime.InferenceSession | None = None
         self.function: onnxruntime.InferenceSession | None = None
         if node.function is not None and node.table is not None:
-            self.function = session(node.function.model(np.float32))
+            self.function = session(node.function.model(np.float32), threads)
         if node.is_onnx or node.op in ("QuantizeLinear", "DequantizeLinear", "Flatten", "Clip"):
             return
         if node.op == "Lookup":
@@ -97,7 +104,7 @@ class Evaluator:
             model = node.function.model(np.float32)
         else:
             model = _NodeWriter(node).model()
-        self.session = opened = session(model)
+        self.session = opened = session(model, threads)
         self.names = [value.name for value in opened.get_inputs()]
 
     def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:
@@ -184,10 +191,16 @@ class Network:
     values : dict of tensor name to Value
     """
 
-    def __init__(self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int) -> None:
+    def __init__(
+        self,
+        graph: FloatGraph,
+        inputs: Mapping[str, np.ndarray],
+        batches: int,
+        threads: int | None = None,
+    ) -> None:
         self.graph, self.batches = graph, batches
         self.values: dict[str, Value] = {**inputs, **graph.constants}
-        self.evaluators = [Evaluator(node) for node in graph.nodes]
+        self.evaluators = [Evaluator(node, threads) for node in graph.nodes]
         for node, evaluator in zip(graph.nodes, self.evaluators, strict=True):
             self.values.update(self.results(node, evaluator, self.values))
 

@@ -361,8 +361,8 @@ def _damped(moments: np.ndarray, share: float) -> np.ndarray:
 def _updates(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Orders (group, K) in which columns are rounded; updates: upper factors of the inverses."""
     order = np.argsort(-np.diagonal(moments, axis1=1, axis2=2), axis=1, kind="stable")
-    ordered = np.take_along_axis(moments, order[:, :, None], axis=1)
-    ordered = np.take_along_axis(ordered, order[:, None], axis=2)
+    # Group by group: of large ones there are few.
+    ordered = np.stack([m[np.ix_(turn, turn)] for m, turn in zip(moments, order, strict=True)])
     try:
         return order, _factors(ordered, _DAMPING)
     except np.linalg.LinAlgError:  # rounding has made a small variance negative, somewhere

@@ -16,7 +16,7 @@ from logshift.converter.clamp import NO_CLAMP, Clamp
 from logshift.converter.function import Function
 from logshift.kernels.errors import ConversionError
 from logshift.kernels.stlq.codec import LogWeights
-from logshift.runtime.graph import Quantization, Shape, ValueInfo
+from logshift.runtime.graph import ConstantWords, Quantization, Shape, ValueInfo
 
 
 @dataclass(eq=False)
@@ -110,6 +110,10 @@ class FloatGraph:
         (N, C, H, W) of tensors of packed operators.
     constants : dict of name to array
         Inputs of ONNX operators.
+    weights : dict of constant to the axes of its rows
+        Constants that become words, see `constant_words`.
+    constant_words : dict of constant to ConstantWords
+        Of those that lie on a grid already.
     quantization : dict of tensor name to Quantization
         What the model itself says; other tensors are calibrated.
     code_tensors : set of tensors that become codes
@@ -123,6 +127,8 @@ class FloatGraph:
     shapes: dict[str, Shape]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     quantization: dict[str, Quantization] = field(default_factory=dict)
+    weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    constant_words: dict[str, ConstantWords] = field(default_factory=dict)
     code_tensors: set[str] = field(default_factory=set)
 
     def uses(self) -> Counter[str]:

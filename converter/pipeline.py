@@ -17,6 +17,7 @@ from logshift.converter.extra import require
 from logshift.converter.progress import Progress, reporting
 from logshift.converter.report import LayerReport, Report
 from logshift.converter.settings import AUTO, Settings, Target
+from logshift.converter.threads import single_blas
 from logshift.converter.verdict import MOST_SAMPLES, Verdict, judge
 from logshift.kernels.errors import AccuracyWarning, ConversionError, InputError
 from logshift.runtime.file import format
@@ -174,7 +175,7 @@ def convert(
     )
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
-    require("converting", "onnx", "onnxruntime", "onnxslim")
+    require("converting", "onnx", "onnxruntime", "onnxslim", "threadpoolctl")
     from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import load
     from logshift.converter.quantize import quantize_graph
@@ -204,7 +205,7 @@ def convert(
         if wanted:
             packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
 
-    with reporting(progress) as show:
+    with single_blas(), reporting(progress) as show:
         plan = None
         if wanted:
             plan = choose_plan(graph, divided, settings, wanted, finish, show)
@@ -255,6 +256,7 @@ def _check_arguments(
 
 def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     """Lower and fuse, and prove on a sample that the function is still the same."""
+    from logshift.converter.constant_words import find_weights
     from logshift.converter.evaluate import evaluate_graph
     from logshift.converter.float_graph import Problems
     from logshift.converter.fuse import fuse, fuse_functions
@@ -281,7 +283,7 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     kept = {
         node.name or node.output[0]
         for node in model.proto.graph.node
-        if not model.metadata.keep_float.isdisjoint(node.input[1:2])
+        if not model.metadata.keep_float.isdisjoint(node.input)
     }
     for node in graph.nodes:
         node.keeps_weight = node.name in kept or settings.keeps_float(node.name)
@@ -291,6 +293,7 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     fuse_functions(graph, lambda node, table: bits(node.name) == bits(table.name))
     saturate(graph)
     share(graph)
+    find_weights(graph, model.metadata.weights)
     found = evaluate_graph(graph, samples.first)
     expected = run(model.original, samples.first)
     worst = max(_differences(expected, found))
@@ -461,6 +464,9 @@ def _report(
                 **fields,
             )
         )
+    for words in graph.constant_words.values():
+        weights += words.weights.first.size
+        residuals += int(np.count_nonzero(words.weights.second))
     return Report(
         os.fspath(target),
         layers,

@@ -15,9 +15,10 @@ import numpy as np
 
 from logshift.converter import feedback, shared
 from logshift.converter.activation import activation, rounded
-from logshift.converter.budget import Plan, fixed_plan
+from logshift.converter.budget import Plan, Share, fixed_plan
 from logshift.converter.calibrate import choose_quantization
 from logshift.converter.clamp import NO_CLAMP
+from logshift.converter.constant_words import encode_constant, rows_read
 from logshift.converter.evaluate import (
     Evaluator,
     Value,
@@ -30,7 +31,14 @@ from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.kernels.errors import ConversionError
 from logshift.kernels.stlq.codec import LogWeights
-from logshift.runtime.graph import NEWEST_OPSET, ONNX_DOMAIN, Graph, Node, Quantization
+from logshift.runtime.graph import (
+    NEWEST_OPSET,
+    ONNX_DOMAIN,
+    ConstantWords,
+    Graph,
+    Node,
+    Quantization,
+)
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.validate import validate
 
@@ -132,6 +140,7 @@ class _Walk:
         # Of weights that several nodes have, by their `id`: what is known of all, and their words.
         self.ahead = shared.look_ahead(graph, samples, batches, settings)
         self.encoded: dict[int, LogWeights] = {}
+        self.constant_words: dict[str, ConstantWords] = {}
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
         last_use = _last_uses(self.graph)
@@ -150,8 +159,12 @@ class _Walk:
             self.graph.outputs,
             self.quantization,
             nodes,
-            constants=self.graph.constants,
+            constants={
+                name: self.constant_words[name].values() if name in self.constant_words else array
+                for name, array in self.graph.constants.items()
+            },
             opset=opset,
+            constant_words=self.constant_words,
         )
         return graph, errors
 
@@ -161,6 +174,7 @@ class _Walk:
         exact = run_onnx(
             node, [None if s is None else s.exact for s in streams], constant, self.batches
         )
+        self._encode_constants(node, exact)
         quantized = exact
         if any(s is not None and s.exact is not s.quantized for s in streams):
             inputs = [None if s is None else s.quantized for s in streams]
@@ -179,6 +193,29 @@ class _Walk:
             np.concatenate([y.ravel() for y in part]) for part in zip(*pairs, strict=True)
         )
         return packed, LayerError(None, snr_db(signal, noisy))
+
+    def _encode_constants(self, node: FloatNode, outputs: list[list[np.ndarray]]) -> None:
+        """Choose the words of the constants that are weights of a node, where nobody has yet."""
+        for index, name in enumerate(node.inputs):
+            if name not in self.graph.weights or name in self.constant_words:
+                continue
+            words = self.graph.constant_words.get(name)
+            if words is None:
+                streams = [self.streams[n] if n else None for n in node.inputs]
+                quantized, exact = (
+                    rows_read(node, index, values, outputs)
+                    for values in (
+                        [s and s.quantized for s in streams], [s and s.exact for s in streams]
+                    )
+                )  # fmt: skip
+                s = self.settings
+                share = self.plan.get(name, Share(s.weight_bits, s.residual_ratio))
+                words = encode_constant(
+                    self.graph.constants[name], self.graph.weights[name], quantized, exact,
+                    replace(s, weight_bits=share.bits), share.ratio,
+                )  # fmt: skip
+            self.constant_words[name] = words
+            self.streams[name].quantized = words.values()
 
     def _nodes(self, node: FloatNode) -> Iterator[tuple[Node, LayerError]]:
         """Pack a node; one whose function cannot be computed at once becomes two."""

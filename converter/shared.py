@@ -52,7 +52,7 @@ def share(graph: FloatGraph) -> None:
     for node in graph.nodes:
         if _is_rounded(node):
             assert node.weight is not None
-            content = hashlib.sha256(np.ascontiguousarray(node.weight)).digest()
+            content = hashlib.sha256(node.weight.tobytes()).digest()
             key = node.op, node.attributes["group"], node.weight.shape, content
             node.weight = found.setdefault(key, node.weight)
 

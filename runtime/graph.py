@@ -8,6 +8,7 @@ tensors of any type and rank but codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,19 +140,20 @@ class ConstantWords:
     shape: Shape
     axes: tuple[int, ...]
 
-    @property
-    def order(self) -> tuple[int, ...]:
-        """All axes of the constant in the order in which words have them."""
-        return (*self.axes, *(axis for axis in range(len(self.shape)) if axis not in self.axes))
-
     def values(self) -> np.ndarray:
         """Return the constant, float32."""
         w = self.weights.integers().reshape(self.weights.shape[0], -1)
         matrix = np.empty(w.shape, np.float32)
         # In float64 until the last step, a piece at a time.
         np.multiply(w, self.weights.unit()[:, None], out=matrix, casting="same_kind")
-        front = matrix.reshape([self.shape[axis] for axis in self.order])
-        return np.ascontiguousarray(front.transpose(np.argsort(self.order)))
+        order = rows_first(self.axes, len(self.shape))
+        front = matrix.reshape([self.shape[axis] for axis in order])
+        return np.ascontiguousarray(front.transpose(np.argsort(order)))
+
+
+def rows_first(axes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return all axes in the order in which the words of a constant have them."""
+    return (*axes, *(axis for axis in range(rank) if axis not in axes))
 
 
 @dataclass

@@ -56,8 +56,8 @@ def validate(graph: Graph) -> None:
         known.add(name)
     for name, words in graph.constant_words.items():
         check_words(name, words)
-        array = graph.constants.get(name)
-        if array is None or array.dtype != np.float32 or array.shape != words.shape:
+        values = graph.constants.get(name)
+        if values is None or values.dtype != np.float32 or values.shape != words.shape:
             raise FormatError(f"words are given for {name!r}, which is no constant like them")
     for node in graph.nodes:
         label = f"node {node.name!r} ({node.op})"

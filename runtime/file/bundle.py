@@ -18,11 +18,14 @@ from logshift.runtime.file.deflate import deflate, inflate
 from logshift.runtime.graph import DTYPES, MAX_ELEMENTS, MAX_RANK
 
 MANIFEST, DATA = "manifest", "data"  # the two tensors of a bundled file
-SIZE_KEY = "manifest_bytes"  # of the metadata: what the manifest inflates to
+# Of the metadata: what the manifest inflates to, and the data, if they are deflated.
+MANIFEST_SIZE, DATA_SIZE = "manifest_bytes", "data_bytes"
 INDEX_KEY = "index"  # of the manifest
 
 # Of a manifest: JSON in memory takes tens of times the space of its text.
 _MAX_MANIFEST = 2**26
+
+_LEAST_SHARE = 1 / 16  # that data must shrink by to be deflated: most are streams that are already
 
 # Where each tensor lies: dtype, first byte, shape.
 Index = dict[str, list[Any]]
@@ -103,24 +106,51 @@ def unbundle(index: Any, data: np.ndarray) -> dict[str, np.ndarray]:
     return result
 
 
-def pack_manifest(text: str) -> tuple[np.ndarray, int]:
-    """Return a manifest as it is stored, and the size of its text."""
+def pack(text: str, data: np.ndarray) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Return what the metadata say of a manifest and of the data, and the tensors of the file.
+
+    Raises
+    ------
+    FormatError
+        If the manifest is larger than readers accept.
+    """
     raw = text.encode()
     if len(raw) > _MAX_MANIFEST:
         raise FormatError(f"the manifest has {len(raw)} bytes, {_MAX_MANIFEST} are the most")
-    return np.frombuffer(deflate(raw), np.uint8), len(raw)
+    sizes = {MANIFEST_SIZE: len(raw)}
+    smaller = deflate(data.tobytes())
+    if len(smaller) <= (1 - _LEAST_SHARE) * data.size:
+        sizes[DATA_SIZE], data = data.size, np.frombuffer(smaller, np.uint8)
+    return sizes, {MANIFEST: np.frombuffer(deflate(raw), np.uint8), DATA: data}
 
 
-def unpack_manifest(stored: bytes, size: Any) -> str:
-    """Return the text of a manifest that is stored in so few bytes.
+def unpack_manifest(stored: bytes, sizes: dict[str, Any]) -> str:
+    """Return the text of a manifest that is stored in these bytes.
+
+    Parameters
+    ----------
+    stored : bytes
+    sizes : dict
+        What the metadata say.
 
     Raises
     ------
     FormatError
     """
+    size = sizes.get(MANIFEST_SIZE)
     if type(size) is not int or not 0 <= size <= _MAX_MANIFEST:
-        raise FormatError(f"{SIZE_KEY!r} is {json.dumps(size)}; it must be from 0 to 2^26")
+        raise FormatError(f"{MANIFEST_SIZE!r} is {json.dumps(size)}; it must be from 0 to 2^26")
     try:
         return inflate(stored, size, "the manifest").decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"the manifest is not UTF-8 ({error})") from error
+
+
+def unpack_data(stored: np.ndarray, sizes: dict[str, Any]) -> np.ndarray:
+    """Return the data that are stored in these bytes; see `unpack_manifest`."""
+    if DATA_SIZE not in sizes:
+        return stored
+    size = sizes[DATA_SIZE]
+    if type(size) is not int or size < 0:
+        raise FormatError(f"{DATA_SIZE!r} is {json.dumps(size)}; it must be a size")
+    return np.frombuffer(inflate(stored.tobytes(), size, "the data"), np.uint8)

@@ -15,8 +15,6 @@ from logshift.runtime.file import format
 from logshift.runtime.onnx_ops import compiled
 from logshift.runtime.session import numpy_name
 
-Places = dict[str, tuple[int, int]]  # bytes of the file that tensors take
-
 
 def describe(path: Path) -> dict[str, Any]:
     """Return everything that `logshift info` shows, as JSON types.
@@ -28,11 +26,12 @@ def describe(path: Path) -> dict[str, Any]:
     OSError
         If it cannot be read.
     """
-    manifest, places = format.read_layout(path)
+    layout = format.read_layout(path)
+    manifest = layout.manifest
     try:
-        sizes = _layer_bytes(places)
+        sizes = _layer_bytes(layout)
         nodes = [
-            _describe_node(index, node, manifest["tensors"], sizes[index], path, places)
+            _describe_node(index, node, sizes[index], layout)
             for index, node in enumerate(manifest["nodes"])
         ]
         layers = [node for node in nodes if "bits" in node]
@@ -70,8 +69,9 @@ def _value(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_node(
-    index: int, node: dict[str, Any], codes: dict[str, Any], size: int, path: Path, places: Places
+    index: int, node: dict[str, Any], size: int, layout: format.Layout
 ) -> dict[str, Any]:
+    codes = layout.manifest["tensors"]
     runs = "float32" if codes.keys().isdisjoint(node["inputs"] + node["outputs"]) else "codes"
     if node.get("domain"):
         # For some it depends on types and sizes, which are not inferred here.
@@ -85,21 +85,16 @@ def _describe_node(
         result |= {"weight_shape": weight["shape"], "weights": count}
         if "bits" in weight:
             result["bits"] = weight["bits"]
-            result["nzr"] = _second_words(index, weight, count, path, places) / count
+            result["nzr"] = _second_words(index, weight, count, layout) / count
     return result
 
 
-def _second_words(
-    index: int, weight: dict[str, Any], count: int, path: Path, places: Places
-) -> int:
+def _second_words(index: int, weight: dict[str, Any], count: int, layout: format.Layout) -> int:
     """Count the second words of a layer by its tile counts or bitmap."""
     if weight["positions"] == "none":
         return 0
     name = "count" if weight["positions"] == "list" else "position"
-    begin, end = places[f"{index}.{name}"]
-    with open(path, "rb") as file:
-        file.seek(begin)
-        raw = file.read(end - begin)
+    raw = layout.read(f"{index}.{name}")
     if name in weight["zlib"]:
         raw = zlib.decompressobj().decompress(raw, 2 * count)
     if name == "count":
@@ -111,17 +106,28 @@ def layer_bytes(path: Path) -> Counter[int]:
     """Return the bytes of each node's tensors in a packed file, by the node's index.
 
     Tensors are named `<index of the node>.<what>`; see `docs/format.md`. What several nodes have is
-    counted for the first.
+    counted for the first, also constants of words.
     """
-    return _layer_bytes(format.read_layout(path)[1])
+    return _layer_bytes(format.read_layout(path))
 
 
-def _layer_bytes(places: Places) -> Counter[int]:
+def _layer_bytes(layout: format.Layout) -> Counter[int]:
+    manifest = layout.manifest
+    readers = {
+        n: i for i, node in reversed([*enumerate(manifest["nodes"])]) for n in node["inputs"]
+    }
+    words = manifest.get("constant_words", {})
+    constants = {
+        f"constant.{i}": readers[name]
+        for i, name in enumerate(manifest.get("constants", ()))
+        if name in words and name in readers
+    }
     owners: dict[tuple[int, int], int] = {}
-    for name, place in places.items():
-        index = name.split(".")[0]
-        if index.isdecimal():
-            owners[place] = min(int(index), owners.get(place, int(index)))
+    for name, place in layout.places.items():
+        key = name.rpartition(".")[0]
+        owner = int(key) if key.isdecimal() else constants.get(key)
+        if owner is not None:
+            owners[place] = min(owner, owners.get(place, owner))
     sizes: Counter[int] = Counter()
     for (begin, end), owner in owners.items():
         sizes[owner] += end - begin

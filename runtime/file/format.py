@@ -13,7 +13,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,8 +103,11 @@ def _parts(graph: Graph) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if name in graph.constant_words:
             words = graph.constant_words[name]
             streams = pack(words.weights, f"constant {name!r}")
-            record = manifest.CONSTANT.write(replace(words, weights=manifest.WORDS.write(streams)))
-            content["constant_words"][name] = record
+            content["constant_words"][name] = {
+                "shape": list(words.shape),
+                "axes": list(words.axes),
+                "weight": manifest.WORDS.write(streams),
+            }
             tensors |= {f"constant.{index}.{key}": part for key, part in streams.tensors.items()}
         else:
             tensors[f"constant.{index}"] = np.array(array, order="C")
@@ -139,9 +143,8 @@ def _bundled(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> bytes:
     """Return a file whose tensors are all in one."""
     index, data = bundle.bundle(tensors)
     version = {"format_version": manifest.BUNDLED}
-    packed, size = bundle.pack_manifest(_text(content | version | {bundle.INDEX_KEY: index}))
-    text = _text(version | {bundle.SIZE_KEY: size})
-    return _signed(text, {bundle.MANIFEST: packed, bundle.DATA: data})
+    sizes, packed = bundle.pack(_text(content | version | {bundle.INDEX_KEY: index}), data)
+    return _signed(_text(version | sizes), packed)
 
 
 def _text(content: dict[str, Any]) -> str:
@@ -214,15 +217,16 @@ def deserialize(data: bytes, *, threads: int = 1, keep_decoded: bool = False) ->
         if tensors.keys() != {bundle.MANIFEST, bundle.DATA}:
             raise FormatError(f"tensors are {sorted(tensors)}: version 4 has 'manifest' and 'data'")
         both = _Tensors(tensors)
-        content = _inner(content, both.vector(bundle.MANIFEST, np.uint8).tobytes())
-        data = both.vector(bundle.DATA, np.uint8)
-        tensors = bundle.unbundle(content.get(bundle.INDEX_KEY), data)
+        stored = both.vector(bundle.DATA, np.uint8)
+        outer, content = content, _inner(content, both.vector(bundle.MANIFEST, np.uint8).tobytes())
+        arrays = bundle.unpack_data(stored, outer)
+        tensors = bundle.unbundle(content.get(bundle.INDEX_KEY), arrays)
     return _graph(content, tensors, threads, keep_decoded)
 
 
 def _inner(outer: dict[str, Any], stored: bytes) -> dict[str, Any]:
     """Return the manifest of a bundled file, of what its metadata say and its tensor."""
-    content = manifest.parse(bundle.unpack_manifest(stored, outer.get(bundle.SIZE_KEY)))
+    content = manifest.parse(bundle.unpack_manifest(stored, outer))
     if content["format_version"] != outer["format_version"]:
         raise FormatError("the manifest has another format_version than the metadata")
     return content
@@ -236,13 +240,52 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     FormatError
         If there is no readable manifest of a known version.
     """
-    return read_layout(path)[0]
+    return read_layout(path).manifest
 
 
-def read_layout(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """Return the manifest, and which bytes of the file each tensor takes.
+@dataclass(frozen=True)
+class Layout:
+    """What a file says of its tensors, without their values.
+
+    Attributes
+    ----------
+    path : path-like
+    manifest : dict
+        As it is, no field checked.
+    places : dict of tensor name to (first byte, byte behind it)
+        Of the file, or of its data if these are deflated.
+    outer : dict
+        What the metadata say; of a bundled file.
+    stored : (first byte, byte behind it)
+        Of the file: the data of a bundled one.
+    """
+
+    path: str | os.PathLike[str]
+    manifest: dict[str, Any]
+    places: dict[str, tuple[int, int]]
+    outer: dict[str, Any]
+    stored: tuple[int, int] = (0, 0)
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a tensor."""
+        begin, end = self.places[name]
+        if bundle.DATA_SIZE in self.outer:
+            return self._data[begin:end].tobytes()
+        return self._bytes(begin, end)
+
+    @cached_property
+    def _data(self) -> np.ndarray:
+        stored = np.frombuffer(self._bytes(*self.stored), np.uint8)
+        return bundle.unpack_data(stored, self.outer)
+
+    def _bytes(self, begin: int, end: int) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
+
+def read_layout(path: str | os.PathLike[str]) -> Layout:
+    """Return the manifest, and where each tensor lies.
 
     Raises
     ------
@@ -251,18 +294,18 @@ def read_layout(
     """
     try:
         with open(path, "rb") as file:
-            return _layout(file)
+            return _layout(path, file)
     except FormatError as error:
         raise FormatError(f"{os.fspath(path)}: {error}") from error.__cause__
 
 
-def _layout(file: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+def _layout(path: str | os.PathLike[str], file: BinaryIO) -> Layout:
     start = file.read(8)
     end = 8 + int.from_bytes(start, "little")
     if len(start) < 8 or end > 8 + os.fstat(file.fileno()).st_size:
         raise FormatError("not a readable safetensors container")
     data = start + file.read(end - 8)
-    content = manifest.parse(_metadata(data)[0])
+    outer = manifest.parse(_metadata(data)[0])
     try:
         header = json.loads(data[8:])
         places = {
@@ -270,16 +313,20 @@ def _layout(file: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]
             for name, record in header.items()
             if name != "__metadata__"
         }
-        if content["format_version"] < manifest.BUNDLED:
-            return content, places
-        (begin, behind), (first, last) = places[bundle.MANIFEST], places[bundle.DATA]
+        if outer["format_version"] < manifest.BUNDLED:
+            return Layout(path, outer, places, outer)
+        (begin, behind), stored = places[bundle.MANIFEST], places[bundle.DATA]
         file.seek(begin)
-        stored = file.read(behind - begin)
+        packed = file.read(behind - begin)
     except (LookupError, TypeError, ValueError, OSError, OverflowError) as error:
         raise FormatError(f"the header is damaged ({error})") from error
-    content = _inner(content, stored)
-    found = bundle.ranges(content.get(bundle.INDEX_KEY), last - first)
-    return content, {name: (first + begin, first + end) for name, (begin, end) in found.items()}
+    content = _inner(outer, packed)
+    first, size = stored[0], stored[1] - stored[0]
+    if bundle.DATA_SIZE in outer:
+        first, size = 0, outer[bundle.DATA_SIZE]
+    found = bundle.ranges(content.get(bundle.INDEX_KEY), size)
+    places = {name: (first + begin, first + end) for name, (begin, end) in found.items()}
+    return Layout(path, content, places, outer, stored)
 
 
 def _metadata(data: bytes) -> tuple[str, str]:
@@ -385,9 +432,9 @@ def _constants(
 def _decoded(
     streams: list[weights.Streams], threads: int, keep: bool
 ) -> list[weights.StoredWeights]:
-    """Decode weights; those of the same tensors are one object."""
+    """Decode weights; those of equal tensors are one object."""
     keys = [_identity(each) for each in streams]
-    uses, distinct = Counter(keys), {}
+    uses, distinct = Counter(keys), dict[tuple[Any, ...], weights.Streams]()
     for key, each in zip(keys, streams, strict=True):
         distinct.setdefault(key, each)
     stored = spread(
@@ -399,8 +446,10 @@ def _decoded(
 
 
 def _identity(streams: weights.Streams) -> tuple[Any, ...]:
-    """Return what weights of the same tensors have in common, and others have not."""
-    tensors = tuple((name, id(array)) for name, array in streams.tensors.items())
+    """Return what weights of equal tensors have in common, and others have not."""
+    tensors = tuple(
+        (name, hashlib.sha256(array.data).digest()) for name, array in streams.tensors.items()
+    )
     said = streams.shape, streams.bits, streams.residual_shift, streams.clip
     return tensors, said, streams.positions, streams.tile, streams.zlib
 

@@ -236,8 +236,8 @@ WORDS = Form(
     Field("zlib", _made(frozenset, _strings), sorted),
 )
 CONSTANT = Form(
-    Field("shape", _made(tuple, _sizes), list),
-    Field("axes", _made(tuple, _sizes), list),
+    Field("shape", _made(tuple, _sizes)),
+    Field("axes", _made(tuple, _sizes)),
     Field("weight", _object, attribute="weights"),
 )
 FLOATS = Form(Field("shape", _weight_shape, list), Field("dtype", _float_type))

@@ -181,10 +181,12 @@ def take_apart(data: bytes) -> tuple[Manifest, Tensors]:
     """Manifest and tensors of a packed file, each by itself, without any check."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     tensors = {name: array.copy() for name, array in safetensors.numpy.load(data).items()}
-    manifest = json.loads(header["__metadata__"]["logshift"])
-    if "manifest_bytes" in manifest:
+    outer = manifest = json.loads(header["__metadata__"]["logshift"])
+    if "manifest_bytes" in outer:
         manifest = json.loads(zlib.decompress(tensors["manifest"].tobytes()))
         bundle, tensors = tensors["data"].tobytes(), {}
+        if "data_bytes" in outer:
+            bundle = zlib.decompress(bundle)
         for name, (dtype, begin, shape) in manifest.pop("index").items():
             array = np.frombuffer(bundle, dtype, math.prod(shape), begin)
             tensors[name] = array.reshape(shape).copy()
@@ -1028,15 +1030,32 @@ def manifest_unsized(outer, manifest, tensors):
     outer["manifest_bytes"] = None
 
 
-@bundle_fault("a manifest of 4 million spaces in 4 kilobytes", "cannot inflate to")
+@bundle_fault("a manifest of 2 million spaces in 2 kilobytes", "cannot inflate to")
 def manifest_bomb(outer, manifest, tensors):
-    outer["manifest_bytes"] = 2**22
-    return zlib.compress(b" " * 2**22, 9)
+    outer["manifest_bytes"] = 2**21
+    return zlib.compress(b" " * 2**21, 9)
 
 
 @bundle_fault("a manifest that is longer than the file says", "does not hold exactly")
 def manifest_longer(outer, manifest, tensors):
     outer["manifest_bytes"] = 100
+
+
+@bundle_fault("data of 2 million zeros in 2 kilobytes", "cannot inflate to")
+def data_bomb(outer, manifest, tensors):
+    outer["data_bytes"] = 2**21
+    tensors["data"] = np.frombuffer(zlib.compress(bytes(2**21), 9), np.uint8)
+
+
+@bundle_fault("data that are shorter than the file says", "does not hold exactly")
+def data_shorter(outer, manifest, tensors):
+    outer["data_bytes"] = tensors["data"].size + 1
+    tensors["data"] = np.frombuffer(zlib.compress(tensors["data"].tobytes()), np.uint8)
+
+
+@bundle_fault("data of a size that is text", "'data_bytes' is \"100\"")
+def data_size_a_string(outer, manifest, tensors):
+    outer["data_bytes"] = "100"
 
 
 @bundle_fault("a manifest that is no zlib stream", "damaged zlib stream")
