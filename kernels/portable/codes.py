@@ -829,6 +829,12 @@ def _quantize(arguments, first_part, end_part, parts, slot):
     across = _ROW_PART if column else a.width
     down = (a.height + across - 1) // across if column else a.height
     begin, end = share(a.n * down, first_part, end_part, parts)
+    if plane == 1:  # a vector of channels lies alike in both layouts
+        for n in range(begin, end):
+            p, q = np.uintp(n) * channels, pixel_at(a.y, n, a.y.top, a.y.left)
+            for c in range(channels):
+                y[q + c] = _quantized(x[p + c], scale, zero_point, top)
+        return
     for item in range(begin, end):
         n, i = item // down, item % down
         p = np.uintp(n) * channels * plane + np.uintp(i * across)

@@ -327,7 +327,7 @@ class Plan:
             step.place = end
             end += step.layout.stride * (self._groups if step.bound else 1)
         self._arguments = aligned((end,), np.uint8)
-        self._words = memoryview(self._arguments.view(np.uintp))
+        self._words = memoryview(self._arguments.data).cast("Q")
         begin, buffer = self._arguments.ctypes.data, self._arguments.data
         program = []
         for group in range(self._groups):

@@ -635,3 +635,85 @@ def test_weights_of_recurrent_networks_are_laid_out_once():
         np.testing.assert_allclose(session.run(x), expected, rtol=1e-5, atol=1e-5)
     held = session._planner._prepared
     assert sum(array.nbytes for array in held.values()) == 4 * (4 * 48 + 5 * 48 + 64)
+
+
+# --- normalizations -------------------------------------------------------------------------------
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_layer_normalization(shape, seed, data):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    size = shape[axis:] if axis < 0 else shape[axis % len(shape) :]
+    outputs = data.draw(st.integers(1, 3))
+    given = [floats(shape, seed), floats(size, seed + 1)]
+    if data.draw(st.booleans()):
+        given.append(floats(size, seed + 2))
+    check("LayerNormalization", *given, outputs=outputs, axis=axis, epsilon=1e-3, compare=close)
+    check("RMSNormalization", *given[:2], opset=23, axis=axis, epsilon=1e-3, compare=close)
+
+
+def test_scale_of_a_layer_normalization_that_is_repeated():
+    x, scale = floats((5, 3, 4)), floats((4,), 1)
+    graph = network(
+        [node("LayerNormalization", ["x", "scale"], "y", axis=1)], {"x": x}, ["y"], {"scale": scale}
+    )
+    (expected,) = numpy_ops.compute("LayerNormalization", {"axis": 1}, 18, [x, scale], 1)
+    close(run(graph, {"x": x})["y"], expected)
+
+
+@settings(max_examples=30)
+@given(
+    arrays.array_shapes(min_dims=3, max_dims=5, min_side=1, max_side=9), SEEDS, st.integers(1, 4)
+)
+def test_normalizations_of_channels(shape, seed, groups):
+    count, size, *rest = shape
+    x, few = floats((count, groups * size, *rest), seed), floats((2, groups), seed + 1)
+    many = floats((2, groups * size), seed + 2)
+    check("InstanceNormalization", x, *many, epsilon=1e-3, compare=close)
+    for opset, values in ((18, few), (21, many)):
+        check("GroupNormalization", x, *values, opset=opset, num_groups=groups, epsilon=1e-3,
+              compare=close)  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(arrays.array_shapes(min_dims=4, max_dims=4, min_side=2, max_side=9), SEEDS, st.data())
+def test_other_normalizations(shape, seed, data):
+    check("LpNormalization", floats(shape, seed), axis=data.draw(st.integers(-4, 3)), compare=close)
+    axes = data.draw(st.sampled_from([[0, 2, 3], [2, 3], [1, 2, 3], [0, 1, 2, 3], [-1], [0]]))
+    check("MeanVarianceNormalization", floats(shape, seed), axes=axes, compare=close)
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization", "LpNormalization"])
+def test_normalization_of_what_is_the_same_everywhere(op):
+    for value in (0.0, 1e4, -3e-5):
+        x = np.full((3, 40), value, np.float32)
+        factors = [] if op == "LpNormalization" else [np.ones(40, np.float32)]
+        check(op, x, *factors, opset=23, compare=partial(np.testing.assert_allclose, atol=1e-3))
+
+
+# --- moves by indices -----------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_gather(shape, seed, data):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    index = st.integers(-shape[axis], shape[axis] - 1)
+    indices = data.draw(st.one_of(index, st.lists(index, min_size=1, max_size=9)))
+    check("Gather", floats(shape, seed), np.array(indices, np.int64), axis=axis)
+
+
+def test_gather_that_numpy_runs():
+    """Indices that only a run tells, and such as are spread too far."""
+    x = floats((900, 2))
+    graph = network([node("Gather", ["x", "i"], "y")], {"x": x, "i": ints(3, -1)}, ["y"])
+    session = Session(graph)
+    np.testing.assert_array_equal(session.run({"x": x, "i": ints(3, -1)}), x[[3, -1]])
+    indices = np.random.default_rng(0).integers(0, 900, 400)
+    graph = network([node("Gather", ["x", "i"], "y")], {"x": x}, ["y"], {"i": indices})
+    assert steps_in_numpy(Session(graph), {"x": x}) == ["Gather"]

@@ -74,6 +74,45 @@ def _windows(n: Site) -> list[Call] | None:
     return made
 
 
+_RUNS = 64  # of indices, above which NumPy is as fast
+
+
+def _gather(n: Site) -> list[Call] | None:
+    """Move what known indices name, each run of evenly spaced ones at once."""
+    indices = n.found.values.get(n.name(1))
+    shape = n.shape(n.x)
+    if indices is None or not shape:
+        return None
+    axis = n.get("axis", 0) % len(shape)
+    size, steps = shape[axis], contiguous(shape)
+    places = [place % size for place in indices.ravel().tolist()]
+    runs = [(0, len(places), 1)] if len(places) < 2 else _runs(places)
+    if len(runs) > _RUNS:
+        return None
+    whole = (*shape[:axis], len(places), *shape[axis + 1 :])
+    y_steps, made = contiguous(whole), []
+    for first, count, step in runs:
+        part = (*shape[:axis], count, *shape[axis + 1 :])
+        x_steps = [*steps[:axis], steps[axis] * step, *steps[axis + 1 :]]
+        start, y_start = places[first] * steps[axis], first * y_steps[axis]
+        made.append(_move(n.x, n.y, part, x_steps, start, y_steps, y_start))
+    return made
+
+
+def _runs(places: list[int]) -> list[tuple[int, int, int]]:
+    """Return where runs of evenly spaced numbers begin, how long they are, and their steps."""
+    runs, first = [], 0
+    while first < len(places):
+        end, step = first + 1, 1
+        if end < len(places):
+            step = places[end] - places[first]
+        while end < len(places) and places[end] - places[end - 1] == step:
+            end += 1
+        runs.append((first, end - first, step))
+        first = end
+    return runs
+
+
 def _concat(n: Site) -> list[Call] | None:
     whole, start, made = n.shape(n.y), 0, []
     axis = n.get("axis", 1) % len(whole)
@@ -101,6 +140,6 @@ def _where(n: Site) -> list[Call] | None:
 
 OPERATORS: dict[str, Builder] = {
     **dict.fromkeys(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _view),
-    "Concat": _concat, "Expand": _expand, "Slice": _windows, "Split": _windows,
+    "Concat": _concat, "Expand": _expand, "Gather": _gather, "Slice": _windows, "Split": _windows,
     "Transpose": _transpose, "Where": _where,
 }  # fmt: skip
