@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from logshift.converter.compare import groups_of
 from logshift.converter.encode import blocks, encode, gains, largest
 from logshift.converter.evaluate import Network, Value, rows
 from logshift.converter.feedback import encode_alone, input_variance
@@ -199,6 +200,12 @@ def _measured(
 class _Network(Network):
     """The float network on a few pictures."""
 
+    def __init__(
+        self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int
+    ) -> None:
+        super().__init__(graph, inputs, batches)
+        self.groups = groups_of(graph.outputs, self.outputs)
+
     def sensitivity(self, nodes: list[FloatNode], weight: np.ndarray) -> float:
         """Squared relative error of all outputs, per squared error of layers with this weight.
 
@@ -224,11 +231,7 @@ class _Network(Network):
         if error == 0.0:
             return 0.0
         total = 0.0
-        for info in self.graph.outputs:
-            if info.name not in changed or not info.dtype.startswith("float"):
-                continue
-            exact, found = rows(self.values[info.name]), rows(changed[info.name])
-            if exact.shape == found.shape:
-                power = float(np.square(exact).mean(dtype=np.float64)) or 1.0
-                total += float(np.square(found - exact).mean(dtype=np.float64)) / power
+        for name in changed.keys() & self.groups.of.keys():
+            noise = self.groups.noise(name, rows(self.values[name]), rows(changed[name]))
+            total += sum(noise.values())
         return total / error

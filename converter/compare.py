@@ -6,7 +6,7 @@ Channels whose ranges differ are compared apart: boxes from 0 to 640 would hide 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,6 +90,10 @@ class GroupError:
         ends = [str(a) if a == b else f"{a}-{b}" for a, b in self.channels]
         text = ", ".join(ends[:4]) + " ..." * (len(ends) > 4)
         return f"channel{'s' * (text != ends[0] or '-' in text)} {text} of axis {self.axis}"
+
+    def part(self, y: np.ndarray) -> np.ndarray:
+        """Return what an output has in these channels."""
+        return y.take(self.indices(y.shape[self.axis]), self.axis) if self.channels else y
 
     def indices(self, length: int) -> np.ndarray:
         """Return the channels of an axis of this length."""
@@ -216,6 +220,45 @@ class OutputSums:
             return False
         sizes = zip(self._shape[2:], self._picture, strict=True)
         return all(0 < n <= pixels <= _FINEST * n for n, pixels in sizes)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of channels of all outputs, with the squares of their values in the float network.
+
+    Attributes
+    ----------
+    of : dict of output name to list of GroupError
+    power : dict of (output name, number of the group) to float
+        Mean square.
+    """
+
+    of: dict[str, list[GroupError]]
+    power: dict[tuple[str, int], float]
+
+    def noise(self, name: str, exact: np.ndarray, found: np.ndarray) -> dict[tuple[str, int], float]:
+        """Return the squared error of an output's groups, over their squares."""
+        noise = {}
+        for number, group in enumerate(self.of[name]):
+            if exact.shape == found.shape and (power := self.power[name, number]) > 0:
+                lost = group.part(exact) - group.part(found)
+                noise[name, number] = float(np.square(lost).mean(dtype=np.float64)) / power
+        return noise
+
+
+def groups_of(infos: Sequence[ValueInfo], values: Mapping[str, np.ndarray]) -> Groups:
+    """Return the groups of channels that float outputs show, of all infos that hold floats."""
+    of, power = {}, {}
+    for info in infos:
+        if info.dtype.startswith("float") and (y := values[info.name]).size:
+            sums = OutputSums(info)
+            sums.add(y, y)
+            of[info.name] = sums.error().groups
+            for number, group in enumerate(of[info.name]):
+                part = group.part(y)
+                mean = float(np.square(part, dtype=np.float64).mean())
+                power[info.name, number] = mean if math.isfinite(mean) else 0.0
+    return Groups(of, power)
 
 
 def _axes(shape: tuple[int, ...]) -> list[int]:

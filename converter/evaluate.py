@@ -149,8 +149,7 @@ class Evaluator:
 
 def evaluate_graph(graph: FloatGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Evaluate the lowered network in float32 and return its outputs."""
-    network = Network(graph, inputs, 1)
-    return {info.name: rows(network.values[info.name]) for info in graph.outputs}
+    return Network(graph, inputs, 1).outputs
 
 
 def results(
@@ -203,6 +202,11 @@ class Network:
         self.evaluators = [Evaluator(node, threads) for node in graph.nodes]
         for node, evaluator in zip(graph.nodes, self.evaluators, strict=True):
             self.values.update(self.results(node, evaluator, self.values))
+
+    @property
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The network's outputs by name."""
+        return {info.name: rows(self.values[info.name]) for info in self.graph.outputs}
 
     def results(
         self, node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
