@@ -22,8 +22,16 @@ from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.converter.shared import layers, weight_of
-from logshift.kernels.stlq.codec import LogWeights
+from logshift.kernels.stlq.codec import LogWeights, exponent_levels
 
+# Least and most second words, by what is preferred; and what others may still take from the squared
+# error of the outputs, over their squares, so that they are not worth their bytes.
+_RATIOS = {
+    "speed": (0.15, 0.5, 1e-3),
+    "size": (0.0, 0.15, 1e-2),
+    None: (0.15, 0.5, 1e-3),
+    "accuracy": (0.15, 1.0, 1e-4),
+}
 _PICTURES = 8  # that sensitivities are measured on
 _AUTO_BITS = (3, 4, 5)
 _AUTO_RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.22, 0.3, 0.45, 0.65, 1.0)
@@ -72,8 +80,8 @@ def fixed_plan(
     """
     found = layers(graph)
     bits, ratio = settings.weight_bits, settings.residual_ratio
-    if ratio in (0.0, 1.0) or len(found) < 2:
-        return {node.output: Share(bits, ratio) for nodes in found for node in nodes}
+    if ratio in (0.0, 1.0) or not found or (len(found) == 1 and isinstance(ratio, float)):
+        return {node.output: Share(bits, float(ratio)) for nodes in found for node in nodes}
     worth: list[np.ndarray] = []
     sizes: list[int] = []
     for nodes, single, variance in _measured(graph, samples, batches, settings, progress):
@@ -83,12 +91,28 @@ def fixed_plan(
         summed, size = blocks(gain, settings.granularity, settings.tile)
         worth.append(summed.astype(np.float32) / size)
         sizes.append(size)
+    if isinstance(ratio, str):
+        ratio = _enough(worth, sizes, settings)
     bought = _bought(worth, sizes, ratio * sum(weight_of(nodes).size for nodes in found))
     return {
         node.output: Share(bits, float(np.count_nonzero(chosen) / len(chosen)))
         for nodes, chosen in zip(found, bought, strict=True)
         for node in nodes
     }
+
+
+def _enough(worth: list[np.ndarray], sizes: list[int], settings: Settings) -> float:
+    """Return the share of second words after which others have little left to take."""
+    least, most, enough = _RATIOS[settings.prefer]
+    size = np.repeat(sizes, [len(part) for part in worth])
+    everything = np.concatenate(worth).astype(np.float64)
+    order = np.argsort(-everything, kind="stable")
+    # From units of the grid.
+    levels = exponent_levels(settings.weight_bits) - 1 + settings.residual_shift
+    taken = np.cumsum((everything * size)[order]) / 4.0**levels
+    share = np.cumsum(size[order]) / size.sum()
+    first = np.searchsorted(taken, taken[-1] - enough)
+    return float(np.clip(share[min(first, len(share) - 1)], least, most))
 
 
 def _bought(worth: list[np.ndarray], sizes: list[int], budget: float) -> list[np.ndarray]:
@@ -200,9 +224,7 @@ def _measured(
 class _Network(Network):
     """The float network on a few pictures."""
 
-    def __init__(
-        self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int
-    ) -> None:
+    def __init__(self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int) -> None:
         super().__init__(graph, inputs, batches)
         self.groups = groups_of(graph.outputs, self.outputs)
 

@@ -236,7 +236,9 @@ class Groups:
     of: dict[str, list[GroupError]]
     power: dict[tuple[str, int], float]
 
-    def noise(self, name: str, exact: np.ndarray, found: np.ndarray) -> dict[tuple[str, int], float]:
+    def noise(
+        self, name: str, exact: np.ndarray, found: np.ndarray
+    ) -> dict[tuple[str, int], float]:
         """Return the squared error of an output's groups, over their squares."""
         noise = {}
         for number, group in enumerate(self.of[name]):

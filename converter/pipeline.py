@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,19 +54,20 @@ def convert(
     calibration: Calibration,
     input_shapes: InputShapes | None = None,
     weight_bits: int | Literal["auto"] = 4,
-    residual_ratio: float = 0.15,
+    residual_ratio: float | Literal["auto"] = "auto",
     max_bytes: int | None = None,
     max_drop: float | None = None,
     min_snr: float | None = None,
-    activation_bits: int | Mapping[str, int] = 8,
+    activation_bits: int | Literal["auto"] | Mapping[str, int | str] = "auto",
     keep_float: Sequence[str] = (),
     granularity: str = "element",
     tile: int = 256,
     residual_shift: int = 0,
-    activation_range: str = "mse",
+    activation_range: str = "auto",
     percentile: float = 99.99,
     bias_correction: bool = True,
     error_feedback: bool = True,
+    prefer: Literal["speed", "size", "accuracy"] | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
@@ -171,6 +173,7 @@ def convert(
         percentile=percentile,
         bias_correction=bias_correction,
         error_feedback=error_feedback,
+        prefer=prefer,
         keep_float=_patterns(keep_float),
     )
     target = Path(out)
@@ -178,6 +181,7 @@ def convert(
     require("converting", "onnx", "onnxruntime", "onnxslim", "threadpoolctl")
     from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import load
+    from logshift.converter.precision import choose_precision
     from logshift.converter.quantize import quantize_graph
     from logshift.converter.samples import divide, open_samples
 
@@ -185,7 +189,10 @@ def convert(
     preprocessing = preprocessing or loaded.metadata.preprocessing
     labels = loaded.metadata.labels if labels is None else labels
     samples = open_samples(calibration, loaded.inputs, preprocessing)
-    graph = _lowered(loaded, samples, settings)
+    lowered = _lowered(loaded, samples, settings)
+    place = partial(_placed, lowered, loaded, settings)
+    graph = place(())
+    _prove(loaded, graph, samples)
     limit = calibration_limit or _limit(graph)
     # What a plan does to the outputs is measured on as many as there are, a batch at a time.
     chooses = wanted is not None and wanted.max_bytes is None
@@ -207,6 +214,9 @@ def convert(
 
     with single_blas(), reporting(progress) as show:
         plan = None
+        graph = choose_precision(
+            lowered, graph, place, divided.calibration, divided.batches, settings, show
+        )
         if wanted:
             plan = choose_plan(graph, divided, settings, wanted, finish, show)
         packed, errors = quantize_graph(
@@ -255,19 +265,15 @@ def _check_arguments(
 
 
 def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
-    """Lower and fuse, and prove on a sample that the function is still the same."""
-    from logshift.converter.constant_words import find_weights
-    from logshift.converter.evaluate import evaluate_graph
+    """Lower and fuse."""
     from logshift.converter.float_graph import Problems
-    from logshift.converter.fuse import fuse, fuse_functions
+    from logshift.converter.fuse import fuse
     from logshift.converter.lower import lower
-    from logshift.converter.onnx_model import run, run_reference, trace
+    from logshift.converter.onnx_model import trace
     from logshift.converter.operators.registry import LOWERINGS
-    from logshift.converter.place import place
-    from logshift.converter.qdq import saturate, settle
+    from logshift.converter.qdq import settle
     from logshift.converter.rearrange import rearrange
     from logshift.converter.refusals import refuse
-    from logshift.converter.shared import share
 
     refuse(model.proto.graph, model.left, LOWERINGS)
     _check_import(model, samples.first)
@@ -288,12 +294,36 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     for node in graph.nodes:
         node.keeps_weight = node.name in kept or settings.keeps_float(node.name)
     settle(graph)
-    place(graph, lambda node: node.keeps_weight or settings.activation_bits_of(node.name) == 32)
-    bits = settings.activation_bits_of
+    return graph
+
+
+def _placed(
+    lowered: FloatGraph, model: Model, settings: Settings, floats: Collection[str]
+) -> FloatGraph:
+    """Decide what is codes, with what makes some tensors on float32, and fuse functions."""
+    from logshift.converter.constant_words import find_weights
+    from logshift.converter.fuse import fuse_functions
+    from logshift.converter.place import place
+    from logshift.converter.qdq import saturate
+    from logshift.converter.shared import share
+
+    graph, bits = lowered.copy(), settings.activation_bits_of
+    place(
+        graph,
+        lambda node: node.keeps_weight or node.output in floats or bits(node.name) == 32,
+    )
     fuse_functions(graph, lambda node, table: bits(node.name) == bits(table.name))
     saturate(graph)
     share(graph)
     find_weights(graph, model.metadata.weights)
+    return graph
+
+
+def _prove(model: Model, graph: FloatGraph, samples: Samples) -> None:
+    """Prove on a sample that the function is still the same."""
+    from logshift.converter.evaluate import evaluate_graph
+    from logshift.converter.onnx_model import run, run_reference
+
     found = evaluate_graph(graph, samples.first)
     expected = run(model.original, samples.first)
     worst = max(_differences(expected, found))
@@ -315,7 +345,6 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
                 f"output {name!r}: the translated network differs from the ONNX model by"
                 f" {error:.2g} (relative) before any quantization; please report this model"
             )
-    return graph
 
 
 def _check_import(model: Model, sample: Mapping[str, np.ndarray]) -> None:

@@ -45,8 +45,6 @@ from logshift.runtime.validate import validate
 # Before the walk, float stream and codes of the quantized one: bytes per value of a tensor.
 _BYTES_PER_VALUE = 5
 
-_MOST_BITS = 8
-
 
 @dataclass(frozen=True)
 class LayerError:
@@ -209,7 +207,7 @@ class _Walk:
                     )
                 )  # fmt: skip
                 s = self.settings
-                share = self.plan.get(name, Share(s.weight_bits, s.residual_ratio))
+                share = self.plan.get(name, Share(s.weight_bits, s.ratio_of_constants))
                 words = encode_constant(
                     self.graph.constants[name], self.graph.weights[name], quantized, exact,
                     replace(s, weight_bits=share.bits), share.ratio,
@@ -355,11 +353,8 @@ class _Walk:
         if OPERATORS[node.op].keeps_quantization:
             return self.quantization[node.inputs[0]]
         s = self.settings
-        return choose_quantization(exact, self._bits(node), s.activation_range, s.percentile)
-
-    def _bits(self, node: FloatNode) -> int:
-        bits = self.settings.activation_bits_of(node.name)
-        return _MOST_BITS if bits == 32 else bits  # codes for a neighbour that wants them
+        method = self.graph.ranges.get(node.output, s.activation_range)
+        return choose_quantization(exact, s.code_bits_of(node.name), method, s.percentile)
 
     def _fill_in(self, packed: Node, node: FloatNode) -> None:
         """Add what depends on the quantization of inputs and output: clamp and table."""

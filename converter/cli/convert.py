@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -51,7 +51,8 @@ def _option(setting: inspect.Parameter, about: Declaration, kind: Any) -> inspec
     default = setting.default
     if about.choices is not None:
         kind = choice(setting.name, about.choices)
-        default = kind(default)
+        default = None if default is None else kind(default)
+        kind = kind if default is not None else kind | None
     elif about.kind is str:
         kind, default = str, str(default)
     elif about.kind is not None:
@@ -134,7 +135,9 @@ def convert(
     data: Any = calibration if pictures else load_array(calibration)
     given = mean or std or resize or crop or bgr or interpolation is not BILINEAR
     settings = {name: v.value if isinstance(v, Enum) else v for name, v in settings.items()}
-    settings["weight_bits"] = _bits(settings["weight_bits"])
+    settings["weight_bits"] = _number("--bits", settings["weight_bits"], int)
+    settings["activation_bits"] = _number("--activation-bits", settings["activation_bits"], int)
+    settings["residual_ratio"] = _number("--residual-ratio", settings["residual_ratio"], float)
     settings["keep_float"] = settings["keep_float"] or ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)  # the report has it
@@ -160,18 +163,20 @@ def _input_shapes(texts: list[str]) -> dict[str, tuple[int | str | None, ...]] |
         name, _, sizes = text.rpartition(":")
         parts = [part.strip() for part in sizes.split(",")]
         if not all(parts):
-            raise InputError(f"--input-shape {text!r}: give sizes like 'x:?,3,?,?' or '1,3,224,224'")
+            raise InputError(
+                f"--input-shape {text!r}: give sizes like 'x:?,3,?,?' or '1,3,224,224'"
+            )
         dims = (int(p) if p.isdecimal() else None if p in ("?", "-1") else p for p in parts)
         shapes[name] = tuple(dims)
     return shapes or None
 
 
-def _bits(text: str) -> int | Literal["auto"]:
-    if text == AUTO:
-        return "auto"
-    if not text.isdecimal():
-        raise InputError(f"--bits {text!r}: give a number from 2 to 5, or auto")
-    return int(text)
+def _number(option: str, text: str, kind: type[int] | type[float]) -> int | float | str:
+    """Return the number that an option gives, or "auto"."""
+    try:
+        return text if text == AUTO else kind(text)
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give a number, or {AUTO}") from None
 
 
 def _preprocessing(
