@@ -8,6 +8,7 @@ layer by itself gets single words, and the rest of the float network runs on wha
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,15 +16,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from logshift.converter.encode import blocks, encode, gains, largest
-from logshift.converter.evaluate import Network, Value, rows
+from logshift.converter.evaluate import Network, Value, mean_square, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.converter.shared import layers, weight_of
 from logshift.kernels.stlq.codec import LogWeights
+from logshift.runtime.cores import default_threads
+from logshift.runtime.executor import spread
 
-_PICTURES = 8  # that sensitivities are measured on
+# Pictures that sensitivities are measured on: fewer, down to these, if for all layers together
+# more values would be computed.
+_PICTURES, _FEWEST, _VALUES = 8, 2, 2**30
 _AUTO_BITS = (3, 4, 5)
 _AUTO_RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.22, 0.3, 0.45, 0.65, 1.0)
 _ROWS = 64  # output channels on which they are tried, at most
@@ -181,11 +186,11 @@ def _measured(
     """
     found = layers(graph)
     size = max(len(x) // batches for x in samples.values())
-    few = min(batches, max(1, _PICTURES // size))
+    few = min(batches, max(1, _pictures(graph, len(found)) // size))
     part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
-    network = _Network(graph, part, few)
-    for number, nodes in enumerate(found):
-        progress(number, len(found), f"measuring {nodes[0].name}")
+    network, threads = _Network(graph, part, few, 1), default_threads()
+
+    def measure(nodes: list[FloatNode]) -> tuple[list[FloatNode], LogWeights, np.ndarray]:
         single = encode(weight_of(nodes), settings.weight_bits, 0.0)
         # What is not finite is for the conversion itself to refuse.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -193,7 +198,20 @@ def _measured(
                 input_variance(node, rows(network.values[node.inputs[0]])) for node in nodes
             )
             sensitivity = network.sensitivity(nodes, single.values())
-            yield nodes, single, np.nan_to_num(sensitivity * variance)
+            return nodes, single, np.nan_to_num(sensitivity * variance)
+
+    for begin in range(0, len(found), threads):
+        progress(begin, len(found), f"measuring {found[begin][0].name}")
+        yield from spread(measure, found[begin : begin + threads], threads)
+
+
+def _pictures(graph: FloatGraph, layers: int) -> int:
+    """Return on how many pictures sensitivities are measured."""
+    batch = graph.inputs[0].nominal[0]
+    values = sum(
+        math.prod(graph.shapes[name]) for node in graph.nodes for name in node.outputs if name
+    )
+    return int(np.clip(_VALUES // max(layers * values // max(batch, 1), 1), _FEWEST, _PICTURES))
 
 
 class _Network(Network):
@@ -212,10 +230,9 @@ class _Network(Network):
                 inputs = [rows(self.values[n]) for n in node.inputs]
                 exact = evaluator(inputs)
                 lost = evaluator(inputs, weight) - exact
-                lost -= lost.mean(axis=(0, 2, 3), keepdims=True)
+                lost -= lost.mean(axis=(2, 3)).mean(axis=0)[:, None, None]
                 # Of one position of the outputs.
-                size = exact[0, 0].size
-                error += float(np.square(lost).sum(axis=(1, 2, 3)).mean(dtype=np.float64)) / size
+                error += lost.shape[1] * mean_square(lost)
                 if changed.keys() & set(node.inputs):  # of another node with this weight
                     exact = evaluator([rows(values[n]) for n in node.inputs])
                 changed[node.output] = evaluator.finish(exact + lost)
@@ -229,6 +246,5 @@ class _Network(Network):
                 continue
             exact, found = rows(self.values[info.name]), rows(changed[info.name])
             if exact.shape == found.shape:
-                power = float(np.square(exact).mean(dtype=np.float64)) or 1.0
-                total += float(np.square(found - exact).mean(dtype=np.float64)) / power
+                total += mean_square(found - exact) / (mean_square(exact) or 1.0)
         return total / error

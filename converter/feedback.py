@@ -306,6 +306,8 @@ def encode_with_feedback(
     LogWeights
     """
     plain = encode_alone(weight, settings, ratio)
+    if not (np.isfinite(moments).all() and np.isfinite(lost).all()):
+        return plain
     o, group = len(weight), len(moments)
     matrix = weight.reshape(group, o // group, -1).astype(np.float64)
     if lost.any():
