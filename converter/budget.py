@@ -26,9 +26,9 @@ from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.cores import default_threads
 from logshift.runtime.executor import spread
 
-# Pictures that sensitivities are measured on: fewer, down to these, if for all layers together
-# more values would be computed.
-_PICTURES, _FEWEST, _VALUES = 8, 2, 2**30
+# Pictures that sensitivities are measured on: fewer, down to `_FEWEST`, if more values were to be
+# computed for all layers together, and one if more were to be kept.
+_PICTURES, _FEWEST, _COMPUTED, _KEPT = 8, 2, 2**30, 2**27
 _AUTO_BITS = (3, 4, 5)
 _AUTO_RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.22, 0.3, 0.45, 0.65, 1.0)
 _ROWS = 64  # output channels on which they are tried, at most
@@ -207,11 +207,11 @@ def _measured(
 
 def _pictures(graph: FloatGraph, layers: int) -> int:
     """Return on how many pictures sensitivities are measured."""
-    batch = graph.inputs[0].nominal[0]
-    values = sum(
-        math.prod(graph.shapes[name]) for node in graph.nodes for name in node.outputs if name
-    )
-    return int(np.clip(_VALUES // max(layers * values // max(batch, 1), 1), _FEWEST, _PICTURES))
+    batch = max(graph.inputs[0].nominal[0], 1)
+    names = [name for node in graph.nodes for name in node.outputs if name]
+    values = max(sum(math.prod(graph.shapes[name]) for name in names) // batch, 1)
+    pictures = np.clip(_COMPUTED // (max(layers, 1) * values), _FEWEST, _PICTURES)
+    return int(np.clip(_KEPT // values, 1, pictures))
 
 
 class _Network(Network):
