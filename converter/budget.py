@@ -8,6 +8,7 @@ layer by itself gets single words, and the rest of the float network runs on wha
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,13 +17,15 @@ import numpy as np
 
 from logshift.converter.compare import groups_of
 from logshift.converter.encode import blocks, encode, gains, largest
-from logshift.converter.evaluate import Network, Value, rows
+from logshift.converter.evaluate import Network, Value, mean_square, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.converter.shared import layers, weight_of
 from logshift.kernels.stlq.codec import LogWeights, exponent_levels
+from logshift.runtime.cores import default_threads
+from logshift.runtime.executor import spread
 
 # Least and most second words, by what is preferred; and what others may still take from the squared
 # error of the outputs, over their squares, so that they are not worth their bytes.
@@ -32,7 +35,9 @@ _RATIOS = {
     None: (0.15, 0.5, 1e-3),
     "accuracy": (0.15, 1.0, 1e-4),
 }
-_PICTURES = 8  # that sensitivities are measured on
+# Pictures that sensitivities are measured on: fewer, down to `_FEWEST`, if more values were to be
+# computed for all layers together, and one if more were to be kept.
+_PICTURES, _FEWEST, _COMPUTED, _KEPT = 8, 2, 2**30, 2**27
 _AUTO_BITS = (3, 4, 5)
 _AUTO_RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.22, 0.3, 0.45, 0.65, 1.0)
 _ROWS = 64  # output channels on which they are tried, at most
@@ -206,11 +211,11 @@ def _measured(
     """
     found = layers(graph)
     size = max(len(x) // batches for x in samples.values())
-    few = min(batches, max(1, _PICTURES // size))
+    few = min(batches, max(1, few_pictures(graph, len(found)) // size))
     part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
-    network = _Network(graph, part, few)
-    for number, nodes in enumerate(found):
-        progress(number, len(found), f"measuring {nodes[0].name}")
+    network, threads = _Network(graph, part, few, 1), default_threads()
+
+    def measure(nodes: list[FloatNode]) -> tuple[list[FloatNode], LogWeights, np.ndarray]:
         single = encode(weight_of(nodes), settings.weight_bits, 0.0)
         # What is not finite is for the conversion itself to refuse.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -218,14 +223,29 @@ def _measured(
                 input_variance(node, rows(network.values[node.inputs[0]])) for node in nodes
             )
             sensitivity = network.sensitivity(nodes, single.values())
-            yield nodes, single, np.nan_to_num(sensitivity * variance)
+            return nodes, single, np.nan_to_num(sensitivity * variance)
+
+    for begin in range(0, len(found), threads):
+        progress(begin, len(found), f"measuring {found[begin][0].name}")
+        yield from spread(measure, found[begin : begin + threads], threads)
+
+
+def few_pictures(graph: FloatGraph, layers: int) -> int:
+    """Return on how many pictures it is measured what each of so many layers does."""
+    batch = max(graph.inputs[0].nominal[0], 1)
+    names = [name for node in graph.nodes for name in node.outputs if name]
+    values = max(sum(math.prod(graph.shapes[name]) for name in names) // batch, 1)
+    pictures = np.clip(_COMPUTED // (max(layers, 1) * values), _FEWEST, _PICTURES)
+    return int(np.clip(_KEPT // values, 1, pictures))
 
 
 class _Network(Network):
     """The float network on a few pictures."""
 
-    def __init__(self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int) -> None:
-        super().__init__(graph, inputs, batches)
+    def __init__(
+        self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int, threads: int
+    ) -> None:
+        super().__init__(graph, inputs, batches, threads)
         self.groups = groups_of(graph.outputs, self.outputs)
 
     def sensitivity(self, nodes: list[FloatNode], weight: np.ndarray) -> float:
@@ -241,10 +261,9 @@ class _Network(Network):
                 inputs = [rows(self.values[n]) for n in node.inputs]
                 exact = evaluator(inputs)
                 lost = evaluator(inputs, weight) - exact
-                lost -= lost.mean(axis=(0, 2, 3), keepdims=True)
+                lost -= lost.mean(axis=(2, 3)).mean(axis=0)[:, None, None]
                 # Of one position of the outputs.
-                size = exact[0, 0].size
-                error += float(np.square(lost).sum(axis=(1, 2, 3)).mean(dtype=np.float64)) / size
+                error += lost.shape[1] * mean_square(lost)
                 if changed.keys() & set(node.inputs):  # of another node with this weight
                     exact = evaluator([rows(values[n]) for n in node.inputs])
                 changed[node.output] = evaluator.finish(exact + lost)

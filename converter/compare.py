@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from logshift.converter.evaluate import mean_square
 from logshift.runtime.graph import ValueInfo
 
 _GAP = 2.0  # octaves between the channels of two groups, in root mean square
@@ -244,7 +245,7 @@ class Groups:
         for number, group in enumerate(self.of[name]):
             if exact.shape == found.shape and (power := self.power[name, number]) > 0:
                 lost = group.part(exact) - group.part(found)
-                noise[name, number] = float(np.square(lost).mean(dtype=np.float64)) / power
+                noise[name, number] = mean_square(lost) / power
         return noise
 
 

@@ -135,16 +135,20 @@ class Evaluator:
         return output
 
     def finish(self, y: np.ndarray) -> np.ndarray:
-        """Return the output for what the node computes before its function and its clamp."""
+        """Return the output for what the node computes before its function and its clamp.
+
+        `y` is used for it, unless it is an input of the node.
+        """
         if self.function is not None:
             assert self.node.function is not None
             step = max(1, _BATCH_ELEMENTS // y[:1].size)
-            parts = (y[start : start + step] for start in range(0, len(y), step))
-            y = np.concatenate(
-                [self.function.run(None, {self.node.function.input: part})[0] for part in parts]
-            )
+            for start in range(0, len(y), step):
+                part = y[start : start + step]
+                part[...] = self.function.run(None, {self.node.function.input: part})[0]
         low, high = self.node.clamp
-        return y if low is None and high is None else np.clip(y, low, high)
+        if low is None and high is None:
+            return y
+        return np.clip(y, low, high, out=None if self.session is None else y)
 
 
 def evaluate_graph(graph: FloatGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -242,6 +246,12 @@ class _NodeWriter(OnnxWriter):
         graph = helper.make_graph(self.nodes, "node", inputs, outputs, self.initializers)
         opset = helper.make_opsetid("", self.opset)
         return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
+
+
+def mean_square(x: np.ndarray) -> float:
+    """Return the mean of the squares."""
+    flat = x.reshape(-1)
+    return float(np.vdot(flat, flat)) / max(flat.size, 1)
 
 
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:

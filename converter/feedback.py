@@ -209,22 +209,22 @@ class _Places:
         return found.reshape(len(found), self.count, -1)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _gather(x, rows, columns, kh, kw, dilation_h, dilation_w, zero, scale, found):
     """Copy the windows at some positions; what is outside of the picture is 0."""
-    for g in range(found.shape[0]):
-        for n in range(found.shape[1]):
-            for i in range(kh):
-                row = rows[n] + i * dilation_h
-                for j in range(kw):
-                    column = columns[n] + j * dilation_w
-                    inside = 0 <= row < x.shape[1] and 0 <= column < x.shape[2]
-                    for c in range(found.shape[3]):
-                        value = np.float32(0)
-                        if inside:
-                            channel = g * found.shape[3] + c
-                            value = (np.float32(x[channel, row, column]) - zero) * scale
-                        found[g, n, i * kw + j, c] = value
+    groups, count, _, in_group = found.shape
+    for g in range(np.uintp(groups)):
+        for c in range(np.uintp(in_group)):  # one after the other: each fits into a cache
+            channel = x[g * np.uintp(in_group) + c]
+            for tap in range(kh * kw):
+                down, right = tap // kw * dilation_h, tap % kw * dilation_w
+                for n in range(np.uintp(count)):
+                    row, column = rows[n] + down, columns[n] + right
+                    value = np.float32(0)
+                    if 0 <= row < channel.shape[0] and 0 <= column < channel.shape[1]:
+                        pixel = channel[np.uintp(row), np.uintp(column)]
+                        value = (np.float32(pixel) - zero) * scale
+                    found[g, n, np.uintp(tap), c] = value
 
 
 def encode_alone(weight: np.ndarray, settings: Settings, ratio: float) -> LogWeights:
@@ -306,6 +306,8 @@ def encode_with_feedback(
     LogWeights
     """
     plain = encode_alone(weight, settings, ratio)
+    if not (np.isfinite(moments).all() and np.isfinite(lost).all()):
+        return plain
     o, group = len(weight), len(moments)
     matrix = weight.reshape(group, o // group, -1).astype(np.float64)
     if lost.any():

@@ -180,10 +180,10 @@ def convert(
     _check_arguments(target, labels, calibration_limit)
     require("converting", "onnx", "onnxruntime", "onnxslim", "threadpoolctl")
     from logshift.converter.auto import choose_plan
-    from logshift.converter.onnx_model import load
+    from logshift.converter.onnx_model import Runner, load
     from logshift.converter.precision import choose_precision
     from logshift.converter.quantize import quantize_graph
-    from logshift.converter.samples import divide, open_samples
+    from logshift.converter.samples import divide, open_samples, telling_first
 
     loaded = load(model, input_shapes)
     preprocessing = preprocessing or loaded.metadata.preprocessing
@@ -214,6 +214,7 @@ def convert(
 
     with single_blas(), reporting(progress) as show:
         plan = None
+        divided = telling_first(divided, Runner(loaded.original))
         graph = choose_precision(
             lowered, graph, place, divided.calibration, divided.batches, settings, show
         )

@@ -14,21 +14,20 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
+from logshift.converter.budget import few_pictures
 from logshift.converter.calibrate import RANGES, choose_quantization
 from logshift.converter.compare import Groups, groups_of
 from logshift.converter.evaluate import Network, Value, rows
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
-from logshift.converter.samples import spread
 from logshift.converter.settings import AUTO, Settings
+from logshift.runtime.cores import default_threads
+from logshift.runtime.executor import spread
 from logshift.runtime.operators import OPERATORS
 
-_PICTURES = 6  # that effects are measured on
-_MEMORY = 2**30  # of all tensors of these
-_BITS = 8
-# Squared error over squares of a group of outputs. All tensors together: below the first nothing is
-# chosen at all, and float32 is spent until the second is reached.
-_NOTHING = 2e-4
+_PICTURES = 4  # that effects are measured on
+# Squared error over squares of a group of outputs, of all tensors together: float32 is spent until it
+# is reached.
 _ENOUGH = 1e-3
 _TRIED = 0.02  # of the noise that is enough: above it other ranges of a tensor are tried
 
@@ -116,29 +115,34 @@ class _Network(Network):
     def __init__(
         self, graph: FloatGraph, samples: Mapping[str, np.ndarray], batches: int, settings: Settings
     ) -> None:
-        chosen = spread(batches, _count(graph, samples, batches))
-        split = {n: x.reshape(batches, len(x) // batches, *x.shape[1:]) for n, x in samples.items()}
-        inputs = {name: np.concatenate(x[chosen]) for name, x in split.items()}
-        super().__init__(graph, inputs, len(chosen))
-        self.settings = settings
+        self.rounded, self.settings = _rounded(graph), settings
+        size = max(len(x) // batches for x in samples.values())
+        few = min(batches, max(1, min(few_pictures(graph, len(self.rounded)), _PICTURES) // size))
+        inputs = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
+        super().__init__(graph, inputs, few, 1)
         self.groups: Groups = groups_of(graph.outputs, self.outputs)
         self.noise: dict[str, Noise] = {}
 
     def ranges(self, progress: Progress) -> dict[str, str]:
         """Choose how the range of each tensor is chosen, and note what its codes cost."""
-        nodes = _rounded(self.graph)
-        given = self.settings.activation_range
+        given, threads = self.settings.activation_range, default_threads()
         methods = RANGES if given == AUTO else (given,)
-        found: dict[str, str] = {}
-        for number, node in enumerate(nodes):
-            progress(number, len(nodes), f"rounding {node.name}")
+
+        def measure(node: FloatNode) -> tuple[str, Noise]:
             best, noise = methods[0], self._noise(node, methods[0])
             if _worst(noise) > _TRIED * _ENOUGH:
                 for method in methods[1:]:
                     other = self._noise(node, method)
                     if _worst(other) < _worst(noise):
                         best, noise = method, other
-            self.noise[node.output], found[node.output] = noise, best
+            return best, noise
+
+        found: dict[str, str] = {}
+        for begin in range(0, len(self.rounded), threads):
+            nodes = self.rounded[begin : begin + threads]
+            progress(begin, len(self.rounded), f"rounding {nodes[0].name}")
+            for node, result in zip(nodes, spread(measure, nodes, threads), strict=True):
+                found[node.output], self.noise[node.output] = result
         return found
 
     def _noise(self, node: FloatNode, method: str) -> Noise:
@@ -157,13 +161,6 @@ class _Network(Network):
         for name in self.groups.of.keys() & changed.keys():
             noise |= self.groups.noise(name, rows(self.values[name]), rows(changed[name]))
         return noise
-
-
-def _count(graph: FloatGraph, samples: Mapping[str, np.ndarray], batches: int) -> int:
-    """Return on how many batches effects are measured."""
-    size = max(len(x) // batches for x in samples.values())
-    values = sum(math.prod(shape) for shape in graph.shapes.values())
-    return int(np.clip(_MEMORY // (4 * max(values, 1)), 1, max(_PICTURES // size, 1)))
 
 
 def _worst(noise: Noise) -> float:

@@ -8,6 +8,7 @@ quantization of everything before it has shifted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,6 +142,10 @@ class _Walk:
         self.constant_words: dict[str, ConstantWords] = {}
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
+        with ThreadPoolExecutor(1) as self.helper:
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
         last_use = _last_uses(self.graph)
         nodes, errors = [], []
         for index, node in enumerate(self.graph.nodes):
@@ -239,6 +244,8 @@ class _Walk:
                 stream.quantized = stream.exact if same else rows(stream.quantized)
         count = len(self.streams[node.inputs[0]].exact)
         evaluator = Evaluator(node)
+        # What the words depend on is known: they are chosen while the float network goes on.
+        words = self.helper.submit(self._encode, node) if node.is_quantized else None
         exact = evaluator.sweep(self._exact(node), count)
         self._check(node, exact)
         packed = Node(node.op, node.name, list(node.inputs), [node.output], dict(node.attributes))
@@ -257,9 +264,9 @@ class _Walk:
         if node.is_conv and node.keeps_weight:
             packed.float_weights, packed.bias = node.weight, node.bias
             quantized = evaluator.sweep(self._quantized(node), count)
-        elif node.is_conv:
+        elif words is not None:
             assert node.weight is not None and node.bias is not None
-            packed.weights = self._encode(node)
+            packed.weights = words.result()
             values = packed.weights.values()
             weight_snr = snr_db(node.weight, values)
             quantized = evaluator.sweep(self._quantized(node), count, values)
@@ -335,17 +342,23 @@ class _Walk:
             return node.words
         key = id(node.weight)
         if key not in self.encoded:
-            share, ahead = self.plan[node.output], self.ahead.get(key)
-            stream, q = self.streams[node.inputs[0]], self.quantization.get(node.inputs[0])
-            self.encoded[key] = feedback.encode_layer(
-                node,
-                feedback.Inputs(rows(stream.quantized), q),
-                feedback.Inputs(rows(stream.exact)),
-                replace(self.settings, weight_bits=share.bits),
-                share.ratio,
-                None if ahead is None else ahead.moments,
-            )
+            # What is not finite the network will be refused for.
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.encoded[key] = self._chosen(node)
         return self.encoded[key]
+
+    def _chosen(self, node: FloatNode) -> LogWeights:
+        """Choose the words of a layer."""
+        share, ahead = self.plan[node.output], self.ahead.get(id(node.weight))
+        stream, q = self.streams[node.inputs[0]], self.quantization.get(node.inputs[0])
+        return feedback.encode_layer(
+            node,
+            feedback.Inputs(rows(stream.quantized), q),
+            feedback.Inputs(rows(stream.exact)),
+            replace(self.settings, weight_bits=share.bits),
+            share.ratio,
+            None if ahead is None else ahead.moments,
+        )
 
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
         if node.output in self.graph.quantization:
@@ -381,7 +394,8 @@ def _bound(value: float | None, q: Quantization | None) -> Any:
 
 
 def _channel_means(y: np.ndarray) -> np.ndarray:
-    return y.mean(axis=(0, 2, 3), dtype=np.float64)
+    # Pictures first: NumPy adds up what lies side by side much faster, and more exactly.
+    return y.mean(axis=(2, 3)).mean(axis=0, dtype=np.float64)
 
 
 def _last_uses(graph: FloatGraph) -> dict[str, int]:

@@ -51,12 +51,17 @@ class Quantization:
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
         """Return the codes of real values, uint8."""
-        codes = np.rint(x / np.float32(self.scale)) + np.float32(self.zero_point)
-        return np.clip(codes, 0, self.top).astype(np.uint8)
+        codes = np.asarray(x / np.float32(self.scale))
+        np.rint(codes, out=codes)  # in place: these are the largest arrays of a conversion
+        codes += np.float32(self.zero_point)
+        return np.clip(codes, 0, self.top, out=codes).astype(np.uint8)
 
     def dequantize(self, codes: np.ndarray) -> np.ndarray:
         """Return the real values of codes, float32."""
-        return (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+        x = np.asarray(codes.astype(np.float32))
+        x -= np.float32(self.zero_point)
+        x *= np.float32(self.scale)
+        return x
 
 
 @dataclass(frozen=True)

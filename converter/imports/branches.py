@@ -106,7 +106,9 @@ class _Walk:
         names = dict(zip([value.name for value in graph.input], given, strict=True))
         for tensor in graph.initializer:
             names[tensor.name] = edit.constant(
-                f"{n.name}/{what}/{tensor.name}", array := numpy_helper.to_array(tensor), array.dtype
+                f"{n.name}/{what}/{tensor.name}",
+                array := numpy_helper.to_array(tensor),
+                array.dtype,
             )
         nodes = []
         for node in graph.node:

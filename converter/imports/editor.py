@@ -327,9 +327,7 @@ class Use:
         if self.edit.opset < 13:
             self.emit_all("Split", [x], outputs, axis=axis, split=list(sizes))
         else:
-            self.emit_all(
-                "Split", [x, self.constant("split", sizes, np.int64)], outputs, axis=axis
-            )
+            self.emit_all("Split", [x, self.constant("split", sizes, np.int64)], outputs, axis=axis)
         return outputs
 
     def reshape(self, x: str, shape: Sequence[int], output: str | None = None) -> str:

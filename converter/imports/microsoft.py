@@ -352,9 +352,7 @@ def _group_norm(n: Use) -> None:
     gamma, beta = n.weight(1), n.weight(2)
     if n.edit.opset >= 21:
         inputs = [x, n.constant("scale", gamma), n.constant("bias", beta)]
-        y = n.emit(
-            "GroupNormalization", inputs, name=n.name, num_groups=groups, epsilon=epsilon
-        )
+        y = n.emit("GroupNormalization", inputs, name=n.name, num_groups=groups, epsilon=epsilon)
     else:
         ones, zeros = (n.constant(k, np.full(groups, v)) for k, v in (("ones", 1), ("zeros", 0)))
         parts = n.reshape(x, [0, groups, -1])
@@ -431,9 +429,7 @@ def _heads(n: Use, x: str, heads: int) -> str:
     return n.emit("Transpose", [n.reshape(x, [0, 0, heads, -1])], perm=[0, 2, 1, 3])
 
 
-def _attend(
-    n: Use, parts: list[str], scale: float, biases: list[str], causal: int, x: str
-) -> None:
+def _attend(n: Use, parts: list[str], scale: float, biases: list[str], causal: int, x: str) -> None:
     query, key, value = parts
     key = n.emit("Transpose", [key], perm=[0, 1, 3, 2])
     scores = n.scaled(n.emit("MatMul", [query, key]), scale)
@@ -460,7 +456,9 @@ def _hidden(n: Use, keeps: str, kind: str) -> str:
 
 def _causal(n: Use, x: str) -> str:
     positions = _positions(n, x)
-    later = n.emit("Less", [n.move("Unsqueeze", positions, [1]), n.move("Unsqueeze", positions, [0])])
+    later = n.emit(
+        "Less", [n.move("Unsqueeze", positions, [1]), n.move("Unsqueeze", positions, [0])]
+    )
     return _hidden(n, n.emit("Not", [later]), "later")
 
 
