@@ -16,6 +16,7 @@ from logshift.kernels.portable.lanes import LANES, divide, largest_of
 from logshift.kernels.records import share
 from logshift.kernels.reference.onnx_ops import (
     ONNX_BINARY,
+    ONNX_FILL,
     ONNX_MATMUL,
     ONNX_MOVE,
     ONNX_REDUCE,
@@ -84,6 +85,15 @@ def _move(arguments, first_part, end_part, parts, slot):
         p, q = a.start_x + row_of(axes, row, _X), a.start_y + row_of(axes, row, _Y)
         _move_rows(x, p, middle[_X], inner[_X], y, q, middle[_Y], inner[_Y], rows, inner[_SIZE])
         row += rows
+
+
+@register("onnx_fill", "portable", ONNX_FILL)
+def _fill(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    y, value = values(a.y), a.value
+    begin, end = share(a.n, first_part, end_part, parts)
+    for j in range(np.uintp(begin), np.uintp(end)):
+        y[j] = value
 
 
 # --- element by element ---------------------------------------------------------------------------

@@ -127,6 +127,33 @@ def _concat(n: Site) -> list[Call] | None:
     return made
 
 
+def _pad(n: Site) -> list[Call] | None:
+    """Fill the output with one number, and move what pads do not cut off into it."""
+    shape, whole = n.shape(n.x), n.shape(n.y)
+    rank = len(shape)
+    pads, axes_given = n.get("pads", None), n.found.values.get(n.name(3))
+    if n.given(1):
+        pads = n.found.values[n.name(1)].ravel().tolist()
+    value = n.value(2) if n.given(2) else n.get("value", 0.0)
+    if n.get("mode", "constant") != "constant" or value is None or not isinstance(pads, list):
+        return None
+    if n.given(3) and axes_given is None:
+        return None
+    chosen = range(rank) if axes_given is None else axes_given.ravel().tolist()
+    x, y_start, steps = n.view(n.x), 0, contiguous(whole)
+    for place, axis in enumerate(axis % rank for axis in chosen):
+        before, after = pads[place], pads[place + len(chosen)]
+        first, end = max(-before, 0), shape[axis] - max(-after, 0)
+        x = x.parts(axis, first, 1, end - first)
+        y_start += max(before, 0) * steps[axis]
+    fill = Call("onnx_fill", {"y": n.y}, _sizes(math.prod(whole)) | {"value": np.float32(value)})
+    return [fill, *([_move(x, n.y, steps, y_start)] if min(x.shape, default=1) > 0 else [])]
+
+
+def _sizes(count: int) -> dict[str, int]:
+    return {"n": count, "height": 1, "width": 1, "channels": 1}
+
+
 OPERATORS: dict[str, Builder] = {
-    **dict.fromkeys(VIEWS, _view), "Concat": _concat, "Gather": _gather,
+    **dict.fromkeys(VIEWS, _view), "Concat": _concat, "Gather": _gather, "Pad": _pad,
 }  # fmt: skip
