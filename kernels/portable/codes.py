@@ -22,6 +22,7 @@ from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.emit import Emitter, i8, i32
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
+from logshift.kernels.portable.lanes import LANES, interleave_three, transpose_bytes
 from logshift.kernels.portable.moves import move_pixels
 from logshift.kernels.records import codes, floats, share
 from logshift.kernels.reference.codes import (
@@ -814,6 +815,30 @@ def _quantized(v, scale, zero_point, top):
 _ROW_PART = 64  # pixels that are quantized channel by channel before their codes are interleaved
 
 
+@njit(error_model="numpy")
+def _interleave(part, part_size, y, q, step, count, channels):
+    """Write rows of channels' codes, which lie `part_size` apart, pixel by pixel from q on."""
+    lanes, done = np.uintp(LANES), np.uintp(0)
+    x, at, x_row = np.int64(part.ctypes.data), np.int64(y.ctypes.data), np.int64(part_size)
+    if channels == 3 and step == channels:  # pictures
+        while done + lanes <= count:
+            interleave_three(x + np.int64(done), x_row, at + np.int64(q + done * step))
+            done += lanes
+    elif channels >= lanes and count >= lanes:
+        for j in range(np.uintp(0), count, lanes):
+            pixel = min(j, count - lanes)  # the last ones overlap others
+            for k in range(np.uintp(0), channels, lanes):
+                c = min(k, channels - lanes)
+                first, to = c * part_size + pixel, q + pixel * step + c
+                transpose_bytes(x + np.int64(first), x_row, at + np.int64(to), np.int64(step))
+        return
+    q += done * step
+    for k in range(done, count):
+        for c in range(channels):
+            y[q + c] = part[c * part_size + k]
+        q += step
+
+
 @register("quantize", "portable", QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"])
 def _quantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
@@ -846,16 +871,8 @@ def _quantize(arguments, first_part, end_part, parts, slot):
                 for k in range(count):
                     v = x[p + c * plane + j + k]
                     part[c * part_size + k] = _quantized(v, scale, zero_point, top)
-            if channels == 3 and step == channels:  # pictures
-                for k in range(count):
-                    y[q], y[q + np.uintp(1)] = part[k], part[part_size + k]
-                    y[q + np.uintp(2)] = part[part_size + part_size + k]
-                    q += channels
-            else:
-                for k in range(count):
-                    for c in range(channels):
-                        y[q + c] = part[c * part_size + k]
-                    q += step
+            _interleave(part, part_size, y, q, step, count, channels)
+            q += count * step
 
 
 @register("dequantize", "portable", DEQUANTIZE)

@@ -1,4 +1,4 @@
-"""Sixteen float32 at a time, for stretches too short for the compiler to make vectors of.
+"""Sixteen numbers at a time, for stretches too short for the compiler to make vectors of.
 
 Machines with narrower registers take several of these. Where a stretch is no multiple, its last
 vector overlaps the one before.
@@ -13,10 +13,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from logshift.kernels.machine.emit import Emitter, f32
+from logshift.kernels.machine.emit import Emitter, f32, i8
 
 LANES = 16
-_FLOATS, _DOUBLES = (ir.VectorType(kind, LANES) for kind in (f32, ir.DoubleType()))
+_FLOATS, _DOUBLES, _BYTES = (ir.VectorType(k, LANES) for k in (f32, ir.DoubleType(), i8))
 
 
 def _loop(e: Emitter, begin: Any, end: Any, totals: list[Any], body: Callable) -> list[Any]:
@@ -131,3 +131,48 @@ def join_lanes(typingctx, sums):
         return _halved(e, e.load(args[0], _DOUBLES, 8), builder.fadd)
 
     return types.float64(types.int64), codegen
+
+
+@intrinsic
+def transpose_bytes(typingctx, x, x_row, y, y_row):
+    """Write 16 rows of 16 bytes as columns; takes addresses, and bytes from row to row."""
+
+    def codegen(context, builder, signature, args):
+        e, (x, x_row, y, y_row) = Emitter(builder), args
+
+        def at(base, row, number):
+            return builder.add(base, builder.mul(row, e.word(number)))
+
+        rows = [e.load(at(x, x_row, i), _BYTES, 1) for i in range(LANES)]
+        half = LANES // 2
+        low, high = ([k // 2 + k % 2 * LANES + begin for k in range(LANES)] for begin in (0, half))
+        # Each time, rows that are half of them apart are dealt out alternately.
+        for _ in range(4):
+            rows = [
+                e.shuffle(rows[i], rows[i + half], lanes)
+                for i in range(half)
+                for lanes in (low, high)
+            ]
+        for i, row in enumerate(rows):
+            e.store(row, at(y, y_row, i), 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def interleave_three(typingctx, x, x_row, y):
+    """Write 16 bytes of each of three rows, `x_row` apart, in turns, to an address."""
+
+    def codegen(context, builder, signature, args):
+        e, (x, x_row, y) = Emitter(builder), args
+        first, second, third = (
+            e.load(builder.add(x, builder.mul(x_row, e.word(i))), _BYTES, 1) for i in range(3)
+        )
+        pairs = e.shuffle(first, second, [*range(2 * LANES)])
+        more = e.shuffle(third, third, [*range(2 * LANES)])
+        lanes = [k // 3 + k % 3 * LANES for k in range(3 * LANES)]
+        e.store(e.shuffle(pairs, more, lanes), y, 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
