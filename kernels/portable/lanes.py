@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from logshift.kernels.machine.emit import Emitter, f32, i8
+from logshift.kernels.machine.native import as_pointer
 
 LANES = 16
 _FLOATS, _DOUBLES, _BYTES = (ir.VectorType(k, LANES) for k in (f32, ir.DoubleType(), i8))
@@ -133,31 +135,41 @@ def join_lanes(typingctx, sums):
     return types.float64(types.int64), codegen
 
 
-@intrinsic
-def transpose_bytes(typingctx, x, x_row, y, y_row):
-    """Write 16 rows of 16 bytes as columns; takes addresses, and bytes from row to row."""
+def _transpose(kind: ir.VectorType, align: int) -> Any:
+    """Return what writes 16 rows of 16 numbers as columns."""
 
-    def codegen(context, builder, signature, args):
-        e, (x, x_row, y, y_row) = Emitter(builder), args
+    @intrinsic
+    def transpose(typingctx, x, x_row, y, y_row):
+        """Take addresses, and bytes from row to row."""
 
-        def at(base, row, number):
-            return builder.add(base, builder.mul(row, e.word(number)))
+        def codegen(context, builder, signature, args):
+            e, (x, x_row, y, y_row) = Emitter(builder), args
 
-        rows = [e.load(at(x, x_row, i), _BYTES, 1) for i in range(LANES)]
-        half = LANES // 2
-        low, high = ([k // 2 + k % 2 * LANES + begin for k in range(LANES)] for begin in (0, half))
-        # Each time, rows that are half of them apart are dealt out alternately.
-        for _ in range(4):
-            rows = [
-                e.shuffle(rows[i], rows[i + half], lanes)
-                for i in range(half)
-                for lanes in (low, high)
-            ]
-        for i, row in enumerate(rows):
-            e.store(row, at(y, y_row, i), 1)
-        return context.get_dummy_value()
+            def at(base, row, number):
+                return builder.add(base, builder.mul(row, e.word(number)))
 
-    return types.void(*[types.int64] * 4), codegen
+            half = LANES // 2
+            rows = [e.load(at(x, x_row, i), kind, align) for i in range(LANES)]
+            low, high = (
+                [k // 2 + k % 2 * LANES + begin for k in range(LANES)] for begin in (0, half)
+            )
+            # Each time, rows that are half of them apart are dealt out alternately.
+            for _ in range(4):
+                rows = [
+                    e.shuffle(rows[i], rows[i + half], lanes)
+                    for i in range(half)
+                    for lanes in (low, high)
+                ]
+            for i, row in enumerate(rows):
+                e.store(row, at(y, y_row, i), align)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return transpose
+
+
+transpose_bytes, transpose_floats = _transpose(_BYTES, 1), _transpose(_FLOATS, 4)
 
 
 @intrinsic
@@ -176,3 +188,22 @@ def interleave_three(typingctx, x, x_row, y):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen
+
+
+@njit(error_model="numpy")
+def transpose_rows(x, x_row, y, y_row, rows, columns):
+    """Write rows of float32 as columns; takes addresses, and how many numbers lie between rows."""
+    x, y = np.int64(x), np.int64(y)
+    if rows >= LANES and columns >= LANES:
+        for i in range(0, rows, LANES):
+            first = min(i, rows - LANES)  # the last ones overlap others
+            for j in range(0, columns, LANES):
+                column = min(j, columns - LANES)
+                at, to = x + 4 * (first * x_row + column), y + 4 * (column * y_row + first)
+                transpose_floats(at, 4 * x_row, to, 4 * y_row)
+        return
+    for i in range(rows):
+        row = carray(as_pointer(np.uintp(x + 4 * i * x_row)), columns, np.float32)
+        to = carray(as_pointer(np.uintp(y + 4 * i)), (columns - 1) * y_row + 1, np.float32)
+        for j in range(np.uintp(columns)):
+            to[j * np.uintp(y_row)] = row[j]

@@ -12,7 +12,7 @@ from numba import carray, njit
 from logshift.kernels import functions
 from logshift.kernels.functions import fma, maximum, onnx_exp
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.lanes import LANES, divide, largest_of
+from logshift.kernels.portable.lanes import LANES, divide, largest_of, transpose_rows
 from logshift.kernels.records import share
 from logshift.kernels.reference.onnx_ops import (
     ONNX_BINARY,
@@ -58,6 +58,9 @@ def _move_rows(x, p, x_row, x_step, y, q, y_row, y_step, rows, count):
                 y[q + j] = x[p + j]
             p += x_row
             q += y_row
+    elif x_row == 1 and y_step == 1 and rows >= LANES and count >= LANES:
+        x_at, y_at = x.ctypes.data + np.uintp(4) * p, y.ctypes.data + np.uintp(4) * q
+        transpose_rows(x_at, x_step, y_at, y_row, count, rows)
     elif x_row == 1 and rows > 1:
         # Whole lines of the cache are read: of some rows all columns, one after another.
         for first in range(np.uintp(0), rows, np.uintp(_TILE)):

@@ -103,4 +103,3 @@ def merged(shape: Sequence[int], steps: Sequence[int]) -> list[tuple[int, int]]:
         else:
             rows.append((size, step))
     return rows
-
