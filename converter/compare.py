@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from logshift.converter.evaluate import mean_square
 from logshift.runtime.graph import ValueInfo
 
 _GAP = 2.0  # octaves between the channels of two groups, in root mean square
@@ -21,6 +20,12 @@ _SEEN = 0.1  # a probability that never gets so far says that there is nothing
 _SAME = 1e-3  # of sums and norms that are one by construction
 _PICTURE = 128  # an axis of pictures is longer
 _FINEST = 4  # pixels of the input, along an axis, that a segmented one stands for at most
+
+
+def mean_square(x: np.ndarray) -> float:
+    """Return the mean of the squares."""
+    flat = x.reshape(-1)
+    return float(np.vdot(flat, flat)) / max(flat.size, 1)
 
 
 class Sums:

@@ -248,12 +248,6 @@ class _NodeWriter(OnnxWriter):
         return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
 
 
-def mean_square(x: np.ndarray) -> float:
-    """Return the mean of the squares."""
-    flat = x.reshape(-1)
-    return float(np.vdot(flat, flat)) / max(flat.size, 1)
-
-
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:
     """Signal-to-noise ratio in dB: infinite without noise, NaN without a (finite) signal."""
     with np.errstate(invalid="ignore"):

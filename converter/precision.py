@@ -26,8 +26,8 @@ from logshift.runtime.executor import spread
 from logshift.runtime.operators import OPERATORS
 
 _PICTURES = 4  # that effects are measured on
-# Squared error over squares of a group of outputs, of all tensors together: float32 is spent until it
-# is reached.
+# Squared error over squares of a group of outputs, of all tensors together: until it is reached,
+# float32 is spent.
 _ENOUGH = 1e-3
 _TRIED = 0.02  # of the noise that is enough: above it other ranges of a tensor are tried
 

@@ -1,4 +1,4 @@
-"""Sixteen float32 at a time, for stretches too short for the compiler to make vectors of.
+"""Sixteen numbers at a time, for stretches too short for the compiler to make vectors of.
 
 Machines with narrower registers take several of these. Where a stretch is no multiple, its last
 vector overlaps the one before.
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from logshift.kernels.machine.emit import Emitter, f32
+from logshift.kernels.machine.emit import Emitter, f32, i8
+from logshift.kernels.machine.native import as_pointer
 
 LANES = 16
-_FLOATS, _DOUBLES = (ir.VectorType(kind, LANES) for kind in (f32, ir.DoubleType()))
+_FLOATS, _DOUBLES, _BYTES = (ir.VectorType(k, LANES) for k in (f32, ir.DoubleType(), i8))
 
 
 def _loop(e: Emitter, begin: Any, end: Any, totals: list[Any], body: Callable) -> list[Any]:
@@ -131,3 +133,77 @@ def join_lanes(typingctx, sums):
         return _halved(e, e.load(args[0], _DOUBLES, 8), builder.fadd)
 
     return types.float64(types.int64), codegen
+
+
+def _transpose(kind: ir.VectorType, align: int) -> Any:
+    """Return what writes 16 rows of 16 numbers as columns."""
+
+    @intrinsic
+    def transpose(typingctx, x, x_row, y, y_row):
+        """Take addresses, and bytes from row to row."""
+
+        def codegen(context, builder, signature, args):
+            e, (x, x_row, y, y_row) = Emitter(builder), args
+
+            def at(base, row, number):
+                return builder.add(base, builder.mul(row, e.word(number)))
+
+            half = LANES // 2
+            rows = [e.load(at(x, x_row, i), kind, align) for i in range(LANES)]
+            low, high = (
+                [k // 2 + k % 2 * LANES + begin for k in range(LANES)] for begin in (0, half)
+            )
+            # Each time, rows that are half of them apart are dealt out alternately.
+            for _ in range(4):
+                rows = [
+                    e.shuffle(rows[i], rows[i + half], lanes)
+                    for i in range(half)
+                    for lanes in (low, high)
+                ]
+            for i, row in enumerate(rows):
+                e.store(row, at(y, y_row, i), align)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return transpose
+
+
+transpose_bytes, transpose_floats = _transpose(_BYTES, 1), _transpose(_FLOATS, 4)
+
+
+@intrinsic
+def interleave_three(typingctx, x, x_row, y):
+    """Write 16 bytes of each of three rows, `x_row` apart, in turns, to an address."""
+
+    def codegen(context, builder, signature, args):
+        e, (x, x_row, y) = Emitter(builder), args
+        first, second, third = (
+            e.load(builder.add(x, builder.mul(x_row, e.word(i))), _BYTES, 1) for i in range(3)
+        )
+        pairs = e.shuffle(first, second, [*range(2 * LANES)])
+        more = e.shuffle(third, third, [*range(2 * LANES)])
+        lanes = [k // 3 + k % 3 * LANES for k in range(3 * LANES)]
+        e.store(e.shuffle(pairs, more, lanes), y, 1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@njit(error_model="numpy")
+def transpose_rows(x, x_row, y, y_row, rows, columns):
+    """Write rows of float32 as columns; takes addresses, and how many numbers lie between rows."""
+    x, y = np.int64(x), np.int64(y)
+    if rows >= LANES and columns >= LANES:
+        for i in range(0, rows, LANES):
+            first = min(i, rows - LANES)  # the last ones overlap others
+            for j in range(0, columns, LANES):
+                column = min(j, columns - LANES)
+                at, to = x + 4 * (first * x_row + column), y + 4 * (column * y_row + first)
+                transpose_floats(at, 4 * x_row, to, 4 * y_row)
+        return
+    for i in range(rows):
+        row = carray(as_pointer(np.uintp(x + 4 * i * x_row)), columns, np.float32)
+        to = carray(as_pointer(np.uintp(y + 4 * i)), (columns - 1) * y_row + 1, np.float32)
+        for j in range(np.uintp(columns)):
+            to[j * np.uintp(y_row)] = row[j]

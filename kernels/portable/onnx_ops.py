@@ -12,10 +12,11 @@ from numba import carray, njit
 from logshift.kernels import functions
 from logshift.kernels.functions import fma, maximum, onnx_exp
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.portable.lanes import LANES, divide, largest_of
+from logshift.kernels.portable.lanes import LANES, divide, largest_of, transpose_rows
 from logshift.kernels.records import share
 from logshift.kernels.reference.onnx_ops import (
     ONNX_BINARY,
+    ONNX_FILL,
     ONNX_MATMUL,
     ONNX_MOVE,
     ONNX_REDUCE,
@@ -57,6 +58,9 @@ def _move_rows(x, p, x_row, x_step, y, q, y_row, y_step, rows, count):
                 y[q + j] = x[p + j]
             p += x_row
             q += y_row
+    elif x_row == 1 and y_step == 1 and rows >= LANES and count >= LANES:
+        x_at, y_at = x.ctypes.data + np.uintp(4) * p, y.ctypes.data + np.uintp(4) * q
+        transpose_rows(x_at, x_step, y_at, y_row, count, rows)
     elif x_row == 1 and rows > 1:
         # Whole lines of the cache are read: of some rows all columns, one after another.
         for first in range(np.uintp(0), rows, np.uintp(_TILE)):
@@ -84,6 +88,15 @@ def _move(arguments, first_part, end_part, parts, slot):
         p, q = a.start_x + row_of(axes, row, _X), a.start_y + row_of(axes, row, _Y)
         _move_rows(x, p, middle[_X], inner[_X], y, q, middle[_Y], inner[_Y], rows, inner[_SIZE])
         row += rows
+
+
+@register("onnx_fill", "portable", ONNX_FILL)
+def _fill(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    y, value = values(a.y), a.value
+    begin, end = share(a.n, first_part, end_part, parts)
+    for j in range(np.uintp(begin), np.uintp(end)):
+        y[j] = value
 
 
 # --- element by element ---------------------------------------------------------------------------

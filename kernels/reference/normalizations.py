@@ -10,7 +10,7 @@ import numpy as np
 from numba import carray, njit
 
 from logshift.kernels.machine.native import as_pointer
-from logshift.kernels.records import FLOAT, INT, OUTPUT, SCRATCH, TENSOR, floats, record
+from logshift.kernels.records import FLOAT, INT, OUTPUT, SCRATCH, TENSOR, record
 from logshift.kernels.reference.onnx_ops import values
 from logshift.kernels.registry import register
 
@@ -28,10 +28,6 @@ ONNX_NORMALIZE = record(
     y_set=INT, y_group=INT, y_outer=INT, y_inner=INT,
     scale_group=INT, scale_outer=INT, scale_inner=INT,
     **SCRATCH,
-)  # fmt: skip
-# Pictures whose channels are normalized in groups of `group`; scale and bias are of channels.
-FLOAT_NORMALIZE = record(
-    **OUTPUT, scale=TENSOR, bias=TENSOR, group=INT, kind=INT, epsilon=FLOAT, **SCRATCH,
 )  # fmt: skip
 
 
@@ -98,32 +94,3 @@ def _normalize(arguments, first_part, end_part, parts, slot):
                     place = g * a.scale_group + o * a.scale_outer + i * a.scale_inner
                     v = x[p + o * a.x_outer + i * a.x_inner]
                     y[q + o * a.y_outer + i * a.y_inner] = _normalized(v, mean, inverse, a, place)
-
-
-@register("float_normalize", "reference", FLOAT_NORMALIZE, scratch=lambda record: 16 * LANES)
-def _normalize_channels(arguments, first_part, end_part, parts, slot):
-    a = carray(arguments, 1)[0]
-    if first_part != 0:
-        return
-    x, y = floats(a.x), floats(a.y)
-    sums = carray(as_pointer(a.scratch), (2, LANES), np.float64)
-    for n in range(a.n):
-        for first in range(0, a.channels, a.group):
-            total = squares = 0.0
-            for c in range(first, first + a.group):
-                sums[:] = 0
-                for k in range(a.height * a.width):
-                    i, j = k // a.width, k % a.width
-                    v = np.float64(x[n, a.x.top + i, a.x.left + j, c])
-                    sums[0, k % LANES] += v
-                    sums[1, k % LANES] += v * v
-                total += joined(sums[0])
-                squares += joined(sums[1])
-            count = a.group * a.height * a.width
-            mean, inverse = statistics(total, squares, count, a.kind, a.epsilon)
-            for i in range(a.height):
-                for j in range(a.width):
-                    for c in range(first, first + a.group):
-                        v = x[n, a.x.top + i, a.x.left + j, c]
-                        v = _normalized(v, mean, inverse, a, c)
-                        y[n, a.y.top + i, a.y.left + j, c] = v

@@ -11,10 +11,10 @@ from logshift.runtime.onnx_ops.compiled.site import (
     Builder,
     Site,
     axes,
-    contiguous,
     fields_of,
     repeated,
 )
+from logshift.runtime.onnx_ops.compiled.views import contiguous
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.work import FUNCTION
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from logshift.kernels.reference.normalizations import DEVIATION, NORM, SQUARES, VARIANCE
 from logshift.runtime.graph import Shape
-from logshift.runtime.onnx_ops.compiled.site import Builder, Site, contiguous
+from logshift.runtime.onnx_ops.compiled.site import Builder, Site
+from logshift.runtime.onnx_ops.compiled.views import contiguous
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.work import ELEMENT
 
@@ -36,9 +37,7 @@ def _normalize(
     n: Site, along: Sequence[int], kind: int, factors: Sequence[str], steps: tuple[int, int, int],
     epsilon: float = 1e-5, outputs: dict[str, str] | None = None,
 ) -> list[Call] | None:  # fmt: skip
-    """Normalize along some axes; `factors` are scale and bias, with the `steps` of groups, outer
-    and inner elements.
-    """
+    """Normalize along some axes; `factors` are scale and bias, `steps` say how these go along."""
     shape = n.shape(n.x)
     kept, reduced = [axis for axis in range(len(shape)) if axis not in along], sorted(along)
     sets, within = _merged(shape, kept), _merged(shape, reduced)

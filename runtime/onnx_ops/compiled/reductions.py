@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from logshift.kernels import functions
-from logshift.runtime.onnx_ops.compiled.site import Builder, Site, axes, contiguous, fields_of
+from logshift.runtime.onnx_ops.compiled.site import Builder, Site, axes, fields_of
+from logshift.runtime.onnx_ops.compiled.views import contiguous
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.work import ELEMENT, SOFTMAX
 
