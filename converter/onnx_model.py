@@ -13,6 +13,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from logshift.converter import imports, qdq
+from logshift.converter.imports.edges import write_out
 from logshift.converter.imports.sizes import InputShapes, give_sizes
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
@@ -63,8 +64,9 @@ class Model:
     metadata : Metadata
     left : dict of the first output of a node to str
         Why nodes have a form still that is not plain.
-    given : onnx.ModelProto, optional
-        The model as it was given, if that was not in plain form.
+    forms : (onnx.ModelProto, onnx.ModelProto), optional
+        The model as it was given and in plain form, with its quantization, to be compared; if it
+        was of another form.
     rounds : bool
         Whether the given model rounds where the plain one does not.
     declared : dict of output name to TypeProto.Tensor
@@ -80,7 +82,7 @@ class Model:
     quantization: dict[str, Quantization]
     metadata: Metadata
     left: dict[str, str] = field(default_factory=dict)
-    given: onnx.ModelProto | None = None
+    forms: tuple[onnx.ModelProto, onnx.ModelProto] | None = None
     rounds: bool = False
     declared: dict[str, onnx.TypeProto.Tensor] = field(default_factory=dict)
     frees_sizes: bool = False
@@ -144,16 +146,19 @@ def load(
     imported = imports.brought_in(model)
     inputs = _inputs(imported.model.graph)
     plain, quantization = qdq.strip(imported.model, known)
+    write_out(plain, quantization)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     named = quantization or known.weights or known.keep_float
     proto = simplified(plain, RENAMING if named else ())
-    given = original if mended or imported.changed else None
+    # Of half precision onnxruntime's transformers may be wrong, or end the process.
+    comparable = (mended or imported.changed) and not imported.retyped
+    forms = (original, imported.model) if comparable else None
     declared = {value.name: value.type.tensor_type for value in original.graph.output}
     if input_shapes:
         declared = {}
     free = any(not isinstance(d, int) for sizes in (input_shapes or {}).values() for d in sizes)
     return Model(
-        plain, proto, inputs, size, quantization, known, imported.left, given, imported.rounds,
+        plain, proto, inputs, size, quantization, known, imported.left, forms, imported.rounds,
         declared, free,
     )  # fmt: skip
 

@@ -395,10 +395,6 @@ def dequantized(
     scale, zero : arrays of one value, or of one for each position along `axis`
     axis : int
     """
-    along = [1] * codes.ndim
-    if codes.ndim:
-        along[axis] = -1
-    scale, zero = (
-        p.reshape(along) if p.size > 1 else p.reshape(()) for p in (np.asarray(scale), zero)
-    )
-    return (codes.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
+    along = [-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)]
+    scale, zero = (p.reshape(along if p.size > 1 else ()).astype(np.float32) for p in (scale, zero))
+    return (codes.astype(np.float32) - zero) * scale

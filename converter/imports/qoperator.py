@@ -18,8 +18,9 @@ _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 _POOL = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
 # Standard operators that take codes and only move them; all but Concat those of their first input.
 MOVES = (
-    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice",
-    "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GlobalMaxPool", "Identity", "MaxPool",
+    "Pad", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose",
+    "Unsqueeze",
 )  # fmt: skip
 
 
@@ -189,10 +190,23 @@ def _move(n: Use) -> None:
         raise Stays("moves no codes")
     _check_single(n, *found)
     x = n.real(n.x(0), *found)
+    inputs = [x, *n.node.input[1:]]
+    if n.node.op_type == "Pad" and n.get("mode", "constant") == "constant":
+        if n.edit.opset < 11:
+            raise Stays("what it pads with is an attribute")
+        inputs[2:3] = [_padding(n, *found)]
     results = [n.edit.fresh(f"{y}/moved") for y in n.node.output]
-    n.emit_all(n.node.op_type, [x, *n.node.input[1:]], results, name=n.name, **n.attributes)
+    n.emit_all(n.node.op_type, inputs, results, name=n.name, **n.attributes)
     for y, codes in zip(results, n.node.output, strict=True):
         n.emit("QuantizeLinear", [y, *found], codes)
+
+
+def _padding(n: Use, scale: str, zero: str) -> str:
+    """Return what a Pad of codes pads with, as a real value."""
+    step, least = n.edit.array(scale), n.edit.array(zero) if zero else np.zeros(1, np.uint8)
+    assert step is not None and least is not None  # `_check_single` has seen them
+    code = n.number(2, 0)
+    return n.constant("value", (code - float(least.reshape(-1)[0])) * step.reshape(()))
 
 
 def _check_single(n: Use, scale: str, zero: str) -> None:

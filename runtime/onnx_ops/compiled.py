@@ -18,7 +18,7 @@ from logshift.runtime.onnx_ops import numpy_ops
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.work import ELEMENT, FUNCTION, PRODUCT, SOFTMAX
 
-_FLOAT = np.dtype(np.float32)
+_FLOAT, _HALF = np.dtype(np.float32), np.dtype(np.float16)
 _CUT = 2**12  # elements of a contiguous axis above which it is cut in two, for threads to share
 
 
@@ -70,6 +70,8 @@ def turned_back(
 
 
 def _has_kernels(node: Node, found: Inference) -> bool:
+    if node.op == "Cast":
+        return node.outputs[0] not in found.values
     first = slice(1, 2) if node.op == "Where" else slice(1)
     for name in (*node.inputs[first], *node.outputs):
         if found.dtypes.get(name) != _FLOAT or 0 in found.shapes[name]:
@@ -240,6 +242,24 @@ def _concat(n: _Node) -> list[Call] | None:
     return made
 
 
+def _cast(n: _Node) -> list[Call] | None:
+    """Make float32 of a float16 input, or a float16 output of float32."""
+    kinds = (n.found.dtypes.get(n.x), n.found.dtypes.get(n.y))
+    if kinds == (_HALF, _FLOAT) and any(info.name == n.x for info in n.graph.inputs):
+        op = "onnx_widen"
+    elif kinds == (_FLOAT, _HALF) and _is_only_an_output(n.graph, n.y):
+        op = "onnx_narrow"
+    else:
+        return None
+    fields = {"n": math.prod(n.shape(n.x)), "height": 1, "width": 1, "channels": 1}
+    return [Call(op, {"x": n.x, "y": n.y}, fields)] if fields["n"] else None
+
+
+def _is_only_an_output(graph: Graph, name: str) -> bool:
+    read = any(name in node.inputs for node in graph.nodes)
+    return not read and [info.name for info in graph.outputs].count(name) == 1
+
+
 def _where(n: _Node) -> list[Call] | None:
     """Move what a condition chooses that sizes decide."""
     if (chosen := n.value(0)) is None:
@@ -387,7 +407,7 @@ def _softmax(n: _Node) -> list[Call] | None:
 # What makes the calls for a node, None where only NumPy can do it.
 OPERATORS: dict[str, Callable[[_Node], Iterable[Call] | None]] = {
     **dict.fromkeys(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _view),
-    "Concat": _concat, "Expand": _expand, "Slice": _windows, "Split": _windows,
+    "Cast": _cast, "Concat": _concat, "Expand": _expand, "Slice": _windows, "Split": _windows,
     "Transpose": _transpose, "Where": _where,
     "Add": _binary("add"), "Div": _binary("div"), "Max": _binary("maximum"),
     "Min": _binary("minimum"), "Mul": _binary("mul"), "PRelu": _binary("prelu"), "Pow": _power,
