@@ -165,8 +165,9 @@ class _Walk:
         state, kept = list(n.node.input[2:]), len(n.node.input) - 2
         rows: list[list[str]] = [[] for _ in n.node.output[kept:]]
         condition = n.constant("condition", True, np.bool_)
+        rank = len(body.input[0].type.tensor_type.shape.dim)  # onnxruntime goes by that
         for turn in range(turns):
-            index = n.constant(f"{turn}/index", turn, np.int64)
+            index = n.constant(f"{turn}/index", np.full((1,) * rank, turn), np.int64)
             results = self._inline(n, str(turn), body, [index, condition, *state])
             held = self._value(results[0])
             if held is None:
