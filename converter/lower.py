@@ -169,7 +169,6 @@ class _Walk:
             infos.append(ValueInfo(value.name, tuple(shape), nominal, dtype))
         return infos
 
-
     def _declared(
         self, value: onnx.ValueInfoProto, nominal: Shape
     ) -> list[onnx.TensorShapeProto.Dimension]:

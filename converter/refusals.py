@@ -38,8 +38,8 @@ def why_not(node: onnx.NodeProto, left: Mapping[str, str]) -> str | None:
         return "it works on text; leave that to what comes before the model"
     if node.domain == "com.microsoft.nchwc":
         return (
-            "ONNX Runtime laid it out for one CPU; save the model with its level ORT_ENABLE_EXTENDED,"
-            " or give the one that it was made of"
+            "ONNX Runtime laid it out for one CPU; save the model at its level"
+            " ORT_ENABLE_EXTENDED, or give the one that it was made of"
         )
     if node.domain not in ("", "ai.onnx"):
         known = f"operator of the domain {node.domain!r}"

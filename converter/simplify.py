@@ -57,7 +57,9 @@ def _hide_comparisons(model: onnx.ModelProto) -> set[str]:
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         known = [numpy_helper.to_array(constants[n]) for n in node.input if n in constants]
-        if node.op_type != "Equal" or not any(a.dtype.kind == "i" and (a >= 0).any() for a in known):
+        if node.op_type != "Equal" or not any(
+            a.dtype.kind == "i" and (a >= 0).any() for a in known
+        ):
             nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
             continue
         y = node.output[0]

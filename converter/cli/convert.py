@@ -149,7 +149,9 @@ def _input_shapes(texts: list[str]) -> dict[str, tuple[int | str | None, ...]] |
         name, _, sizes = text.rpartition(":")
         parts = [part.strip() for part in sizes.split(",")]
         if not all(parts):
-            raise InputError(f"--input-shape {text!r}: give sizes like 'x:?,3,?,?' or '1,3,224,224'")
+            raise InputError(
+                f"--input-shape {text!r}: give sizes like 'x:?,3,?,?' or '1,3,224,224'"
+            )
         dims = (int(p) if p.isdecimal() else None if p in ("?", "-1") else p for p in parts)
         shapes[name] = tuple(dims)
     return shapes or None

@@ -12,7 +12,7 @@ from logshift.converter.imports.editor import all_graphs, inferred_types
 
 
 def complete(model: onnx.ModelProto) -> None:
-    """Let outputs have the type and shape that ONNX's checker asks for, in place, until `forget`."""
+    """Let outputs have a type and shape, as ONNX's checker asks for, in place, until `forget`."""
     for value in model.graph.output:
         if value.type.WhichOneof("value") is None:
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT

@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-
 STANDARD = ("", "ai.onnx")
 
 
@@ -65,8 +64,9 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute:
-            tensors[node.output[0]] = _constant(node.attribute[0])
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            if (tensor := _constant(node.attribute[0])) is not None:
+                tensors[node.output[0]] = tensor
+    return tensors
 
 
 def _constant(attribute: onnx.AttributeProto) -> onnx.TensorProto | None:
@@ -327,9 +327,7 @@ class Use:
         if self.edit.opset < 13:
             self.emit_all("Split", [x], outputs, axis=axis, split=list(sizes))
         else:
-            self.emit_all(
-                "Split", [x, self.constant("split", sizes, np.int64)], outputs, axis=axis
-            )
+            self.emit_all("Split", [x, self.constant("split", sizes, np.int64)], outputs, axis=axis)
         return outputs
 
     def reshape(self, x: str, shape: Sequence[int], output: str | None = None) -> str:

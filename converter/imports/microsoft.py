@@ -1,13 +1,14 @@
 """ONNX Runtime's own operators, as its optimised models have them, in standard ones.
 
-Their definitions are in ONNX Runtime's docs/ContribOperators.md and OperatorKernels.md. Some it puts
-into the default domain, where ONNX has them later or never: `claim` gives them their own.
+ONNX Runtime's docs/ContribOperators.md defines them. Some it puts into the default domain, where
+ONNX has them later or never: `claim` gives them their own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -65,7 +66,7 @@ def _activate(n: Use, x: str, function: str, parameters: list[float], output: st
         else:
             n.emit("Clip", [x, n.constant("min", low), n.constant("max", high)], output)
     elif name in ("LeakyRelu", "Elu", "ThresholdedRelu", "HardSigmoid"):
-        given = dict(zip(("alpha", "beta"), parameters, strict=False))
+        given: dict[str, Any] = dict(zip(("alpha", "beta"), parameters, strict=False))
         n.emit(name, [x], output, **given)
     elif name == "Swish":
         gate = x if not parameters or parameters[0] == 1 else n.scaled(x, parameters[0])
@@ -352,9 +353,7 @@ def _group_norm(n: Use) -> None:
     gamma, beta = n.weight(1), n.weight(2)
     if n.edit.opset >= 21:
         inputs = [x, n.constant("scale", gamma), n.constant("bias", beta)]
-        y = n.emit(
-            "GroupNormalization", inputs, name=n.name, num_groups=groups, epsilon=epsilon
-        )
+        y = n.emit("GroupNormalization", inputs, name=n.name, num_groups=groups, epsilon=epsilon)
     else:
         ones, zeros = (n.constant(k, np.full(groups, v)) for k, v in (("ones", 1), ("zeros", 0)))
         parts = n.reshape(x, [0, groups, -1])
@@ -431,9 +430,7 @@ def _heads(n: Use, x: str, heads: int) -> str:
     return n.emit("Transpose", [n.reshape(x, [0, 0, heads, -1])], perm=[0, 2, 1, 3])
 
 
-def _attend(
-    n: Use, parts: list[str], scale: float, biases: list[str], causal: int, x: str
-) -> None:
+def _attend(n: Use, parts: list[str], scale: float, biases: list[str], causal: int, x: str) -> None:
     query, key, value = parts
     key = n.emit("Transpose", [key], perm=[0, 1, 3, 2])
     scores = n.scaled(n.emit("MatMul", [query, key]), scale)
@@ -460,7 +457,9 @@ def _hidden(n: Use, keeps: str, kind: str) -> str:
 
 def _causal(n: Use, x: str) -> str:
     positions = _positions(n, x)
-    later = n.emit("Less", [n.move("Unsqueeze", positions, [1]), n.move("Unsqueeze", positions, [0])])
+    later = n.emit(
+        "Less", [n.move("Unsqueeze", positions, [1]), n.move("Unsqueeze", positions, [0])]
+    )
     return _hidden(n, n.emit("Not", [later]), "later")
 
 

@@ -1,7 +1,8 @@
-"""Operators on integer codes (QOperator), as operators on floats between QuantizeLinear and
-DequantizeLinear: what `qdq` reads. Ranges and zero points are the model's.
+"""Operators on integer codes (QOperator), as operators on floats with pairs around them.
 
-Operators that only move codes lie between such pairs as well. Weights and biases become float32.
+That is QuantizeLinear and DequantizeLinear, which `qdq` reads: ranges and zero points are the
+model's. Operators that only move codes lie between such pairs as well. Weights and biases become
+float32.
 """
 
 from __future__ import annotations
@@ -223,13 +224,17 @@ def _concat_codes(n: Use) -> None:
     first, *others = [p for p in found if p is not None]
     _check_single(n, *first)
     for other in others:
-        for a, b in zip(first, other, strict=True):
-            one, two = n.edit.array(a), n.edit.array(b)
-            if (one is None) != (two is None) or one is not None and not np.array_equal(one, two):
-                raise Stays("joins codes of different scales")
+        _check_single(n, *other)
+        if not all(_equal(n, a, b) for a, b in zip(first, other, strict=True)):
+            raise Stays("joins codes of different scales")
     parts = [n.real(name, *first) for name in n.node.input]
     y = n.emit("Concat", parts, name=n.name, **n.attributes)
     n.emit("QuantizeLinear", [y, *first], n.y())
+
+
+def _equal(n: Use, one: str, other: str) -> bool:
+    a, b = n.edit.array(one), n.edit.array(other)
+    return one == other or (a is not None and b is not None and np.array_equal(a, b))
 
 
 @_rule("NhwcMaxPool")

@@ -107,9 +107,7 @@ def test_the_batch_decides(path, batches):
 def test_sizes_that_are_known_decide_between_shapes(path):
     net = Net(shape=(1, 4, 8, 8))
     y = net.conv("x")
-    z = by_size(
-        net, y, 1, 0, then_branch=branch("Flatten", y), else_branch=branch("Identity", y)
-    )
+    z = by_size(net, y, 1, 0, then_branch=branch("Flatten", y), else_branch=branch("Identity", y))
     session = check(model_of(net, z), path, feed_of(1, 4, 8, 8))
     assert session.outputs[0].nominal == (1, 256)
 
@@ -278,8 +276,11 @@ def test_sequence_that_a_loop_fills(path):
     net = Net()
     empty = net.node("SequenceEmpty")
     state = [("list", "longer")]
-    loop = body(helper.make_node("Neg", ["x"], ["part"]),
-                helper.make_node("SequenceInsert", ["list", "part"], ["longer"]), state=state)
+    loop = body(
+        helper.make_node("Neg", ["x"], ["part"]),
+        helper.make_node("SequenceInsert", ["list", "part"], ["longer"]),
+        state=state,
+    )
     for value in (loop.input[2], loop.output[1]):
         value.CopyFrom(helper.make_tensor_sequence_value_info(value.name, FLOAT, None))
     parts = net.node("Loop", net.constant(2, np.int64), "", empty, body=loop)

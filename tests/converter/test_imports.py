@@ -258,7 +258,6 @@ def test_calibration_beyond_float16(path):
         convert_on(model, path, feed)
 
 
-
 # --- integers -------------------------------------------------------------------------------------
 
 
@@ -385,7 +384,9 @@ def test_integer_matrices(path, transposed):
     weight, after = net.weight(6, 5, per_channel=False), net.scales(-9, 9)
     z = net.node("QLinearMatMul", y, *to, *weight, *after)
     net.q[z] = after
-    model = net.model(net.real(net.linear("QLinearSoftmax", z, low=0.0, high=1.0, axis=1, opset=18)))
+    model = net.model(
+        net.real(net.linear("QLinearSoftmax", z, low=0.0, high=1.0, axis=1, opset=18))
+    )
     check(model, path, model, 1 / 255)
 
 
