@@ -203,6 +203,10 @@ def test_half_precision(path, given):
         close(y, expected.astype(np.float16))
     np.testing.assert_array_equal(*found)
     assert not operators(graph)
+    for kernels in ("reference", "portable"):
+        for threads in (1, 3):
+            other = runtime.Session(graph, threads=threads, kernels=kernels)
+            np.testing.assert_array_equal(other.run(feed["x"]), found[0])
     with pytest.raises(InputError, match="takes float16"):
         session.run(np.zeros(feed["x"].shape, np.int64))
 
