@@ -13,7 +13,7 @@ STANDARD = ("", "ai.onnx")
 
 
 class Stays(Exception):
-    """Why a node stays as it is."""
+    """Why a node stays as it is; no text if it is plain already."""
 
 
 # Adds the nodes that do what a node does; raises `Stays` if there are none, whatever it has
@@ -126,7 +126,8 @@ class Editor:
             try:
                 rule(Use(self, node))
             except Stays as reason:
-                self.left[next(filter(None, node.output))] = str(reason)
+                if str(reason):
+                    self.left[next(filter(None, node.output))] = str(reason)
                 self.nodes[start:] = [node]
                 self.producers.update({name: node for name in node.output if name})
                 for held, count in ((self._real, real), (self._dropped, dropped)):

@@ -188,7 +188,7 @@ def _move(n: Use) -> None:
     if n.node.op_type == "MaxPool":
         n.refuse_outputs(1)
     if (found := _parameters(n, n.x(0))) is None:
-        raise Stays("moves no codes")
+        raise Stays
     _check_single(n, *found)
     x = n.real(n.x(0), *found)
     inputs = [x, *n.node.input[1:]]
@@ -220,7 +220,7 @@ def _check_single(n: Use, scale: str, zero: str) -> None:
 def _concat_codes(n: Use) -> None:
     found = [_parameters(n, name) for name in n.node.input]
     if any(p is None for p in found):
-        raise Stays("moves no codes")
+        raise Stays
     first, *others = [p for p in found if p is not None]
     _check_single(n, *first)
     for other in others:

@@ -442,6 +442,24 @@ def test_dynamic_quantization_of_matrices(path, per_column):
     assert not operators(check(model, path, model))
 
 
+@pytest.mark.parametrize("op", ["ConvInteger", "MatMulInteger"])
+def test_bias_that_is_rounded_to_the_steps_of_sums(path, op):
+    """What older versions of quantize_dynamic make."""
+    conv = op == "ConvInteger"
+    net = QNet(shape=("n", 4, 8, 8) if conv else ("n", 12))
+    codes, scale, zero = net.weight(*((6, 4, 3, 3) if conv else (12, 6)), per_channel=False)
+    quantized, step, least = net.node("DynamicQuantizeLinear", "x", outputs=3)
+    factor = net.node("Mul", step, scale)
+    steps = net.node("Floor", net.node("Div", net.random(6), factor))
+    bias = net.node("Cast", steps, to=TensorProto.INT32)
+    if conv:
+        bias = net.node("Reshape", bias, net.constant([1, -1, 1, 1], np.int64))
+    sums = net.node("Add", net.node(op, quantized, codes, least, zero), bias)
+    model = net.model(net.node("Mul", net.node("Cast", sums, to=TensorProto.FLOAT), factor))
+    assert not operators(check(model, path, model))
+    assert op not in {node.op_type for node in brought_in(model).model.graph.node}
+
+
 def test_dynamic_quantization_that_is_used_otherwise_stays():
     net = QNet(shape=("n", 12))
     codes, scale, zero = net.weight(12, 6, per_channel=False)
