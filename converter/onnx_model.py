@@ -13,6 +13,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from logshift.converter import imports, qdq
+from logshift.converter.imports.edges import write_out
 from logshift.converter.imports.sizes import InputShapes, give_sizes
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
@@ -62,11 +63,12 @@ class Model:
         What was taken out of it; see `qdq.strip`.
     metadata : Metadata
     given : onnx.ModelProto
-        As it was given: what the packed network is to do.
+        As it was given, but for half precision: what the packed network is to do.
     left : dict of the first output of a node to str
         Why nodes have a form still that is not plain.
-    changed : bool
-        Whether the given model was not in plain form.
+    forms : (onnx.ModelProto, onnx.ModelProto), optional
+        The model as it was given and in plain form, with its quantization, to be compared; if it
+        was of another form.
     rounds : bool
         Whether the given model rounds where the plain one does not.
     declared : dict of output name to TypeProto.Tensor
@@ -83,7 +85,7 @@ class Model:
     metadata: Metadata
     given: onnx.ModelProto
     left: dict[str, str] = field(default_factory=dict)
-    changed: bool = False
+    forms: tuple[onnx.ModelProto, onnx.ModelProto] | None = None
     rounds: bool = False
     declared: dict[str, onnx.TypeProto.Tensor] = field(default_factory=dict)
     frees_sizes: bool = False
@@ -147,16 +149,21 @@ def load(
     imported = imports.brought_in(model)
     inputs = _inputs(imported.model.graph)
     plain, quantization = qdq.strip(imported.model, known)
+    write_out(plain, quantization)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     named = quantization or known.weights or known.keep_float
     proto = simplified(plain, RENAMING if named else ())
+    # Of half precision onnxruntime's transformers may be wrong, or end the process.
+    comparable = (mended or imported.changed) and not imported.retyped
+    forms = (original, imported.model) if comparable else None
     declared = {value.name: value.type.tensor_type for value in original.graph.output}
     if input_shapes:
         declared = {}
     free = any(not isinstance(d, int) for sizes in (input_shapes or {}).values() for d in sizes)
+    given = imported.model if imported.retyped else original
     return Model(
-        plain, proto, inputs, size, quantization, known, original, imported.left,
-        mended or imported.changed, imported.rounds, declared, free,
+        plain, proto, inputs, size, quantization, known, given, imported.left, forms,
+        imported.rounds, declared, free,
     )  # fmt: skip
 
 

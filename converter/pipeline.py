@@ -41,7 +41,7 @@ _MEMORY = 2**30
 # Folding reorders float32 sums; anything beyond that means a wrong translation.
 _TOLERANCE = 1e-3
 _LEAST = 1e-4
-# What a model in half precision or on codes, rounded everywhere, may differ from the one it means.
+# What a model on codes, rounded everywhere, may differ from the float one that it means.
 _ROUNDING = 0.5
 _OF_HALVES = 2e-3
 _SHOWN = 5
@@ -352,15 +352,16 @@ def _check_import(model: Model, sample: Mapping[str, np.ndarray]) -> None:
     """Prove on a sample that the model in plain form is the one that was given."""
     from logshift.converter.onnx_model import run
 
-    if not model.changed:
+    if model.forms is None:
         return
+    before, after = model.forms
     try:
-        given = run(model.given, sample)
+        given = run(before, sample)
     except ConversionError:  # nobody can run it as it is
         return
     tolerance = _ROUNDING if model.rounds else _TOLERANCE
-    names = [value.name for value in model.given.graph.output]
-    for name, y, z in zip(names, given, run(model.original, sample), strict=True):
+    names = [value.name for value in before.graph.output]
+    for name, y, z in zip(names, given, run(after, sample), strict=True):
         if y.shape != z.shape or y.dtype != z.dtype:
             difference = f"is {z.dtype} of shape {z.shape} and not {y.dtype} of shape {y.shape}"
         elif model.rounds and not (y.dtype.kind == "f" and np.isfinite(y).all()):

@@ -39,13 +39,16 @@ class Imported:
     changed : bool
         Whether it was of another form.
     rounds : bool
-        Whether the given model rounds where this one does not: half precision, codes.
+        Whether the given model rounds where this one does not: on codes.
+    retyped : bool
+        Whether it worked in another type than float32.
     """
 
     model: onnx.ModelProto
     left: dict[str, str] = field(default_factory=dict)
     changed: bool = False
     rounds: bool = False
+    retyped: bool = False
 
 
 def put_in_order(model: onnx.ModelProto) -> bool:
@@ -83,8 +86,7 @@ def brought_in(model: onnx.ModelProto) -> Imported:
     if model.functions:
         model, result.changed = inliner.inline_local_functions(model), True
     forget(model)
-    if to_float32(model):
-        result.changed = result.rounds = True
+    result.retyped = to_float32(model)
     if has_control(model):
         model, result.changed = simplified(model, ()), True
         result.left |= straighten(model)

@@ -12,8 +12,10 @@ from logshift.converter.imports.editor import all_graphs, inferred_types
 
 
 def complete(model: onnx.ModelProto) -> None:
-    """Let outputs have the shape that ONNX's checker asks for, in place, until `forget`."""
+    """Let outputs have a type and shape, as ONNX's checker asks for, in place, until `forget`."""
     for value in model.graph.output:
+        if value.type.WhichOneof("value") is None:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()
 

@@ -1,13 +1,14 @@
 """ONNX Runtime's own operators, as its optimised models have them, in standard ones.
 
-Their definitions are in ONNX Runtime's docs/ContribOperators.md and OperatorKernels.md. Some it puts
-into the default domain, where ONNX has them later or never: `claim` gives them their own.
+ONNX Runtime's docs/ContribOperators.md defines them. Some it puts into the default domain, where
+ONNX has them later or never: `claim` gives them their own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -65,7 +66,7 @@ def _activate(n: Use, x: str, function: str, parameters: list[float], output: st
         else:
             n.emit("Clip", [x, n.constant("min", low), n.constant("max", high)], output)
     elif name in ("LeakyRelu", "Elu", "ThresholdedRelu", "HardSigmoid"):
-        given = dict(zip(("alpha", "beta"), parameters, strict=False))
+        given: dict[str, Any] = dict(zip(("alpha", "beta"), parameters, strict=False))
         n.emit(name, [x], output, **given)
     elif name == "Swish":
         gate = x if not parameters or parameters[0] == 1 else n.scaled(x, parameters[0])

@@ -1,7 +1,7 @@
 """Other sizes of inputs than those that a model declares: freed, or fixed.
 
-Exporters write sizes into a graph that they have seen: into targets of Reshape, into sizes of Resize,
-into ends of Slice. Where such a number is that of the input's own tensor, it is asked for anew.
+Exporters write sizes that they have seen into a graph: into targets of Reshape, sizes of Resize,
+ends of Slice. Where such a number is one of the tensor that the node reads, the node asks for it.
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ def _reshape(n: Use, x: tuple[int, ...], y: tuple[int, ...]) -> None:
         middle = list(y[first : len(y) - last])
     ends = [0] * first
     if not last:
-        n.emit("Reshape", [n.x(0), n.constant("shape", ends + middle, np.int64)], n.y(), name=n.name)
+        n.emit(
+            "Reshape", [n.x(0), n.constant("shape", ends + middle, np.int64)], n.y(), name=n.name
+        )
         return
     shape = n.emit("Shape", [n.x(0)])
     begin = n.constant("begin", [len(x) - last], np.int64)
@@ -246,7 +248,9 @@ def _prove(
         else:
             feed[name] = np.ones(shape, dtype)
     results = _run(model, feed, before)
-    freed = [isinstance(_sizes(v)[0], str) and isinstance(before[n][0], int) for n, v in inputs.items()]
+    freed = [
+        isinstance(_sizes(v)[0], str) and isinstance(before[n][0], int) for n, v in inputs.items()
+    ]
     if all(freed):
         _prove_batch(model, feed, before, results)
 

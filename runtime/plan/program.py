@@ -138,7 +138,7 @@ class Plan:
         """Point the program at input arrays and at new arrays for what it writes, all returned."""
         arrays = dict(inputs)
         for name in self._schedule.outside:
-            arrays[name] = np.empty(self.shapes[name], np.float32)
+            arrays[name] = np.empty(self.shapes[name], self._found.dtypes.get(name, np.float32))
         for name in self._bound:
             if name in arrays:
                 self._point(name, arrays[name])

@@ -281,6 +281,19 @@ def test_kept_operator(name, tmp_path):
 # --- what cannot be converted ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("op", ["Add", "Mul", "Max", "Pow"])
+def test_constant_that_repeats_what_it_is_combined_with(tmp_path, op):
+    net = Net(shape=("n", 4, 8, 1))
+    y = net.node(op, net.conv("x"), net.constant(np.full((4, 8, 6), 2.0)))
+    model = net.model(net.conv(y))
+    graph = convert(model, tmp_path / "net.stlq")
+    inputs = {"x": np.random.default_rng(0).standard_normal((3, 4, 8, 1)).astype(np.float32)}
+    (expected,) = reference(model, inputs).values()
+    found = runtime.Session(graph).run(inputs)
+    assert found.shape == expected.shape == (3, 4, 8, 6)
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
 def test_all_problems_are_listed_at_once(tmp_path):
     net = Net(shape=SHAPE)
     sizes = net.node("Cast", net.node("ReduceSum", "x", keepdims=0), to=TensorProto.INT64)

@@ -159,9 +159,7 @@ def test_fused_convolution(activation, parameters, opset):
     other = {"z": normal(2, 4, 9, 8, seed=4)} if activation == "Relu" else {}
     inputs = PICTURE | other
     given = {"activation_params": parameters} if parameters else {}
-    model = model_of(
-        "FusedConv", inputs, opset=opset, activation=activation, pads=[1] * 4, **given
-    )
+    model = model_of("FusedConv", inputs, opset=opset, activation=activation, pads=[1] * 4, **given)
     check(model, inputs)
 
 

@@ -192,7 +192,9 @@ def test_sequences_are_refused(path):
     (x,) = arrays((4, 3))
     output = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
     model = single([helper.make_node("SplitToSequence", ["x"], ["y"])], {"x": x}, [output])
-    with pytest.raises(ConversionError, match="SplitToSequence 'y': the model gives a sequence back"):
+    with pytest.raises(
+        ConversionError, match="SplitToSequence 'y': the model gives a sequence back"
+    ):
         in_float(model, {"x": x}, path)
 
 

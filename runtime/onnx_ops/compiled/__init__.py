@@ -96,6 +96,8 @@ def turned_back(graph: Graph, found: Inference) -> dict[int, str]:
 
 
 def _has_kernels(node: Node, found: Inference) -> bool:
+    if node.op == "Cast":
+        return node.outputs[0] not in found.values
     outputs = [name for name in node.outputs if name]
     first = slice(1, 2) if node.op == "Where" else slice(1)
     for name in (*node.inputs[first], *outputs):

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from logshift.runtime.graph import Graph
 from logshift.runtime.onnx_ops import numpy_ops
-from logshift.runtime.onnx_ops.compiled.site import Builder, Site, axes, fields_of
+from logshift.runtime.onnx_ops.compiled.site import FLOAT, Builder, Site, axes, fields_of
 from logshift.runtime.onnx_ops.compiled.views import View, contiguous, plain
 from logshift.runtime.plan.call import Call
+
+_HALF = np.dtype(np.float16)
 
 
 def _move(x: View, y: str, y_steps: Sequence[int], y_start: int = 0) -> Call:
@@ -127,6 +130,24 @@ def _concat(n: Site) -> list[Call] | None:
     return made
 
 
+def _cast(n: Site) -> list[Call] | None:
+    """Make float32 of a float16 input, or a float16 output of float32."""
+    kinds = (n.found.dtypes.get(n.x), n.found.dtypes.get(n.y))
+    if kinds == (_HALF, FLOAT) and any(info.name == n.x for info in n.graph.inputs):
+        op = "onnx_widen"
+    elif kinds == (FLOAT, _HALF) and _is_only_an_output(n.graph, n.y):
+        op = "onnx_narrow"
+    else:
+        return None
+    count = math.prod(n.shape(n.x))
+    return [Call(op, {"x": n.x, "y": n.y}, _sizes(count))] if count else None
+
+
+def _is_only_an_output(graph: Graph, name: str) -> bool:
+    read = any(name in node.inputs for node in graph.nodes)
+    return not read and [info.name for info in graph.outputs].count(name) == 1
+
+
 def _where(n: Site) -> list[Call] | None:
     """Move what a condition chooses that sizes decide."""
     if (chosen := n.value(0)) is None:
@@ -165,6 +186,6 @@ def _sizes(count: int) -> dict[str, int]:
 
 
 OPERATORS: dict[str, Builder] = {
-    **dict.fromkeys(VIEWS, _view), "Concat": _concat, "Gather": _gather, "Pad": _pad,
+    **dict.fromkeys(VIEWS, _view), "Cast": _cast, "Concat": _concat, "Gather": _gather, "Pad": _pad,
     "Where": _where,
 }  # fmt: skip
