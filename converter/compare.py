@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class GroupError:
     channels : tuple of (first, last)
         Empty for an output that is one group.
     axis : int
-        That of the channels.
+        That of the channels; of an output of class scores, that of the classes.
     snr_db, cosine : float
         As of `TensorError`.
     says_something : bool
@@ -189,6 +189,7 @@ class OutputSums:
             default=(1, []),
         )
         if (scores := self._class_axis(len(groups) > 1)) is not None:
+            whole = [replace(whole[0], axis=scores)]
             same, positions = self._axes[scores].same, self._axes[scores].positions
             return OutputError(self.name, snr_db, cosine, whole, same / positions, positions)
         if len(groups) < 2:

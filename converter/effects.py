@@ -156,11 +156,11 @@ class _Network(Network):
             if self.packed.settings.get("bias_correction", True):
                 found -= (found - exact).mean(axis=(0, 2, 3), keepdims=True)
             changed: dict[str, Value] = {node.output: evaluator.finish(found)}
-            bits = words.bits
+            bits, tensor = words.bits, self._packed(node).outputs[0]
         else:
             q = self.packed.quantization[node.output]
             changed = {node.output: q.dequantize(q.quantize(rows(self.values[node.output])))}
-            bits = q.bits
+            bits, tensor = q.bits, node.output
         values = ChainMap(changed, self.values)
         for later, own in zip(
             self.graph.nodes[part.index + 1 :], self.evaluators[part.index + 1 :], strict=True
@@ -168,7 +168,7 @@ class _Network(Network):
             if changed.keys() & set(later.inputs):
                 changed.update(self.results(later, own, values))
         return Effect(
-            node.name, node.op, node.output, part.of, bits, self._settled_by(part),
+            node.name, node.op, tensor, part.of, bits, self._settled_by(part),
             {
                 (name, number): self._noise(group, self.values[name], values[name])
                 for name, groups in self.groups.items()

@@ -64,6 +64,7 @@ def convert(
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
     strict: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | bool | None = None,
 ) -> Report:
     """Convert an ONNX model to a packed power-of-two network.
@@ -126,6 +127,9 @@ def convert(
     strict : bool
         Whether a network whose outputs are too far from the float model's is an error, and no file
         is written, rather than a warning; see `docs/quantization.md`, "The verdict".
+    report : path, optional
+        An HTML file to write: the verdict, what each layer adds to the errors of the outputs,
+        histograms, times, pictures side by side, and what would mend weak layers.
     progress : callable(done, total, what), or bool, optional
         By default a progress bar on terminals, if rich is installed.
 
@@ -165,8 +169,12 @@ def convert(
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
     require("converting", "onnx", "onnxruntime", "onnxslim")
+    if report is not None:
+        from logshift.converter.page import check_target
+
+        check_target("report", report, target)
     from logshift.converter.auto import choose_plan
-    from logshift.converter.onnx_model import load
+    from logshift.converter.onnx_model import Runner, load
     from logshift.converter.quantize import quantize_graph
     from logshift.converter.samples import divide, open_samples
 
@@ -174,7 +182,7 @@ def convert(
     preprocessing = preprocessing or loaded.metadata.preprocessing
     labels = loaded.metadata.labels if labels is None else labels
     samples = open_samples(calibration, loaded.inputs, preprocessing)
-    graph = _lowered(loaded, samples, settings)
+    graph = lowered(loaded, samples, settings)
     limit = calibration_limit or _limit(graph)
     # What a plan does to the outputs is measured on as many as there are, a batch at a time.
     chooses = wanted is not None and wanted.max_bytes is None
@@ -203,15 +211,20 @@ def convert(
         )
         finish(packed)
         verdict = judge(loaded, graph, packed, divided, show)
-    if strict and verdict.warning:
-        raise ConversionError(f"{verdict.warning}; nothing was written")
-    file_bytes = format.write(packed, target)
-    count = len(next(iter(divided.calibration.values())))
-    notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
-    report = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+        if strict and verdict.warning:
+            raise ConversionError(f"{verdict.warning}; nothing was written")
+        file_bytes = format.write(packed, target)
+        count = len(next(iter(divided.calibration.values())))
+        notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
+        found = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+        if report is not None:
+            from logshift.converter.page import gather, write_page
+
+            reference, shown = Runner(loaded.given), divided.measuring
+            write_page(gather(found, packed, graph, reference, shown, show), report)
     if verdict.warning:
         warnings.warn(f"{os.fspath(target)}: {verdict.warning}", AccuracyWarning, stacklevel=2)
-    return report
+    return found
 
 
 def _patterns(keep_float: Sequence[str]) -> tuple[str, ...]:
@@ -243,7 +256,7 @@ def _check_arguments(
         raise InputError(f"calibration_limit is {calibration_limit!r}; it must be at least 1")
 
 
-def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
+def lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     """Lower and fuse, and prove on a sample that the function is still the same."""
     from logshift.converter.evaluate import evaluate_graph
     from logshift.converter.float_graph import Problems

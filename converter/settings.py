@@ -81,7 +81,12 @@ class Settings:
         0.15, "Share of weights that get a second word, 0 to 1.", range=(0.0, 1.0)
     )
     activation_bits: int | Mapping[str, int] = _setting(
-        8, "Bits of activations, 2 to 8; 32 quantizes weights alone.", kind=int
+        8,
+        "Bits of activations, 2 to 8; 32 quantizes weights alone. NAME=N is for nodes, by names or"
+        " patterns; may be given several times, and the first that fits counts.",
+        metavar="N|NAME=N",
+        shown_default="8",
+        kind=list[str],
     )
     granularity: str = _setting(
         "element",

@@ -27,15 +27,18 @@ if TYPE_CHECKING:
     from logshift.converter.onnx_model import Model
     from logshift.converter.samples import Division
 
-LEAST_COSINE = 0.99
-LEAST_SNR_DB = 15.0
+# Of an output, and of one that holds scores of classes: of these only the order counts.
+LEAST_COSINE, LEAST_COSINE_OF_CLASSES = 0.99, 0.975
+LEAST_SNR_DB, LEAST_SNR_DB_OF_CLASSES = 15.0, 13.0
 LEAST_AGREEMENT = 0.9
 MOST_SAMPLES = 32  # batches that are measured on
 
+_CHANCE = 0.05  # with which it may be less by accident
+_MOST_COUNTED = 1000  # places, of which those of one picture are not independent of each other
 _SECONDS = 4.0  # after which no further sample is begun
 _BLAMING_SECONDS = 3.0
 _BLAMING_BATCHES = 2
-_NOISE = 0.015  # of the float outputs' squares, with which a cosine is above 0.99
+_SPARE = 0.7  # of the noise that an output may have, after a remedy
 _MOST_NAMES = 8  # that a remedy lists; where more are needed it is one for all layers
 
 Run = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -220,20 +223,26 @@ class Failure:
     figure: str
 
 
+def least(output: OutputError) -> tuple[float, float]:
+    """Return the least cosine and signal-to-noise ratio that an output is good with."""
+    if output.groups and output.agreement is not None:
+        return LEAST_COSINE_OF_CLASSES, LEAST_SNR_DB_OF_CLASSES
+    return LEAST_COSINE, LEAST_SNR_DB
+
+
+def is_good(group: GroupError, output: OutputError) -> bool:
+    """Tell whether a group of an output is as near to the float model as it should be."""
+    cosine, snr_db = least(output)
+    return not group.says_something or (group.cosine >= cosine and group.snr_db >= snr_db)
+
+
 def worst_failure(errors: Sequence[OutputError]) -> Failure | None:
     """Return what falls short most of the outputs, None if nothing does."""
     found: list[tuple[float, Failure]] = []
     for output in errors:
         for number, group in enumerate(output.groups):
-            if not group.says_something:
-                continue
-            if math.isnan(group.cosine):
-                found.append((group.snr_db, Failure(output, number, "nothing of it is left")))
-            elif not group.cosine >= LEAST_COSINE:
-                figure = f"cosine {group.cosine:.4f}, less than {LEAST_COSINE}"
-                found.append((group.snr_db, Failure(output, number, figure)))
-            elif not group.snr_db >= LEAST_SNR_DB:
-                figure = f"signal-to-noise ratio {group.snr_db:.1f} dB, less than {LEAST_SNR_DB:g}"
+            if not is_good(group, output):
+                figure = _figure(group, *least(output))
                 found.append((group.snr_db, Failure(output, number, figure)))
         if output.agreement is not None and not _agrees(output.agreement, output.positions):
             what = "same top class" if output.groups else "equal values"
@@ -242,9 +251,22 @@ def worst_failure(errors: Sequence[OutputError]) -> Failure | None:
     return min(found, key=lambda item: item[0])[1] if found else None
 
 
+def _figure(group: GroupError, cosine: float, snr_db: float) -> str:
+    if math.isnan(group.cosine):
+        return "nothing of it is left"
+    if group.cosine < cosine:
+        return f"cosine {group.cosine:.4f}, less than {cosine}"
+    return f"signal-to-noise ratio {group.snr_db:.1f} dB, less than {snr_db:g}"
+
+
 def _agrees(share: float, positions: int) -> bool:
-    """Tell whether classes are the same often enough: one that is not says nothing yet."""
-    return share >= LEAST_AGREEMENT or positions * (1 - share) < 1.5
+    """Tell whether a share of `LEAST_AGREEMENT` may well show as so few in so many."""
+    count = min(positions, _MOST_COUNTED)
+    least, same = LEAST_AGREEMENT, round(share * count)
+    chance = sum(
+        math.comb(count, n) * least**n * (1 - least) ** (count - n) for n in range(same + 1)
+    )
+    return chance >= _CHANCE
 
 
 def warning(
@@ -261,7 +283,8 @@ def warning(
         return f"{sentence}; more calibration samples or residual_ratio=0.5 may mend it", {}
     first = ranked[0]
     what = "weights" if first.part == "weights" else f"{first.bits}-bit activations"
-    remedy = remedy_for(ranked, key, settings)
+    most = _SPARE * 2 * (1 - least(output)[0])  # the noise of two vectors of this cosine
+    remedy = remedy_for(ranked, key, most, settings)
     sentence += f"; {first.op} {first.name!r} adds most error by its {what}"
     if remedy:
         sentence += f"; {as_python(remedy)} would mend it"
@@ -274,7 +297,7 @@ def as_python(settings: Mapping[str, Any]) -> str:
 
 
 def remedy_for(
-    ranked: Sequence[Effect], key: tuple[str, int], settings: Mapping[str, Any]
+    ranked: Sequence[Effect], key: tuple[str, int], most: float, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return settings without the parts that add most, so many that the rest is good enough.
 
@@ -285,11 +308,13 @@ def remedy_for(
     ranked : list of Effect
         The one that adds most comes first.
     key : (output name, number of the group)
+    most : float
+        Squared error over squares that may be left.
     settings : dict
         As they were.
     """
     rest = sum(effect.noise[key] for effect in ranked)
-    enough = min(_NOISE, rest / 2)
+    enough = min(most, rest / 2)
     chosen: list[Effect] = []
     for effect in ranked:
         if rest <= enough:

@@ -54,8 +54,8 @@ def _option(setting: inspect.Parameter, about: Declaration, kind: Any) -> inspec
         default = kind(default)
     elif about.kind is str:
         kind, default = str, str(default)
-    elif about.kind is not None:
-        kind, default = about.kind, default or None
+    elif about.kind is not None:  # of settings that may be given several times
+        kind, default = about.kind, [str(default)] if default else None
     option = typer.Option(
         *about.flags, help=about.help, metavar=about.metavar, show_default=about.shown_default
     )
@@ -107,6 +107,13 @@ def convert(
             help="Write nothing, and fail, if the outputs are too far from the float model's.",
         ),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAGE.html",
+            help="Write a page about what each layer adds, ranges, times and pictures.",
+        ),
+    ] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -121,16 +128,19 @@ def convert(
     - `logshift convert net.onnx net.stlq --calibration inputs.npy --bits 3 --residual-ratio 0.3`
 
     - `logshift convert net.onnx net.stlq --calibration photos/ --bits auto --max-bytes 2000000`
+
+    - `logshift convert net.onnx net.stlq --calibration photos/ --report net.html`
     """
     pictures = calibration.suffix != ".npy"
     data: Any = calibration if pictures else load_array(calibration)
     given = mean or std or resize or crop or bgr or interpolation is not BILINEAR
     settings = {name: v.value if isinstance(v, Enum) else v for name, v in settings.items()}
     settings["weight_bits"] = _bits(settings["weight_bits"])
+    settings["activation_bits"] = _activation_bits(settings["activation_bits"])
     settings["keep_float"] = settings["keep_float"] or ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)  # the report has it
-        report = converter.convert(
+        made = converter.convert(
             model,
             out,
             calibration=data,
@@ -140,8 +150,9 @@ def convert(
             else None,
             labels=None if labels is None else _lines(labels),
             strict=strict,
+            report=report,
         )
-    show(report.to_dict(), str(report), as_json)
+    show(made.to_dict(), str(made), as_json)
 
 
 def _bits(text: str) -> int | Literal["auto"]:
@@ -150,6 +161,22 @@ def _bits(text: str) -> int | Literal["auto"]:
     if not text.isdecimal():
         raise InputError(f"--bits {text!r}: give a number from 2 to 5, or auto")
     return int(text)
+
+
+def _activation_bits(given: list[str]) -> int | dict[str, int]:
+    """Return one number for all nodes, or numbers by patterns: what names none is for the rest."""
+    bits = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        if not number.isdecimal():
+            raise InputError(
+                f"--activation-bits {text!r}: give a number from 2 to 8, or 32, or NAME=N for nodes"
+            )
+        bits[name or "*"] = int(number)
+    rest = bits.pop("*", None)
+    if not bits and rest is not None:
+        return rest
+    return bits if rest is None else bits | {"*": rest}
 
 
 def _preprocessing(

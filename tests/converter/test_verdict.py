@@ -282,8 +282,8 @@ def test_channels_are_compared_as_they_are_found(path):
     group = compare.GroupError((), 1, 16.0, 0.98)
     output = compare.OutputError("y", 16.0, 0.98, [group])
     assert "cosine 0.9800, less than 0.99" in verdict.verdict_on([output], 3, {}).warning
-    good = compare.OutputError("y", 30.0, 0.999, [compare.GroupError((), 1, 30.0, 0.999)], 0.5, 4)
-    assert "same top class in 50.0 %, less than 90 %" in verdict.verdict_on([good], 4, {}).warning
+    good = compare.OutputError("y", 30.0, 0.999, [compare.GroupError((), 1, 30.0, 0.999)], 0.5, 8)
+    assert "same top class in 50.0 %, less than 90 %" in verdict.verdict_on([good], 8, {}).warning
     assert not verdict.verdict_on([dataclasses.replace(good, positions=2)], 2, {}).warning
     nothing = compare.GroupError((), 1, -3.0, 0.1, False)
     assert not verdict.verdict_on([compare.OutputError("y", 1, 1, [nothing])], 3, {}).warning
