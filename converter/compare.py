@@ -30,17 +30,22 @@ class Sums:
     totals : float64 array (4, channels)
         Of the squares of the expected values, of the squares of those found, of their products, and
         of their squared differences.
+    differences : list of float64 array (channels,)
+        The last ones of each call.
     """
 
     def __init__(self) -> None:
         self.totals = np.zeros((4, 1))
+        self.differences: list[np.ndarray] = []
 
     def add(self, expected: np.ndarray, found: np.ndarray) -> None:
         """Add arrays (channels, values)."""
         x, y = expected.astype(np.float64), found.astype(np.float64)
         difference = x - y
         pairs = ((x, x), (y, y), (x, y), (difference, difference))
-        self.totals = self.totals + np.stack([np.einsum("cv,cv->c", *pair) for pair in pairs])
+        added = np.stack([np.einsum("cv,cv->c", *pair) for pair in pairs])
+        self.totals = self.totals + added
+        self.differences.append(added[3])
 
     def _total(self, channels: np.ndarray | slice) -> list[float]:
         return [float(total) for total in self.totals[:, channels].sum(axis=1)]
@@ -196,6 +201,29 @@ class OutputSums:
             return OutputError(self.name, snr_db, cosine, whole, note="no scores of classes")
         parts = [self._axes[axis].error(axis, group) for group in groups]
         return OutputError(self.name, snr_db, cosine, parts, note="ranges of its channels differ")
+
+    def noise(self, error: OutputError) -> np.ndarray:
+        """Return what each batch adds to the error of the group that it does most to.
+
+        Parameters
+        ----------
+        error : OutputError
+            What `error` returned.
+
+        Returns
+        -------
+        float64 array (batches,)
+            Squared errors over all squares of the group.
+        """
+        most = np.zeros(len(self._whole.differences))
+        for group in error.groups:
+            sums = self._axes[group.axis].sums if group.channels else self._whole
+            chosen = group.indices(sums.totals.shape[1])
+            power = float(sums.totals[0, chosen].sum())
+            if group.says_something and power:
+                parts = np.array([added[chosen].sum() for added in sums.differences])
+                most = np.maximum(most, np.nan_to_num(parts / power))
+        return most
 
     def _class_axis(self, is_grouped: bool) -> int | None:
         """Return the axis of class scores, None if the output does not look like these."""

@@ -65,7 +65,7 @@ def layer_effects(
     groups: Mapping[str, Sequence[GroupError]],
     seconds: float,
     progress: Progress,
-) -> list[Effect]:
+) -> tuple[list[Effect], int]:
     """Measure what each layer adds to the outputs, those first that look worst by themselves.
 
     Parameters
@@ -86,6 +86,8 @@ def layer_effects(
     -------
     list of Effect
         In order of execution.
+    int
+        How many parts there are, measured or not.
     """
     joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     network = _Network(graph, packed, joined, len(batches), groups)
@@ -97,7 +99,8 @@ def layer_effects(
             break
         progress(number, len(parts), f"measuring {part.node.name}")
         measured.append((part.index, network.effect(part)))
-    return [effect for _, effect in sorted(measured, key=lambda item: item[0])]
+    effects = [effect for _, effect in sorted(measured, key=lambda item: item[0])]
+    return effects, len(parts)
 
 
 @dataclass(frozen=True)

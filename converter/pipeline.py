@@ -210,7 +210,7 @@ def convert(
             graph, divided.calibration, divided.batches, settings, show, plan
         )
         finish(packed)
-        verdict = judge(loaded, graph, packed, divided, show)
+        verdict, shown = judge(loaded, graph, packed, divided, show)
         if strict and verdict.warning:
             raise ConversionError(f"{verdict.warning}; nothing was written")
         file_bytes = format.write(packed, target)
@@ -220,7 +220,7 @@ def convert(
         if report is not None:
             from logshift.converter.page import gather, write_page
 
-            reference, shown = Runner(loaded.given), divided.measuring
+            reference = Runner(loaded.given)
             write_page(gather(found, packed, graph, reference, shown, show), report)
     if verdict.warning:
         warnings.warn(f"{os.fspath(target)}: {verdict.warning}", AccuracyWarning, stacklevel=2)

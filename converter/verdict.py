@@ -137,7 +137,7 @@ def compare(
 
 def judge(
     model: Model, graph: FloatGraph, packed: Graph, samples: Division, progress: Progress
-) -> Verdict:
+) -> tuple[Verdict, list[dict[str, np.ndarray]]]:
     """Measure a packed network against its float model.
 
     Parameters
@@ -148,6 +148,12 @@ def judge(
     packed : Graph
     samples : Division
     progress : callable(done, total, what)
+
+    Returns
+    -------
+    Verdict
+    list of dict of input name to array
+        The batches that it was measured on, those first on which the outputs differ most.
     """
     from logshift.converter.onnx_model import Runner
 
@@ -169,16 +175,22 @@ def judge(
             if done == 1:  # what the first run compiles does not count
                 until = time.perf_counter() + _SECONDS
     except LogshiftError as error:
-        return Verdict([], done, samples.held_back, note=" ".join(str(error).split()))
+        note = " ".join(str(error).split())
+        return Verdict([], done, samples.held_back, note=note), samples.measuring
     errors = [output.error() for output in sums]
+    noise = [output.noise(error) for output, error in zip(sums, errors, strict=True)]
+    total = sum((part for part in noise if len(part) == done), np.zeros(done))
+    batches = [samples.measuring[order[n]] for n in np.argsort(-total, kind="stable")]
     effects: list[Effect] = []
     if worst_failure(errors) is not None:
         from logshift.converter.effects import layer_effects
 
-        batches = [samples.measuring[number] for number in order[: min(_BLAMING_BATCHES, done)]]
         groups = {error.name: error.groups for error in errors}
-        effects = layer_effects(graph, packed, batches, groups, _BLAMING_SECONDS, progress)
-    return verdict_on(errors, done, packed.settings, effects, samples.held_back)
+        effects, _ = layer_effects(
+            graph, packed, batches[:_BLAMING_BATCHES], groups, _BLAMING_SECONDS, progress
+        )
+    verdict = verdict_on(errors, done, packed.settings, effects, samples.held_back)
+    return verdict, batches
 
 
 def verdict_on(

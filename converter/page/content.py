@@ -22,7 +22,8 @@ from logshift.kernels.stlq.codec import exponent_levels
 from logshift.runtime.graph import Graph, Node, Quantization
 from logshift.runtime.session import LayerTime, Session
 
-_BATCHES = 4  # of the model, that everything on the page is measured on
+_BATCHES = 4  # of the model, that are shown, and that ranges are measured on
+_FEW = 2  # of these, that layers' errors are measured on
 _SECONDS = 20.0  # for what layers add, after which no further one is begun
 _RUNS = 5  # that times are the median of
 _WEAK = 0.05  # share of a group's error, with which a part of a layer is listed
@@ -110,7 +111,7 @@ class Page:
     threads : int
         That times were measured with.
     measured_on : int
-        Batches of the model.
+        Batches of the model, for what layers add.
     notes : list of str
         What is not known, and why.
     """
@@ -151,7 +152,7 @@ def gather(
     reference : Runner
         The float model.
     batches : list of dict of input name to array
-        Batches of the model.
+        Batches of the model; the first ones are shown.
     progress : callable(done, total, what)
     """
     assert report.verdict is not None
@@ -165,7 +166,12 @@ def gather(
             "What layers add is not known: the model does not lead to the layers of the file."
         )
     else:
-        effects = layer_effects(graph, packed, few, groups, _SECONDS, progress)
+        effects, parts = layer_effects(graph, packed, few[:_FEW], groups, _SECONDS, progress)
+        if len(effects) < parts:
+            notes.append(
+                f"There was time to measure what {len(effects)} of {parts} parts of layers add, the"
+                " worst ones by themselves first."
+            )
         joined = {name: np.concatenate([batch[name] for batch in few]) for name in few[0]}
         network = Network(graph, joined, len(few))
     verdict = report.verdict
@@ -186,7 +192,7 @@ def gather(
         layers.append(_layer(node, layer, time, packed, effects, network, exact))
     return Page(
         report, layers, _weakest(effects, groups, packed.settings),
-        _samples(report, packed, session, reference, few), session.threads, len(few), notes,
+        _samples(report, packed, session, reference, few), session.threads, len(few[:_FEW]), notes,
     )  # fmt: skip
 
 

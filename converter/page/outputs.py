@@ -20,6 +20,7 @@ _LEAST_SIDE = 8  # of what is shown as a picture
 _POINTS = 1500  # of an output, that are drawn one against the other
 _QUALITY = 88
 _DIFFERENT = np.array([[235, 235, 235], [214, 39, 40]], np.uint8)  # by whether a place is
+_VISIBLE = 99.0  # per cent of a difference that are not to be cut off
 _MASK = 0.55  # of a mask on the picture that it is of
 
 
@@ -72,14 +73,14 @@ class Output:
     classes : list of ClassScore
         The top ones of either network.
     pictures : list of Picture
-    points : float array (2, values), optional
-        Values of the float network, and of the packed one.
+    points : dict of str to float array (2, values)
+        Values of the float network, and of the packed one, by groups of channels.
     """
 
     name: str
     classes: list[ClassScore] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
-    points: np.ndarray | None = None
+    points: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,12 @@ def show_output(
         return Output(error.name, pictures=_masks(picture, other, count, inputs))
     if x.ndim == 4 and x.shape[1] in (1, 3) and min(x.shape[2:]) >= _LEAST_SIDE:
         return Output(error.name, pictures=_side_by_side(x[0], y[0]))
-    return Output(error.name, points=_points(x, y))
+    points = {}
+    for group in error.groups:
+        chosen = group.indices(x.shape[group.axis])
+        name = f"{error.name}, {group}" if group.channels else error.name
+        points[name] = _points(x.take(chosen, group.axis), y.take(chosen, group.axis))
+    return Output(error.name, points=points)
 
 
 def _top(x: np.ndarray, y: np.ndarray, labels: Sequence[str] | None) -> list[ClassScore]:
@@ -205,8 +211,8 @@ def _side_by_side(x: np.ndarray, y: np.ndarray) -> list[Picture]:
         for title, z in (("float", x), ("packed", y))
     ]
     difference = np.abs(np.nan_to_num(x - y)) / (high - low)
-    most = float(difference.max())
-    factor = 2 ** int(np.clip(np.floor(-np.log2(max(most, 1e-6))), 0, 10))
+    most = max(float(np.percentile(difference, _VISIBLE)), 1e-6)
+    factor = 2 ** int(np.clip(np.floor(-np.log2(most)), 0, 10))
     mean = float(np.sqrt(np.square(difference).mean()))
     note = f"{factor} times enlarged; root mean square {100 * mean:.2f} % of the range"
     return [*shown, Picture("difference", _to_bytes(factor * difference), note)]
@@ -225,8 +231,12 @@ def _range(x: np.ndarray) -> tuple[float, float, str]:
 def _points(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     flat = np.stack([x.ravel(), y.ravel()]).astype(np.float64)
     flat = flat[:, np.isfinite(flat).all(axis=0)]
-    step = -(-flat.shape[1] // _POINTS)
-    return flat[:, :: max(step, 1)]
+    if flat.shape[1] <= _POINTS:
+        return flat
+    # The largest, of which there may be few, and some of all.
+    largest = np.argsort(-np.abs(flat).max(axis=0), kind="stable")[: _POINTS // 2]
+    spread = np.linspace(0, flat.shape[1] - 1, _POINTS - len(largest)).astype(int)
+    return flat[:, np.unique([*largest, *spread])]
 
 
 def _stretched(pixels: np.ndarray) -> np.ndarray:

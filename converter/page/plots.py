@@ -115,7 +115,7 @@ class Plotter:
             axes.set_ylabel("% of the outputs' squares")
             axes.set_xlabel("layer")
             axes.set_xlim(0.2, len(layers) + 0.8)
-            axes.legend(frameon=False, loc="upper left", ncols=2)
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
         return self._draw(7.4, 1.8, paint)
 

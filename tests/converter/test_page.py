@@ -170,10 +170,10 @@ def test_classifier(tmp_path):
     assert details[1] == "2. Conv n_Conv0" and len(details) == 5
     assert len(page.all("svg")) == 1 + 3 + 4
     # Pictures are as they were before preprocessing, their classes by name.
-    original = photographs()[4]
     shown = pictures(page)["The input of sample 1"]
-    middle = shown.reshape(16, len(shown) // 16, 16, -1, 3)[:, 3, :, 3]
-    assert np.abs(middle.astype(int) - original).mean() < 6
+    middle = shown.reshape(16, len(shown) // 16, 16, -1, 3)[:, 3, :, 3].astype(int)
+    original = min(photographs()[4::5], key=lambda pixels: np.abs(middle - pixels).mean())
+    assert np.abs(middle - original).mean() < 6
     rows = page.rows("Gemm7: top classes")[1:]
     x = PREPROCESSING.apply(original, (16, 16))[None]
     scores = session.run(x)[0]
@@ -228,9 +228,8 @@ def test_detector(tmp_path):
     ]  # fmt: skip
     scores = report.verdict.outputs[0].groups[1]
     assert rows[1][3] == f"{scores.cosine:.5f}"
-    assert any(
-        f"{flat}: values of the packed network" in text for _, text in page.all("figcaption")
-    )
+    captions = [text for _, text in page.all("figcaption")]
+    assert any(text.startswith(f"{flat}, channels 4-9 of axis 1: values of") for text in captions)
     assert report.verdict.warning in page.text
     assert "--activation-bits" in page.text and "channels 4-9 of axis 1, by its 8-bit" in page.text
 
@@ -261,11 +260,12 @@ def test_enhancement(tmp_path):
     assert [name.split()[1] for name in names[:3]] == ["float", "packed", "difference"]
     assert re.search(r"difference, \d+ times enlarged; root mean square [\d.]+ % of the range",
                      page.text)  # fmt: skip
-    x = PREPROCESSING.apply(photographs()[4], (16, 16))[None]
-    expected = 255 * runtime.load(tmp_path / "net.stlq").run(x)[0].transpose(1, 2, 0)
+    x = np.stack([PREPROCESSING.apply(pixels, (16, 16)) for pixels in photographs()[4::5]])
+    session = runtime.load(tmp_path / "net.stlq")
+    found = [255 * session.run(one[None])[0].transpose(1, 2, 0) for one in x]
     packed = next(pixels for name, pixels in shown.items() if "packed" in name)
     middle = packed.reshape(16, len(packed) // 16, 16, -1, 3)[:, 3, :, 3]
-    assert np.abs(middle.astype(int) - expected).mean() < 20  # JPEG of noise
+    assert min(np.abs(middle.astype(int) - y).mean() for y in found) < 20  # JPEG of noise
 
 
 def test_what_is_clipped(tmp_path):
@@ -353,7 +353,7 @@ def test_layers_that_there_is_no_time_for(tmp_path, monkeypatch):
     monkeypatch.setattr(content, "_SECONDS", -1.0)
     _, page = convert(network(), tmp_path)
     assert all(row[8] == "" for row in page.rows("layers")[1:])
-    assert "Where accuracy is lost" not in page.text
+    assert "Where the error comes from" not in page.text
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
@@ -454,6 +454,14 @@ def test_outputs_of_every_kind():
     )
     heat = noise(1, (1, 10, 12))
     assert [p.title for p in shown(heat).pictures] == ["float", "packed", "difference"]
-    assert shown(noise(1, (4, 10, 12))).points.shape == (2, 480)
-    assert shown(noise(1, (4, 10)), noise(1, (3, 10))).points is None
+    values = noise(1, (4, 10, 12))
+    pairs = shown(values, values + 1, groups=[converter.GroupError(((1, 2),), 1, 9.0, 0.9)]).points
+    (points,) = pairs.values()
+    assert list(pairs) == ["y, channels 1-2 of axis 1"]
+    assert np.array_equal(points, [values[0, 1:3].ravel(), values[0, 1:3].ravel() + 1])
+    many = np.zeros((1, 100_000), np.float32)
+    many[0, 12345] = 7.0
+    (points,) = shown(many, groups=[converter.GroupError((), 1, 9.0, 0.9)]).points.values()
+    assert points.max() == 7 and points.shape[1] <= 1500
+    assert shown(noise(1, (4, 10)), noise(1, (3, 10))).points == {}
     assert shown(np.arange(3)).pictures == []

@@ -148,6 +148,24 @@ def test_weights_that_hurt_are_told_and_mended(path):
     assert mended.verdict.outputs[0].cosine > 0.99 > output.cosine
 
 
+def test_samples_that_differ_most_are_looked_at_first(path):
+    x = noise(25)
+    x[14] *= 30
+    model = two_convolutions()
+    looked_at = []
+
+    def recorded(graph, packed, batches, *more):
+        looked_at.extend(batches)
+        return [], 0
+
+    from logshift.converter import effects
+
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(AccuracyWarning):
+        patch.setattr(effects, "layer_effects", recorded)
+        converter.convert(model, path, calibration=x, **COARSE)
+    assert np.array_equal(looked_at[0]["x"], x[14:15])
+
+
 def test_strict_writes_nothing(path):
     path.write_bytes(b"old")
     settings = {"calibration": noise(10), "strict": True} | EIGHT
@@ -169,8 +187,10 @@ def test_effects_add_up(path, corrects):
     original = effects.layer_effects
 
     def recorded(*arguments):
-        measured.extend(original(*arguments))
-        return measured
+        found, parts = original(*arguments)
+        assert len(found) == parts
+        measured.extend(found)
+        return found, parts
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(effects, "layer_effects", recorded)
