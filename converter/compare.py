@@ -17,6 +17,7 @@ _GAP = 2.0  # octaves between the channels of two groups, in root mean square
 _MOST_GROUPS = 4
 _LEAST_SHARE = 0.01  # of the channels; fewer of them are no group
 _SEEN = 0.1  # a probability that never gets so far says that there is nothing
+_FEWEST = 8  # values of a channel that tell its range
 _SAME = 1e-3  # of sums and norms that are one by construction
 _PICTURE = 128  # an axis of pictures is longer
 _FINEST = 4  # pixels of the input, along an axis, that a segmented one stands for at most
@@ -79,7 +80,7 @@ class GroupError:
     snr_db, cosine : float
         As of `TensorError`.
     says_something : bool
-        False if the float model's values are zeros, or probabilities near zero: nothing to lose.
+        False if all of the float model's values are zero.
     """
 
     channels: tuple[tuple[int, int], ...]
@@ -305,14 +306,14 @@ class _Axis:
         starts = np.flatnonzero(np.diff(group, prepend=-2) != 1)
         ends = [*(starts[1:] - 1), len(group) - 1]
         runs = tuple((int(group[a]), int(group[b])) for a, b in zip(starts, ends, strict=True))
-        seen = bool(self._seen()[group].any())
-        return GroupError(runs, axis, self.sums.snr_db(group), self.sums.cosine(group), seen)
+        is_there = bool(self.sums.totals[0, group].any())
+        return GroupError(runs, axis, self.sums.snr_db(group), self.sums.cosine(group), is_there)
 
     def _probabilities(self) -> np.ndarray:
         return (self.low >= 0) & (self.high <= 1)
 
     def _seen(self) -> np.ndarray:
-        """Mark channels with something to lose: a class that no sample shows has nothing."""
+        """Mark channels that tell a range: a class that no sample shows does not."""
         nothing = self._probabilities() & (np.maximum(self.high, self.reached) < _SEEN)
         return (self.sums.totals[0] > 0) & ~nothing
 
@@ -320,7 +321,7 @@ class _Axis:
         """Return sets of channels of which the largest ones of each hide no other set's."""
         power = self.sums.totals[0] / self.positions
         seen, probable = self._seen(), self._probabilities()
-        if not seen.any():
+        if not seen.any() or self.positions < _FEWEST:
             return [np.arange(len(power))]
         level = np.zeros(len(power), int)
         level[seen] = _levels(np.log2(power[seen]) / 2)

@@ -66,7 +66,7 @@ def layer_effects(
     seconds: float,
     progress: Progress,
 ) -> tuple[list[Effect], int]:
-    """Measure what each layer adds to the outputs, those first that look worst by themselves.
+    """Measure what each layer adds to the outputs, those first that are worst by themselves.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def layer_effects(
     packed : Graph
         What it has become.
     batches : list of dict of input name to array
-        Of the model; a few are enough.
+        Of the model; a few are enough, and of large networks fewer are taken.
     groups : dict of output name to list of GroupError
         What of the outputs is looked at.
     seconds : float
@@ -89,10 +89,13 @@ def layer_effects(
     int
         How many parts there are, measured or not.
     """
-    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    network = _Network(graph, packed, joined, len(batches), groups)
-    parts = sorted(network.parts(), key=lambda part: -part.alone)
     until = time.perf_counter() + seconds
+    network = _Network(graph, packed, batches[:1], groups)
+    parts = _in_turns(network.parts())
+    # A part takes about half of what the network takes, for each batch.
+    expected = len(parts) * network.seconds / 2
+    if (count := min(int(seconds / expected) if expected else 1, len(batches))) > 1:
+        network = _Network(graph, packed, batches[:count], groups)
     measured: list[tuple[int, Effect]] = []
     for number, part in enumerate(parts):
         if time.perf_counter() > until:
@@ -101,6 +104,17 @@ def layer_effects(
         measured.append((part.index, network.effect(part)))
     effects = [effect for _, effect in sorted(measured, key=lambda item: item[0])]
     return effects, len(parts)
+
+
+def _in_turns(parts: Sequence[_Part]) -> list[_Part]:
+    """Return weights and codes in turns, of each those first that are worst by themselves."""
+    ranked = sorted(parts, key=lambda part: -part.alone)
+    places = {"weights": 0, "codes": 0}
+    order = []
+    for part in ranked:
+        order.append((places[part.of], part))
+        places[part.of] += 1
+    return [part for _, part in sorted(order, key=lambda item: item[0])]
 
 
 @dataclass(frozen=True)
@@ -120,11 +134,15 @@ class _Network(Network):
         self,
         graph: FloatGraph,
         packed: Graph,
-        inputs: Mapping[str, np.ndarray],
-        batches: int,
+        batches: Sequence[Mapping[str, np.ndarray]],
         groups: Mapping[str, Sequence[GroupError]],
     ) -> None:
-        super().__init__(graph, inputs, batches)
+        joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        super().__init__(graph, joined, len(batches))
+        start = time.perf_counter()
+        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
+            self.results(node, evaluator, self.values)
+        self.seconds = time.perf_counter() - start
         self.packed, self.groups = packed, groups
         self.made: dict[str, Node] = {
             name: node for node in packed.nodes for name in node.outputs if name
@@ -142,7 +160,7 @@ class _Network(Network):
                 noise = _ratio(node.weight, words.values())
                 found.append(_Part(index, node, "weights", noise))
             q = self.packed.quantization.get(node.output)
-            if q is not None:
+            if q is not None and node.output not in self.graph.quantization:  # not the model's own
                 exact = rows(self.values[node.output])
                 noise = _ratio(exact, q.dequantize(q.quantize(exact)))
                 found.append(_Part(index, node, "codes", noise))

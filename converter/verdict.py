@@ -39,7 +39,7 @@ _SECONDS = 4.0  # after which no further sample is begun
 _BLAMING_SECONDS = 3.0
 _BLAMING_BATCHES = 2
 _SPARE = 0.7  # of the noise that an output may have, after a remedy
-_MOST_NAMES = 8  # that a remedy lists; where more are needed it is one for all layers
+_MOST_NAMES = 8  # that a remedy lists
 
 Run = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -162,7 +162,9 @@ def judge(
     order = np.random.default_rng(0).permutation(len(samples.measuring))[:MOST_SAMPLES]
     done, until = 0, math.inf
     try:
-        reference, session = Runner(model.given), Session(packed)
+        # Without codes there is nothing that a quantized model's rounding could stand for.
+        reference = Runner(model.given if packed.quantization else model.original)
+        session = Session(packed)
         for number in order:
             if time.perf_counter() > until:
                 break
@@ -295,12 +297,15 @@ def warning(
         return f"{sentence}; more calibration samples or residual_ratio=0.5 may mend it", {}
     first = ranked[0]
     what = "weights" if first.part == "weights" else f"{first.bits}-bit activations"
-    most = _SPARE * 2 * (1 - least(output)[0])  # the noise of two vectors of this cosine
-    remedy = remedy_for(ranked, key, most, settings)
     sentence += f"; {first.op} {first.name!r} adds most error by its {what}"
+    most = _SPARE * 2 * (1 - least(output)[0])  # the noise of two vectors of this cosine
+    group = output.groups[failure.number]
+    total = 10 ** (-group.snr_db / 10) if math.isfinite(group.snr_db) else math.inf
+    remedy = remedy_for(ranked, key, total, most, settings)
     if remedy:
-        sentence += f"; {as_python(remedy)} would mend it"
-    return sentence, remedy
+        return f"{sentence}; {as_python(remedy)} should mend it", remedy
+    remedy = remedy_for_all(ranked, key, settings)
+    return f"{sentence}, but many do; {as_python(remedy)} would help most", remedy
 
 
 def as_python(settings: Mapping[str, Any]) -> str:
@@ -309,34 +314,37 @@ def as_python(settings: Mapping[str, Any]) -> str:
 
 
 def remedy_for(
-    ranked: Sequence[Effect], key: tuple[str, int], most: float, settings: Mapping[str, Any]
+    ranked: Sequence[Effect],
+    key: tuple[str, int],
+    total: float,
+    most: float,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return settings without the parts that add most, so many that the rest is good enough.
 
-    Errors of different parts add up as squares.
+    Errors of different parts add up as squares. Empty if it takes too many.
 
     Parameters
     ----------
     ranked : list of Effect
         The one that adds most comes first.
     key : (output name, number of the group)
-    most : float
-        Squared error over squares that may be left.
+    total, most : float
+        Squared error over squares, that there is and that may be left.
     settings : dict
         As they were.
     """
-    rest = sum(effect.noise[key] for effect in ranked)
+    rest = max(sum(effect.noise[key] for effect in ranked), total)
     enough = min(most, rest / 2)
-    chosen: list[Effect] = []
-    for effect in ranked:
-        if rest <= enough:
-            break
-        chosen.append(effect)
+    names: set[str] = set()
+    for count, effect in enumerate(ranked, 1):
+        names.update(effect.settled_by)
         rest -= effect.noise[key]
-    names = {name for effect in chosen for name in effect.settled_by}
-    if len(names) > _MOST_NAMES:
-        return _for_all_layers(ranked, key, settings)
-    return settings_without(chosen, settings)
+        if len(names) > _MOST_NAMES:
+            break
+        if rest <= enough:
+            return settings_without(ranked[:count], settings)
+    return {}
 
 
 def settings_without(effects: Sequence[Effect], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -361,7 +369,7 @@ def settings_without(effects: Sequence[Effect], settings: Mapping[str, Any]) -> 
     return remedy
 
 
-def _for_all_layers(
+def remedy_for_all(
     effects: Sequence[Effect], key: tuple[str, int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return a setting for what adds more in all layers together, weights or activations."""

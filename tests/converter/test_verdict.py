@@ -119,7 +119,7 @@ def test_scores_beside_boxes_are_told(path):
     assert min(output.cosine, output.groups[0].cosine) > 0.998 > output.groups[1].cosine
     warning = report.verdict.warning
     parts = ("output 'Reshape", "channels 4-9 of axis 1", f"{output.groups[1].cosine:.4f}",
-             "on 2 samples", "Concat 'n_Concat", "8-bit activations", "would mend it")  # fmt: skip
+             "on 2 samples", "Concat 'n_Concat", "8-bit activations", "should mend it")  # fmt: skip
     for part in parts:
         assert part in warning, part
     assert [str(w.message) for w in caught] == [f"{path}: {warning}"]
@@ -258,6 +258,26 @@ def test_verify_tells_the_same(path):
     assert verification.verdict.warning.startswith(report.verdict.warning.split(";")[0])
     assert verification.verdict.warning in str(verification)
     json.dumps(verification.to_dict(), allow_nan=False)
+
+
+def test_what_helps_where_many_layers_add():
+    ranked = [dataclasses.replace(effect("weights"), name=str(i), settled_by=(str(i),),
+                                  noise={("y", 0): 0.1 / 2**i}) for i in range(12)]  # fmt: skip
+    key = ("y", 0)
+    assert verdict.remedy_for(ranked, key, 0.2, 0.06, {}) == {"keep_float": ["0", "1"]}
+    # Half of it is by parts that were not measured.
+    assert verdict.remedy_for(ranked, key, 0.4, 0.06, {}) == {}
+    assert verdict.remedy_for(ranked, key, 0.2, 1e-4, {}) == {}
+    assert verdict.remedy_for_all(ranked, key, {"residual_ratio": 0.15}) == {"residual_ratio": 0.5}
+    codes = dataclasses.replace(effect("codes"), noise={key: 1.0})
+    assert verdict.remedy_for_all([*ranked, codes], key, {}) == {"activation_bits": 32}
+    group = compare.GroupError((), 1, 4.0, 0.8)
+    output = compare.OutputError("y", 4.0, 0.8, [group])
+    found = verdict.verdict_on([output], 3, {"residual_ratio": 0.15}, ranked)
+    assert (
+        "Conv '0' adds most error by its weights, but many do; residual_ratio=0.5" in found.warning
+    )
+    assert found.remedy == {"residual_ratio": 0.5}
 
 
 def effect(part, bits=8, name="a[0]", settled_by=("a[0]", "b")):
