@@ -11,6 +11,7 @@ import time
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -66,7 +67,7 @@ def layer_effects(
     seconds: float,
     progress: Progress,
 ) -> tuple[list[Effect], int]:
-    """Measure what each layer adds to the outputs, those first that are worst by themselves.
+    """Measure what each layer adds to the outputs, those first that look worst.
 
     Parameters
     ----------
@@ -89,7 +90,6 @@ def layer_effects(
     int
         How many parts there are, measured or not.
     """
-    until = time.perf_counter() + seconds
     network = _Network(graph, packed, batches[:1], groups)
     parts = _in_turns(network.parts())
     # A part takes about half of what the network takes, for each batch.
@@ -97,6 +97,7 @@ def layer_effects(
     if (count := min(int(seconds / expected) if expected else 1, len(batches))) > 1:
         network = _Network(graph, packed, batches[:count], groups)
     measured: list[tuple[int, Effect]] = []
+    until = time.perf_counter() + seconds
     for number, part in enumerate(parts):
         if time.perf_counter() > until:
             break
@@ -107,17 +108,21 @@ def layer_effects(
 
 
 def _in_turns(parts: Sequence[_Part]) -> list[_Part]:
-    """Return weights and codes in turns, of each those first that are worst by themselves."""
+    """Return in turns the worst weights by themselves, the worst codes, and the last parts.
+
+    The last ones are soon measured, and nothing after them makes up for what they do.
+    """
     ranked = sorted(parts, key=lambda part: -part.alone)
-    places = {"weights": 0, "codes": 0}
-    order = []
-    for part in ranked:
-        order.append((places[part.of], part))
-        places[part.of] += 1
-    return [part for _, part in sorted(order, key=lambda item: item[0])]
+    turns = [
+        [part for part in ranked if part.of == "weights"],
+        [part for part in ranked if part.of == "codes"],
+        sorted(parts, key=lambda part: -part.index),
+    ]
+    order = (part for turn in zip_longest(*turns) for part in turn if part is not None)
+    return list(dict.fromkeys(order))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """The weights or the codes of a node, and the noise that these are by themselves."""
 

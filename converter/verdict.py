@@ -39,6 +39,7 @@ _SECONDS = 4.0  # after which no further sample is begun
 _BLAMING_SECONDS = 3.0
 _BLAMING_BATCHES = 2
 _SPARE = 0.7  # of the noise that an output may have, after a remedy
+_MINOR = 0.3  # share of the noise of all layers that are not worth naming
 _MOST_NAMES = 8  # that a remedy lists
 
 Run = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -304,8 +305,10 @@ def warning(
     remedy = remedy_for(ranked, key, total, most, settings)
     if remedy:
         return f"{sentence}; {as_python(remedy)} should mend it", remedy
-    remedy = remedy_for_all(ranked, key, settings)
-    return f"{sentence}, but many do; {as_python(remedy)} would help most", remedy
+    known = sum(effect.noise[key] for effect in ranked)
+    remedy = remedy_for(ranked, key, known, _MINOR * known, settings)
+    remedy = remedy or remedy_for_all(ranked, key, settings)
+    return f"{sentence}; {as_python(remedy)} would help most", remedy
 
 
 def as_python(settings: Mapping[str, Any]) -> str:
@@ -355,14 +358,16 @@ def settings_without(effects: Sequence[Effect], settings: Mapping[str, Any]) -> 
         patterns = [glob.escape(name) for name in effect.settled_by]
         if effect.part == "weights":
             kept += [pattern for pattern in patterns if pattern not in kept]
-        elif effect.bits < 8:
+        elif effect.bits < 8 and effect.op != "QuantizeLinear":  # which is no node of the model
             bits[glob.escape(effect.name)] = 8
         else:
             bits |= dict.fromkeys(patterns, 32)
     given = settings.get("activation_bits", 8)
     remedy: dict[str, Any] = {}
     if bits:
-        others = given if isinstance(given, Mapping) else {} if given == 8 else {"*": given}
+        others: Mapping[str, int] = given if isinstance(given, Mapping) else {}
+        if isinstance(given, int) and given != 8:
+            others = {"*": given}
         remedy["activation_bits"] = bits | {k: v for k, v in others.items() if k not in bits}
     if kept != list(settings.get("keep_float", ())):
         remedy["keep_float"] = kept

@@ -169,8 +169,8 @@ def gather(
         effects, parts = layer_effects(graph, packed, few[:_FEW], groups, _SECONDS, progress)
         if len(effects) < parts:
             notes.append(
-                f"There was time to measure what {len(effects)} of {parts} parts of layers add, the"
-                " worst ones by themselves first."
+                f"There was time to measure what {len(effects)} of {parts} parts of layers add: the"
+                " worst ones by themselves, and the last ones."
             )
         joined = {name: np.concatenate([batch[name] for batch in few]) for name in few[0]}
         network = Network(graph, joined, len(few))

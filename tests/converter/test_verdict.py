@@ -166,6 +166,27 @@ def test_samples_that_differ_most_are_looked_at_first(path):
     assert np.array_equal(looked_at[0]["x"], x[14:15])
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_remedies_can_be_given_as_they_are(path, bits):
+    """Whatever part it is that is told, `convert` takes the settings without it."""
+    from logshift.converter import effects
+
+    model, x = network(), noise(20)
+    settings = {"calibration": x, "activation_bits": bits}
+    found = []
+    original = effects.layer_effects
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "LEAST_COSINE_OF_CLASSES", 2.0)  # whatever it is
+        patch.setattr(effects, "layer_effects", lambda *a: found.append(original(*a)) or found[-1])
+        with pytest.warns(AccuracyWarning):
+            report = converter.convert(model, path, **settings)
+    for one in found[0][0]:
+        remedy = settings_without([one], report.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AccuracyWarning)
+            converter.convert(model, path, **settings | remedy)
+
+
 def test_strict_writes_nothing(path):
     path.write_bytes(b"old")
     settings = {"calibration": noise(10), "strict": True} | EIGHT
@@ -290,6 +311,8 @@ def effect(part, bits=8, name="a[0]", settled_by=("a[0]", "b")):
         ([effect("codes")], {}, {"activation_bits": {"a[[]0]": 32, "b": 32}}),
         ([effect("codes", 5)], {"activation_bits": 5},
          {"activation_bits": {"a[[]0]": 8, "*": 5}}),
+        ([dataclasses.replace(effect("codes", 5), op="QuantizeLinear")], {},
+         {"activation_bits": {"a[[]0]": 32, "b": 32}}),
         ([effect("codes")], {"activation_bits": {"b": 4, "c": 5}},
          {"activation_bits": {"a[[]0]": 32, "b": 32, "c": 5}}),
         ([effect("weights", 4, settled_by=("a[0]",))], {"keep_float": ["c"]},
