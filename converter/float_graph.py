@@ -121,6 +121,8 @@ class FloatGraph:
         Known after `place`.
     ranges : dict of tensor name to str
         How the range of its codes is chosen, where that is not as the settings say.
+    floats : set of tensor names
+        Outputs, before `place`, of nodes that were chosen to work on float32.
     """
 
     nodes: list[FloatNode]
@@ -134,6 +136,7 @@ class FloatGraph:
     constant_words: dict[str, ConstantWords] = field(default_factory=dict)
     code_tensors: set[str] = field(default_factory=set)
     ranges: dict[str, str] = field(default_factory=dict)
+    floats: frozenset[str] = frozenset()
 
     def copy(self) -> FloatGraph:
         """Return a network that can be changed while this one stays; weights are the same."""

@@ -72,6 +72,7 @@ def convert(
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
     strict: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | bool | None = None,
 ) -> Report:
     """Convert an ONNX model to a packed power-of-two network.
@@ -139,6 +140,9 @@ def convert(
     strict : bool
         Whether a network whose outputs are too far from the float model's is an error, and no file
         is written, rather than a warning; see `docs/quantization.md`, "The verdict".
+    report : path, optional
+        An HTML file to write: the verdict, what each layer adds to the errors of the outputs,
+        histograms, times, pictures side by side, and what would mend weak layers.
     progress : callable(done, total, what), or bool, optional
         By default a progress bar on terminals, if rich is installed.
 
@@ -179,6 +183,10 @@ def convert(
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
     require("converting", "onnx", "onnxruntime", "onnxslim", "threadpoolctl")
+    if report is not None:
+        from logshift.converter.page import check_target
+
+        check_target("report", report, target)
     from logshift.converter.auto import choose_plan
     from logshift.converter.onnx_model import Runner, load
     from logshift.converter.precision import choose_precision
@@ -189,8 +197,8 @@ def convert(
     preprocessing = preprocessing or loaded.metadata.preprocessing
     labels = loaded.metadata.labels if labels is None else labels
     samples = open_samples(calibration, loaded.inputs, preprocessing)
-    lowered = _lowered(loaded, samples, settings)
-    place = partial(_placed, lowered, loaded, settings)
+    network = lowered(loaded, samples, settings)
+    place = partial(placed, network, loaded, settings)
     graph = place(())
     _prove(loaded, graph, samples)
     limit = calibration_limit or _limit(graph)
@@ -207,7 +215,7 @@ def convert(
         if samples.preprocessing is not None:
             packed.preprocessing = samples.preprocessing.to_manifest()
         packed.labels = list(labels) if labels is not None else None
-        packed.settings = asdict(settings)
+        packed.settings = asdict(settings) | {"float_tensors": sorted(graph.floats)}
         packed.producer = f"logshift {version('logshift')}"
         if wanted:
             packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
@@ -216,7 +224,7 @@ def convert(
         plan = None
         divided = telling_first(divided, Runner(loaded.original))
         graph = choose_precision(
-            lowered, graph, place, divided.calibration, divided.batches, settings, show
+            network, graph, place, divided.calibration, divided.batches, settings, show
         )
         if wanted:
             plan = choose_plan(graph, divided, settings, wanted, finish, show)
@@ -224,16 +232,21 @@ def convert(
             graph, divided.calibration, divided.batches, settings, show, plan
         )
         finish(packed)
-        verdict = judge(loaded, graph, packed, divided, show)
-    if strict and verdict.warning:
-        raise ConversionError(f"{verdict.warning}; nothing was written")
-    file_bytes = format.write(packed, target)
-    count = len(next(iter(divided.calibration.values())))
-    notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
-    report = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+        verdict, shown = judge(loaded, graph, packed, divided, show)
+        if strict and verdict.warning:
+            raise ConversionError(f"{verdict.warning}; nothing was written")
+        file_bytes = format.write(packed, target)
+        count = len(next(iter(divided.calibration.values())))
+        notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
+        found = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+        if report is not None:
+            from logshift.converter.page import gather, write_page
+
+            reference = Runner(loaded.given)
+            write_page(gather(found, packed, graph, reference, shown, show), report)
     if verdict.warning:
         warnings.warn(f"{os.fspath(target)}: {verdict.warning}", AccuracyWarning, stacklevel=2)
-    return report
+    return found
 
 
 def _patterns(keep_float: Sequence[str]) -> tuple[str, ...]:
@@ -265,7 +278,7 @@ def _check_arguments(
         raise InputError(f"calibration_limit is {calibration_limit!r}; it must be at least 1")
 
 
-def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
+def lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     """Lower and fuse."""
     from logshift.converter.float_graph import Problems
     from logshift.converter.fuse import fuse
@@ -298,8 +311,8 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     return graph
 
 
-def _placed(
-    lowered: FloatGraph, model: Model, settings: Settings, floats: Collection[str]
+def placed(
+    network: FloatGraph, model: Model, settings: Settings, floats: Collection[str]
 ) -> FloatGraph:
     """Decide what is codes, with what makes some tensors on float32, and fuse functions."""
     from logshift.converter.constant_words import find_weights
@@ -308,7 +321,8 @@ def _placed(
     from logshift.converter.qdq import saturate
     from logshift.converter.shared import share
 
-    graph, bits = lowered.copy(), settings.activation_bits_of
+    graph, bits = network.copy(), settings.activation_bits_of
+    graph.floats = frozenset(floats)
     place(
         graph,
         lambda node: node.keeps_weight or node.output in floats or bits(node.name) == 32,

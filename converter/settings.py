@@ -91,9 +91,11 @@ class Settings:
     activation_bits: int | str | Mapping[str, int | str] = _setting(
         AUTO,
         "Bits of activations, 2 to 8; 32 quantizes weights alone; 'auto': 8, and float32 for those"
-        " that need it.",
-        metavar="N|auto",
-        kind=str,
+        " that need it. NAME=N is for nodes, by names or patterns; may be given several times, and"
+        " the first that fits counts.",
+        metavar="N|auto|NAME=N",
+        shown_default=AUTO,
+        kind=list[str],
     )
     granularity: str = _setting(
         "element",

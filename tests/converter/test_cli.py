@@ -16,6 +16,7 @@ from support.scripts import HOSTILE, make
 
 from logshift import converter
 from logshift.converter.encode import encode
+from logshift.kernels.errors import InputError
 from logshift.runtime import Session, load
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import ValueInfo
@@ -202,6 +203,37 @@ def test_convert_tells_the_verdict(capsys, tmp_path, onnx_model, monkeypatch):
     assert line.removeprefix("warning: ") in capsys.readouterr().err
     assert path.read_bytes() == b"old"
     assert call(*arguments, "--strict") == 0 and path.read_bytes() != b"old"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["5"], 5),
+        (["n*=4", "Gemm=32"], {"n*": 4, "Gemm": 32}),
+        (["6", "a=b=32"], {"a=b": 32, "*": 6}),
+    ],
+)
+def test_bits_of_activations_by_name(arguments, expected, tmp_path, monkeypatch):
+    found = []
+
+    def convert(*_, activation_bits, **more):
+        found.append(activation_bits)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(converter, "convert", convert)
+    options = [f"--activation-bits={argument}" for argument in arguments]
+    np.save(tmp_path / "x.npy", noise(2))
+    call("convert", "x.onnx", "x.stlq", "--calibration", tmp_path / "x.npy", *options)
+    assert found == [expected]
+    if isinstance(expected, dict):  # the first that fits counts
+        assert list(found[0]) == list(expected)
+
+
+def test_bits_of_activations_that_are_no_numbers(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", noise(2))
+    arguments = ("convert", "x.onnx", "x.stlq", "--calibration", tmp_path / "x.npy")
+    assert call(*arguments, "--activation-bits", "conv=many") == 1
+    assert "--activation-bits 'conv=many': give a number" in capsys.readouterr().err
 
 
 def test_run_on_arrays(capsys, packed, tmp_path):
