@@ -14,7 +14,7 @@ import onnx
 from onnx import helper
 
 from logshift.converter.imports.editor import Editor, Rule, Stays, Use, opset_of
-from logshift.converter.ort import session
+from logshift.converter.ort import attempt
 from logshift.kernels.errors import ConversionError, InputError
 
 InputShapes = Mapping[str, Sequence["int | str | None"]]
@@ -165,7 +165,7 @@ def _shapes(
     del copy.graph.output[:]
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     try:
-        results = session(copy, optimize=False).run(None, dict(feed))
+        results = attempt(copy, feed)
     except Exception:  # onnxruntime's exceptions share no useful base
         return None
     found = {n: y.shape for n, y in zip(names, results, strict=True) if isinstance(y, np.ndarray)}
@@ -319,7 +319,7 @@ def _run(
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")
     try:
-        return list(session(copy, optimize=False).run(None, dict(feed)))
+        return attempt(copy, feed)
     except Exception as error:  # onnxruntime's exceptions share no useful base
         found = re.search(r"(\w+) node\. Name:'([^']*)'", str(error))
         where = f"{found[1]} {found[2]!r}" if found else str(error)

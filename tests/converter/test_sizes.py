@@ -156,7 +156,7 @@ def test_initial_states_of_the_batch(path):
         start = [net.constant(np.zeros((1, 2, 4))) for _ in range(states)]
         return net.model(net.node("LSTM", "x", *weights, "", *start, hidden_size=4))
 
-    model, free_model = build((5, 2, 3), 2), build((5, "n", 3), 0)
+    model, free_model = build((5, 2, 3), 2), build(("t", "n", 3), 0)
     settings = {"keep_float": ["*"], "input_shapes": {"x": (None, "n", 3)}}
     feeds = [feed_of(5, 2, 3), feed_of(7, 6, 3)]
     converter.convert(model, path, calibration=feeds[:1], **settings)
