@@ -1,14 +1,13 @@
 """The smallest network that is good enough, or the best that is small enough.
 
 Bits and second words are chosen for every layer (`budget.best_plans`); how large and how good a
-plan really is shows its conversion. What a plan does to the outputs is measured on every fourth
-calibration picture, while the others calibrate, and on those for which memory is too small to
-calibrate: errors are fitted away on pictures that calibrate.
+plan really is shows its conversion. What a plan does to the outputs is measured on samples that do
+not calibrate (`samples.divide`): errors are fitted away on those that do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,7 +16,9 @@ from logshift.converter.evaluate import evaluate_graph, snr_db
 from logshift.converter.float_graph import FloatGraph
 from logshift.converter.progress import Progress
 from logshift.converter.quantize import quantize_graph
+from logshift.converter.samples import Division
 from logshift.converter.settings import Settings, Target
+from logshift.converter.verdict import outputs_of
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime.file.format import serialize
 from logshift.runtime.graph import Graph
@@ -26,17 +27,13 @@ from logshift.runtime.session import Session
 _TRIALS = 5  # conversions until the size is right
 _AIM = 0.995  # of the size that is allowed; twice as far off is good enough
 _PLANS = 32  # of different size that are considered for the least error
-_HELD_BACK = 4  # one picture in so many measures
-_FEWEST = 8  # batches, with fewer all of them calibrate and measure
 _ROWS = 2048  # pictures, or pixels of segmented ones, that the drop is estimated on
 _LEAST = 1e-6  # probability, before taking logarithms
 
 
 def choose_plan(
     graph: FloatGraph,
-    samples: Mapping[str, np.ndarray],
-    batches: int,
-    others: list[dict[str, np.ndarray]],
+    samples: Division,
     settings: Settings,
     target: Target,
     finish: Callable[[Graph], None],
@@ -48,11 +45,7 @@ def choose_plan(
     ----------
     graph : FloatGraph
         After `fuse` and `place`.
-    samples : dict of input name to array (pictures, ...)
-    batches : int
-        How many batches of the model these are.
-    others : list of dict of input name to array
-        Batches that only measure.
+    samples : Division
     settings : Settings
         Other than bits and `residual_ratio`.
     target : Target
@@ -65,16 +58,18 @@ def choose_plan(
     ConversionError
         If no plan meets the target; says what the nearest one reaches.
     """
-    plans = best_plans(graph, samples, batches, settings, progress)
+    plans = best_plans(graph, samples.calibration, samples.batches, settings, progress)
     if target.max_bytes is not None:
 
         def size_of(plan: Plan) -> int:
-            packed, _ = quantize_graph(graph, samples, batches, settings, progress, plan)
+            packed, _ = quantize_graph(
+                graph, samples.calibration, samples.batches, settings, progress, plan
+            )
             finish(packed)
             return len(serialize(packed))
 
         return _largest(plans, target.max_bytes, size_of)
-    trial = _Trial(graph, samples, batches, others, settings, target, progress)
+    trial = _Trial(graph, samples, settings, target, progress)
     return _smallest(_thinned(plans), target, trial)
 
 
@@ -135,24 +130,13 @@ class _Trial:
     def __init__(
         self,
         graph: FloatGraph,
-        samples: Mapping[str, np.ndarray],
-        batches: int,
-        others: list[dict[str, np.ndarray]],
+        samples: Division,
         settings: Settings,
         target: Target,
         progress: Progress,
     ) -> None:
-        self.graph, self.settings, self.target = graph, settings, target
-        self.progress = progress
-        held_back = np.arange(batches) % _HELD_BACK == _HELD_BACK - 1
-        if batches < _FEWEST:
-            held_back[:] = True
-        used = ~held_back if batches >= _FEWEST else held_back
-        self.calibration = _batches(samples, batches, used)
-        self.count = int(used.sum())
-        self.inputs = [
-            _batches(samples, batches, np.arange(batches) == i) for i in np.flatnonzero(held_back)
-        ] + others
+        self.graph, self.samples = graph, samples
+        self.settings, self.target, self.progress = settings, target, progress
         self.exact = self._outputs(lambda x: evaluate_graph(graph, x))
         if target.max_drop is not None and (self.exact[0].ndim < 2 or self.exact[0].shape[1] < 2):
             name = graph.outputs[0].name
@@ -164,10 +148,11 @@ class _Trial:
     def __call__(self, plan: Plan) -> float:
         """Return how good the outputs are, in the unit of the target."""
         packed, _ = quantize_graph(
-            self.graph, self.calibration, self.count, self.settings, self.progress, plan
-        )
+            self.graph, self.samples.calibration, self.samples.batches, self.settings,
+            self.progress, plan,
+        )  # fmt: skip
         session = Session(packed)
-        found = self._outputs(lambda x: _by_name(session, x))
+        found = self._outputs(lambda x: outputs_of(session, x))
         if self.target.max_drop is not None:
             return expected_drop(self.exact[0], found[0])
         return min(snr_db(x, y) for x, y in zip(self.exact, found, strict=True))
@@ -175,20 +160,9 @@ class _Trial:
     def _outputs(
         self, run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
     ) -> list[np.ndarray]:
-        results = [run(x) for x in self.inputs]
+        results = [run(x) for x in self.samples.measuring]
         names = [info.name for info in self.graph.outputs if info.dtype.startswith("float")]
         return [np.concatenate([y[name] for y in results]) for name in names]
-
-
-def _batches(
-    samples: Mapping[str, np.ndarray], batches: int, chosen: np.ndarray
-) -> dict[str, np.ndarray]:
-    return {name: x[np.repeat(chosen, len(x) // batches)] for name, x in samples.items()}
-
-
-def _by_name(session: Session, x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    y = session.run(x)
-    return y if isinstance(y, dict) else {session.outputs[0].name: y}
 
 
 def expected_drop(exact: np.ndarray, found: np.ndarray) -> float:

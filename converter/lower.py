@@ -19,6 +19,7 @@ from logshift.converter.operators.context import Context, name_of
 from logshift.converter.operators.edges import round_to_codes
 from logshift.converter.operators.lookup import piece_of
 from logshift.converter.operators.registry import LOWERINGS, VARIADIC, Lowering, Unsupported
+from logshift.converter.operators.volumes import on_pictures
 from logshift.runtime.graph import Dim, Shape, ValueInfo
 
 
@@ -103,7 +104,7 @@ class _Walk:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             texts = {k: v.decode() for k, v in attributes.items() if isinstance(v, bytes)}
             try:
-                lowering(draft, node, attributes | texts)
+                lowering(draft, on_pictures(draft, node) or node, attributes | texts)
             except Unsupported:
                 pass
             else:
@@ -136,7 +137,7 @@ class _Walk:
         for info in self.model.inputs:
             nominal = self.ctx.onnx_shapes[info.name]
             shape: tuple[Dim, ...] = info.shape
-            if self.ctx.fixed_size and len(shape) == 4:
+            if self.ctx.fixed_size and len(shape) >= 4:
                 shape = (shape[0], *nominal[1:])
             # An empty sample is no accident.
             shape = tuple(size and dim for dim, size in zip(shape, nominal, strict=True))

@@ -62,6 +62,8 @@ class Model:
     quantization : dict of node name to Quantization
         What was taken out of it; see `qdq.strip`.
     metadata : Metadata
+    given : onnx.ModelProto
+        As it was given, but for half precision: what the packed network is to do.
     left : dict of the first output of a node to str
         Why nodes have a form still that is not plain.
     forms : (onnx.ModelProto, onnx.ModelProto), optional
@@ -81,6 +83,7 @@ class Model:
     size: int
     quantization: dict[str, Quantization]
     metadata: Metadata
+    given: onnx.ModelProto
     left: dict[str, str] = field(default_factory=dict)
     forms: tuple[onnx.ModelProto, onnx.ModelProto] | None = None
     rounds: bool = False
@@ -157,9 +160,10 @@ def load(
     if input_shapes:
         declared = {}
     free = any(not isinstance(d, int) for sizes in (input_shapes or {}).values() for d in sizes)
+    given = imported.model if imported.retyped else original
     return Model(
-        plain, proto, inputs, size, quantization, known, imported.left, forms, imported.rounds,
-        declared, free,
+        plain, proto, inputs, size, quantization, known, given, imported.left, forms,
+        imported.rounds, declared, free,
     )  # fmt: skip
 
 
@@ -293,28 +297,50 @@ def _mixed(
     }
 
 
-def run(
-    proto: onnx.ModelProto, inputs: Mapping[str, np.ndarray], *, optimize: bool = True
-) -> list[np.ndarray]:
-    """Run a model with onnxruntime and return its outputs.
+class Runner:
+    """Runs a model with onnxruntime.
 
     What onnxruntime knows no way to run, such as operators of a newer version, `onnx.reference`
     runs.
-
-    Raises
-    ------
-    ConversionError
-        If neither can run it on these inputs.
     """
-    try:
-        runner = session(proto, optimize=optimize)
-        # Simplifying removes inputs on which nothing depends.
-        known = {value.name for value in runner.get_inputs()}
-        return list(runner.run(None, {n: x for n, x in inputs.items() if n in known}))
-    except Exception as error:  # onnxruntime's exceptions share no useful base
-        if (found := run_reference(proto, inputs)) is None:
-            raise ConversionError(f"onnxruntime cannot run the model: {error}") from error
+
+    def __init__(self, proto: onnx.ModelProto, *, optimize: bool = True) -> None:
+        self._proto = proto
+        self._session: Any = None
+        self._error: Exception | None = None
+        try:
+            self._session = session(proto, optimize=optimize)
+        except Exception as error:  # onnxruntime's exceptions share no useful base
+            self._error = error
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs.
+
+        Raises
+        ------
+        ConversionError
+            If neither can run the model on these inputs.
+        """
+        if self._session is not None:
+            # Simplifying removes inputs on which nothing depends.
+            known = {value.name for value in self._session.get_inputs()}
+            given = {name: x for name, x in inputs.items() if name in known}
+            try:
+                return list(self._session.run(None, given))
+            except Exception as error:
+                self._error = error
+        if (found := run_reference(self._proto, inputs)) is None:
+            raise ConversionError(
+                f"onnxruntime cannot run the model: {self._error}"
+            ) from self._error
         return found
+
+
+def run(
+    proto: onnx.ModelProto, inputs: Mapping[str, np.ndarray], *, optimize: bool = True
+) -> list[np.ndarray]:
+    """Run a model once and return its outputs; see `Runner`."""
+    return Runner(proto, optimize=optimize)(inputs)
 
 
 def run_reference(

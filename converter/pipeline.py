@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +18,9 @@ from logshift.converter.extra import require
 from logshift.converter.progress import Progress, reporting
 from logshift.converter.report import LayerReport, Report
 from logshift.converter.settings import AUTO, Settings, Target
-from logshift.kernels.errors import ConversionError, InputError
+from logshift.converter.threads import single_blas
+from logshift.converter.verdict import MOST_SAMPLES, Verdict, judge
+from logshift.kernels.errors import AccuracyWarning, ConversionError, InputError
 from logshift.runtime.file import format
 from logshift.runtime.file.describe import layer_bytes
 from logshift.runtime.graph import Graph
@@ -50,22 +54,25 @@ def convert(
     calibration: Calibration,
     input_shapes: InputShapes | None = None,
     weight_bits: int | Literal["auto"] = 4,
-    residual_ratio: float = 0.15,
+    residual_ratio: float | Literal["auto"] = "auto",
     max_bytes: int | None = None,
     max_drop: float | None = None,
     min_snr: float | None = None,
-    activation_bits: int | Mapping[str, int] = 8,
+    activation_bits: int | Literal["auto"] | Mapping[str, int | str] = "auto",
     keep_float: Sequence[str] = (),
     granularity: str = "element",
     tile: int = 256,
     residual_shift: int = 0,
-    activation_range: str = "mse",
+    activation_range: str = "auto",
     percentile: float = 99.99,
     bias_correction: bool = True,
     error_feedback: bool = True,
+    prefer: Literal["speed", "size", "accuracy"] | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
+    strict: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | bool | None = None,
 ) -> Report:
     """Convert an ONNX model to a packed power-of-two network.
@@ -128,8 +135,14 @@ def convert(
     labels : list of str, optional
         Class names; stored in the file.
     calibration_limit : int, optional
-        Most calibration samples to use; by default as many as fit into 1 GiB, at most 512. For
-        `max_drop` and `min_snr` samples that do not fit measure what a choice does to the outputs.
+        Most samples that calibrate; by default as many as fit into 1 GiB, at most 512. What is
+        beyond them measures the outcome, else every fifth sample does, if there are five.
+    strict : bool
+        Whether a network whose outputs are too far from the float model's is an error, and no file
+        is written, rather than a warning; see `docs/quantization.md`, "The verdict".
+    report : path, optional
+        An HTML file to write: the verdict, what each layer adds to the errors of the outputs,
+        histograms, times, pictures side by side, and what would mend weak layers.
     progress : callable(done, total, what), or bool, optional
         By default a progress bar on terminals, if rich is installed.
 
@@ -140,11 +153,17 @@ def convert(
     Raises
     ------
     ConversionError
-        If the model cannot be converted; lists every offending node.
+        If the model cannot be converted; lists every offending node. With `strict`, if the packed
+        network does not do what the model does.
     InputError
         If a setting or the calibration data does not fit.
     OSError
         If the file cannot be written. Whatever stops a conversion leaves an old file as it was.
+
+    Warns
+    -----
+    AccuracyWarning
+        If outputs of the packed network are too far from the float model's.
     """
     wanted = Target.of(weight_bits, max_bytes, max_drop, min_snr)
     settings = Settings(
@@ -158,46 +177,76 @@ def convert(
         percentile=percentile,
         bias_correction=bias_correction,
         error_feedback=error_feedback,
+        prefer=prefer,
         keep_float=_patterns(keep_float),
     )
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
-    require("converting", "onnx", "onnxruntime", "onnxslim")
+    require("converting", "onnx", "onnxruntime", "onnxslim", "threadpoolctl")
+    if report is not None:
+        from logshift.converter.page import check_target
+
+        check_target("report", report, target)
     from logshift.converter.auto import choose_plan
-    from logshift.converter.onnx_model import load
+    from logshift.converter.onnx_model import Runner, load
+    from logshift.converter.precision import choose_precision
     from logshift.converter.quantize import quantize_graph
-    from logshift.converter.samples import open_samples
+    from logshift.converter.samples import divide, open_samples, telling_first
 
     loaded = load(model, input_shapes)
     preprocessing = preprocessing or loaded.metadata.preprocessing
     labels = loaded.metadata.labels if labels is None else labels
     samples = open_samples(calibration, loaded.inputs, preprocessing)
-    graph = _lowered(loaded, samples, settings)
+    network = lowered(loaded, samples, settings)
+    place = partial(placed, network, loaded, settings)
+    graph = place(())
+    _prove(loaded, graph, samples)
     limit = calibration_limit or _limit(graph)
-    # Where outputs are measured, samples beyond those that fit can measure, a batch at a time.
-    measured = wanted is not None and wanted.max_bytes is None and calibration_limit is None
-    data, batches = _whole_batches(samples.read(_readable(loaded) if measured else limit), loaded)
-    data, batches, others = _divided(data, batches, max(limit // loaded.inputs[0].batch, 1))
+    # What a plan does to the outputs is measured on as many as there are, a batch at a time.
+    chooses = wanted is not None and wanted.max_bytes is None
+    most = _readable(loaded) if chooses and calibration_limit is None else limit + MOST_SAMPLES
+    data, batches = _whole_batches(samples.read(most), loaded)
+    size = loaded.inputs[0].batch
+    divided = divide(
+        data, batches, max(limit // size, 1), batches if chooses else max(MOST_SAMPLES // size, 1)
+    )
 
     def finish(packed: Graph) -> None:
         if samples.preprocessing is not None:
             packed.preprocessing = samples.preprocessing.to_manifest()
         packed.labels = list(labels) if labels is not None else None
-        packed.settings = asdict(settings)
+        packed.settings = asdict(settings) | {"float_tensors": sorted(graph.floats)}
         packed.producer = f"logshift {version('logshift')}"
         if wanted:
             packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
 
-    with reporting(progress) as show:
+    with single_blas(), reporting(progress) as show:
         plan = None
+        divided = telling_first(divided, Runner(loaded.original))
+        graph = choose_precision(
+            network, graph, place, divided.calibration, divided.batches, settings, show
+        )
         if wanted:
-            plan = choose_plan(graph, data, batches, others, settings, wanted, finish, show)
-        packed, errors = quantize_graph(graph, data, batches, settings, show, plan)
-    finish(packed)
-    file_bytes = format.write(packed, target)
-    count = len(next(iter(data.values())))
-    notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
-    return _report(target, packed, errors, file_bytes, loaded.size, count, notes)
+            plan = choose_plan(graph, divided, settings, wanted, finish, show)
+        packed, errors = quantize_graph(
+            graph, divided.calibration, divided.batches, settings, show, plan
+        )
+        finish(packed)
+        verdict, shown = judge(loaded, graph, packed, divided, show)
+        if strict and verdict.warning:
+            raise ConversionError(f"{verdict.warning}; nothing was written")
+        file_bytes = format.write(packed, target)
+        count = len(next(iter(divided.calibration.values())))
+        notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
+        found = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+        if report is not None:
+            from logshift.converter.page import gather, write_page
+
+            reference = Runner(loaded.given)
+            write_page(gather(found, packed, graph, reference, shown, show), report)
+    if verdict.warning:
+        warnings.warn(f"{os.fspath(target)}: {verdict.warning}", AccuracyWarning, stacklevel=2)
+    return found
 
 
 def _patterns(keep_float: Sequence[str]) -> tuple[str, ...]:
@@ -229,16 +278,14 @@ def _check_arguments(
         raise InputError(f"calibration_limit is {calibration_limit!r}; it must be at least 1")
 
 
-def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
-    """Lower and fuse, and prove on a sample that the function is still the same."""
-    from logshift.converter.evaluate import evaluate_graph
+def lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
+    """Lower and fuse."""
     from logshift.converter.float_graph import Problems
-    from logshift.converter.fuse import fuse, fuse_functions
+    from logshift.converter.fuse import fuse
     from logshift.converter.lower import lower
-    from logshift.converter.onnx_model import run, run_reference, trace
+    from logshift.converter.onnx_model import trace
     from logshift.converter.operators.registry import LOWERINGS
-    from logshift.converter.place import place
-    from logshift.converter.qdq import saturate, settle
+    from logshift.converter.qdq import settle
     from logshift.converter.rearrange import rearrange
     from logshift.converter.refusals import refuse
 
@@ -256,15 +303,42 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     kept = {
         node.name or node.output[0]
         for node in model.proto.graph.node
-        if not model.metadata.keep_float.isdisjoint(node.input[1:2])
+        if not model.metadata.keep_float.isdisjoint(node.input)
     }
     for node in graph.nodes:
         node.keeps_weight = node.name in kept or settings.keeps_float(node.name)
     settle(graph)
-    place(graph, lambda node: node.keeps_weight or settings.activation_bits_of(node.name) == 32)
-    bits = settings.activation_bits_of
+    return graph
+
+
+def placed(
+    network: FloatGraph, model: Model, settings: Settings, floats: Collection[str]
+) -> FloatGraph:
+    """Decide what is codes, with what makes some tensors on float32, and fuse functions."""
+    from logshift.converter.constant_words import find_weights
+    from logshift.converter.fuse import fuse_functions
+    from logshift.converter.place import place
+    from logshift.converter.qdq import saturate
+    from logshift.converter.shared import share
+
+    graph, bits = network.copy(), settings.activation_bits_of
+    graph.floats = frozenset(floats)
+    place(
+        graph,
+        lambda node: node.keeps_weight or node.output in floats or bits(node.name) == 32,
+    )
     fuse_functions(graph, lambda node, table: bits(node.name) == bits(table.name))
     saturate(graph)
+    share(graph)
+    find_weights(graph, model.metadata.weights)
+    return graph
+
+
+def _prove(model: Model, graph: FloatGraph, samples: Samples) -> None:
+    """Prove on a sample that the function is still the same."""
+    from logshift.converter.evaluate import evaluate_graph
+    from logshift.converter.onnx_model import run, run_reference
+
     found = evaluate_graph(graph, samples.first)
     expected = run(model.original, samples.first)
     worst = max(_differences(expected, found))
@@ -286,7 +360,6 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
                 f"output {name!r}: the translated network differs from the ONNX model by"
                 f" {error:.2g} (relative) before any quantization; please report this model"
             )
-    return graph
 
 
 def _check_import(model: Model, sample: Mapping[str, np.ndarray]) -> None:
@@ -348,21 +421,6 @@ def _whole_batches(data: dict[str, np.ndarray], model: Model) -> tuple[dict[str,
         else x[: batches * info.batch]
         for info in model.inputs
     }, batches
-
-
-def _divided(
-    data: dict[str, np.ndarray], batches: int, fitting: int
-) -> tuple[dict[str, np.ndarray], int, list[dict[str, np.ndarray]]]:
-    """Return batches that calibrate, spread over all, how many these are, and the others."""
-    from logshift.converter.samples import spread
-
-    if batches <= fitting:
-        return data, batches, []
-    split = {name: x.reshape(batches, -1, *x.shape[1:]) for name, x in data.items()}
-    used = spread(batches, fitting)
-    rest = np.setdiff1d(np.arange(batches), used)
-    chosen = {name: np.concatenate(x[used]) for name, x in split.items()}
-    return chosen, fitting, [{name: x[i] for name, x in split.items()} for i in rest]
 
 
 def _readable(model: Model) -> int:
@@ -427,6 +485,7 @@ def _report(
     onnx_bytes: int,
     samples: int,
     notes: list[str],
+    verdict: Verdict,
 ) -> Report:
     sizes = layer_bytes(target)
     layers, weights, residuals = [], 0, 0
@@ -450,6 +509,9 @@ def _report(
                 **fields,
             )
         )
+    for words in graph.constant_words.values():
+        weights += words.weights.first.size
+        residuals += int(np.count_nonzero(words.weights.second))
     return Report(
         os.fspath(target),
         layers,
@@ -460,4 +522,5 @@ def _report(
         samples,
         graph.settings,
         notes,
+        verdict,
     )

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from logshift.converter.verdict import Verdict
 from logshift.runtime.table import text_table
 
 
@@ -55,6 +56,8 @@ class Report:
     settings : dict
     notes : list of str
         What was assumed where nothing was said.
+    verdict : Verdict, optional
+        How far the outputs are from the float model's.
     """
 
     path: str
@@ -66,6 +69,7 @@ class Report:
     samples: int
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    verdict: Verdict | None = None
 
     @property
     def ratio(self) -> float:
@@ -82,6 +86,7 @@ class Report:
         """Return everything as JSON types; infinite and undefined ratios are None."""
         record = asdict(self)
         record |= {"ratio": self.ratio, "bits_per_weight": self.bits_per_weight}
+        record["verdict"] = self.verdict and self.verdict.to_dict()
         for layer in record["layers"]:
             layer["weight_shape"] = layer["weight_shape"] and list(layer["weight_shape"])
             for key in ("weight_snr_db", "output_snr_db"):
@@ -90,7 +95,7 @@ class Report:
         return record
 
     def __str__(self) -> str:
-        """Return a table of the layers, then the totals and notes."""
+        """Return a table of the layers, then the totals, notes and verdict."""
         rows = [("layer", "op", "weights", "bits", "NZR %", "weight SNR", "output SNR", "bytes")]
         for layer in self.layers:
             rows.append(
@@ -113,6 +118,7 @@ class Report:
             f"{self.weights:,} weights, {self.bits_per_weight:.2f} bits per weight, NZR"
             f" {100 * self.nzr:.1f} %, calibrated with {self.samples} samples",
             *(f"note: {note}" for note in self.notes),
+            *([str(self.verdict)] if self.verdict else []),
         ]
         return "\n".join(lines)
 

@@ -6,12 +6,16 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from logshift.converter import ort
+from logshift.converter.compare import Sums
 from logshift.converter.extra import require
+from logshift.converter.progress import bar
+from logshift.converter.verdict import Verdict, compare, verdict_on
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import Session, load
 from logshift.runtime.table import text_table
@@ -19,6 +23,9 @@ from logshift.runtime.table import text_table
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
+
+
+_SHOWN = 4  # batches that a page is about
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,20 @@ class Verification:
     agreement : float
         Share of positions at which the largest channel of the first output is the same.
     samples : int
+    verdict : Verdict, optional
+        Of all outputs.
     """
 
     tensors: list[TensorError]
     output: str
     agreement: float
     samples: int
+    verdict: Verdict | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON types; infinite and undefined ratios are None."""
         record = asdict(self)
+        record["verdict"] = self.verdict and self.verdict.to_dict()
         for tensor in record["tensors"]:
             for key in ("snr_db", "cosine"):
                 if not math.isfinite(tensor[key]):
@@ -71,43 +82,24 @@ class Verification:
         return record
 
     def __str__(self) -> str:
-        """Return a table of the tensors and the agreement of the first output."""
+        """Return a table of the tensors, the agreement of the first output, and the verdict."""
         rows = [("tensor", "op", "SNR dB", "cosine")]
         rows += [(t.name, t.op, f"{t.snr_db:.1f}", f"{t.cosine:.5f}") for t in self.tensors]
-        return (
-            f"{text_table(rows, left=2)}\n"
+        lines = [
+            text_table(rows, left=2),
             f"first output {self.output!r}: same top-1 for {100 * self.agreement:.1f} % of"
-            f" {self.samples} samples"
-        )
-
-
-class _Sums:
-    """Running sums of one tensor over all samples."""
-
-    def __init__(self) -> None:
-        self.expected = self.found = self.product = self.difference = 0.0
-
-    def add(self, expected: np.ndarray, found: np.ndarray) -> None:
-        x, y = expected.ravel().astype(np.float64), found.ravel().astype(np.float64)
-        self.expected += float(x @ x)
-        self.found += float(y @ y)
-        self.product += float(x @ y)
-        self.difference += float((x - y) @ (x - y))
-
-    def snr_db(self) -> float:
-        if self.difference == 0:
-            return math.inf
-        return 10 * math.log10(self.expected / self.difference) if self.expected else -math.inf
-
-    def cosine(self) -> float:
-        norm = math.sqrt(self.expected) * math.sqrt(self.found)
-        return self.product / norm if norm else math.nan
+            f" {self.samples} samples",
+            *([str(self.verdict)] if self.verdict else []),
+        ]
+        return "\n".join(lines)
 
 
 def verify(
     model: str | os.PathLike[str] | onnx.ModelProto,
     packed: str | os.PathLike[str] | Session,
     inputs: np.ndarray | Iterable[Any],
+    *,
+    html: str | os.PathLike[str] | None = None,
 ) -> Verification:
     """Run both networks on the same inputs and compare all tensors that they share.
 
@@ -118,6 +110,9 @@ def verify(
     inputs : float32 array (N, C, H, W), or iterable
         An iterable gives one input after the other, each as `Session.run` takes it: pictures,
         arrays with their batch, or dictionaries of arrays.
+    html : path, optional
+        A page to write that shows more: what each layer adds to the errors of the outputs,
+        histograms, times, pictures. `packed` is a path then.
 
     Returns
     -------
@@ -131,19 +126,33 @@ def verify(
         If an input does not fit, or there is none.
     """
     require("verifying", "onnx", "onnxruntime")
+    path = None if isinstance(packed, Session) else Path(packed)
+    if html is not None:
+        if path is None:
+            raise InputError("html: give the path of the packed file, not a session")
+        require("a report page", "onnxslim")
+        from logshift.converter.page import check_target
+
+        check_target("html", html, path)
     session = packed if isinstance(packed, Session) else load(packed)
     reference, names = _reference(model, session)
     output = session.outputs[0].name
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, Sums] = {}
+    outputs = compare(session.inputs, session.outputs, session.labels)
     same = positions = samples = 0
+    batches: list[dict[str, np.ndarray]] = []
     for sample in _each(inputs, session):
         found = session.trace(sample)
         arrays = {info.name: found[info.name] for info in session.inputs}
+        if html is not None and len(batches) < _SHOWN:
+            batches.append(arrays)
         expected = dict(zip(names, _run(reference, names, arrays), strict=True))
         for name in names:
             x, y = expected[name], found.get(name)
             if y is not None and x.dtype.kind == "f" and x.shape == y.shape:
-                sums.setdefault(name, _Sums()).add(x, y)
+                sums.setdefault(name, Sums()).add(x.reshape(1, -1), y.reshape(1, -1))
+        for info, error in zip(session.outputs, outputs, strict=True):
+            error.add(expected[info.name], found[info.name])
         if expected[output].shape != found[output].shape:
             raise ConversionError(
                 f"output {output!r} has shape {expected[output].shape} in the ONNX model and"
@@ -156,11 +165,21 @@ def verify(
     if not samples:
         raise InputError("there are no inputs to compare on")
     ops = {name: node.op for node in session.graph.nodes for name in node.outputs}
+    verdict = verdict_on([e.error() for e in outputs], samples, session.graph.settings)
+    if html is not None and path is not None:
+        from logshift.converter.page import write_page
+        from logshift.converter.page.verified import page_of_file
+
+        snr_db = {name: error.snr_db() for name, error in sums.items()}
+        with bar("measuring") as show:
+            page = page_of_file(model, path, session.graph, verdict, snr_db, batches, show)
+        write_page(page, html)
     return Verification(
         [TensorError(n, ops[n], s.snr_db(), s.cosine()) for n, s in sums.items()],
         output,
         same / positions,
         samples,
+        verdict,
     )
 
 

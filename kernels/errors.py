@@ -19,3 +19,7 @@ class ConversionError(LogshiftError):
 
 class CacheWarning(RuntimeWarning):
     """Compiled kernels can be kept nowhere; see `docs/deployment.md`."""
+
+
+class AccuracyWarning(UserWarning):
+    """A packed network does not do what its float model does; the message says where, and why."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from logshift import converter
 from logshift.converter.cli.shared import Json, Onnx, choice, load_array, show
 from logshift.converter.settings import AUTO, Declaration, Settings, Target, declared
-from logshift.kernels.errors import InputError
+from logshift.kernels.errors import AccuracyWarning, InputError
 from logshift.runtime.picture import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -21,6 +22,7 @@ from logshift.runtime.picture import (
     Preprocessing,
 )
 
+_Number = TypeVar("_Number", int, float)
 Interpolation: Any = choice("Interpolation", RESAMPLING)
 BILINEAR = Interpolation("bilinear")
 Resampling = Annotated[Interpolation, typer.Option(help="How pictures are resized.")]
@@ -50,11 +52,12 @@ def _option(setting: inspect.Parameter, about: Declaration, kind: Any) -> inspec
     default = setting.default
     if about.choices is not None:
         kind = choice(setting.name, about.choices)
-        default = kind(default)
+        default = None if default is None else kind(default)
+        kind = kind if default is not None else kind | None
     elif about.kind is str:
         kind, default = str, str(default)
-    elif about.kind is not None:
-        kind, default = about.kind, default or None
+    elif about.kind is not None:  # of settings that may be given several times
+        kind, default = about.kind, [str(default)] if default else None
     option = typer.Option(
         *about.flags, help=about.help, metavar=about.metavar, show_default=about.shown_default
     )
@@ -107,6 +110,20 @@ def convert(
     labels: Annotated[
         Path | None, typer.Option(help="Text file of class names, one a line.")
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Write nothing, and fail, if the outputs are too far from the float model's.",
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAGE.html",
+            help="Write a page about what each layer adds, ranges, times and pictures.",
+        ),
+    ] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -121,25 +138,33 @@ def convert(
     - `logshift convert net.onnx net.stlq --calibration inputs.npy --bits 3 --residual-ratio 0.3`
 
     - `logshift convert net.onnx net.stlq --calibration photos/ --bits auto --max-bytes 2000000`
+
+    - `logshift convert net.onnx net.stlq --calibration photos/ --report net.html`
     """
     pictures = calibration.suffix != ".npy"
     data: Any = calibration if pictures else load_array(calibration)
     given = mean or std or resize or crop or bgr or interpolation is not BILINEAR
     settings = {name: v.value if isinstance(v, Enum) else v for name, v in settings.items()}
-    settings["weight_bits"] = _bits(settings["weight_bits"])
+    settings["weight_bits"] = _number("--bits", settings["weight_bits"], int)
+    settings["activation_bits"] = _activation_bits(settings["activation_bits"])
+    settings["residual_ratio"] = _number("--residual-ratio", settings["residual_ratio"], float)
     settings["keep_float"] = settings["keep_float"] or ()
-    report = converter.convert(
-        model,
-        out,
-        calibration=data,
-        input_shapes=_input_shapes(input_shape or []),
-        **settings,
-        preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
-        if given
-        else None,
-        labels=None if labels is None else _lines(labels),
-    )
-    show(report.to_dict(), str(report), as_json)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccuracyWarning)  # the report has it
+        made = converter.convert(
+            model,
+            out,
+            calibration=data,
+            input_shapes=_input_shapes(input_shape or []),
+            **settings,
+            preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
+            if given
+            else None,
+            labels=None if labels is None else _lines(labels),
+            strict=strict,
+            report=report,
+        )
+    show(made.to_dict(), str(made), as_json)
 
 
 def _input_shapes(texts: list[str]) -> dict[str, tuple[int | str | None, ...]] | None:
@@ -157,12 +182,22 @@ def _input_shapes(texts: list[str]) -> dict[str, tuple[int | str | None, ...]] |
     return shapes or None
 
 
-def _bits(text: str) -> int | Literal["auto"]:
-    if text == AUTO:
-        return "auto"
-    if not text.isdecimal():
-        raise InputError(f"--bits {text!r}: give a number from 2 to 5, or auto")
-    return int(text)
+def _number(option: str, text: str, kind: type[_Number]) -> _Number | str:
+    """Return the number that an option gives, or "auto"."""
+    try:
+        return text if text == AUTO else kind(text)
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give a number, or {AUTO}") from None
+
+
+def _activation_bits(given: list[str]) -> int | str | dict[str, int | str]:
+    """Return one number for all nodes, or numbers by patterns: what names none is for the rest."""
+    bits: dict[str, int | str] = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        bits[name or "*"] = _number("--activation-bits", number, int)
+    rest = bits.pop("*", AUTO)
+    return bits | {"*": rest} if bits else rest
 
 
 def _preprocessing(

@@ -89,5 +89,15 @@ def load_array(path: Path) -> np.ndarray:
 
 
 def show(record: Any, text: str, as_json: bool) -> None:
-    """Print a result."""
-    print(json.dumps(record, indent=2) if as_json else text)
+    """Print a result, warnings in colour."""
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    for line in text.splitlines():
+        if line.startswith("warning: "):
+            console.print(line, style="bold yellow")
+        else:
+            print(line)

@@ -70,11 +70,14 @@ def test_pictures_that_do_not_fit_measure(tmp_path, monkeypatch):
     monkeypatch.setattr(auto, "expected_drop", recorded)
     settings = {"calibration": noise(40), "weight_bits": "auto"}
     report = convert(network(width=32), tmp_path / "net.stlq", max_drop=50.0, **settings)
-    # Every fourth of the 16 that fit, and those that do not.
-    assert report.samples == 16 and set(measured) == {4 + 24}
+    assert report.samples == 16 and set(measured) == {24}
     measured.clear()
     report = convert(network(width=32), tmp_path / "net.stlq", calibration_limit=8, **settings)
-    assert report.samples == 8 and set(measured) == {2}
+    assert report.samples == 8 and set(measured) == {32}
+    measured.clear()
+    settings["calibration"] = noise(15)
+    report = convert(network(width=32), tmp_path / "net.stlq", **settings)
+    assert report.samples == 12 and set(measured) == {3}
 
 
 def test_expected_drop():

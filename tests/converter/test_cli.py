@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 
 import numpy as np
@@ -15,6 +16,7 @@ from support.scripts import HOSTILE, make
 
 from logshift import converter
 from logshift.converter.encode import encode
+from logshift.kernels.errors import InputError
 from logshift.runtime import Session, load
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import ValueInfo
@@ -177,6 +179,61 @@ def test_hostile_files_end_in_one_line(capsys, path):
             continue  # only what is shown is read
         assert code == 1 and captured.out == ""
         assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_convert_tells_the_verdict(capsys, tmp_path, onnx_model, monkeypatch):
+    np.save(tmp_path / "x.npy", noise(10))
+    path = tmp_path / "net.stlq"
+    arguments = ("convert", onnx_model, path, "--calibration", tmp_path / "x.npy")
+    text = output(capsys, *arguments)
+    assert "on 2 samples that did not calibrate:\n  output 'y': SNR" in text
+    assert "warning" not in text
+    coarse = (*arguments, "--bits", "2", "--residual-ratio", "0", "--activation-bits", "2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once, not twice
+        text = output(capsys, *coarse)
+        record = json.loads(output(capsys, *coarse, "--json"))
+    (line,) = [line for line in text.splitlines() if line.startswith("warning: ")]
+    assert line == f"warning: {record['verdict']['warning']}" and "\033" not in line
+    assert record["verdict"]["remedy"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert f"\033[1;33m{line}" in output(capsys, *coarse)
+    path.write_bytes(b"old")
+    assert call(*coarse, "--strict") == 1
+    assert line.removeprefix("warning: ") in capsys.readouterr().err
+    assert path.read_bytes() == b"old"
+    assert call(*arguments, "--strict") == 0 and path.read_bytes() != b"old"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["5"], 5),
+        (["n*=4", "Gemm=32"], {"n*": 4, "Gemm": 32}),
+        (["6", "a=b=32"], {"a=b": 32, "*": 6}),
+    ],
+)
+def test_bits_of_activations_by_name(arguments, expected, tmp_path, monkeypatch):
+    found = []
+
+    def convert(*_, activation_bits, **more):
+        found.append(activation_bits)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(converter, "convert", convert)
+    options = [f"--activation-bits={argument}" for argument in arguments]
+    np.save(tmp_path / "x.npy", noise(2))
+    call("convert", "x.onnx", "x.stlq", "--calibration", tmp_path / "x.npy", *options)
+    assert found == [expected]
+    if isinstance(expected, dict):  # the first that fits counts
+        assert list(found[0]) == list(expected)
+
+
+def test_bits_of_activations_that_are_no_numbers(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", noise(2))
+    arguments = ("convert", "x.onnx", "x.stlq", "--calibration", tmp_path / "x.npy")
+    assert call(*arguments, "--activation-bits", "conv=many") == 1
+    assert "--activation-bits 'conv=many': give a number" in capsys.readouterr().err
 
 
 def test_run_on_arrays(capsys, packed, tmp_path):

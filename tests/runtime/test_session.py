@@ -17,10 +17,12 @@ from support.packed_nets import pictures, small_network
 
 from logshift import runtime
 from logshift.kernels import registry
+from logshift.kernels.activation import Activation
 from logshift.runtime import InputError, Preprocessing, Session, executor
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import Node, Quantization, ValueInfo
 from logshift.runtime.plan import work
+from logshift.runtime.validate import validate
 
 
 def test_batch_and_picture_size_are_free():
@@ -81,6 +83,39 @@ def test_file_and_memory_give_the_same_session(tmp_path):
     assert np.array_equal(loaded.run(pictures(3)), Session(graph).run(pictures(3)))
     assert loaded.labels == graph.labels
     assert loaded.inputs == graph.inputs and loaded.outputs == graph.outputs
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        Activation("Piecewise", 0.0, 0.01, np.arange(48, dtype=np.int16).reshape(3, 16) * 40),
+        Activation("PRelu", 0.0, 1.0, np.linspace(-1, 1, 8, dtype=np.float32)),
+    ],
+    ids=lambda activation: activation.op,
+)
+def test_graphs_in_memory_may_lay_arrays_out_as_they_like(activation):
+    def scattered(array):
+        wide = np.zeros((*array.shape[::-1], 2), array.dtype)[..., 0].T
+        wide[:] = array
+        return wide
+
+    graph = small_network()
+    graph.nodes[1].activation, graph.nodes[1].attributes["clamp"] = activation, [None, None]
+    table = np.random.default_rng(0).integers(0, 255, 256).astype(np.uint8)
+    graph.nodes.insert(2, Node("Lookup", "t", ["a"], ["t"], {}, table=table))
+    graph.nodes[3].inputs = ["t", "t"]
+    graph.quantization["t"] = graph.quantization["a"]
+    expected = Session(packed_format.deserialize(packed_format.serialize(graph))).run(pictures(2))
+    for node in graph.nodes:
+        if node.bias is not None:
+            node.bias = scattered(node.bias)
+    graph.nodes[2].table = scattered(table)
+    coefficients = scattered(activation.coefficients)
+    graph.nodes[1].activation = dataclasses.replace(activation, coefficients=coefficients)
+    assert not coefficients.flags.c_contiguous
+    validate(graph)
+    for kernels in ("auto", "reference"):
+        assert np.array_equal(Session(graph, kernels=kernels).run(pictures(2)), expected)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
