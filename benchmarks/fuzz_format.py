@@ -168,7 +168,16 @@ def mutated(data: bytes, rng: random.Random, gently: bool) -> bytes:
                 mutate_manifest(manifest, rng)
             else:
                 mutate_tensors(tensors, rng)
-    return make.sign(json.dumps(manifest), tensors)
+    if manifest.get("format_version") != 4 or rng.random() < 0.7:
+        return make.sign(json.dumps(manifest), tensors)
+    # What only a file of version 4 has: the index, and what its metadata say.
+    manifest["index"], together = make.put_together(tensors)
+    outer: dict[str, Any] = {"format_version": 4}
+    if rng.random() < 0.5:
+        outer["data_bytes"] = together.size
+        together = np.frombuffer(zlib.compress(together.tobytes()), np.uint8)
+    mutate_manifest(rng.choice([manifest["index"], outer]), rng)
+    return make.sign_bundle(outer, manifest, {"data": together})
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -178,16 +187,16 @@ def _deflated(data: bytes) -> bytes:
     """Deflate all streams of a file; small ones are not by themselves."""
     manifest, tensors = make.take_apart(data)
     make.inflated(manifest, tensors)
-    for index, record in enumerate(manifest["nodes"]):
+    for key, weight in make.weights(manifest).items():
         for name in ("first", "count", "position", "second"):
-            if "weight" in record and f"{index}.{name}" in tensors:
-                raw = zlib.compress(tensors[f"{index}.{name}"].tobytes(), 9)
-                tensors[f"{index}.{name}"] = np.frombuffer(raw, np.uint8)
-                record["weight"]["zlib"].append(name)
+            if f"{key}.{name}" in tensors:
+                raw = zlib.compress(tensors[f"{key}.{name}"].tobytes(), 9)
+                tensors[f"{key}.{name}"] = np.frombuffer(raw, np.uint8)
+                weight["zlib"].append(name)
     return make.sign(json.dumps(manifest), tensors)
 
 
-NETWORKS = (make.classifier, make.upscaler, make.mixed, make.activated)
+NETWORKS = (make.classifier, make.upscaler, make.mixed, make.activated, make.bundled)
 
 
 def files(count: int, seed: int) -> Iterator[bytes]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from logshift.converter.clamp import NO_CLAMP, Clamp
 from logshift.converter.function import Function
-from logshift.kernels.activation import PIECES, Activation
+from logshift.kernels.activation import PIECES, Activation, activated, target
+from logshift.kernels.machine.jit import njit
 from logshift.runtime.graph import Quantization
 
 # Codes by which a fit may be wrong. A table is wrong by as much, for rounding moves its input by up
@@ -37,7 +38,6 @@ _NOTHING = 4e-3  # of a code: no error, so that wider pieces are taken
 _THROUGH = np.array([-np.sqrt(0.75), 0, np.sqrt(0.75)])
 _ACROSS = np.linspace(-1, 1, 33)
 _STEPS = 12
-_HANKEL = np.arange(3) + np.arange(3)[:, None]  # powers in the moments of parabolas
 
 _STEP = 2**12  # of v, from one piece to the next
 _UNIT = 2**7  # of coefficients, in a code
@@ -71,6 +71,30 @@ def activation(
     return (
         _hard_swish(function, size) or _written(function, q) or _fit(function, q, low, high, clamp)
     )
+
+
+def rounded(found: Activation, q: Quantization, x: np.ndarray) -> np.ndarray:
+    """Return the codes that kernels make of values, before they are clamped; float32.
+
+    Parameters
+    ----------
+    found : Activation
+        The same for all channels.
+    q : Quantization
+        Of the result.
+    x : float32 array
+    """
+    to = target(found, q.scale, q.zero_point)
+    slope = np.float32(0 if to.slopes is None else to.slopes[0])
+    v = np.ascontiguousarray(x).reshape(-1) / np.float32(to.unit) + np.float32(to.zero)
+    _round(v, to.kind, slope, to.coefficients.ctypes.data)
+    return v.reshape(x.shape)
+
+
+@njit(cache=True, nogil=True)
+def _round(v, kind, slope, coefficients):
+    for i in range(v.size):
+        v[i] = np.rint(activated(v[i], kind, slope, coefficients))
 
 
 # --- functions with a formula of their own ------------------------------------------------------
@@ -250,20 +274,7 @@ class _Candidates:
         across, y, known = self._across()
         exact = fit.inside(y)
         y = y.clip(fit.bottom - fit.q.top, fit.top + fit.q.top)
-        powers = across[:, :, None] ** np.arange(5)[:, None]
-        weight, least = known.astype(float), np.full(y.shape[:2], np.inf)
-        c = self.c
-        for _ in range(_STEPS):
-            p = (c[..., None, :] @ powers[:, :, :3])[:, :, 0]
-            error = np.where(known, np.abs(fit.inside(p) - exact), 0)
-            worst = error.max(axis=-1)
-            better = worst < least
-            least, self.c = np.minimum(worst, least), np.where(better[..., None], c, self.c)
-            relative = error / np.maximum(worst, 1e-9)[..., None]
-            weight = (weight + 1e-3) * relative
-            weight /= weight.sum(axis=-1, keepdims=True) + 1e-9
-            moments = (powers @ weight[..., None])[..., 0][..., _HANKEL] + 1e-12 * np.eye(3)
-            c = np.linalg.solve(moments, powers[:, :, :3] @ (weight * y)[..., None])[..., 0]
+        _improve(self.c, across, y, exact, known, fit.bottom, fit.top)
 
     def _across(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return points across every piece, the function there, and where it is known.
@@ -300,21 +311,83 @@ class _Candidates:
         near, far = fit.near(count), fit.span * _FAR
         y = fit.codes(x := np.concatenate([near, fit.low - far, fit.high + far]))
         x, y = x[~np.isnan(y)], fit.inside(y[~np.isnan(y)])
-        k = np.rint((x - self.centre[:, None]) / (self.width[:, None] / _STEP))
-        k = k.clip(-(2**15), 2**15 - 1).astype(np.int32)
         c = self._stored()
-        found = _parabolas(c, k // _STEP + PIECES // 2, k % _STEP)
-        error = np.abs(fit.inside(found) - y)
-        worst = np.maximum(error[:, : len(near)].max(axis=1), _NOTHING)
-        cost = worst + _FAR_WEIGHT * error[:, len(near) :].max(axis=1, initial=0)
+        worst = _worst(c, self.centre, self.width / _STEP, x, y, len(near), fit.bottom, fit.top)
+        cost = np.maximum(worst[:, 0], _NOTHING) + _FAR_WEIGHT * worst[:, 1]
         return np.where(np.abs(c[:, 1:]).sum(axis=1).max(axis=1) <= _MOST, cost, np.inf)
 
     def activation(self, index: int) -> Activation:
         """Return one of them."""
-        c = self._stored()[index].astype(np.int16)
+        c = self._stored()[index].astype(np.int16, order="C")
         return Activation(
             "Piecewise", float(self.centre[index]), float(self.width[index] / _STEP), c
         )
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _worst(c, centre, unit, x, y, near, bottom, top):
+    """Return the largest error of every candidate on the first points and on those after them."""
+    worst = np.zeros((len(c), 2))
+    for candidate in range(len(c)):
+        for i in range(x.size):
+            k = np.rint((x[i] - centre[candidate]) / unit[candidate])
+            k = np.int64(min(max(k, -(2.0**15)), 2.0**15 - 1))
+            piece, f = k // _STEP + PIECES // 2, 16 * (k % _STEP) - 2**15
+            p = c[candidate, 1, piece] + ((c[candidate, 2, piece] * f + 2**14) >> 15)
+            p = c[candidate, 0, piece] + ((p * f + 2**14) >> 15)
+            code = min(max(p, -(2**15)), 2**15 - 1) / _UNIT
+            error = abs(min(max(code, bottom), top) - y[i])
+            worst[candidate, int(i >= near)] = max(worst[candidate, int(i >= near)], error)
+    return worst
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _improve(c, across, y, exact, known, bottom, top):
+    """Improve the parabolas of all candidates (candidates, pieces, 3), in place."""
+    weight, moments, sums = np.empty(y.shape[2]), np.empty(5), np.empty(3)
+    for candidate in range(y.shape[0]):
+        for piece in range(y.shape[1]):
+            x, best = across[candidate, piece], c[candidate, piece]
+            target, bounded = y[candidate, piece], exact[candidate, piece]
+            given = known[candidate, piece]
+            weight[:] = given
+            c0, c1, c2 = best[0], best[1], best[2]
+            least = np.inf
+            for _ in range(_STEPS):
+                worst = 0.0
+                for i in range(x.size):
+                    error = min(max(c0 + (c1 + c2 * x[i]) * x[i], bottom), top) - bounded[i]
+                    error = abs(error) if given[i] else 0.0
+                    weight[i] = (weight[i] + 1e-3) * error
+                    worst = max(worst, error)
+                if worst < least:
+                    least = worst
+                    best[0], best[1], best[2] = c0, c1, c2
+                total = weight.sum() / max(worst, 1e-9) + 1e-9
+                moments[:], sums[:] = 0.0, 0.0
+                for i in range(x.size):
+                    weight[i] /= max(worst, 1e-9) * total
+                    power = weight[i]
+                    for k in range(5):
+                        moments[k] += power
+                        if k < 3:
+                            sums[k] += power * target[i]
+                        power *= x[i]
+                c0, c1, c2 = _parabola(moments, sums)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _parabola(moments, sums):
+    """Solve the normal equations of a parabola, by Cholesky's factors."""
+    d0 = moments[0] + 1e-12
+    l1, l2 = moments[1] / d0, moments[2] / d0
+    d1 = moments[2] + 1e-12 - l1 * moments[1]
+    l3 = (moments[3] - l2 * moments[1]) / d1
+    d2 = moments[4] + 1e-12 - l2 * moments[2] - l3 * l3 * d1
+    z1 = sums[1] - l1 * sums[0]
+    z2 = (sums[2] - l2 * sums[0] - l3 * z1) / d2
+    z1 = z1 / d1 - l3 * z2
+    return sums[0] / d0 - l1 * z1 - l2 * z2, z1, z2
 
 
 def _through(y: np.ndarray) -> np.ndarray:

@@ -8,21 +8,36 @@ layer by itself gets single words, and the rest of the float network runs on wha
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from logshift.converter.compare import groups_of, mean_square
 from logshift.converter.encode import blocks, encode, gains, largest
 from logshift.converter.evaluate import Network, Value, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
-from logshift.kernels.stlq.codec import LogWeights
+from logshift.converter.shared import layers, weight_of
+from logshift.kernels.stlq.codec import LogWeights, exponent_levels
+from logshift.runtime.cores import default_threads
+from logshift.runtime.executor import spread
 
-_PICTURES = 8  # that sensitivities are measured on
+# Least and most second words, by what is preferred; and what others may still take from the squared
+# error of the outputs, over their squares, so that they are not worth their bytes.
+_RATIOS = {
+    "speed": (0.15, 0.5, 1e-3),
+    "size": (0.0, 0.15, 1e-2),
+    None: (0.15, 0.5, 1e-3),
+    "accuracy": (0.15, 1.0, 1e-4),
+}
+# Pictures that sensitivities are measured on: fewer, down to `_FEWEST`, if more values were to be
+# computed for all layers together, and one if more were to be kept.
+_PICTURES, _FEWEST, _COMPUTED, _KEPT = 8, 2, 2**30, 2**27
 _AUTO_BITS = (3, 4, 5)
 _AUTO_RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.22, 0.3, 0.45, 0.65, 1.0)
 _ROWS = 64  # output channels on which they are tried, at most
@@ -68,25 +83,41 @@ def fixed_plan(
         `residual_ratio` is the budget: second words, over the weights of all layers.
     progress : callable(done, total, what)
     """
-    layers = _layers(graph)
+    found = layers(graph)
     bits, ratio = settings.weight_bits, settings.residual_ratio
-    if ratio in (0.0, 1.0) or len(layers) < 2:
-        return {node.output: Share(bits, ratio) for node in layers}
+    if ratio in (0.0, 1.0) or not found or (len(found) == 1 and isinstance(ratio, float)):
+        return {node.output: Share(bits, float(ratio)) for nodes in found for node in nodes}
     worth: list[np.ndarray] = []
     sizes: list[int] = []
-    for node, single, variance in _measured(graph, samples, batches, settings, progress):
-        assert node.weight is not None
-        gain = gains(node.weight, single.alpha, bits, settings.residual_shift, single.clip)
+    for nodes, single, variance in _measured(graph, samples, batches, settings, progress):
+        weight = weight_of(nodes)
+        gain = gains(weight, single.alpha, bits, settings.residual_shift, single.clip)
         gain *= np.repeat(variance, len(gain) // len(variance), axis=0)
         summed, size = blocks(gain, settings.granularity, settings.tile)
         worth.append(summed.astype(np.float32) / size)
         sizes.append(size)
-    weights = sum(node.weight.size for node in layers if node.weight is not None)
-    bought = _bought(worth, sizes, ratio * weights)
+    if isinstance(ratio, str):
+        ratio = _enough(worth, sizes, settings)
+    bought = _bought(worth, sizes, ratio * sum(weight_of(nodes).size for nodes in found))
     return {
         node.output: Share(bits, float(np.count_nonzero(chosen) / len(chosen)))
-        for node, chosen in zip(layers, bought, strict=True)
+        for nodes, chosen in zip(found, bought, strict=True)
+        for node in nodes
     }
+
+
+def _enough(worth: list[np.ndarray], sizes: list[int], settings: Settings) -> float:
+    """Return the share of second words after which others have little left to take."""
+    least, most, enough = _RATIOS[settings.prefer]
+    size = np.repeat(sizes, [len(part) for part in worth])
+    everything = np.concatenate(worth).astype(np.float64)
+    order = np.argsort(-everything, kind="stable")
+    # From units of the grid.
+    levels = exponent_levels(settings.weight_bits) - 1 + settings.residual_shift
+    taken = np.cumsum((everything * size)[order]) / 4.0**levels
+    share = np.cumsum(size[order]) / size.sum()
+    first = np.searchsorted(taken, taken[-1] - enough)
+    return float(np.clip(share[min(first, len(share) - 1)], least, most))
 
 
 def _bought(worth: list[np.ndarray], sizes: list[int], budget: float) -> list[np.ndarray]:
@@ -114,27 +145,28 @@ def best_plans(
     Each comes with its expected size in bytes. A layer gets more only where the error of the
     network falls by as much for each bit as anywhere else.
     """
-    layers: dict[str, list[_Case]] = {}
-    for node, _, variance in _measured(graph, samples, batches, settings, progress):
-        layers[node.output] = _cases(node, variance, settings)
+    tried = [
+        (nodes, _cases(weight_of(nodes), variance, settings))
+        for nodes, _, variance in _measured(graph, samples, batches, settings, progress)
+    ]
     plans: dict[float, Plan] = {}
-    for price in _prices(layers.values()):
-        chosen = {
-            name: min(cases, key=lambda c: c.error + price * c.size)
-            for name, cases in layers.items()
-        }
-        size = sum(case.size for case in chosen.values()) / 8
-        plans.setdefault(size, {name: case.share for name, case in chosen.items()})
+    for price in _prices(cases for _, cases in tried):
+        chosen = [
+            (nodes, min(cases, key=lambda c: c.error + price * c.size)) for nodes, cases in tried
+        ]
+        size = sum(case.size for _, case in chosen) / 8
+        plans.setdefault(
+            size, {node.output: case.share for nodes, case in chosen for node in nodes}
+        )
     return sorted(plans.items(), key=lambda item: item[0])
 
 
-def _cases(node: FloatNode, variance: np.ndarray, settings: Settings) -> list[_Case]:
-    """Try bits and ratios on a layer, on some of its output channels if it has many."""
-    assert node.weight is not None
-    step = -(-len(node.weight) // _ROWS)
-    weight = node.weight[::step]
-    of_rows = np.repeat(variance, len(node.weight) // len(variance), axis=0)[::step]
-    scale = node.weight.size / weight.size
+def _cases(whole: np.ndarray, variance: np.ndarray, settings: Settings) -> list[_Case]:
+    """Try bits and ratios on a weight, on some of its output channels if it has many."""
+    step = -(-len(whole) // _ROWS)
+    weight = whole[::step]
+    of_rows = np.repeat(variance, len(whole) // len(variance), axis=0)[::step]
+    scale = whole.size / weight.size
     cases = []
     for bits in _AUTO_BITS:
         for ratio in _AUTO_RATIOS:
@@ -166,67 +198,81 @@ def _prices(layers: Iterable[list[_Case]]) -> np.ndarray:
     return np.unique(slopes) if slopes else np.ones(1)
 
 
-def _layers(graph: FloatGraph) -> list[FloatNode]:
-    """Return the layers whose words are to be chosen."""
-    return [node for node in graph.nodes if node.is_quantized and node.words is None]
-
-
 def _measured(
     graph: FloatGraph,
     samples: Mapping[str, np.ndarray],
     batches: int,
     settings: Settings,
     progress: Progress,
-) -> Iterator[tuple[FloatNode, LogWeights, np.ndarray]]:
-    """Yield layers, their single words, and by what squared errors of weights count, (group, K)."""
-    layers = _layers(graph)
+) -> Iterator[tuple[list[FloatNode], LogWeights, np.ndarray]]:
+    """Yield the nodes of every weight, its single words, and what its squared errors count.
+
+    The last is an array (group, K).
+    """
+    found = layers(graph)
     size = max(len(x) // batches for x in samples.values())
-    few = min(batches, max(1, _PICTURES // size))
+    few = min(batches, max(1, few_pictures(graph, len(found)) // size))
     part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
-    network = _Network(graph, part, few)
-    for number, node in enumerate(layers):
-        progress(number, len(layers), f"measuring {node.name}")
-        assert node.weight is not None
-        single = encode(node.weight, settings.weight_bits, 0.0)
+    network, threads = _Network(graph, part, few, 1), default_threads()
+
+    def measure(nodes: list[FloatNode]) -> tuple[list[FloatNode], LogWeights, np.ndarray]:
+        single = encode(weight_of(nodes), settings.weight_bits, 0.0)
         # What is not finite is for the conversion itself to refuse.
         with np.errstate(over="ignore", invalid="ignore"):
-            sensitivity = network.sensitivity(node.output, single.values())
-            variance = np.nan_to_num(
-                sensitivity * input_variance(node, rows(network.values[node.inputs[0]]))
+            variance = sum(
+                input_variance(node, rows(network.values[node.inputs[0]])) for node in nodes
             )
-        yield node, single, variance
+            sensitivity = network.sensitivity(nodes, single.values())
+            return nodes, single, np.nan_to_num(sensitivity * variance)
+
+    for begin in range(0, len(found), threads):
+        progress(begin, len(found), f"measuring {found[begin][0].name}")
+        yield from spread(measure, found[begin : begin + threads], threads)
+
+
+def few_pictures(graph: FloatGraph, layers: int) -> int:
+    """Return on how many pictures it is measured what each of so many layers does."""
+    batch = max(graph.inputs[0].nominal[0], 1)
+    names = [name for node in graph.nodes for name in node.outputs if name]
+    values = max(sum(math.prod(graph.shapes[name]) for name in names) // batch, 1)
+    pictures = np.clip(_COMPUTED // (max(layers, 1) * values), _FEWEST, _PICTURES)
+    return int(np.clip(_KEPT // values, 1, pictures))
 
 
 class _Network(Network):
     """The float network on a few pictures."""
 
-    def sensitivity(self, name: str, weight: np.ndarray) -> float:
-        """Squared relative error of all outputs, per squared error of a layer with this weight.
+    def __init__(
+        self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int, threads: int
+    ) -> None:
+        super().__init__(graph, inputs, batches, threads)
+        self.groups = groups_of(graph.outputs, self.outputs)
 
-        What the layer's bias can make up for, the mean error of a channel, is none.
+    def sensitivity(self, nodes: list[FloatNode], weight: np.ndarray) -> float:
+        """Squared relative error of all outputs, per squared error of layers with this weight.
+
+        What a layer's bias can make up for, the mean error of a channel, is none.
         """
         changed: dict[str, Value] = {}
         values = ChainMap(changed, self.values)
         error = 0.0
         for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
-            if node.output == name:
+            if node in nodes:
                 inputs = [rows(self.values[n]) for n in node.inputs]
-                y, exact = evaluator(inputs, weight), evaluator(inputs)
-                y -= (y - exact).mean(axis=(0, 2, 3), keepdims=True)
-                error = float(np.square(y - exact).sum(axis=(1, 2, 3)).mean(dtype=np.float64))
+                exact = evaluator(inputs)
+                lost = evaluator(inputs, weight) - exact
+                lost -= lost.mean(axis=(2, 3)).mean(axis=0)[:, None, None]
                 # Of one position of the outputs.
-                error /= exact[0, 0].size
-                changed[name] = evaluator.finish(y)
+                error += lost.shape[1] * mean_square(lost)
+                if changed.keys() & set(node.inputs):  # of another node with this weight
+                    exact = evaluator([rows(values[n]) for n in node.inputs])
+                changed[node.output] = evaluator.finish(exact + lost)
             elif changed.keys() & set(node.inputs):
                 changed.update(self.results(node, evaluator, values))
         if error == 0.0:
             return 0.0
         total = 0.0
-        for info in self.graph.outputs:
-            if info.name not in changed or not info.dtype.startswith("float"):
-                continue
-            exact, found = rows(self.values[info.name]), rows(changed[info.name])
-            if exact.shape == found.shape:
-                power = float(np.square(exact).mean(dtype=np.float64)) or 1.0
-                total += float(np.square(found - exact).mean(dtype=np.float64)) / power
+        for name in changed.keys() & self.groups.of.keys():
+            noise = self.groups.noise(name, rows(self.values[name]), rows(changed[name]))
+            total += sum(noise.values())
         return total / error

@@ -6,7 +6,7 @@ Channels whose ranges differ are compared apart: boxes from 0 to 640 would hide 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +21,12 @@ _FEWEST = 8  # values of a channel that tell its range
 _SAME = 1e-3  # of sums and norms that are one by construction
 _PICTURE = 128  # an axis of pictures is longer
 _FINEST = 4  # pixels of the input, along an axis, that a segmented one stands for at most
+
+
+def mean_square(x: np.ndarray) -> float:
+    """Return the mean of the squares."""
+    flat = x.reshape(-1)
+    return float(np.vdot(flat, flat)) / max(flat.size, 1)
 
 
 class Sums:
@@ -96,6 +102,10 @@ class GroupError:
         ends = [str(a) if a == b else f"{a}-{b}" for a, b in self.channels]
         text = ", ".join(ends[:4]) + " ..." * (len(ends) > 4)
         return f"channel{'s' * (text != ends[0] or '-' in text)} {text} of axis {self.axis}"
+
+    def part(self, y: np.ndarray) -> np.ndarray:
+        """Return what an output has in these channels."""
+        return y.take(self.indices(y.shape[self.axis]), self.axis) if self.channels else y
 
     def indices(self, length: int) -> np.ndarray:
         """Return the channels of an axis of this length."""
@@ -248,6 +258,47 @@ class OutputSums:
         return all(0 < n <= pixels <= _FINEST * n for n, pixels in sizes)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Groups of channels of all outputs, with the squares of their values in the float network.
+
+    Attributes
+    ----------
+    of : dict of output name to list of GroupError
+    power : dict of (output name, number of the group) to float
+        Mean square.
+    """
+
+    of: dict[str, list[GroupError]]
+    power: dict[tuple[str, int], float]
+
+    def noise(
+        self, name: str, exact: np.ndarray, found: np.ndarray
+    ) -> dict[tuple[str, int], float]:
+        """Return the squared error of an output's groups, over their squares."""
+        noise = {}
+        for number, group in enumerate(self.of[name]):
+            if exact.shape == found.shape and (power := self.power[name, number]) > 0:
+                lost = group.part(exact) - group.part(found)
+                noise[name, number] = mean_square(lost) / power
+        return noise
+
+
+def groups_of(infos: Sequence[ValueInfo], values: Mapping[str, np.ndarray]) -> Groups:
+    """Return the groups of channels that float outputs show, of all infos that hold floats."""
+    of, power = {}, {}
+    for info in infos:
+        if info.dtype.startswith("float") and (y := values[info.name]).size:
+            sums = OutputSums(info)
+            sums.add(y, y)
+            of[info.name] = sums.error().groups
+            for number, group in enumerate(of[info.name]):
+                part = group.part(y)
+                mean = float(np.square(part, dtype=np.float64).mean())
+                power[info.name, number] = mean if math.isfinite(mean) else 0.0
+    return Groups(of, power)
+
+
 def _axes(shape: tuple[int, ...]) -> list[int]:
     """Return the axes along which channels may lie: the second one, the last one."""
     if len(shape) < 2:
@@ -324,7 +375,9 @@ class _Axis:
         if not seen.any() or self.positions < _FEWEST:
             return [np.arange(len(power))]
         level = np.zeros(len(power), int)
-        level[seen] = _levels(np.log2(power[seen]) / 2)
+        for kind in (seen & probable, seen & ~probable):  # whatever their sizes are
+            if kind.any():
+                level[kind] = _levels(np.log2(power[kind]) / 2) + level.max() + 1
         # What says nothing belongs to what is like it.
         for channel in np.flatnonzero(~seen):
             alike = seen & probable if (seen & probable).any() and probable[channel] else seen

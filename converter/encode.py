@@ -347,24 +347,25 @@ def _round_columns(
     levels = np.int32(levels)
     top = np.float32(1 << (levels - 1))
     bound, fine = top * np.float32(clip), np.float32(1 << residual_shift)
-    for o in range(w.shape[0]):
-        unit = alpha[o] / top
-        for j in range(w.shape[1]):
-            r0 = min(max(np.float32(w[o, j] / unit), -bound), bound)
-            code0 = _nearest_code(r0, levels)
-            one = _level(code0, levels)
-            code1 = _nearest_code((r0 - one) * fine, levels)
-            two = one + _level(code1, levels) / fine
-            one_error = (w[o, j] - one * unit) / update[j, j]
-            two_error = (w[o, j] - two * unit) / update[j, j]
-            gain[o, j] = one_error * one_error - two_error * two_error if code1 else 0.0
-            chosen = eligible[o, j] and gain[o, j] > least
-            first[o, j] = code0
-            second[o, j] = code1 if chosen else 0
-            error = two_error if chosen else one_error
-            w[o, j] = error
-            for k in range(j + 1, w.shape[1]):
-                w[o, k] -= error * update[j, k]
+    for g in range(w.shape[0]):
+        for o in range(w.shape[1]):
+            unit = alpha[g, o] / top
+            for j in range(w.shape[2]):
+                r0 = min(max(np.float32(w[g, o, j] / unit), -bound), bound)
+                code0 = _nearest_code(r0, levels)
+                one = _level(code0, levels)
+                code1 = _nearest_code((r0 - one) * fine, levels)
+                two = one + _level(code1, levels) / fine
+                one_error = (w[g, o, j] - one * unit) / update[g, j, j]
+                two_error = (w[g, o, j] - two * unit) / update[g, j, j]
+                gain[g, o, j] = one_error * one_error - two_error * two_error if code1 else 0.0
+                chosen = eligible[g, o, j] and gain[g, o, j] > least
+                first[g, o, j] = code0
+                second[g, o, j] = code1 if chosen else 0
+                error = two_error if chosen else one_error
+                w[g, o, j] = error
+                for k in range(j + 1, w.shape[2]):
+                    w[g, o, k] -= error * update[g, j, k]
 
 
 def round_in_turn(
@@ -375,21 +376,21 @@ def round_in_turn(
 
     Parameters
     ----------
-    w : float64 array of shape (O, K)
+    w : float64 array of shape (group, O, K)
         Columns in the order in which they are rounded.
-    update : float64 array of shape (K, K)
+    update : float64 array of shape (group, K, K)
         Upper triangular; column k gets w[:, k] -= error[:, j] * update[j, k] / update[j, j].
-    alpha : float32 array of shape (O,)
+    alpha : float32 array of shape (group, O)
     bits, residual_shift, clip : int
-    eligible : bool array of shape (O, K)
+    eligible : bool array of shape (group, O, K)
         Which weights may have second words.
     least : float
         What a second word must gain more than.
 
     Returns
     -------
-    first, second : uint8 arrays of shape (O, K)
-    gain : float64 array of shape (O, K)
+    first, second : uint8 arrays of shape (group, O, K)
+    gain : float64 array of shape (group, O, K)
         What a second word takes, or would take, from the squared error, over update[j, j]^2.
 
     Notes
@@ -398,15 +399,15 @@ def round_in_turn(
     """
     w, levels = w.copy(), exponent_levels(bits)
     first, second, gain = (np.empty(w.shape, t) for t in (np.uint8, np.uint8, np.float64))
-    for begin in range(0, w.shape[1], _COLUMNS):
-        end = begin + _COLUMNS
-        results = [np.empty(w[:, begin:end].shape, x.dtype) for x in (first, second, gain)]
-        errors = w[:, begin:end].copy()
+    for begin in range(0, w.shape[2], _COLUMNS):
+        part = slice(begin, end := begin + _COLUMNS)
+        results = [np.empty(w[..., part].shape, x.dtype) for x in (first, second, gain)]
+        errors = w[..., part].copy()
         _round_columns(
-            errors, update[begin:end, begin:end].copy(), alpha, levels, residual_shift, clip,
-            eligible[:, begin:end].copy(), least, *results,
+            errors, update[:, part, part].copy(), alpha, levels, residual_shift, clip,
+            eligible[..., part].copy(), least, *results,
         )  # fmt: skip
-        for target, part in zip((first, second, gain), results, strict=True):
-            target[:, begin:end] = part
-        w[:, end:] -= errors @ update[begin:end, end:]
+        for target, result in zip((first, second, gain), results, strict=True):
+            target[..., part] = result
+        w[..., end:] -= errors @ update[:, part, end:]
     return first, second, gain

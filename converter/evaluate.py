@@ -7,7 +7,7 @@ operators run as the runtime runs them, one batch of the model at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -82,14 +82,21 @@ def run_onnx(
 
 
 class Evaluator:
-    """Evaluates one lowered node, without its activation function and clamp: `finish` has these."""
+    """Evaluates one lowered node, without its activation function and clamp: `finish` has these.
 
-    def __init__(self, node: FloatNode) -> None:
+    Parameters
+    ----------
+    node : FloatNode
+    threads : int, optional
+        Of every evaluation; by default as many as a session of logshift would have.
+    """
+
+    def __init__(self, node: FloatNode, threads: int | None = None) -> None:
         self.node = node
         self.session: onnxruntime.InferenceSession | None = None
         self.function: onnxruntime.InferenceSession | None = None
         if node.function is not None and node.table is not None:
-            self.function = session(node.function.model(np.float32))
+            self.function = session(node.function.model(np.float32), threads)
         if node.is_onnx or node.op in ("QuantizeLinear", "DequantizeLinear", "Flatten", "Clip"):
             return
         if node.op == "Lookup":
@@ -97,7 +104,7 @@ class Evaluator:
             model = node.function.model(np.float32)
         else:
             model = _NodeWriter(node).model()
-        self.session = opened = session(model)
+        self.session = opened = session(model, threads)
         self.names = [value.name for value in opened.get_inputs()]
 
     def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:
@@ -128,22 +135,55 @@ class Evaluator:
         return output
 
     def finish(self, y: np.ndarray) -> np.ndarray:
-        """Return the output for what the node computes before its function and its clamp."""
+        """Return the output for what the node computes before its function and its clamp.
+
+        `y` is used for it, unless it is an input of the node.
+        """
         if self.function is not None:
             assert self.node.function is not None
             step = max(1, _BATCH_ELEMENTS // y[:1].size)
-            parts = (y[start : start + step] for start in range(0, len(y), step))
-            y = np.concatenate(
-                [self.function.run(None, {self.node.function.input: part})[0] for part in parts]
-            )
+            for start in range(0, len(y), step):
+                part = y[start : start + step]
+                part[...] = self.function.run(None, {self.node.function.input: part})[0]
         low, high = self.node.clamp
-        return y if low is None and high is None else np.clip(y, low, high)
+        if low is None and high is None:
+            return y
+        return np.clip(y, low, high, out=None if self.session is None else y)
 
 
 def evaluate_graph(graph: FloatGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Evaluate the lowered network in float32 and return its outputs."""
-    network = Network(graph, inputs, 1)
-    return {info.name: rows(network.values[info.name]) for info in graph.outputs}
+    return Network(graph, inputs, 1).outputs
+
+
+def results(
+    node: FloatNode,
+    evaluator: Evaluator,
+    values: Mapping[str, Value],
+    constants: Collection[str],
+    batches: int,
+) -> dict[str, Value]:
+    """Evaluate a node on `values`; returns its outputs by name."""
+    if not node.is_onnx:
+        y = evaluator([rows(values[name]) for name in node.inputs])
+        return {node.output: evaluator.finish(y)}
+    inputs = [values[name] if name else None for name in node.inputs]
+    constant = [name in constants for name in node.inputs]
+    found = run_onnx(node, inputs, constant, batches)
+    return {name: y for name, y in zip(node.outputs, found, strict=True) if name}
+
+
+def walk(
+    graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int
+) -> Iterator[tuple[FloatNode, Mapping[str, Value]]]:
+    """Evaluate the float network; yields every node with its inputs, before it is evaluated."""
+    values: dict[str, Value] = {**inputs, **graph.constants}
+    last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
+    for index, node in enumerate(graph.nodes):
+        yield node, values
+        values.update(results(node, Evaluator(node), values, graph.constants, batches))
+        for name in [n for n in values if last_use.get(n, index) <= index]:
+            del values[name]
 
 
 class Network:
@@ -154,24 +194,29 @@ class Network:
     values : dict of tensor name to Value
     """
 
-    def __init__(self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int) -> None:
+    def __init__(
+        self,
+        graph: FloatGraph,
+        inputs: Mapping[str, np.ndarray],
+        batches: int,
+        threads: int | None = None,
+    ) -> None:
         self.graph, self.batches = graph, batches
         self.values: dict[str, Value] = {**inputs, **graph.constants}
-        self.evaluators = [Evaluator(node) for node in graph.nodes]
+        self.evaluators = [Evaluator(node, threads) for node in graph.nodes]
         for node, evaluator in zip(graph.nodes, self.evaluators, strict=True):
             self.values.update(self.results(node, evaluator, self.values))
+
+    @property
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The network's outputs by name."""
+        return {info.name: rows(self.values[info.name]) for info in self.graph.outputs}
 
     def results(
         self, node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
     ) -> dict[str, Value]:
         """Evaluate a node on `values`; returns its outputs by name."""
-        if not node.is_onnx:
-            y = evaluator([rows(values[name]) for name in node.inputs])
-            return {node.output: evaluator.finish(y)}
-        inputs = [values[name] if name else None for name in node.inputs]
-        constant = [name in self.graph.constants for name in node.inputs]
-        found = run_onnx(node, inputs, constant, self.batches)
-        return {name: y for name, y in zip(node.outputs, found, strict=True) if name}
+        return results(node, evaluator, values, self.graph.constants, self.batches)
 
 
 class _NodeWriter(OnnxWriter):

@@ -7,6 +7,7 @@ metadata, see `docs/qdq.md`; converting the model again gives the same network.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Any
 
@@ -26,6 +27,7 @@ try:
 except ModuleNotFoundError:
     raise ConversionError("exporting needs onnx: pip install 'logshift[converter]'") from None
 
+from logshift.converter.constant_words import weights_among
 from logshift.converter.layout import onnx_weight
 from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step, back
 from logshift.converter.operators.registry import WRITINGS
@@ -75,6 +77,8 @@ class _Export(OnnxWriter):
         self.weights: dict[str, WeightRecord] = {}
         self.scales: dict[str, float] = {}
         self.keep_float: set[str] = set()
+        # Names of weights and biases, by what these are.
+        self.parameters_of: dict[tuple[Any, ...], str] = {}
         # By tensor of codes: the uint8 tensor, and the float32 tensor that others read.
         self.quantized: dict[str, str] = {}
         self.real: dict[str, str] = {}
@@ -82,8 +86,15 @@ class _Export(OnnxWriter):
         self.names |= {info.name for info in graph.inputs} | set(graph.constants)
 
     def model(self) -> onnx.ModelProto:
+        inputs = [info.name for info in self.graph.inputs]
+        weights = weights_among(self.graph.nodes, self.graph.constants, inputs)
         for name, array in self.graph.constants.items():
             self.initializers.append(numpy_helper.from_array(array, name))
+            if name in self.graph.constant_words:
+                words = self.graph.constant_words[name].weights
+                self.weights[name] = WeightRecord.of(words, self._granularity)
+            elif name in weights:
+                self.keep_float.add(name)
         for node in self.graph.nodes:
             inputs = [self.real.get(name, name) for name in node.inputs]
             (self._onnx if node.is_onnx else self._packed)(node, inputs)
@@ -103,6 +114,10 @@ class _Export(OnnxWriter):
         )
         self._metadata().write(model)
         return model
+
+    @property
+    def _granularity(self) -> str:
+        return self.graph.settings.get("granularity", "element")
 
     def _metadata(self) -> Metadata:
         preprocessing = self.graph.preprocessing
@@ -169,13 +184,19 @@ class _Export(OnnxWriter):
             values = node.weights.values()
         assert values is not None
         array = onnx_weight(node.op, values, node.attributes["group"])
-        weight = self.constant(f"{out}/weight", array)
+        weight = self._parameter(f"{out}/weight", array, kept=node.weights is None)
         if node.weights is not None:
-            granularity = self.graph.settings.get("granularity", "element")
-            self.weights[weight] = WeightRecord.of(node.weights, granularity)
+            self.weights[weight] = WeightRecord.of(node.weights, self._granularity)
         else:
             self.keep_float.add(weight)
-        return [weight, self.constant(f"{out}/bias", node.bias)]
+        return [weight, self._parameter(f"{out}/bias", node.bias)]
+
+    def _parameter(self, name: str, value: np.ndarray, kept: bool = False) -> str:
+        """Return a constant of this value: one for all nodes that have it."""
+        key = value.shape, kept, hashlib.sha256(value.tobytes()).digest()
+        if key not in self.parameters_of:
+            self.parameters_of[key] = self.constant(name, value)
+        return self.parameters_of[key]
 
     def finish(self, node: AnyNode) -> list[Step]:
         assert isinstance(node, Node)

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from logshift.converter.clamp import NO_CLAMP, Clamp
 from logshift.converter.function import Function
 from logshift.kernels.errors import ConversionError
 from logshift.kernels.stlq.codec import LogWeights
-from logshift.runtime.graph import Quantization, Shape, ValueInfo
+from logshift.runtime.graph import ConstantWords, Quantization, Shape, ValueInfo
 
 
 @dataclass(eq=False)
@@ -110,10 +111,18 @@ class FloatGraph:
         (N, C, H, W) of tensors of packed operators.
     constants : dict of name to array
         Inputs of ONNX operators.
+    weights : dict of constant to the axes of its rows
+        Constants that become words, see `constant_words`.
+    constant_words : dict of constant to ConstantWords
+        Of those that lie on a grid already.
     quantization : dict of tensor name to Quantization
         What the model itself says; other tensors are calibrated.
     code_tensors : set of tensors that become codes
         Known after `place`.
+    ranges : dict of tensor name to str
+        How the range of its codes is chosen, where that is not as the settings say.
+    floats : set of tensor names
+        Outputs, before `place`, of nodes that were chosen to work on float32.
     """
 
     nodes: list[FloatNode]
@@ -123,7 +132,23 @@ class FloatGraph:
     shapes: dict[str, Shape]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     quantization: dict[str, Quantization] = field(default_factory=dict)
+    weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    constant_words: dict[str, ConstantWords] = field(default_factory=dict)
     code_tensors: set[str] = field(default_factory=set)
+    ranges: dict[str, str] = field(default_factory=dict)
+    floats: frozenset[str] = frozenset()
+
+    def copy(self) -> FloatGraph:
+        """Return a network that can be changed while this one stays; weights are the same."""
+        nodes = [
+            replace(
+                node, inputs=list(node.inputs), attributes=dict(node.attributes),
+                more_outputs=list(node.more_outputs),
+            )
+            for node in self.nodes
+        ]  # fmt: skip
+        own = {f.name: copy(getattr(self, f.name)) for f in fields(self) if f.name != "nodes"}
+        return FloatGraph(nodes, **own)
 
     def uses(self) -> Counter[str]:
         """How often each tensor is read, by nodes and as a result."""

@@ -10,6 +10,7 @@ operator is lowered is in `operators/`.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
 from logshift.converter.float_graph import FloatGraph, Problems
@@ -18,7 +19,8 @@ from logshift.converter.operators.context import Context, name_of
 from logshift.converter.operators.edges import round_to_codes
 from logshift.converter.operators.lookup import piece_of
 from logshift.converter.operators.registry import LOWERINGS, VARIADIC, Lowering, Unsupported
-from logshift.runtime.graph import Dim, ValueInfo
+from logshift.converter.operators.volumes import on_pictures
+from logshift.runtime.graph import Dim, Shape, ValueInfo
 
 
 def lower(model: Model, trace: Trace, problems: Problems) -> FloatGraph:
@@ -83,8 +85,11 @@ class _Walk:
                     needed.add(table[0].input[0])
                 elif piece := piece_of(node, self.ctx.producers, self.ctx.constants):
                     needed.add(piece)
-                else:
+                elif node.op_type in LOWERINGS:
                     needed.update(node.input if node.op_type in VARIADIC else node.input[:1])
+                else:
+                    real = (n for n in node.input if self.ctx.dtypes.get(n) == np.float32)
+                    needed.update(real, node.input[:1])
                 kept.append(node)
         return _resized_late(kept[::-1], self.ctx.joined)
 
@@ -99,7 +104,7 @@ class _Walk:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             texts = {k: v.decode() for k, v in attributes.items() if isinstance(v, bytes)}
             try:
-                lowering(draft, node, attributes | texts)
+                lowering(draft, on_pictures(draft, node) or node, attributes | texts)
             except Unsupported:
                 pass
             else:
@@ -132,7 +137,7 @@ class _Walk:
         for info in self.model.inputs:
             nominal = self.ctx.onnx_shapes[info.name]
             shape: tuple[Dim, ...] = info.shape
-            if self.ctx.fixed_size and len(shape) == 4:
+            if self.ctx.fixed_size and len(shape) >= 4:
                 shape = (shape[0], *nominal[1:])
             # An empty sample is no accident.
             shape = tuple(size and dim for dim, size in zip(shape, nominal, strict=True))
@@ -149,7 +154,7 @@ class _Walk:
             if value.name not in results or value.name not in self.ctx.onnx_shapes:
                 continue  # `problems` knows why
             nominal = self.ctx.onnx_shapes[value.name]
-            declared = list(value.type.tensor_type.shape.dim)
+            declared = self._declared(value, nominal)
             packed = results[value.name] not in self.ctx.plain_names
             shape: list[Dim] = []
             if packed:  # its first dimension is the batch, unless it has been summed up
@@ -164,6 +169,21 @@ class _Walk:
             dtype = self.ctx.dtypes[value.name].name
             infos.append(ValueInfo(value.name, tuple(shape), nominal, dtype))
         return infos
+
+    def _declared(
+        self, value: onnx.ValueInfoProto, nominal: Shape
+    ) -> list[onnx.TensorShapeProto.Dimension]:
+        """Return an output's dimensions: as declared where inference does not say otherwise."""
+        found = list(value.type.tensor_type.shape.dim)
+        found = found if len(found) == len(nominal) else []
+        given = self.model.declared.get(value.name)
+        dims = found if given is None else list(given.shape.dim)
+        if len(dims) != len(nominal):
+            return found
+        return [
+            inferred if inferred.dim_param and dim.dim_value else dim
+            for dim, inferred in zip(dims, found or dims, strict=True)
+        ]
 
 
 def _resized_late(

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxslim
 from onnx.reference import ReferenceEvaluator
 
-from logshift.converter import qdq
+from logshift.converter import imports, qdq
+from logshift.converter.imports.edges import write_out
+from logshift.converter.imports.sizes import InputShapes, give_sizes
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
+from logshift.converter.simplify import RENAMING, simplified
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 
@@ -23,12 +25,6 @@ from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 _MAX_BYTES = 2**31 - 2**20
 # Before it, arithmetic broadcasts by attributes.
 MIN_OPSET = 7
-# Simplifications that change weights.
-_RENAMING = (
-    "FusionConvAdd", "FusionConvBN", "FusionConvMul", "FusionConvTransposeAdd",
-    "FusionConvTransposeBN", "FusionConvTransposeMul", "FusionGemm", "FusionGemmAdd",
-    "FusionGemmMul",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,11 @@ class ModelInput:
     name: str
     shape: tuple[Dim, ...]
     dtype: str = "float32"
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds real numbers, of any precision."""
+        return np.dtype(self.dtype).kind == "f"
 
     @property
     def batch(self) -> int:
@@ -52,7 +53,7 @@ class Model:
     Attributes
     ----------
     original : onnx.ModelProto
-        As it was given, but for its quantization.
+        In plain form (see `imports`), without its quantization.
     proto : onnx.ModelProto
         Simplified.
     inputs : list of ModelInput
@@ -62,7 +63,18 @@ class Model:
         What was taken out of it; see `qdq.strip`.
     metadata : Metadata
     given : onnx.ModelProto
-        As it was given: what the packed network is to do.
+        As it was given, but for half precision: what the packed network is to do.
+    left : dict of the first output of a node to str
+        Why nodes have a form still that is not plain.
+    forms : (onnx.ModelProto, onnx.ModelProto), optional
+        The model as it was given and in plain form, with its quantization, to be compared; if it
+        was of another form.
+    rounds : bool
+        Whether the given model rounds where the plain one does not.
+    declared : dict of output name to TypeProto.Tensor
+        What the given model says of its outputs.
+    frees_sizes : bool
+        Whether inputs must take other sizes than the nominal ones, whatever that costs.
     """
 
     original: onnx.ModelProto
@@ -72,6 +84,11 @@ class Model:
     quantization: dict[str, Quantization]
     metadata: Metadata
     given: onnx.ModelProto
+    left: dict[str, str] = field(default_factory=dict)
+    forms: tuple[onnx.ModelProto, onnx.ModelProto] | None = None
+    rounds: bool = False
+    declared: dict[str, onnx.TypeProto.Tensor] = field(default_factory=dict)
+    frees_sizes: bool = False
 
     @property
     def opset(self) -> int:
@@ -79,13 +96,25 @@ class Model:
         return next(o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx"))
 
 
-def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
+def load(
+    source: str | os.PathLike[str] | onnx.ModelProto, input_shapes: InputShapes | None = None
+) -> Model:
     """Load, check and simplify a model.
+
+    Parameters
+    ----------
+    source : path or onnx.ModelProto
+        The latter is left as it is.
+    input_shapes : mapping of input name to sizes, optional
+        See `convert`.
 
     Raises
     ------
     ConversionError
-        If it is no valid ONNX model, or has inputs that are no tensors of numbers.
+        If it is no valid ONNX model, or has inputs that are no tensors of numbers, or cannot have
+        the sizes that are asked for.
+    InputError
+        If `input_shapes` does not fit its inputs.
     OSError
         If the file cannot be read.
     """
@@ -104,44 +133,38 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     size = original.ByteSize()
     if size > _MAX_BYTES:
         raise ConversionError(f"{where}: {size} bytes; models of 2 GiB and more are not supported")
+    model = onnx.ModelProto()
+    model.CopyFrom(original)
     try:
-        onnx.checker.check_model(original)
+        mended = imports.put_in_order(model)
+        onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
-    _check_opset(original, where)
-    inputs = _inputs(original.graph)
-    known = Metadata.read(original)
-    given = original
-    original, quantization = qdq.strip(original, known)
+    _check_opset(model, where)
+    known = Metadata.read(model)
+    if input_shapes:
+        mended |= give_sizes(model, input_shapes)
+        original = onnx.ModelProto()
+        original.CopyFrom(model)
+    imported = imports.brought_in(model)
+    inputs = _inputs(imported.model.graph)
+    plain, quantization = qdq.strip(imported.model, known)
+    write_out(plain, quantization)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     named = quantization or known.weights or known.keep_float
-    proto = _simplified(original, _RENAMING if named else ())
-    return Model(original, proto, inputs, size, quantization, known, given)
-
-
-def _simplified(model: onnx.ModelProto, skipped: tuple[str, ...]) -> onnx.ModelProto:
-    """Simplify a model; where that fails it stays as it is, which costs nothing but speed."""
-    # Inference of shapes may know less than the model says.
-    for options in ({}, {"no_shape_infer": True}):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        try:
-            proto = onnxslim.slim(copy, skip_fusion_patterns=skipped, **options)
-        except Exception:  # a simplifier may fail in any way
-            continue
-        if _is_whole(proto.graph):
-            return proto
-    return model
-
-
-def _is_whole(graph: onnx.GraphProto) -> bool:
-    """Tell whether all nodes' inputs come from somewhere."""
-    known = {"", *(value.name for value in graph.input), *(t.name for t in graph.initializer)}
-    for node in graph.node:
-        if not known.issuperset(node.input):
-            return False
-        known.update(node.output)
-    return known.issuperset(value.name for value in graph.output)
+    proto = simplified(plain, RENAMING if named else ())
+    # Of half precision onnxruntime's transformers may be wrong, or end the process.
+    comparable = (mended or imported.changed) and not imported.retyped
+    forms = (original, imported.model) if comparable else None
+    declared = {value.name: value.type.tensor_type for value in original.graph.output}
+    if input_shapes:
+        declared = {}
+    free = any(not isinstance(d, int) for sizes in (input_shapes or {}).values() for d in sizes)
+    given = imported.model if imported.retyped else original
+    return Model(
+        plain, proto, inputs, size, quantization, known, given, imported.left, forms,
+        imported.rounds, declared, free,
+    )  # fmt: skip
 
 
 def _check_opset(model: onnx.ModelProto, where: str) -> None:
@@ -184,8 +207,11 @@ def _dim(name: str, axis: int, dim: onnx.TensorShapeProto.Dimension) -> Dim:
 
 
 def dim_name(dim: onnx.TensorShapeProto.Dimension) -> str:
-    """Return the name of an unknown dimension, "" if it has none: "?" says no more than that."""
-    return "" if dim.dim_param == "?" else dim.dim_param
+    """Return the name of an unknown dimension, "" if it has none.
+
+    "?" says no more than that, and a formula is no name.
+    """
+    return "" if dim.dim_param == "?" or " " in dim.dim_param else dim.dim_param
 
 
 _DTYPES: dict[int, str] = {

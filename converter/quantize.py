@@ -8,16 +8,18 @@ quantization of everything before it has shifted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from logshift.converter import feedback
-from logshift.converter.activation import activation
-from logshift.converter.budget import Plan, fixed_plan
+from logshift.converter import feedback, shared
+from logshift.converter.activation import activation, rounded
+from logshift.converter.budget import Plan, Share, fixed_plan
 from logshift.converter.calibrate import choose_quantization
 from logshift.converter.clamp import NO_CLAMP
+from logshift.converter.constant_words import encode_constant, rows_read
 from logshift.converter.evaluate import (
     Evaluator,
     Value,
@@ -30,14 +32,19 @@ from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.kernels.errors import ConversionError
 from logshift.kernels.stlq.codec import LogWeights
-from logshift.runtime.graph import NEWEST_OPSET, ONNX_DOMAIN, Graph, Node, Quantization
+from logshift.runtime.graph import (
+    NEWEST_OPSET,
+    ONNX_DOMAIN,
+    ConstantWords,
+    Graph,
+    Node,
+    Quantization,
+)
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.validate import validate
 
 # Before the walk, float stream and codes of the quantized one: bytes per value of a tensor.
 _BYTES_PER_VALUE = 5
-
-_MOST_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,16 @@ class _Walk:
         self.streams = {name: _Streams(x, x) for name, x in {**samples, **graph.constants}.items()}
         self.quantization: dict[str, Quantization] = {}
         self.code_tensors = set(graph.code_tensors)
+        # Of weights that several nodes have, by their `id`: what is known of all, and their words.
+        self.ahead = shared.look_ahead(graph, samples, batches, settings)
+        self.encoded: dict[int, LogWeights] = {}
+        self.constant_words: dict[str, ConstantWords] = {}
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
+        with ThreadPoolExecutor(1) as self.helper:
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
         last_use = _last_uses(self.graph)
         nodes, errors = [], []
         for index, node in enumerate(self.graph.nodes):
@@ -147,8 +162,12 @@ class _Walk:
             self.graph.outputs,
             self.quantization,
             nodes,
-            constants=self.graph.constants,
+            constants={
+                name: self.constant_words[name].values() if name in self.constant_words else array
+                for name, array in self.graph.constants.items()
+            },
             opset=opset,
+            constant_words=self.constant_words,
         )
         return graph, errors
 
@@ -158,6 +177,7 @@ class _Walk:
         exact = run_onnx(
             node, [None if s is None else s.exact for s in streams], constant, self.batches
         )
+        self._encode_constants(node, exact)
         quantized = exact
         if any(s is not None and s.exact is not s.quantized for s in streams):
             inputs = [None if s is None else s.quantized for s in streams]
@@ -176,6 +196,29 @@ class _Walk:
             np.concatenate([y.ravel() for y in part]) for part in zip(*pairs, strict=True)
         )
         return packed, LayerError(None, snr_db(signal, noisy))
+
+    def _encode_constants(self, node: FloatNode, outputs: list[list[np.ndarray]]) -> None:
+        """Choose the words of the constants that are weights of a node, where nobody has yet."""
+        for index, name in enumerate(node.inputs):
+            if name not in self.graph.weights or name in self.constant_words:
+                continue
+            words = self.graph.constant_words.get(name)
+            if words is None:
+                streams = [self.streams[n] if n else None for n in node.inputs]
+                quantized, exact = (
+                    rows_read(node, index, values, outputs)
+                    for values in (
+                        [s and s.quantized for s in streams], [s and s.exact for s in streams]
+                    )
+                )  # fmt: skip
+                s = self.settings
+                share = self.plan.get(name, Share(s.weight_bits, s.ratio_of_constants))
+                words = encode_constant(
+                    self.graph.constants[name], self.graph.weights[name], quantized, exact,
+                    replace(s, weight_bits=share.bits), share.ratio,
+                )  # fmt: skip
+            self.constant_words[name] = words
+            self.streams[name].quantized = words.values()
 
     def _nodes(self, node: FloatNode) -> Iterator[tuple[Node, LayerError]]:
         """Pack a node; one whose function cannot be computed at once becomes two."""
@@ -201,6 +244,8 @@ class _Walk:
                 stream.quantized = stream.exact if same else rows(stream.quantized)
         count = len(self.streams[node.inputs[0]].exact)
         evaluator = Evaluator(node)
+        # What the words depend on is known: they are chosen while the float network goes on.
+        words = self.helper.submit(self._encode, node) if node.is_quantized else None
         exact = evaluator.sweep(self._exact(node), count)
         self._check(node, exact)
         packed = Node(node.op, node.name, list(node.inputs), [node.output], dict(node.attributes))
@@ -219,31 +264,50 @@ class _Walk:
         if node.is_conv and node.keeps_weight:
             packed.float_weights, packed.bias = node.weight, node.bias
             quantized = evaluator.sweep(self._quantized(node), count)
-        elif node.is_conv:
+        elif words is not None:
             assert node.weight is not None and node.bias is not None
-            packed.weights = self._encode(node, count)
+            packed.weights = words.result()
             values = packed.weights.values()
             weight_snr = snr_db(node.weight, values)
             quantized = evaluator.sweep(self._quantized(node), count, values)
             packed.bias = node.bias
             if self.settings.bias_correction and not self._is_given(node):
-                shift = means - _channel_means(quantized)
+                ahead = self.ahead.get(id(node.weight))
+                if ahead is not None and ahead.has_one_bias:
+                    shift = ahead.shift(node.weight, values)
+                else:
+                    shift = means - _channel_means(quantized)
                 packed.bias = (node.bias + shift).astype(np.float32)
                 quantized += shift.astype(np.float32).reshape(-1, 1, 1)
         else:
             quantized = evaluator.sweep(self._quantized(node), count)
-        quantized = evaluator.finish(quantized)
         if node.output not in self.code_tensors:
+            quantized = evaluator.finish(quantized)
             self.streams[node.output] = _Streams(exact, quantized)
             error = snr_db(exact, quantized)
         else:
             if node.output in self.graph.quantization:
                 exact = np.clip(exact, *q.dequantize(np.array([0, q.top])))
-            codes = q.quantize(quantized)
+            codes = self._codes(packed, evaluator, quantized, q)
             self.streams[node.output] = _Streams(exact, codes)
             error = snr_db(exact, q.dequantize(codes))
         self._fill_in(packed, node)
         return packed, LayerError(weight_snr, error)
+
+    def _codes(
+        self, packed: Node, evaluator: Evaluator, before: np.ndarray, q: Quantization
+    ) -> np.ndarray:
+        """Return the codes that a node makes of what it computes before its function.
+
+        Parabolas are not quite the function: what they are wrong by on average is a mean error
+        like others, for the layers that follow to make up for.
+        """
+        found = packed.activation
+        if found is None or found.op != "Piecewise":
+            return q.quantize(evaluator.finish(before))
+        low, high = (_bound(bound, q) for bound in evaluator.node.clamp)
+        codes = rounded(found, q, before)
+        return codes.clip(low or 0, q.top if high is None else high).astype(np.uint8)
 
     def _check(self, node: FloatNode, exact: np.ndarray) -> None:
         rounds = node.is_quantized or node.output in self.code_tensors
@@ -273,18 +337,28 @@ class _Walk:
         codes = self.code_tensors.intersection([*node.inputs, node.output])
         return node.words is not None and codes <= set(self.graph.quantization)
 
-    def _encode(self, node: FloatNode, count: int) -> LogWeights:
+    def _encode(self, node: FloatNode) -> LogWeights:
         if node.words is not None:
             return node.words
-        share = self.plan[node.output]
-        s, ratio = replace(self.settings, weight_bits=share.bits), share.ratio
-        assert node.weight is not None
-        if s.error_feedback and node.weight[0].size <= feedback.MOST_INPUTS:
-            moments, cross = feedback.covariance(
-                node, self._quantized(node), self._exact(node), count, s.bias_correction
-            )
-            return feedback.encode_with_feedback(node.weight, moments, cross, s, ratio)
-        return feedback.encode_alone(node.weight, s, ratio)
+        key = id(node.weight)
+        if key not in self.encoded:
+            # What is not finite the network will be refused for.
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.encoded[key] = self._chosen(node)
+        return self.encoded[key]
+
+    def _chosen(self, node: FloatNode) -> LogWeights:
+        """Choose the words of a layer."""
+        share, ahead = self.plan[node.output], self.ahead.get(id(node.weight))
+        stream, q = self.streams[node.inputs[0]], self.quantization.get(node.inputs[0])
+        return feedback.encode_layer(
+            node,
+            feedback.Inputs(rows(stream.quantized), q),
+            feedback.Inputs(rows(stream.exact)),
+            replace(self.settings, weight_bits=share.bits),
+            share.ratio,
+            None if ahead is None else ahead.moments,
+        )
 
     def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
         if node.output in self.graph.quantization:
@@ -292,11 +366,8 @@ class _Walk:
         if OPERATORS[node.op].keeps_quantization:
             return self.quantization[node.inputs[0]]
         s = self.settings
-        return choose_quantization(exact, self._bits(node), s.activation_range, s.percentile)
-
-    def _bits(self, node: FloatNode) -> int:
-        bits = self.settings.activation_bits_of(node.name)
-        return _MOST_BITS if bits == 32 else bits  # codes for a neighbour that wants them
+        method = self.graph.ranges.get(node.output, s.activation_range)
+        return choose_quantization(exact, s.code_bits_of(node.name), method, s.percentile)
 
     def _fill_in(self, packed: Node, node: FloatNode) -> None:
         """Add what depends on the quantization of inputs and output: clamp and table."""
@@ -323,7 +394,8 @@ def _bound(value: float | None, q: Quantization | None) -> Any:
 
 
 def _channel_means(y: np.ndarray) -> np.ndarray:
-    return y.mean(axis=(0, 2, 3), dtype=np.float64)
+    # Pictures first: NumPy adds up what lies side by side much faster, and more exactly.
+    return y.mean(axis=(2, 3)).mean(axis=0, dtype=np.float64)
 
 
 def _last_uses(graph: FloatGraph) -> dict[str, int]:

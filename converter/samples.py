@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from logshift.kernels.errors import InputError
 from logshift.runtime.picture import Preprocessing, picture_files
 
 _HELD_BACK = 5  # one batch in so many measures
+_LOOKED_AT = 64  # batches, of which those come first that say most
+_MOST_TELLING = 8
 
 Calibration = str | os.PathLike[str] | np.ndarray | Iterable[Mapping[str, np.ndarray]]
 
@@ -65,7 +67,7 @@ def open_samples(
                 f"calibration array has shape {calibration.shape}; expected samples (N, C, H, W)"
                 " as float32, or pictures (N, H, W, C) as uint8"
             )
-        if calibration.dtype == np.uint8 and _single(inputs).dtype == "float32":
+        if calibration.dtype == np.uint8 and _single(inputs).is_float:
             return _from_pictures(calibration, inputs, preprocessing)
         return _from_array(calibration, _single(inputs), preprocessing)
     if isinstance(calibration, Iterable):
@@ -154,6 +156,53 @@ def divide(data: Mapping[str, np.ndarray], batches: int, fitting: int, most: int
     )
 
 
+def telling_first(
+    division: Division, run: Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]]
+) -> Division:
+    """Let batches that calibrate come first in which the float network says most.
+
+    What is measured on a few samples is to show all that a network can say: the first batches are
+    those in which channels of outputs reach what they have not reached before.
+
+    Parameters
+    ----------
+    division : Division
+    run : callable(inputs) -> arrays
+        Of the float network.
+    """
+    count = division.batches
+    split = {
+        name: x.reshape(count, len(x) // count, *x.shape[1:])
+        for name, x in division.calibration.items()
+    }
+    seen = spread(count, _LOOKED_AT)
+    peaks = np.stack([_peaks(run({name: x[i] for name, x in split.items()})) for i in seen])
+    highest = peaks.max(axis=0)
+    peaks = np.divide(peaks, highest, out=np.zeros(peaks.shape), where=highest > 0)
+    reached, order = np.zeros(peaks.shape[1]), []
+    for _ in range(min(len(seen), _MOST_TELLING)):
+        gain = (peaks - reached).clip(0).mean(axis=1)
+        gain[order] = -1
+        order.append(int(gain.argmax()))
+        reached = np.maximum(reached, peaks[order[-1]])
+    chosen = [seen[i] for i in order]
+    chosen += [i for i in range(count) if i not in chosen]
+    ordered = {name: np.concatenate(x[chosen]) for name, x in split.items()}
+    return replace(division, calibration=ordered)
+
+
+def _peaks(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the largest sizes along the axes in which channels may lie."""
+    found = [np.zeros(1)]
+    for y in outputs:
+        if y.dtype.kind == "f" and y.ndim > 1 and y.size:
+            size = np.abs(np.nan_to_num(y.astype(np.float64)))
+            for axis in {1, y.ndim - 1} if y.ndim != 4 else {1}:
+                found.append(size.max(axis=tuple(a for a in range(y.ndim) if a != axis)))
+    shapes = [len(part) for part in found]
+    return np.concatenate([part / length for part, length in zip(found, shapes, strict=True)])
+
+
 # --- pictures -----------------------------------------------------------------------------------
 
 
@@ -170,10 +219,10 @@ def _from_pictures(
     def prepare(index: int) -> np.ndarray:
         picture = pictures[index]
         if not isinstance(picture, Path):
-            return chosen.prepare(picture, size, last)
+            return chosen.prepare(picture, size, last).astype(info.dtype, copy=False)
         try:
             with Image.open(picture) as image:
-                return chosen.prepare(image, size, last)
+                return chosen.prepare(image, size, last).astype(info.dtype, copy=False)
         except (OSError, UnidentifiedImageError) as error:
             raise InputError(f"cannot read picture {os.fspath(picture)!r}: {error}") from error
 
@@ -185,7 +234,7 @@ def _from_pictures(
 
 
 def _picture_size(info: ModelInput, preprocessing: Preprocessing) -> tuple[int, int]:
-    if len(info.shape) != 4 or info.dtype != "float32":
+    if len(info.shape) != 4 or not info.is_float:
         raise InputError(
             f"input {info.name!r} is {info.dtype} of shape {info.shape}, no picture (N, C, H, W);"
             " give calibration as arrays"
@@ -283,10 +332,9 @@ def _checked(item: Any, inputs: Sequence[ModelInput]) -> dict[str, np.ndarray]:
 
 def _check(array: np.ndarray, info: ModelInput) -> None:
     expected: tuple[Any, ...] = ("N", *info.shape[1:])
-    is_float = info.dtype == "float32"
     if (
         array.ndim != len(expected)
-        or not (array.dtype.kind == "f" if is_float else np.can_cast(array.dtype, info.dtype))
+        or not (array.dtype.kind == "f" if info.is_float else np.can_cast(array.dtype, info.dtype))
         or len(array) == 0
         or any(isinstance(d, int) and d != s for d, s in zip(expected, array.shape, strict=True))
     ):
@@ -297,7 +345,8 @@ def _check(array: np.ndarray, info: ModelInput) -> None:
 
 
 def _as_given(array: np.ndarray, info: ModelInput) -> np.ndarray:
-    array = np.ascontiguousarray(array, info.dtype)
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, info.dtype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError(f"calibration for input {info.name!r} holds NaN or infinity")
     return array

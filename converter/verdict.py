@@ -17,6 +17,7 @@ import numpy as np
 
 from logshift.converter.compare import GroupError, OutputError, OutputSums
 from logshift.converter.progress import Progress
+from logshift.converter.settings import AUTO
 from logshift.kernels.errors import LogshiftError
 from logshift.runtime.graph import Graph, ValueInfo
 from logshift.runtime.session import Session
@@ -386,6 +387,8 @@ def remedy_for_all(
             "activation_bits": 8 if any(e.bits < 8 for e in effects if e.part == "codes") else 32
         }
     ratio = settings.get("residual_ratio", 0.0)
+    if ratio == AUTO and settings.get("prefer") != "accuracy":
+        return {"prefer": "accuracy"}
     if isinstance(ratio, float) and ratio < 0.5:
         return {"residual_ratio": 0.5}
     return {"weight_bits": 5, "residual_ratio": 1.0}

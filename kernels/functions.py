@@ -385,6 +385,81 @@ def onnx_tanh(x, alpha, beta):
     return y if x == x else x
 
 
+# --- of recurrent networks, in rational functions -------------------------------------------------
+
+# An odd rational function on [-8, 8], whose error is below 3e-7.
+TANH_NUMERATOR = (
+    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
+    1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03,
+)  # fmt: skip
+TANH_DENOMINATOR = (
+    1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03,
+)  # fmt: skip
+
+
+@njit(inline="always", error_model="numpy")
+def _fast_tanh(x):
+    v = clamp(x, np.float32(-7.9053111), np.float32(7.9053111))
+    square = v * v
+    p = np.float32(TANH_NUMERATOR[0])
+    p = fma(p, square, np.float32(TANH_NUMERATOR[1]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[2]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[3]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[4]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[5]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[6]))
+    q = np.float32(TANH_DENOMINATOR[0])
+    q = fma(q, square, np.float32(TANH_DENOMINATOR[1]))
+    q = fma(q, square, np.float32(TANH_DENOMINATOR[2]))
+    q = fma(q, square, np.float32(TANH_DENOMINATOR[3]))
+    return p * v / q
+
+
+@njit(inline="always")
+def gate_tanh(x, alpha, beta):
+    """Return tanh(x), within 3e-7."""
+    y = clamp(_fast_tanh(x), np.float32(-1), _ONE)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def gate_sigmoid(x, alpha, beta):
+    """Return sigmoid(x), within 2e-7."""
+    y = clamp(fma(_fast_tanh(x * _HALF), _HALF, _HALF), np.float32(0), _ONE)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def onnx_affine(x, alpha, beta):
+    """Return alpha * x + beta."""
+    return alpha * x + beta
+
+
+@njit(inline="always")
+def onnx_relu(x, alpha, beta):
+    """Return x, or 0 where it is negative."""
+    return maximum(x, np.float32(0))
+
+
+@njit(inline="always")
+def onnx_scaled_tanh(x, alpha, beta):
+    """Return alpha * tanh(beta * x)."""
+    return alpha * gate_tanh(beta * x, alpha, beta)
+
+
+@njit(inline="always", error_model="numpy")
+def onnx_softsign(x, alpha, beta):
+    """Return x / (1 + |x|)."""
+    return x / (_ONE + abs(x))
+
+
+@njit(inline="always")
+def onnx_thresholded_relu(x, alpha, beta):
+    """Return x, or 0 where it is not above alpha."""
+    y = x if x > alpha else np.float32(0)
+    return y if x == x else x
+
+
 # --- by name and by number ------------------------------------------------------------------------
 
 # What the argument `function` of a kernel says is a function's place in one of these.
@@ -398,6 +473,12 @@ ONNX_UNARY_FUNCTIONS = {
     "hard_sigmoid": onnx_hard_sigmoid, "hard_swish": onnx_hard_swish, "leaky_relu": leaky_relu,
     "neg": onnx_neg, "reciprocal": onnx_reciprocal, "sigmoid": onnx_sigmoid, "sqrt": onnx_sqrt,
     "swish": onnx_swish, "tanh": onnx_tanh,
+}  # fmt: skip
+RECURRENT_FUNCTIONS = {
+    "Affine": onnx_affine, "Elu": onnx_elu, "HardSigmoid": onnx_hard_sigmoid,
+    "LeakyRelu": leaky_relu, "Relu": onnx_relu, "ScaledTanh": onnx_scaled_tanh,
+    "Sigmoid": gate_sigmoid, "Softsign": onnx_softsign, "Tanh": gate_tanh,
+    "ThresholdedRelu": onnx_thresholded_relu,
 }  # fmt: skip
 ONNX_BINARY_FUNCTIONS = {
     "add": add, "sub": sub, "mul": mul, "div": div, "maximum": maximum, "minimum": minimum,

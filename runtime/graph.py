@@ -8,6 +8,7 @@ tensors of any type and rank but codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +51,17 @@ class Quantization:
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
         """Return the codes of real values, uint8."""
-        codes = np.rint(x / np.float32(self.scale)) + np.float32(self.zero_point)
-        return np.clip(codes, 0, self.top).astype(np.uint8)
+        codes = np.asarray(x / np.float32(self.scale))
+        np.rint(codes, out=codes)  # in place: these are the largest arrays of a conversion
+        codes += np.float32(self.zero_point)
+        return np.clip(codes, 0, self.top, out=codes).astype(np.uint8)
 
     def dequantize(self, codes: np.ndarray) -> np.ndarray:
         """Return the real values of codes, float32."""
-        return (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+        x = np.asarray(codes.astype(np.float32))
+        x -= np.float32(self.zero_point)
+        x *= np.float32(self.scale)
+        return x
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,40 @@ class Node:
         return None if self.float_weights is None else self.float_weights.shape
 
 
+@dataclass(frozen=True)
+class ConstantWords:
+    """A constant whose values are those of words.
+
+    Attributes
+    ----------
+    weights : LogWeights
+        Shape (O, 1, 1, K): rows are what the constant holds at each place along `axes`.
+    shape : Shape
+        Of the constant.
+    axes : tuple of int
+        Those that have an alpha for each place, in this order; O is the product of their sizes.
+    """
+
+    weights: LogWeights
+    shape: Shape
+    axes: tuple[int, ...]
+
+    def values(self) -> np.ndarray:
+        """Return the constant, float32."""
+        w = self.weights.integers().reshape(self.weights.shape[0], -1)
+        matrix = np.empty(w.shape, np.float32)
+        # In float64 until the last step, a piece at a time.
+        np.multiply(w, self.weights.unit()[:, None], out=matrix, casting="same_kind")
+        order = rows_first(self.axes, len(self.shape))
+        front = matrix.reshape([self.shape[axis] for axis in order])
+        return np.ascontiguousarray(front.transpose(np.argsort(order)))
+
+
+def rows_first(axes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Return all axes in the order in which the words of a constant have them."""
+    return (*axes, *(axis for axis in range(rank) if axis not in axes))
+
+
 @dataclass
 class Graph:
     """A packed network.
@@ -140,6 +180,8 @@ class Graph:
         Name and version of the program that made it, if known; for the reader's eye only.
     constants : dict of tensor name to array
         Constant inputs of ONNX operators.
+    constant_words : dict of tensor name to ConstantWords
+        What constants that are stored as words are made of; `constants` has their values.
     opset : int
         Version of the ONNX operators.
     """
@@ -154,6 +196,7 @@ class Graph:
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     opset: int = NEWEST_OPSET
     producer: str = ""
+    constant_words: dict[str, ConstantWords] = field(default_factory=dict)
 
     def is_code(self, tensor: str) -> bool:
         """Tell whether a tensor holds uint8 codes."""

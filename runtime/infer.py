@@ -8,7 +8,7 @@ proved right.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -133,35 +133,39 @@ def _infer_quickly(
     dtype = seen.get(index)
     if dtype is None or all(name in found.values for name in node.inputs if name):
         return False
-    shape = _rule(node, found)
-    if shape is None or math.prod(shape) > MAX_ELEMENTS or len(shape) > MAX_RANK:
+    shapes = _rule(node, found)
+    if any(math.prod(shape) > MAX_ELEMENTS or len(shape) > MAX_RANK for shape in shapes):
         return False
-    found.shapes[node.outputs[0]], found.dtypes[node.outputs[0]] = shape, dtype
-    return True
+    for name, shape in zip(node.outputs, shapes, strict=False):
+        if name:
+            found.shapes[name], found.dtypes[name] = shape, dtype
+    return bool(shapes)
 
 
 def _learn(
     index: int, node: Node, found: Inference, seen: dict[int, np.dtype | None] | None
 ) -> None:
-    """Note the type of an operator's output, or that no rule tells its shape."""
-    out = node.outputs[0]
-    if seen is None or index in seen or out in found.values:
+    """Note the type of an operator's outputs, or that no rule tells their shapes."""
+    outputs = [name for name in node.outputs if name]
+    if seen is None or index in seen or not found.values.keys().isdisjoint(outputs):
         return
-    shape = found.shapes.get(out)
-    right = shape is not None and len(node.outputs) == 1 and _rule(node, found) == shape
-    seen[index] = found.dtypes[out] if right else None
+    told = dict(zip(node.outputs, _rule(node, found), strict=False))
+    dtypes = {found.dtypes.get(name) for name in outputs}
+    right = len(dtypes) == 1 and all(told.get(n) == found.shapes.get(n, told) for n in outputs)
+    seen[index] = dtypes.pop() if right else None
 
 
-def _rule(node: Node, found: Inference) -> Shape | None:
-    """Shape of the output of an ONNX operator, where that is easily told."""
+def _rule(node: Node, found: Inference) -> Sequence[Shape]:
+    """Shapes of the outputs of an ONNX operator, where these are easily told; else none."""
     rule = RULES.get(node.op)
     shapes = [found.shapes.get(name) for name in node.inputs if name]
     if rule is None or not shapes or None in shapes:
-        return None
+        return ()
     try:
-        return rule(node, shapes, found)
+        told = rule(node, shapes, found)
     except (ValueError, IndexError):  # what does not fit, computing on zeros will name
-        return None
+        return ()
+    return told if isinstance(told, list) else () if told is None else (told,)
 
 
 def _zeros(found: Inference, name: str) -> np.ndarray | None:

@@ -32,6 +32,7 @@ from logshift.runtime.table import text_table
 # (several callers at once need one each), and of so many bytes, but always the latest.
 _SHAPES_KEPT, _PLANS_KEPT, _BYTES_KEPT = 8, 16, 2**28
 _LOADERS = 8  # most threads that load: each needs memory for a layer, and there are only so many
+_PICTURES = ("float32", "float16")  # inputs that prepared pictures may be
 
 
 def load(
@@ -420,13 +421,12 @@ class Session:
     def _array(self, name: str, x: Any) -> np.ndarray:
         array = np.asarray(x)
         dtype = next(info.dtype for info in self.inputs if info.name == name)
-        if dtype == "float32" and array.dtype.kind != "f":
+        if not (array.dtype.kind == np.dtype(dtype).kind == "f" or _fits(array.dtype, dtype)):
+            pictures = " (or, for a network with preprocessing, HWC uint8 pictures)"
             raise InputError(
-                f"input {name!r} has dtype {array.dtype}; it takes float32 (or, for a network"
-                " with preprocessing, HWC uint8 pictures)"
+                f"input {name!r} has dtype {array.dtype}; it takes {dtype}"
+                f"{pictures * (dtype in _PICTURES)}"
             )
-        if dtype != "float32" and not np.can_cast(array.dtype, dtype):
-            raise InputError(f"input {name!r} has dtype {array.dtype}; it takes {dtype}")
         return np.asarray(array, dtype, order="C")
 
 
@@ -456,6 +456,11 @@ def family(kernels: str) -> str:
     if kernels not in families:
         raise InputError(f"kernels is {kernels!r}; choose one of {', '.join(families)}")
     return kernels
+
+
+def _fits(given: np.dtype, wanted: str) -> bool:
+    """Tell whether an input of another type is taken; integers may be pictures gone astray."""
+    return wanted not in _PICTURES and np.can_cast(given, wanted)
 
 
 def _is_picture(x: Any) -> bool:

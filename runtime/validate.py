@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from logshift.runtime.graph import (
     MAX_ELEMENTS,
     MAX_RANK,
     NEWEST_OPSET,
+    ConstantWords,
     Graph,
     Node,
     ValueInfo,
@@ -20,6 +22,9 @@ from logshift.runtime.infer import infer_nominal
 from logshift.runtime.onnx_ops import numpy_ops
 from logshift.runtime.operators import OPERATORS
 from logshift.runtime.operators.base import REQUIRED, NodeError
+from logshift.runtime.operators.conv import check_grid
+
+_MOST_UNIT = 1e15  # of the words of a constant: their values stay far from float32 infinity
 
 
 def validate(graph: Graph) -> None:
@@ -49,6 +54,11 @@ def validate(graph: Graph) -> None:
         if array.dtype.name not in DTYPES or array.ndim > MAX_RANK:
             raise FormatError(f"constant {name!r} is {array.dtype} of rank {array.ndim}")
         known.add(name)
+    for name, words in graph.constant_words.items():
+        check_words(name, words)
+        values = graph.constants.get(name)
+        if values is None or values.dtype != np.float32 or values.shape != words.shape:
+            raise FormatError(f"words are given for {name!r}, which is no constant like them")
     for node in graph.nodes:
         label = f"node {node.name!r} ({node.op})"
         for name in node.inputs:
@@ -76,6 +86,32 @@ def validate(graph: Graph) -> None:
     if len({info.name for info in graph.outputs}) != len(graph.outputs):
         raise FormatError("an output is given twice")
     _check_outputs(graph)
+
+
+def check_words(name: str, words: ConstantWords) -> None:
+    """Check the words of a constant, which its values are computed of.
+
+    Raises
+    ------
+    FormatError
+    """
+    shape, axes = words.shape, words.axes
+    if not 1 <= len(shape) <= MAX_RANK or min(shape) < 1:
+        raise FormatError(f"constant {name!r}: shape {list(shape)} is none that words can have")
+    if len(set(axes)) < len(axes) or not set(axes) <= set(range(len(shape))):
+        raise FormatError(f"constant {name!r}: axes {list(axes)} are not axes of {list(shape)}")
+    rows = math.prod(shape[axis] for axis in axes)
+    if words.weights.shape != (rows, 1, 1, math.prod(shape) // rows):
+        raise FormatError(
+            f"constant {name!r}: words of shape {list(words.weights.shape)} do not make up"
+            f" {list(shape)} with axes {list(axes)} in front"
+        )
+    try:
+        check_grid(words.weights)
+    except NodeError as error:
+        raise FormatError(f"constant {name!r}: {error}") from None
+    if float(words.weights.unit().max()) > _MOST_UNIT:
+        raise FormatError(f"constant {name!r}: alpha is absurdly large")
 
 
 def _lay_out(node: Node) -> None:

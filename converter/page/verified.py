@@ -15,11 +15,11 @@ from logshift.converter.evaluate import snr_db
 from logshift.converter.float_graph import FloatGraph
 from logshift.converter.onnx_model import Model, Runner, load
 from logshift.converter.page.content import Page, float_weights, gather
-from logshift.converter.pipeline import lowered
+from logshift.converter.pipeline import lowered, placed
 from logshift.converter.progress import Progress
 from logshift.converter.report import LayerReport, Report
 from logshift.converter.samples import open_samples
-from logshift.converter.settings import AUTO, Settings
+from logshift.converter.settings import Settings
 from logshift.converter.verdict import Verdict
 from logshift.kernels.errors import LogshiftError
 from logshift.runtime.file.describe import layer_bytes
@@ -79,11 +79,13 @@ def _float_graph(
 ) -> FloatGraph | None:
     """Return the float network that the file was made from, None if it cannot be found again."""
     known = {f.name for f in fields(Settings)} - {"weight_bits", "residual_ratio"}
-    given = {k: v for k, v in packed.settings.items() if k in known and v != AUTO}
+    given = {k: v for k, v in packed.settings.items() if k in known}
     given["keep_float"] = tuple(given.get("keep_float", ()))
     try:
         samples = open_samples(batches[:1], loaded.inputs, None)
-        graph = lowered(loaded, samples, Settings(**given))
+        settings = Settings(**given)
+        network = lowered(loaded, samples, settings)
+        graph = placed(network, loaded, settings, packed.settings.get("float_tensors", ()))
     except (LogshiftError, TypeError):
         return None
     made = {name for node in packed.nodes for name in node.outputs}

@@ -22,39 +22,47 @@ from logshift.kernels.records import share
 from logshift.kernels.reference.onnx_ops import ONNX_MATMUL, axes_of, place
 from logshift.kernels.registry import register
 
-_ISA = next((isa for isa in (AVX512, FMA, NEON) if isa.available), NEON)
-_LANES = _ISA.lanes
+ISA = next((isa for isa in (AVX512, FMA, NEON) if isa.available), NEON)
+_LANES = ISA.lanes
 _HALF, _QUARTER = max(_LANES // 2, 1), max(_LANES // 4, 1)
-_MANY, _FEW = 8, 4  # rows of a tile
+MANY, FEW = 8, 4  # rows of a tile
+_NOTHING = np.int64(0)
 _CHUNK = 128  # columns that all rows take before others, so that they stay in the cache
 
 
-def _tile(rows: int, columns: int) -> Any:
-    """Return what computes so many rows and columns."""
+def _tile(rows: int, columns: int, adds: bool) -> Any:
+    """Return what computes so many rows and columns, or adds them to z."""
     widths = [min(columns, _LANES)] * max(columns // _LANES, 1)
 
     @intrinsic
-    def tile(typingctx, x, x_row, r, r_row, y, y_row, count):
+    def tile(typingctx, x, x_row, r, r_row, y, y_row, count, z, z_row):
         """Take addresses of first elements, bytes from row to row, and how many products."""
 
         def codegen(context, builder, signature, args):
-            _emit(Emitter(builder), rows, widths, *args)
+            *others, z, z_row = args
+            _emit(Emitter(builder), rows, widths, *others, (z, z_row) if adds else None)
             return context.get_dummy_value()
 
-        return types.void(x, x_row, r, r_row, y, y_row, count), codegen
+        return types.void(x, x_row, r, r_row, y, y_row, count, z, z_row), codegen
 
     return tile
 
 
 def _emit(
     e: Emitter, rows: int, widths: list[int], x: Any, x_row: Any, r: Any, r_row: Any, y: Any,
-    y_row: Any, count: Any,
+    y_row: Any, count: Any, first: tuple[Any, Any] | None,
 ) -> None:  # fmt: skip
-    """Emit a loop over the products of a tile, and its stores."""
+    """Emit a loop over the products of a tile, which are added to `first`, and its stores."""
     b, kind = e.b, ir.VectorType(f32, widths[0])
     begins = [4 * kind.count * j for j in range(len(widths))]
     tiles = [(i, j) for i in range(rows) for j in range(len(widths))]
     lines = [b.add(x, b.mul(x_row, e.word(i))) for i in range(rows)]
+    totals = {t: e.constant(0.0, kind) for t in tiles}
+    if first is not None:
+        z, z_row = first
+        for i, j in tiles:
+            at = b.add(b.add(z, b.mul(z_row, e.word(i))), e.word(begins[j]))
+            totals[i, j] = e.load(at, kind, 4)
     before, loop, after = b.block, *(b.append_basic_block(n) for n in ("product", "done"))
     b.branch(loop)
     b.position_at_end(loop)
@@ -71,22 +79,24 @@ def _emit(
     e.incoming(k, (before, e.word(0)), (loop, k_next))
     e.incoming(at, (before, r), (loop, at_next))
     for t, phi in acc.items():
-        e.incoming(phi, (before, e.constant(0.0, kind)), (loop, new[t]))
+        e.incoming(phi, (before, totals[t]), (loop, new[t]))
     b.cbranch(b.icmp_signed("<", k_next, count), loop, after)
     b.position_at_end(after)
     for (i, j), value in new.items():
         e.store(value, b.add(b.add(y, b.mul(y_row, e.word(i))), e.word(begins[j])), 4)
 
 
-def _of_rows(rows: int) -> Any:
-    """Return what computes so many rows of any number of columns."""
+def of_rows(rows: int, adds: bool = False) -> Any:
+    """Return what computes so many rows of any number of columns, or adds them to those of z."""
     most = _LANES * min(16 // rows, 8)  # enough sums at once for their latency not to count
     wide, whole, half, quarter, single = (
-        _tile(rows, columns) for columns in (most, _LANES, _HALF, _QUARTER, 1)
+        _tile(rows, columns, adds) for columns in (most, _LANES, _HALF, _QUARTER, 1)
     )
 
     @njit(error_model="numpy")
-    def of_rows(x, x_row, r, r_row, y, y_row, count, first, columns, all_columns):
+    def compute(
+        x, x_row, r, r_row, y, y_row, count, first, columns, all_columns, z=_NOTHING, z_row=_NOTHING
+    ):
         j, end, narrow = first, first + columns, 1
         for fewer in (_QUARTER, _HALF, _LANES):
             if all_columns >= fewer:
@@ -97,28 +107,28 @@ def _of_rows(rows: int) -> Any:
                 width = most
             at = 4 * min(j, all_columns - width)
             if width == most:
-                wide(x, x_row, r + at, r_row, y + at, y_row, count)
+                wide(x, x_row, r + at, r_row, y + at, y_row, count, z + at, z_row)
             elif width == _LANES:
-                whole(x, x_row, r + at, r_row, y + at, y_row, count)
+                whole(x, x_row, r + at, r_row, y + at, y_row, count, z + at, z_row)
             elif width == _HALF:
-                half(x, x_row, r + at, r_row, y + at, y_row, count)
+                half(x, x_row, r + at, r_row, y + at, y_row, count, z + at, z_row)
             elif width == _QUARTER:
-                quarter(x, x_row, r + at, r_row, y + at, y_row, count)
+                quarter(x, x_row, r + at, r_row, y + at, y_row, count, z + at, z_row)
             else:
-                single(x, x_row, r + at, r_row, y + at, y_row, count)
+                single(x, x_row, r + at, r_row, y + at, y_row, count, z + at, z_row)
             j += width
 
-    return of_rows
+    return compute
 
 
-_many_rows, _few_rows, _one_row = (_of_rows(rows) for rows in (_MANY, _FEW, 1))
+_many_rows, _few_rows, _one_row = (of_rows(rows) for rows in (MANY, FEW, 1))
 
 
-@register("onnx_matmul", "fma", ONNX_MATMUL, available=lambda: _ISA.available)
+@register("onnx_matmul", "fma", ONNX_MATMUL, available=lambda: ISA.available)
 def _matmul(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     axes, rows, columns, count = axes_of(a, 4), a.height, a.width, a.count
-    of_tile = _MANY if rows >= _MANY else _FEW if rows >= _FEW else 1
+    of_tile = MANY if rows >= MANY else FEW if rows >= FEW else 1
     tiles, chunks = (rows + of_tile - 1) // of_tile, (columns + _CHUNK - 1) // _CHUNK
     begin, end = share(a.n * chunks * tiles, first_part, end_part, parts)
     for item in range(begin, end):
@@ -132,9 +142,9 @@ def _matmul(arguments, first_part, end_part, parts, slot):
             x, 4 * count, r, 4 * columns, y, 4 * columns, count,
             first, min(_CHUNK, columns - first), columns,
         )  # fmt: skip
-        if of_tile == _MANY:
+        if of_tile == MANY:
             _many_rows(*given)
-        elif of_tile == _FEW:
+        elif of_tile == FEW:
             _few_rows(*given)
         else:
             _one_row(*given)

@@ -68,6 +68,17 @@ def _move(arguments, first_part, end_part, parts, slot):
         y[a.start_y + place(axes, i, 1)] = x[a.start_x + place(axes, i, 2)]
 
 
+# n elements of y become one number.
+ONNX_FILL = record(**OUTPUT, value=FLOAT)
+
+
+@register("onnx_fill", "reference", ONNX_FILL)
+def _fill(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    if first_part == 0:
+        values(a.y)[: a.n] = a.value
+
+
 # `function`: its place in `functions.ONNX_BINARY_FUNCTIONS`. Along the last axis x and r are
 # contiguous, or one of them is repeated.
 ONNX_BINARY = record(**OUTPUT, r=TENSOR, **_AXES, function=INT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections import Counter
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from logshift.kernels.errors import FormatError
 from logshift.runtime.file import format
@@ -28,14 +26,14 @@ def describe(path: Path) -> dict[str, Any]:
     OSError
         If it cannot be read.
     """
-    manifest = format.read_manifest(path)
+    layout = format.read_layout(path)
+    manifest = layout.manifest
     try:
-        sizes = layer_bytes(path)
-        with safetensors.safe_open(path, framework="np") as tensors:
-            nodes = [
-                _describe_node(index, node, manifest["tensors"], sizes[index], tensors)
-                for index, node in enumerate(manifest["nodes"])
-            ]
+        sizes = _layer_bytes(layout)
+        nodes = [
+            _describe_node(index, node, sizes[index], layout)
+            for index, node in enumerate(manifest["nodes"])
+        ]
         layers = [node for node in nodes if "bits" in node]
         weights = sum(node["weights"] for node in layers)
         return {
@@ -54,8 +52,14 @@ def describe(path: Path) -> dict[str, Any]:
             "nzr": sum(node["nzr"] * node["weights"] for node in layers) / max(weights, 1),
         }
     # What is not validated here is validated on loading, which also names the rule.
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, zlib.error,
-            safetensors.SafetensorError) as error:  # fmt: skip
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        zlib.error,
+    ) as error:
         raise FormatError(f"{path}: the file is damaged ({error})") from error
 
 
@@ -65,8 +69,9 @@ def _value(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_node(
-    index: int, node: dict[str, Any], codes: dict[str, Any], size: int, tensors: Any
+    index: int, node: dict[str, Any], size: int, layout: format.Layout
 ) -> dict[str, Any]:
+    codes = layout.manifest["tensors"]
     runs = "float32" if codes.keys().isdisjoint(node["inputs"] + node["outputs"]) else "codes"
     if node.get("domain"):
         # For some it depends on types and sizes, which are not inferred here.
@@ -80,16 +85,16 @@ def _describe_node(
         result |= {"weight_shape": weight["shape"], "weights": count}
         if "bits" in weight:
             result["bits"] = weight["bits"]
-            result["nzr"] = _second_words(index, weight, count, tensors) / count
+            result["nzr"] = _second_words(index, weight, count, layout) / count
     return result
 
 
-def _second_words(index: int, weight: dict[str, Any], count: int, tensors: Any) -> int:
+def _second_words(index: int, weight: dict[str, Any], count: int, layout: format.Layout) -> int:
     """Count the second words of a layer by its tile counts or bitmap."""
     if weight["positions"] == "none":
         return 0
     name = "count" if weight["positions"] == "list" else "position"
-    raw = tensors.get_tensor(f"{index}.{name}").tobytes()
+    raw = layout.read(f"{index}.{name}")
     if name in weight["zlib"]:
         raw = zlib.decompressobj().decompress(raw, 2 * count)
     if name == "count":
@@ -100,14 +105,30 @@ def _second_words(index: int, weight: dict[str, Any], count: int, tensors: Any) 
 def layer_bytes(path: Path) -> Counter[int]:
     """Return the bytes of each node's tensors in a packed file, by the node's index.
 
-    Tensors are named `<index of the node>.<what>`; see `docs/format.md`.
+    Tensors are named `<index of the node>.<what>`; see `docs/format.md`. What several nodes have is
+    counted for the first, also constants of words.
     """
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return _layer_bytes(format.read_layout(path))
+
+
+def _layer_bytes(layout: format.Layout) -> Counter[int]:
+    manifest = layout.manifest
+    readers = {
+        n: i for i, node in reversed([*enumerate(manifest["nodes"])]) for n in node["inputs"]
+    }
+    words = manifest.get("constant_words", {})
+    constants = {
+        f"constant.{i}": readers[name]
+        for i, name in enumerate(manifest.get("constants", ()))
+        if name in words and name in readers
+    }
+    owners: dict[tuple[int, int], int] = {}
+    for name, place in layout.places.items():
+        key = name.rpartition(".")[0]
+        owner = int(key) if key.isdecimal() else constants.get(key)
+        if owner is not None:
+            owners[place] = min(owner, owners.get(place, owner))
     sizes: Counter[int] = Counter()
-    for name, tensor in header.items():
-        owner = name.split(".")[0]
-        if owner.isdecimal():
-            begin, end = tensor["data_offsets"]
-            sizes[int(owner)] += end - begin
+    for (begin, end), owner in owners.items():
+        sizes[owner] += end - begin
     return sizes

@@ -1,18 +1,22 @@
 """The packed file `.stlq`: the one place that reads, writes and validates it.
 
 The container is safetensors; `docs/format.md` describes every byte. `manifest` knows the fields of
-the manifest, `weights` the streams of words. `read` trusts nothing: whatever it returns has passed
-every rule that a kernel relies on.
+the manifest, `weights` the streams of words, `bundle` how tensors lie together in one. `read`
+trusts nothing: whatever it returns has passed every rule that a kernel relies on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
@@ -20,16 +24,20 @@ import safetensors.numpy
 
 from logshift.kernels.activation import PIECES
 from logshift.kernels.errors import FormatError
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.executor import spread
-from logshift.runtime.file import files, manifest, weights
-from logshift.runtime.graph import Graph, Node
+from logshift.runtime.file import bundle, files, manifest, weights
+from logshift.runtime.graph import ConstantWords, Graph, Node, Shape
 from logshift.runtime.operators import OPERATORS
-from logshift.runtime.validate import validate
+from logshift.runtime.validate import check_words, validate
 
 MANIFEST_KEY = "logshift"
 CHECKSUM_KEY = "checksum"
 
 _NO_COEFFICIENTS = "HardSwish"  # all other activation functions have some
+
+# What all tensors in one must save, or older readers are worth more: bytes, share of the file.
+_LEAST_SAVED, _LEAST_SHARE = 4096, 1 / 16
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -62,26 +70,57 @@ def write(graph: Graph, path: str | os.PathLike[str]) -> int:
 
 
 def serialize(graph: Graph) -> bytes:
-    """Return the bytes of the packed file; see `write`."""
+    """Return the bytes of the packed file; see `write`.
+
+    The version is the lowest that knows all that there is, unless the file is notably smaller in
+    the form of version 4.
+    """
     validate(graph)
-    tensors: dict[str, np.ndarray] = {}
+    content, tensors = _parts(graph)
+    if content["format_version"] == manifest.BUNDLED:
+        return _bundled(content, tensors)
+    plain = _signed(_text(content), tensors)
+    smaller = _bundled(content, tensors)
+    saved = len(plain) - len(smaller)
+    return smaller if saved >= max(_LEAST_SAVED, _LEAST_SHARE * len(plain)) else plain
+
+
+def _parts(graph: Graph) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the manifest and the tensors of a graph by their names."""
     content = manifest.of(graph)
+    packed: dict[int, weights.Streams] = {}  # of weights that several nodes have
+
+    def pack(words: LogWeights, where: str) -> weights.Streams:
+        if id(words) not in packed:
+            packed[id(words)] = weights.pack(words, where, graph.settings)
+        return packed[id(words)]
+
+    tensors: dict[str, np.ndarray] = {}
     for index, (node, record) in enumerate(zip(graph.nodes, content["nodes"], strict=True)):
-        for name, array in _node_tensors(node, record, graph.settings).items():
+        for name, array in _node_tensors(node, record, pack).items():
             tensors[f"{index}.{name}"] = array
-    for index, array in enumerate(graph.constants.values()):
-        tensors[f"constant.{index}"] = np.array(array, order="C")
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return _container(tensors, {MANIFEST_KEY: text, CHECKSUM_KEY: _checksum(text, tensors)})
+    for index, (name, array) in enumerate(graph.constants.items()):
+        if name in graph.constant_words:
+            words = graph.constant_words[name]
+            streams = pack(words.weights, f"constant {name!r}")
+            content["constant_words"][name] = {
+                "shape": list(words.shape),
+                "axes": list(words.axes),
+                "weight": manifest.WORDS.write(streams),
+            }
+            tensors |= {f"constant.{index}.{key}": part for key, part in streams.tensors.items()}
+        else:
+            tensors[f"constant.{index}"] = np.array(array, order="C")
+    return content, tensors
 
 
 def _node_tensors(
-    node: Node, record: dict[str, Any], settings: dict[str, Any]
+    node: Node, record: dict[str, Any], pack: Callable[[LogWeights, str], weights.Streams]
 ) -> dict[str, np.ndarray]:
     """Return the tensors of a node by their names; `record` gets what is to be said of weights."""
     tensors: dict[str, np.ndarray] = {}
     if node.weights is not None:
-        streams = weights.pack(node.weights, _label(node), settings)
+        streams = pack(node.weights, _label(node))
         record["weight"] = manifest.WORDS.write(streams)
         tensors |= streams.tensors
     elif node.float_weights is not None:
@@ -100,14 +139,27 @@ def _label(node: Node) -> str:
     return f"node {node.name!r} ({node.op})"
 
 
-def _container(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+def _bundled(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> bytes:
+    """Return a file whose tensors are all in one."""
+    index, data = bundle.bundle(tensors)
+    version = {"format_version": manifest.BUNDLED}
+    sizes, packed = bundle.pack(_text(content | version | {bundle.INDEX_KEY: index}), data)
+    return _signed(_text(version | sizes), packed)
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _signed(text: str, tensors: dict[str, np.ndarray]) -> bytes:
     """Return a safetensors file; the library alone would write metadata in random order."""
+    metadata = {MANIFEST_KEY: text, CHECKSUM_KEY: _checksum(text, tensors)}
     data = safetensors.numpy.save(tensors, metadata)
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end]) | {"__metadata__": metadata}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
+    written = _text(header).encode()
+    written += b" " * (-len(written) % 8)
+    return len(written).to_bytes(8, "little") + written + data[end:]
 
 
 def _checksum(text: str, tensors: dict[str, np.ndarray]) -> str:
@@ -160,7 +212,24 @@ def deserialize(data: bytes, *, threads: int = 1, keep_decoded: bool = False) ->
     del data
     if checksum != _checksum(text, tensors):
         raise FormatError("checksum does not match: the file is damaged")
-    return _graph(manifest.parse(text), tensors, threads, keep_decoded)
+    content = manifest.parse(text)
+    if content["format_version"] >= manifest.BUNDLED:
+        if tensors.keys() != {bundle.MANIFEST, bundle.DATA}:
+            raise FormatError(f"tensors are {sorted(tensors)}: version 4 has 'manifest' and 'data'")
+        both = _Tensors(tensors)
+        stored = both.vector(bundle.DATA, np.uint8)
+        outer, content = content, _inner(content, both.vector(bundle.MANIFEST, np.uint8).tobytes())
+        arrays = bundle.unpack_data(stored, outer)
+        tensors = bundle.unbundle(content.get(bundle.INDEX_KEY), arrays)
+    return _graph(content, tensors, threads, keep_decoded)
+
+
+def _inner(outer: dict[str, Any], stored: bytes) -> dict[str, Any]:
+    """Return the manifest of a bundled file, of what its metadata say and its tensor."""
+    content = manifest.parse(bundle.unpack_manifest(stored, outer))
+    if content["format_version"] != outer["format_version"]:
+        raise FormatError("the manifest has another format_version than the metadata")
+    return content
 
 
 def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -171,16 +240,93 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     FormatError
         If there is no readable manifest of a known version.
     """
-    with open(path, "rb") as file:
-        start = file.read(8)
-        size = int.from_bytes(start, "little")
-        if len(start) < 8 or size > os.fstat(file.fileno()).st_size:
-            raise FormatError(f"{os.fspath(path)}: not a readable safetensors container")
-        data = start + file.read(size)
+    return read_layout(path).manifest
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file says of its tensors, without their values.
+
+    Attributes
+    ----------
+    path : path-like
+    manifest : dict
+        As it is, no field checked.
+    places : dict of tensor name to (first byte, byte behind it)
+        Of the file, or of its data if these are deflated.
+    outer : dict
+        What the metadata say; of a bundled file.
+    stored : (first byte, byte behind it)
+        Of the file: the data of a bundled one.
+    """
+
+    path: str | os.PathLike[str]
+    manifest: dict[str, Any]
+    places: dict[str, tuple[int, int]]
+    outer: dict[str, Any]
+    stored: tuple[int, int] = (0, 0)
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a tensor."""
+        begin, end = self.places[name]
+        if bundle.DATA_SIZE in self.outer:
+            return self._data[begin:end].tobytes()
+        return self._bytes(begin, end)
+
+    @cached_property
+    def _data(self) -> np.ndarray:
+        stored = np.frombuffer(self._bytes(*self.stored), np.uint8)
+        return bundle.unpack_data(stored, self.outer)
+
+    def _bytes(self, begin: int, end: int) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
+
+def read_layout(path: str | os.PathLike[str]) -> Layout:
+    """Return the manifest, and where each tensor lies.
+
+    Raises
+    ------
+    FormatError
+        If there is no readable manifest of a known version.
+    """
     try:
-        return manifest.parse(_metadata(data)[0])
+        with open(path, "rb") as file:
+            return _layout(path, file)
     except FormatError as error:
         raise FormatError(f"{os.fspath(path)}: {error}") from error.__cause__
+
+
+def _layout(path: str | os.PathLike[str], file: BinaryIO) -> Layout:
+    start = file.read(8)
+    end = 8 + int.from_bytes(start, "little")
+    if len(start) < 8 or end > 8 + os.fstat(file.fileno()).st_size:
+        raise FormatError("not a readable safetensors container")
+    data = start + file.read(end - 8)
+    outer = manifest.parse(_metadata(data)[0])
+    try:
+        header = json.loads(data[8:])
+        places = {
+            name: (end + record["data_offsets"][0], end + record["data_offsets"][1])
+            for name, record in header.items()
+            if name != "__metadata__"
+        }
+        if outer["format_version"] < manifest.BUNDLED:
+            return Layout(path, outer, places, outer)
+        (begin, behind), stored = places[bundle.MANIFEST], places[bundle.DATA]
+        file.seek(begin)
+        packed = file.read(behind - begin)
+    except (LookupError, TypeError, ValueError, OSError, OverflowError) as error:
+        raise FormatError(f"the header is damaged ({error})") from error
+    content = _inner(outer, packed)
+    first, size = stored[0], stored[1] - stored[0]
+    if bundle.DATA_SIZE in outer:
+        first, size = 0, outer[bundle.DATA_SIZE]
+    found = bundle.ranges(content.get(bundle.INDEX_KEY), size)
+    places = {name: (first + begin, first + end) for name, (begin, end) in found.items()}
+    return Layout(path, content, places, outer, stored)
 
 
 def _metadata(data: bytes) -> tuple[str, str]:
@@ -232,14 +378,10 @@ def _graph(
 ) -> Graph:
     fields, tensors = manifest.GRAPH.read(content, "manifest"), _Tensors(arrays)
     fields["nodes"] = _nodes(fields["nodes"], tensors, threads, keep_decoded)
-    constants: dict[str, np.ndarray] = {}
-    for index, name in enumerate(fields["constants"]):
-        array = tensors.take(f"constant.{index}")
-        if name in constants:
-            raise FormatError(f"constant {name!r} is given twice")
-        constants[name] = array
+    fields["constants"], fields["constant_words"] = _constants(
+        fields["constants"], fields["constant_words"], tensors, threads
+    )
     tensors.check_end()
-    fields["constants"] = constants
     graph = Graph(**fields)
     validate(graph)
     return graph
@@ -252,10 +394,85 @@ def _nodes(records: list[Any], tensors: _Tensors, threads: int, keep_decoded: bo
             unpacked.append(_node(index, record, tensors))
     finally:  # of several faults the first node's is the one to tell
         stored = [(node, streams) for node, streams in unpacked if streams is not None]
-        decoded = spread(lambda pair: weights.StoredWeights(pair[1], keep_decoded), stored, threads)
+        decoded = _decoded([streams for _, streams in stored], threads, keep_decoded)
         for (node, _), words in zip(stored, decoded, strict=True):
             node.weights = words
     return [node for node, _ in unpacked]
+
+
+def _constants(
+    names: list[str], records: dict[str, Any], tensors: _Tensors, threads: int
+) -> tuple[dict[str, np.ndarray], dict[str, ConstantWords]]:
+    """Return constants by name, and the words that some are made of."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise FormatError(f"constant {name!r} is given twice")
+    if unknown := records.keys() - set(names):
+        raise FormatError(f"words are given for {min(unknown)!r}, which is no constant")
+    found, streams = {}, []
+    for index, name in enumerate(names):
+        if name in records:
+            where = f"constant {name!r}"
+            found[name] = manifest.CONSTANT.read(records[name], where)
+            streams.append(_streams(f"constant.{index}", found[name]["weights"], where, tensors))
+    decoded = _decoded(streams, threads, True)
+    words = {
+        name: ConstantWords(w, fields["shape"], fields["axes"])
+        for (name, fields), w in zip(found.items(), decoded, strict=True)
+    }
+    for name in words:
+        check_words(name, words[name])
+    arrays = {
+        name: words[name].values() if name in words else tensors.take(f"constant.{index}")
+        for index, name in enumerate(names)
+    }
+    return arrays, words
+
+
+def _decoded(
+    streams: list[weights.Streams], threads: int, keep: bool
+) -> list[weights.StoredWeights]:
+    """Decode weights; those of equal tensors are one object."""
+    keys = [_identity(each) for each in streams]
+    uses, distinct = Counter(keys), dict[tuple[Any, ...], weights.Streams]()
+    for key, each in zip(keys, streams, strict=True):
+        distinct.setdefault(key, each)
+    stored = spread(
+        lambda key: weights.StoredWeights(distinct[key], uses[key] if keep else 0),
+        list(distinct), threads,
+    )  # fmt: skip
+    found = dict(zip(distinct, stored, strict=True))
+    return [found[key] for key in keys]
+
+
+def _identity(streams: weights.Streams) -> tuple[Any, ...]:
+    """Return what weights of equal tensors have in common, and others have not."""
+    tensors = tuple(
+        (name, hashlib.sha256(array.data).digest()) for name, array in streams.tensors.items()
+    )
+    said = streams.shape, streams.bits, streams.residual_shift, streams.clip
+    return tensors, said, streams.positions, streams.tile, streams.zlib
+
+
+def _streams(key: str, record: Any, where: str, tensors: _Tensors) -> weights.Streams:
+    """Take the streams of words of which a manifest says `record`."""
+    found = manifest.WORDS.read(record, where)
+    _count(found["shape"], where)
+    parts = {
+        name: tensors.vector(f"{key}.{name}", np.uint8)
+        for name in ("first", *manifest.POSITIONS[found["positions"]])
+    }
+    parts["alpha"] = tensors.vector(f"{key}.alpha", np.float32)
+    return weights.Streams(where, parts, **found)
+
+
+def _count(shape: Shape, where: str) -> int:
+    """Return the number of weights; refuses more than a layer can have."""
+    # Python integers: no product of claimed sizes can overflow before it is judged.
+    count = math.prod(shape)
+    if count > manifest.MAX_WEIGHTS:
+        raise FormatError(f"{where}: {count} weights are more than a layer can have")
+    return count
 
 
 def _node(index: int, record: Any, tensors: _Tensors) -> tuple[Node, weights.Streams | None]:
@@ -266,23 +483,14 @@ def _node(index: int, record: Any, tensors: _Tensors) -> tuple[Node, weights.Str
     if stores == "weights":
         record = manifest.WEIGHT.read(record, where)["weight"]
         form = manifest.FLOATS if "dtype" in record else manifest.WORDS
-        found = form.read(record, where)
-        shape = found["shape"]
-        # Python integers: no product of claimed sizes can overflow before it is judged.
-        count = shape[0] * shape[1] * shape[2] * shape[3]
-        if count > manifest.MAX_WEIGHTS:
-            raise FormatError(f"{where}: {count} weights are more than a layer can have")
+        shape = form.read(record, where)["shape"]
+        count = _count(shape, where)
         node.bias = tensors.vector(f"{index}.bias", np.float32, shape[0])
         if form is manifest.FLOATS:
             values = tensors.vector(f"{index}.weight", np.float32, count)
             node.float_weights = values.reshape(shape)
         else:
-            parts = {
-                name: tensors.vector(f"{index}.{name}", np.uint8)
-                for name in ("first", *manifest.POSITIONS[found["positions"]])
-            }
-            parts["alpha"] = tensors.vector(f"{index}.alpha", np.float32)
-            streams = weights.Streams(where, parts, **found)
+            streams = _streams(str(index), record, where, tensors)
     elif stores == "table":
         table = tensors.vector(f"{index}.table", np.uint8)
         if table.size == 0 or table.size % 256:

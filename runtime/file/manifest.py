@@ -18,7 +18,10 @@ from logshift.kernels.errors import FormatError
 from logshift.kernels.stlq import codec
 from logshift.runtime.graph import NEWEST_OPSET, Graph, Quantization, ValueInfo
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+
+# The first versions with fused activation functions, and with words as constants in one tensor.
+ACTIVATED, BUNDLED = 3, 4
 
 _REQUIRED = object()
 
@@ -232,6 +235,11 @@ WORDS = Form(
     Field("tile", _between(1, codec.MAX_TILE)),
     Field("zlib", _made(frozenset, _strings), sorted),
 )
+CONSTANT = Form(
+    Field("shape", _made(tuple, _sizes)),
+    Field("axes", _made(tuple, _sizes)),
+    Field("weight", _object, attribute="weights"),
+)
 FLOATS = Form(Field("shape", _weight_shape, list), Field("dtype", _float_type))
 
 # Nodes and constants are read and written by `format`, with their tensors.
@@ -251,6 +259,7 @@ GRAPH = Form(
         is_written=lambda graph: any(node.is_onnx for node in graph.nodes),
     ),
     Field("constants", _strings, list, default={}),
+    Field("constant_words", _object, lambda words: {}, default={}),
     Field("preprocessing", _optional(_object), default=None),
     Field("labels", _optional(_strings), default=None),
 )  # fmt: skip
@@ -262,7 +271,7 @@ def of(graph: Graph) -> dict[str, Any]:
     The version is the lowest that knows all that there is.
     """
     is_activated = any(node.activation is not None for node in graph.nodes)
-    version = FORMAT_VERSION if is_activated else FORMAT_VERSION - 1
+    version = BUNDLED if graph.constant_words else ACTIVATED if is_activated else ACTIVATED - 1
     return {"format_version": version, **GRAPH.write(graph)}
 
 

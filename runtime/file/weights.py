@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,8 @@ from logshift.kernels.errors import FormatError, InputError
 from logshift.kernels.machine.memory import arena
 from logshift.kernels.stlq import bitpack, codec
 from logshift.kernels.stlq.codec import LogWeights
+from logshift.runtime.file.deflate import deflate, inflate
 
-# What a stream may expand to, times its compressed size. RFC 1951 allows 1032, which would let a
-# file of one megabyte claim gigabytes; codes worth storing never get near this.
-_DEFLATE_MAX_RATIO = 64
 _SPARE = 8  # bytes behind a stream that `codec.join_words` may read
 
 
@@ -103,7 +100,7 @@ class Streams:
         """Return a stream of `count` values of `bits` bits."""
         raw, size = self.tensors[name], bitpack.packed_size(count, bits)
         if name in self.zlib:
-            raw = _inflate(raw, size, f"{self.where}: {name}")
+            raw = np.frombuffer(inflate(raw.tobytes(), size, f"{self.where}: {name}"), np.uint8)
         if raw.size != size:
             raise FormatError(f"{self.where}: {name} has {raw.size} bytes, expected {size}")
         try:
@@ -155,25 +152,10 @@ def _deflate(streams: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, bool
     """Compress every stream that gets smaller by it."""
     result = {}
     for name, array in streams.items():
-        raw = array.tobytes()
-        # Codes have no repeats worth finding: Huffman coding alone usually beats matching here.
-        # It cannot shrink eight times, so there is always one that readers accept.
-        smallest: bytes = min(
-            (
-                packed
-                for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)
-                if len(raw) <= _DEFLATE_MAX_RATIO * len(packed := _zlib(raw, strategy))
-            ),
-            key=len,
-        )
+        smallest = deflate(raw := array.tobytes())
         deflated = len(smallest) < len(raw)
         result[name] = (np.frombuffer(smallest if deflated else raw, np.uint8), deflated)
     return result
-
-
-def _zlib(raw: bytes, strategy: int) -> bytes:
-    compressor = zlib.compressobj(9, zlib.DEFLATED, 15, 9, strategy)
-    return compressor.compress(raw) + compressor.flush()
 
 
 class StoredWeights(LogWeights):
@@ -185,8 +167,8 @@ class StoredWeights(LogWeights):
     ----------
     streams : Streams
         They are validated.
-    keep : bool
-        Keep the integers for the first who asks.
+    keep : int
+        How many ask for the integers first: they are kept for these.
 
     Raises
     ------
@@ -198,19 +180,21 @@ class StoredWeights(LogWeights):
     _nzr: float
     _sums: np.ndarray
     _integers: np.ndarray | None
+    _keep: int
 
-    def __init__(self, streams: Streams, keep: bool) -> None:
+    def __init__(self, streams: Streams, keep: int) -> None:
         w, largest, nonzero = streams.integers()
         sums = codec.channel_sums(w.reshape(len(w), -1))
         vars(self).update(
             alpha=streams.tensors["alpha"], bits=streams.bits, clip=streams.clip,
             residual_shift=streams.residual_shift, streams=streams, _largest=largest,
             _nzr=nonzero / w.size, _sums=sums, _integers=w if keep else None,
+            _keep=keep,
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what a pickle holds: the streams."""
-        return StoredWeights, (self.streams, False)
+        return StoredWeights, (self.streams, 0)
 
     def __getattr__(self, name: str) -> Any:
         """Decode `first` or `second`."""
@@ -243,24 +227,11 @@ class StoredWeights(LogWeights):
         return self.streams.words()
 
     def integers(self) -> np.ndarray:
-        """Return W; nothing is kept for the next time."""
+        """Return W; nothing is kept for the next time but what `keep` asks for."""
         kept = self._take()
         return self.streams.integers()[0] if kept is None else kept
 
     def _take(self) -> np.ndarray | None:
-        kept = self._integers
-        vars(self)["_integers"] = None
+        kept, left = self._integers, self._keep - 1
+        vars(self).update(_keep=left, _integers=kept if left > 0 else None)
         return kept
-
-
-def _inflate(raw: np.ndarray, size: int, where: str) -> np.ndarray:
-    if size > raw.size * _DEFLATE_MAX_RATIO:
-        raise FormatError(f"{where}: {raw.size} bytes cannot inflate to {size}")
-    decompressor = zlib.decompressobj()
-    try:
-        data = decompressor.decompress(raw.tobytes(), size + 1)
-    except zlib.error as error:
-        raise FormatError(f"{where}: damaged zlib stream ({error})") from error
-    if len(data) != size or not decompressor.eof or decompressor.unused_data:
-        raise FormatError(f"{where}: the zlib stream does not hold exactly {size} bytes")
-    return np.frombuffer(data, np.uint8)

@@ -83,8 +83,17 @@ def _transpose(node: Node, shapes: list, found: Inference) -> Shape | None:
     return tuple(shapes[0][i] for i in order)
 
 
-# Operators that are common, and costly to run on zeros.
-RULES: dict[str, Callable[[Node, list, Inference], Shape | None]] = {
+def _recurrent(node: Node, shapes: list, found: Inference) -> list[Shape]:
+    """Shapes of all states, of the last one, and of the last cell."""
+    (length, batch, _), (directions, _, hidden) = shapes[0], shapes[2]
+    if node.attributes.get("layout", 0):
+        length, batch = batch, length
+        return [(batch, length, directions, hidden), *[(batch, directions, hidden)] * 2]
+    return [(length, directions, batch, hidden), *[(directions, batch, hidden)] * 2]
+
+
+# Operators that are common, and costly to run on zeros; a list of shapes is of several outputs.
+RULES: dict[str, Callable[[Node, list, Inference], Shape | list[Shape] | None]] = {
     **dict.fromkeys(
         ("Abs", "Ceil", "Clip", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
          "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "Mish",
@@ -99,6 +108,7 @@ RULES: dict[str, Callable[[Node, list, Inference], Shape | None]] = {
         (f"Reduce{kind}" for kind in ("L2", "Max", "Mean", "Min", "Sum", "SumSquare")),
         _reduce,
     ),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
     "MatMul": _matmul, "Squeeze": _squeeze, "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime import geometry
 from logshift.runtime.graph import MAX_ATTRIBUTE, Graph, Node, Shape
 from logshift.runtime.operators.base import (
@@ -117,14 +118,19 @@ def _check(graph: Graph, node: Node) -> None:
         raise NodeError("weights must be finite")
 
 
-def _check_words(graph: Graph, node: Node, bias: np.ndarray) -> None:
-    weights = node.weights
-    assert weights is not None
+def check_grid(weights: LogWeights) -> None:
+    """Refuse words that reach beyond their grid, or whose grid is none."""
     if not (np.isfinite(weights.alpha).all() and (weights.alpha > 0).all()):
         raise NodeError("alpha must be finite and positive")
     largest = weights.largest
     if largest > weights.limit:
         raise NodeError(f"|W| reaches {largest}, beyond clip * 2^(L-1+s) = {weights.limit}")
+
+
+def _check_words(graph: Graph, node: Node, bias: np.ndarray) -> None:
+    weights = node.weights
+    assert weights is not None
+    check_grid(weights)
     q_x = graph.quantization.get(node.inputs[0])
     scale_x = q_x.scale if q_x else 1.0
     q = graph.quantization.get(node.outputs[0])

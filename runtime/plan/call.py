@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,3 +36,24 @@ class Call:
     work: int = ELEMENT
     moved: Mapping[str, tuple[int, int]] | None = None
     convolution: Convolution | None = None
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Names of the tensors that it writes."""
+        return tuple(name for key, name in self.tensors.items() if key.startswith("y"))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the tensors that it reads."""
+        return tuple(name for key, name in self.tensors.items() if not key.startswith("y"))
+
+
+def writes_of(calls: Sequence[Call]) -> tuple[str, ...]:
+    """Return the names of the tensors that some calls write."""
+    return tuple(dict.fromkeys(name for call in calls for name in call.writes))
+
+
+def reads_of(calls: Sequence[Call]) -> tuple[str, ...]:
+    """Return the names of the tensors that some calls read, but for what they write themselves."""
+    own = writes_of(calls)
+    return tuple(dict.fromkeys(n for call in calls for n in call.reads if n not in own))

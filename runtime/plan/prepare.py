@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -21,6 +23,9 @@ from logshift.runtime.operators.base import target_of
 from logshift.runtime.operators.conv import phases
 from logshift.runtime.plan.convolution import Convolution
 
+# Arrays by dtype, shape and content.
+_LaidOut = dict[tuple[str, tuple[int, ...], bytes], np.ndarray]
+
 _MANY = 2**19  # weights of a network that large pages are worth it for
 
 
@@ -37,9 +42,13 @@ def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convo
     }
     shapes = nominal_shapes(graph)
     order = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    uses = Counter(id(graph.nodes[index].weights) for index in sizes)
+    laid_out: dict[int, _LaidOut] = {key: {} for key, count in uses.items() if count > 1}
     shelf = Shelf() if sum(sizes.values()) >= _MANY else None
     prepared = spread(
-        lambda index: list(_prepare_node(graph, graph.nodes[index], family, shapes, shelf)),
+        lambda index: list(
+            _prepare_node(graph, graph.nodes[index], family, shapes, shelf, laid_out)
+        ),
         order, threads,
     )  # fmt: skip
     if shelf is not None:
@@ -48,8 +57,9 @@ def prepare(graph: Graph, family: str, threads: int = 1) -> dict[int, list[Convo
 
 
 def _prepare_node(
-    graph: Graph, node: Node, family: str, shapes: dict[str, Shape], shelf: Shelf | None
-) -> Iterator[Convolution]:
+    graph: Graph, node: Node, family: str, shapes: dict[str, Shape], shelf: Shelf | None,
+    laid_out: dict[int, _LaidOut],
+) -> Iterator[Convolution]:  # fmt: skip
     is_coded = graph.on_codes(node)
     to = target_of(graph, node)
     layer_of = _coded_layer(graph, node, to) if is_coded else _float_layer(node)
@@ -62,14 +72,24 @@ def _prepare_node(
         chosen = kernel("conv" if is_coded else "float_conv", family, layer)
         assert chosen.pack is not None
         packed = chosen.pack(layer)
-        if shelf is not None:
-            packed.fields.update(
-                (key, shelf.keep(value))
-                for key, value in packed.fields.items()
-                if isinstance(value, np.ndarray)
-            )
+        shared = laid_out.get(id(node.weights))
+        packed.fields.update(
+            (key, _kept(value, shelf, shared))
+            for key, value in packed.fields.items()
+            if isinstance(value, np.ndarray)
+        )
         # A layer keeps what it has computed; a new one holds nothing that only packing needs.
         yield Convolution(chosen, replace(layer), packed, phase, to)
+
+
+def _kept(values: np.ndarray, shelf: Shelf | None, shared: _LaidOut | None) -> np.ndarray:
+    """Return the array that stays: one for all layers that have laid out one weight alike."""
+    if shared is None:
+        return values if shelf is None else shelf.keep(values)
+    key = values.dtype.str, values.shape, hashlib.sha256(values.tobytes()).digest()
+    if key not in shared:
+        shared[key] = values if shelf is None else shelf.keep(values)
+    return shared[key]
 
 
 def _coded_layer(graph: Graph, node: Node, to: Target) -> Callable[..., Layer]:

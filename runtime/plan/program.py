@@ -138,15 +138,17 @@ class Plan:
         """Point the program at input arrays and at new arrays for what it writes, all returned."""
         arrays = dict(inputs)
         for name in self._schedule.outside:
-            arrays[name] = np.empty(self.shapes[name], np.float32)
+            arrays[name] = np.empty(self.shapes[name], self._found.dtypes.get(name, np.float32))
         for name in self._bound:
             if name in arrays:
                 self._point(name, arrays[name])
         return arrays
 
     def _point(self, name: str, array: np.ndarray) -> None:
-        part = array.nbytes // self._groups
-        self._words[self._bound[name]] = array.ctypes.data + part * np.arange(self._groups)
+        address, part, words = array.ctypes.data, array.nbytes // self._groups, self._words
+        for group, places in enumerate(self._bound[name]):
+            for place in places:
+                words[place] = address + part * group
 
     def run_in_numpy(self, step: NumpyStep, arrays: dict[str, np.ndarray]) -> None:
         """Run an ONNX operator; its results go into `arrays`."""
@@ -325,7 +327,7 @@ class Plan:
             step.place = end
             end += step.layout.stride * (self._groups if step.bound else 1)
         self._arguments = aligned((end,), np.uint8)
-        self._words = self._arguments.view(np.uintp)
+        self._words = memoryview(self._arguments.data).cast("Q")
         begin, buffer = self._arguments.ctypes.data, self._arguments.data
         program = []
         for group in range(self._groups):
@@ -337,14 +339,14 @@ class Plan:
         self.program = np.array(program, np.int64).reshape(len(program), 4)
         if self._groups > 1:
             self.parts = [slice(0, len(program))]
-        # A row for each place, of all groups in their order.
-        order = np.arange(self._groups)
+        # For each group the words of its records.
         self._bound = {
-            name: np.array([
-                step.place // 8 + word + step.layout.stride // 8 * order for step, word in places
-            ])
+            name: [
+                [(s.place + s.layout.stride * group) // 8 + word for s, word in places]
+                for group in range(self._groups)
+            ]
             for name, places in self._bindings.items()
-        }  # fmt: skip
+        }
         self._bound_constants = {
             name: np.asarray(self._found.values[name], order="C")
             for name in self._bound

@@ -56,7 +56,8 @@ class Schedule:
     convolutions : dict of node's position to list of Convolution
     known : names of tensors whose values are known before a run
     pixels : names of float32 outputs of convolutions that are of one pixel
-    views, compiled : positions of ONNX operators that cost nothing, and that kernels compute
+    views : positions of ONNX operators that cost nothing
+    compiled : (position, names read, names written) of those that kernels compute
     turned : (position, tensor) of Transposes that give the bytes of a tensor stored channels last
     keep_all : bool
         Nothing is fused, and every tensor keeps its bytes to the end.
@@ -89,7 +90,7 @@ class Schedule:
         known: frozenset[str],
         pixels: frozenset[str],
         views: frozenset[int],
-        compiled: frozenset[int],
+        compiled: frozenset[tuple[int, tuple[str, ...], tuple[str, ...]]],
         turned: frozenset[tuple[int, str]],
         keep_all: bool,
     ) -> None:
@@ -100,7 +101,7 @@ class Schedule:
         self._views = {self.graph.nodes[i].outputs[0]: self.graph.nodes[i].inputs[0] for i in views}
         self._views |= {self.graph.nodes[i].outputs[0]: channels_last(x) for i, x in turned}
         self.viewed = {self.origin(name) for name in self._views}
-        self._compiled = compiled
+        self._compiled = {index: (reads, writes) for index, reads, writes in compiled}
         self.keep_all = keep_all
         self._read_by = self._readers()
         self.lookups = {} if keep_all else self._fused_lookups()
@@ -209,7 +210,8 @@ class Schedule:
                     needed.add(node.inputs[0])
             elif written and wanted:
                 shape_only = node.is_onnx and node.op in OF_SHAPE
-                needed.update(self.root(n) for n in node.inputs if n and not shape_only)
+                inputs = () if shape_only else self._inputs(index, node)
+                needed.update(self.root(name) for name in inputs)
                 nodes.append((index, node))
         return nodes[::-1]
 
@@ -220,7 +222,7 @@ class Schedule:
         channels_first = {self.origin(info.name) for info in graph.outputs}
         outside = set(channels_first)
         for index, node in nodes:
-            names = {self.origin(name) for name in node.inputs if name}
+            names = {self.origin(name) for name in self._inputs(index, node)}
             if node.outputs[0] in self._views:
                 continue
             if node.is_onnx:
@@ -247,9 +249,9 @@ class Schedule:
             convert(index, node, name, "to_channels_last")
         for index, node in nodes:
             if node.is_onnx:
-                origins = [self.origin(name) for name in node.inputs if name]
+                origins = [self.origin(name) for name in self._inputs(index, node)]
                 reads = tuple(name for name in origins if name not in values)
-                writes = tuple(name for name in node.outputs if name)
+                writes = self._outputs(index, node)
                 if not self._is_native(index, node):
                     operations.append(Operation(index, node, "numpy", reads, writes))
                 elif index in self._compiled:
@@ -277,6 +279,18 @@ class Schedule:
             if out in channels_first:
                 convert(index, node, out, "to_channels_first")
         return operations
+
+    def _inputs(self, index: int, node: Node) -> tuple[str, ...]:
+        """Names of what is read to compute a node."""
+        if index in self._compiled:
+            return self._compiled[index][0]
+        return tuple(filter(None, node.inputs))
+
+    def _outputs(self, index: int, node: Node) -> tuple[str, ...]:
+        """Names of what is written when a node is computed."""
+        if index in self._compiled:
+            return self._compiled[index][1]
+        return tuple(filter(None, node.outputs))
 
     def _is_native(self, index: int, node: Node) -> bool:
         """Whether an ONNX operator needs no NumPy."""

@@ -413,3 +413,18 @@ def test_info_imports_no_onnx(packed):
     )
     done = subprocess.run([sys.executable, "-c", code, packed], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("set()\n")
+
+
+def test_convert_frees_sizes(tmp_path, onnx_model, capsys):
+    data, out = tmp_path / "x.npy", tmp_path / "net.stlq"
+    np.save(data, np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32))
+    arguments = ["convert", str(onnx_model), str(out), "--calibration", str(data)]
+    assert call(*arguments, "--input-shape", "x:?,3,h,-1") == 0
+    assert load(out).inputs[0].shape == ("x_dim_0", 3, "h", "x_dim_3")
+    assert load(out).run(np.zeros((1, 3, 24, 40), np.float32)).shape == (1, 4)
+    assert call(*arguments, "--input-shape", "2,3,16,16") == 0
+    assert load(out).inputs[0].shape == (2, 3, 16, 16)
+    assert call(*arguments, "--input-shape", "y:1,3,16,16") == 1
+    assert "no input 'y'" in capsys.readouterr().err
+    assert call(*arguments, "--input-shape", "x:1,,16,16") == 1
+    assert "give sizes like" in capsys.readouterr().err

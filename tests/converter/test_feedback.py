@@ -40,8 +40,9 @@ def convolution(kernel, channels, group, attributes, out=None):
 
 def covariance(node, x, center, exact=None):
     """Those of inputs x, all of which are looked at, in both networks if `exact` is not given."""
-    fetch_exact = (lambda rows: [x[rows]]) if exact is None else (lambda rows: [exact[rows]])
-    return feedback.covariance(node, lambda rows: [x[rows]], fetch_exact, len(x), center)
+    of_exact = None if exact is None else feedback.Inputs(exact)
+    found = feedback.covariance(node, feedback.Inputs(x), of_exact, center)
+    return found.moments, found.lost
 
 
 def inputs(channels, count=6, size=9):
@@ -72,8 +73,9 @@ def test_taps_of_a_transposed_convolution_count_as_independent():
     node = convolution(2, 4, 2, {"strides": [2, 2]})
     node.op = "ConvTranspose"
     x = inputs(4)
-    found, cross = covariance(node, x, True)
-    assert found.shape == cross.shape == (2, 8, 8)
+    found, lost = covariance(node, x, True, 2 * x)
+    assert found.shape == lost.shape == (2, 8, 8)
+    np.testing.assert_allclose(lost, found, atol=1e-4)  # the weights being ones on the diagonal
     tap = np.cov(x.transpose(1, 0, 2, 3).reshape(4, -1), bias=True)
     blocks = found.reshape(2, 4, 2, 4, 2)
     for g in range(2):
@@ -97,9 +99,9 @@ def test_feedback_keeps_outputs_better_for_as_many_words(kind, granularity, bits
     kernel, channels, group, attributes = CONVOLUTIONS[kind]
     node = convolution(kernel, channels, group, attributes, out=8 * group)
     x = inputs(channels)
-    moments, cross = covariance(node, x, True)
+    moments, lost = covariance(node, x, True)
     settings = Settings(bits, granularity=granularity, tile=4)
-    words = feedback.encode_with_feedback(node.weight, moments, cross, settings, 0.25)
+    words = feedback.encode_with_feedback(node.weight, moments, lost, settings, 0.25)
     plain = encode(node.weight, bits, 0.25, granularity=granularity, tile=4)
     errors = [output_error(node.weight, w, moments) for w in (words, plain)]
     assert errors[0] < errors[1]
@@ -117,7 +119,7 @@ def test_inputs_that_are_independent_leave_nothing_to_make_up_for():
     weight = np.random.default_rng(0).laplace(0, 0.1, (12, 3, 3, 7)).astype(np.float32)
     settings = Settings(4)
     words = feedback.encode_with_feedback(
-        weight, np.eye(63)[None], np.zeros((1, 63, 63)), settings, 0.15
+        weight, np.eye(63)[None], np.zeros((1, 12, 63)), settings, 0.15
     )
     plain = encode(weight, 4, 0.15)
     assert np.array_equal(words.first, plain.first)
@@ -129,7 +131,9 @@ def test_inputs_that_never_vary():
     moments = np.zeros((1, 10, 10))
     for last in (0.0, 1.0):
         moments[0, -1, -1] = last
-        words = feedback.encode_with_feedback(weight, moments, 0 * moments, Settings(4), 0.15)
+        words = feedback.encode_with_feedback(
+            weight, moments, np.zeros((1, 8, 10)), Settings(4), 0.15
+        )
         assert np.isfinite(words.values()).all()
 
 
@@ -137,11 +141,48 @@ def test_fit_makes_up_for_what_inputs_have_lost():
     node = convolution(3, 6, 1, {"pads": [1, 1, 1, 1]}, out=8)
     exact = inputs(6)
     x = 0.8 * exact  # as if quantization had shrunk them
-    moments, cross = covariance(node, x, True, exact)
-    np.testing.assert_allclose(cross, 0.25 * moments, atol=1e-3 * np.abs(moments).max())
-    words = feedback.encode_with_feedback(node.weight, moments, cross, Settings(4), 1.0)
+    moments, lost = covariance(node, x, True, exact)
+    expected = 0.25 * node.weight.reshape(1, 8, -1) @ moments
+    np.testing.assert_allclose(lost, expected, atol=1e-3 * np.abs(expected).max())
+    words = feedback.encode_with_feedback(node.weight, moments, lost, Settings(4), 1.0)
     larger = np.vdot(words.values(), node.weight) / np.vdot(node.weight, node.weight)
     assert 1.05 < larger < 1.3
+
+
+@pytest.mark.parametrize("size", [1, 5, 128, 300])
+def test_updates_are_factors_of_the_inverse(size):
+    columns = np.random.default_rng(size).standard_normal((2, 4 * size, size)) + 1
+    moments = (columns.transpose(0, 2, 1) @ columns).astype(np.float32)
+    order, update = feedback._updates(moments)
+    for g in range(2):
+        assert (np.diff(np.diag(moments[g])[order[g]]) <= 0).all()
+        assert np.array_equal(update[g], np.triu(update[g]))
+        ordered = moments[g][np.ix_(order[g], order[g])].astype(np.float64)
+        ordered += 0.01 * np.diag(ordered).mean() * np.eye(size)
+        np.testing.assert_allclose(update[g].T @ update[g] @ ordered, np.eye(size), atol=1e-6)
+
+
+def test_moments_that_rounding_has_made_impossible_get_more_damping():
+    moments = np.array([[[1, 2], [2, 1]], [[4, 1], [1, 2]]], np.float32)
+    _, update = feedback._updates(moments)
+    assert np.isfinite(update).all() and (np.diagonal(update, axis1=1, axis2=2) > 0).all()
+    _, alone = feedback._updates(moments[1:])
+    assert np.array_equal(update[1], alone[0])
+
+
+def test_groups_are_quantized_some_at_a_time(monkeypatch):
+    """As if each were a layer by itself, where no second words are shared."""
+    node = convolution(3, 6, 6, {"pads": [1, 1, 1, 1]}, out=12)
+    x = feedback.Inputs(inputs(6))
+    for ratio, together in ((0.0, True), (1.0, True), (0.25, False)):
+        whole = feedback.encode_layer(node, x, x, Settings(4), ratio)
+        monkeypatch.setattr(feedback, "_TOGETHER", 2 * 9**2)
+        parts = feedback.encode_layer(node, x, x, Settings(4), ratio)
+        monkeypatch.undo()
+        assert parts.shape == whole.shape
+        assert np.array_equal(parts.alpha, whole.alpha)
+        same = np.array_equal(parts.integers(), whole.integers())
+        assert same if together else np.count_nonzero(parts.second) <= 0.25 * node.weight.size
 
 
 def test_budget_goes_where_outputs_gain(tmp_path):

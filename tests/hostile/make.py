@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from logshift.converter.encode import encode
 from logshift.kernels.activation import Activation
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.file import format as packed_format
-from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
+from logshift.runtime.graph import ConstantWords, Graph, Node, Quantization, ValueInfo
 from logshift.runtime.infer import nominal_shapes
 from logshift.runtime.validate import validate
 
@@ -151,18 +152,80 @@ def activated() -> Graph:
     )  # fmt: skip
 
 
+def bundled() -> Graph:
+    """Words that two nodes have, and constants of words: what only version 4 knows."""
+    words = _weights((4, 1, 1, 4), 4, 0.3)
+    matrices = ConstantWords(_weights((16, 1, 1, 4), 3, 0.3), (4, 4, 4), (2, 1))
+    table = ConstantWords(_weights((3, 1, 1, 4), 5, 0.0), (3, 4), (0,))
+    nodes = [
+        Node("QuantizeLinear", "quantize", ["x"], ["x_q"]),
+        Node("Conv", "first", ["x_q"], ["a"], {}, _weights((4, 1, 1, 2), 4, 0.2)),
+        Node("Conv", "again", ["a"], ["b"], {}, words),
+        Node("Conv", "and again", ["b"], ["c"], {}, words),
+        Node("DequantizeLinear", "dequantize", ["c"], ["d"]),
+        Node("Add", "add", ["d", "matrices"], ["e"], domain="ai.onnx"),
+        Node("Gather", "look up", ["table", "k"], ["f"], domain="ai.onnx"),
+        Node("Mul", "scale", ["e", "f"], ["y"], domain="ai.onnx"),
+    ]
+    constants = {"matrices": matrices.values(), "k": np.array(1), "table": table.values()}
+    return _finish(
+        nodes, {"x_q": Quantization(0.02, 114, 8)} | dict.fromkeys("abc", Quantization(0.1, 9, 8)),
+        4, constants=constants, constant_words={"matrices": matrices, "table": table}, opset=18,
+    )  # fmt: skip
+
+
 # --- taking files apart -------------------------------------------------------------------------
 
 
 def take_apart(data: bytes) -> tuple[Manifest, Tensors]:
-    """Manifest and tensors of a packed file, without any check."""
+    """Manifest and tensors of a packed file, each by itself, without any check."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     tensors = {name: array.copy() for name, array in safetensors.numpy.load(data).items()}
-    return json.loads(header["__metadata__"]["logshift"]), tensors
+    outer = manifest = json.loads(header["__metadata__"]["logshift"])
+    if "manifest_bytes" in outer:
+        manifest = json.loads(zlib.decompress(tensors["manifest"].tobytes()))
+        bundle, tensors = tensors["data"].tobytes(), {}
+        if "data_bytes" in outer:
+            bundle = zlib.decompress(bundle)
+        for name, (dtype, begin, shape) in manifest.pop("index").items():
+            array = np.frombuffer(bundle, dtype, math.prod(shape), begin)
+            tensors[name] = array.reshape(shape).copy()
+    return manifest, tensors
+
+
+def put_together(tensors: Tensors) -> tuple[dict[str, Any], np.ndarray]:
+    """Index and bytes of all tensors in one; those of equal content lie there once."""
+    index, data, places = {}, b"", {}
+    for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):
+        array, raw = tensors[name], tensors[name].tobytes()
+        if raw not in places:
+            places[raw], data = len(data), data + raw
+        index[name] = [array.dtype.name, places[raw], list(array.shape)]
+    return index, np.frombuffer(data, np.uint8)
 
 
 def sign(text: str, tensors: Tensors) -> bytes:
     """A container of this manifest and these tensors, with the right checksum."""
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        manifest = None
+    if not (isinstance(manifest, dict) and manifest.get("format_version") == 4):
+        return _signed(text, tensors)
+    manifest["index"], data = put_together(tensors)
+    return sign_bundle({"format_version": 4}, manifest, {"data": data})
+
+
+def sign_bundle(outer: Manifest, manifest: Manifest, tensors: Tensors) -> bytes:
+    """A file of version 4, of what its metadata say, its manifest and its tensors."""
+    text = json.dumps(manifest).encode()
+    packed = np.frombuffer(zlib.compress(text, 9), np.uint8)
+    return _signed(
+        json.dumps({"manifest_bytes": len(text), **outer}), {"manifest": packed, **tensors}
+    )
+
+
+def _signed(text: str, tensors: Tensors) -> bytes:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(tensors[name].tobytes())
@@ -172,12 +235,19 @@ def sign(text: str, tensors: Tensors) -> bytes:
 
 def inflated(manifest: Manifest, tensors: Tensors) -> None:
     """Store all streams as they are, so that faults can be put into them."""
-    for index, record in enumerate(manifest["nodes"]):
-        for name in record.get("weight", {}).get("zlib", ()):
-            raw = zlib.decompress(tensors[f"{index}.{name}"].tobytes())
-            tensors[f"{index}.{name}"] = np.frombuffer(raw, np.uint8).copy()
-        if "weight" in record:
-            record["weight"]["zlib"] = []
+    for key, weight in weights(manifest).items():
+        for name in weight.get("zlib", ()):
+            raw = zlib.decompress(tensors[f"{key}.{name}"].tobytes())
+            tensors[f"{key}.{name}"] = np.frombuffer(raw, np.uint8).copy()
+        weight["zlib"] = []
+
+
+def weights(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Weight records of all nodes and constants, by what their tensors' names begin with."""
+    found = {str(i): node["weight"] for i, node in enumerate(manifest["nodes"]) if "weight" in node}
+    words = manifest.get("constant_words", {})
+    constants = enumerate(manifest.get("constants", ()))
+    return found | {f"constant.{i}": words[n]["weight"] for i, n in constants if n in words}
 
 
 # --- the faults ---------------------------------------------------------------------------------
@@ -198,6 +268,28 @@ def fault(
             inflated(manifest, tensors)
             text = change(manifest, tensors)
             return sign(text if isinstance(text, str) else json.dumps(manifest), tensors)
+
+        FILES[change.__name__.strip("_")] = reason, message, make
+
+    return register
+
+
+def bundle_fault(
+    reason: str, message: str
+) -> Callable[[Callable[[Manifest, Manifest, Tensors], Any]], None]:
+    """Register a change to what metadata say, the manifest, and the tensor "data" of version 4.
+
+    What the change returns are the bytes of the tensor "manifest".
+    """
+
+    def register(change: Callable[[Manifest, Manifest, Tensors], Any]) -> None:
+        def make() -> bytes:
+            manifest, tensors = take_apart(packed_format.serialize(bundled()))
+            manifest["index"], data = put_together(tensors)
+            outer, tensors = {"format_version": 4}, {"data": data}
+            if (packed := change(outer, manifest, tensors)) is not None:
+                tensors["manifest"] = np.frombuffer(packed, np.uint8)
+            return sign_bundle(outer, manifest, tensors)
 
         FILES[change.__name__.strip("_")] = reason, message, make
 
@@ -864,6 +956,183 @@ def origin_far(manifest, tensors):
 def unit_tiny(manifest, tensors):
     manifest["nodes"][GATE]["activation"] = {"op": "HardSwish", "unit": 1e-14}
     tensors[f"{GATE}.alpha"][:] = 1e30
+
+
+@bundle_fault("no index of tensors", "'index' must be an object")
+def index_missing(outer, manifest, tensors):
+    del manifest["index"]
+
+
+@bundle_fault(
+    "a tensor of the index without its shape", "must have its dtype, first byte and shape"
+)
+def index_without_shape(outer, manifest, tensors):
+    manifest["index"]["1.bias"].pop()
+
+
+@bundle_fault("a tensor of the index of a type that there is not", "is complex64")
+def index_dtype(outer, manifest, tensors):
+    manifest["index"]["1.bias"][0] = "complex64"
+
+
+@bundle_fault("a tensor that begins before the first byte", "positions and sizes")
+def index_negative(outer, manifest, tensors):
+    manifest["index"]["1.bias"][1] = -4
+
+
+@bundle_fault("a tensor of no elements and 2^80 rows", "is too large")
+def index_shape(outer, manifest, tensors):
+    manifest["index"]["1.bias"][2] = [2**40, 2**40, 0]
+
+
+@bundle_fault("float32 from the second byte on", "is not aligned")
+def index_unaligned(outer, manifest, tensors):
+    manifest["index"]["1.bias"][1] += 1
+
+
+@bundle_fault("two tensors that overlap", "overlap or leave gaps")
+def index_overlap(outer, manifest, tensors):
+    manifest["index"]["1.bias"][1] -= 4
+
+
+@bundle_fault("a tensor of the index beyond the last byte", "of the index end at byte")
+def index_beyond(outer, manifest, tensors):
+    tensors["data"] = tensors["data"][:-1]
+
+
+@bundle_fault("bytes that belong to no tensor", "of the index end at byte")
+def index_surplus(outer, manifest, tensors):
+    tensors["data"] = np.append(tensors["data"], np.uint8(0))
+
+
+@bundle_fault("a tensor beside the two of version 4", "version 4 has 'manifest' and 'data'")
+def bundle_surplus(outer, manifest, tensors):
+    tensors["1.bias"] = np.zeros(4, np.float32)
+
+
+@bundle_fault("all tensors as float32", "'data' is float32")
+def bundle_float(outer, manifest, tensors):
+    tensors["data"] = np.zeros(100, np.float32)
+
+
+@bundle_fault("a manifest of version 3 in a file of version 4", "another format_version")
+def inner_version(outer, manifest, tensors):
+    manifest["format_version"] = 3
+
+
+@bundle_fault("a manifest that is a terabyte, as the file says", "must be from 0 to 2^26")
+def manifest_terabyte(outer, manifest, tensors):
+    outer["manifest_bytes"] = 2**40
+
+
+@bundle_fault("no size of the manifest", "'manifest_bytes' is null")
+def manifest_unsized(outer, manifest, tensors):
+    outer["manifest_bytes"] = None
+
+
+@bundle_fault("a manifest of 2 million spaces in 2 kilobytes", "cannot inflate to")
+def manifest_bomb(outer, manifest, tensors):
+    outer["manifest_bytes"] = 2**21
+    return zlib.compress(b" " * 2**21, 9)
+
+
+@bundle_fault("a manifest that is longer than the file says", "does not hold exactly")
+def manifest_longer(outer, manifest, tensors):
+    outer["manifest_bytes"] = 100
+
+
+@bundle_fault("data of 2 million zeros in 2 kilobytes", "cannot inflate to")
+def data_bomb(outer, manifest, tensors):
+    outer["data_bytes"] = 2**21
+    tensors["data"] = np.frombuffer(zlib.compress(bytes(2**21), 9), np.uint8)
+
+
+@bundle_fault("data that are shorter than the file says", "does not hold exactly")
+def data_shorter(outer, manifest, tensors):
+    outer["data_bytes"] = tensors["data"].size + 1
+    tensors["data"] = np.frombuffer(zlib.compress(tensors["data"].tobytes()), np.uint8)
+
+
+@bundle_fault("data of a size that is text", "'data_bytes' is \"100\"")
+def data_size_a_string(outer, manifest, tensors):
+    outer["data_bytes"] = "100"
+
+
+@bundle_fault("a manifest that is no zlib stream", "damaged zlib stream")
+def manifest_no_stream(outer, manifest, tensors):
+    return b"x" * 1000
+
+
+@bundle_fault("a manifest that is not UTF-8", "not UTF-8")
+def manifest_latin(outer, manifest, tensors):
+    outer["manifest_bytes"] = 3
+    return zlib.compress(b'"\xe4"')
+
+
+@bundle_fault("a deflated manifest that is not JSON", "not strict JSON")
+def manifest_text(outer, manifest, tensors):
+    outer["manifest_bytes"] = 3
+    return zlib.compress(b"[1,")
+
+
+@fault("words of a constant that is not there", "which is no constant", bundled)
+def words_of_nothing(manifest, tensors):
+    manifest["constant_words"]["ghost"] = manifest["constant_words"].pop("table")
+
+
+@fault("words of a constant without its shape", "'shape' is missing", bundled)
+def words_without_shape(manifest, tensors):
+    del manifest["constant_words"]["table"]["shape"]
+
+
+@fault("words of a constant without axes", "shape [] is none", bundled)
+def words_of_a_number(manifest, tensors):
+    manifest["constant_words"]["table"] |= {"shape": [], "axes": []}
+
+
+@fault("an axis twice", "axes [1, 1] are not axes", bundled)
+def words_axis_twice(manifest, tensors):
+    manifest["constant_words"]["matrices"]["axes"] = [1, 1]
+
+
+@fault("an axis that the constant has not", "axes [3] are not axes", bundled)
+def words_axis_beyond(manifest, tensors):
+    manifest["constant_words"]["matrices"]["axes"] = [3]
+
+
+@fault("words for another number of values", "do not make up", bundled)
+def words_of_another_shape(manifest, tensors):
+    manifest["constant_words"]["table"]["shape"] = [3, 5]
+
+
+@fault("alpha for other axes", "do not make up", bundled)
+def words_of_other_axes(manifest, tensors):
+    manifest["constant_words"]["table"]["axes"] = [1]
+
+
+@fault("an alpha of a constant that is infinite", "alpha must be finite", bundled)
+def words_alpha(manifest, tensors):
+    tensors["constant.0.alpha"][1] = np.inf
+
+
+@fault("an alpha of a constant beyond all reason", "absurdly large", bundled)
+def words_alpha_large(manifest, tensors):
+    tensors["constant.0.alpha"][1] = 1e30
+
+
+@fault("a constant both of words and as it is", "'constant.2' belongs to no node", bundled)
+def words_and_values(manifest, tensors):
+    tensors["constant.2"] = np.zeros((3, 4), np.float32)
+
+
+@fault("words of a constant that end early", "first has 7 bytes, expected 8", bundled)
+def words_short(manifest, tensors):
+    tensors["constant.2.first"] = tensors["constant.2.first"][:-1]
+
+
+@fault("a constant that is a negative zero", "negative zero", bundled)
+def words_negative_zero(manifest, tensors):
+    tensors["constant.2.first"][0] = 16
 
 
 def table() -> str:

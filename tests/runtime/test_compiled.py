@@ -525,3 +525,195 @@ def test_values_that_numpy_refuses_are_still_refused():
     graph = network(nodes, inputs, ["y"])
     with pytest.raises(InputError, match="'y' .Gather"):
         Session(graph).run(inputs)
+
+
+# --- recurrent networks ---------------------------------------------------------------------------
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+def recurrent(op, length, batch, inputs, hidden, seed, *, direction="forward", layout=0,
+              lengths=None, states=True, bias=True, peepholes=False):  # fmt: skip
+    """Inputs of a recurrent operator, None for those that are not given."""
+    directions, gates = 2 if direction == "bidirectional" else 1, GATES[op]
+    state = (batch, directions, hidden) if layout else (directions, batch, hidden)
+    values = [
+        floats((batch, length, inputs) if layout else (length, batch, inputs), seed),
+        floats((directions, gates * hidden, inputs), seed + 1) / 4,
+        floats((directions, gates * hidden, hidden), seed + 2) / 4,
+        floats((directions, 2 * gates * hidden), seed + 3) if bias else None,
+        lengths, floats(state, seed + 4) if states else None,
+    ]  # fmt: skip
+    if op == "LSTM":
+        values.append(floats(state, seed + 5) if states else None)
+        values.append(floats((directions, 3 * hidden), seed + 6) if peepholes else None)
+    return values
+
+
+def check_recurrent(op, values, outputs, **attributes):
+    """Compare with NumPy: weights are constants; inputs and states, and lengths, are given."""
+    names = [f"x{i}" if x is not None else "" for i, x in enumerate(values)]
+    tensors = {name: x for name, x in zip(names, values, strict=True) if name}
+    given = {name: tensors.pop(name) for name in ("x0", "x4", "x5", "x6") if name in tensors}
+    graph = network(
+        [node(op, names, *outputs, **attributes)], given, [n for n in outputs if n], tensors, 22
+    )
+    found = run(graph, given)
+    expected = numpy_ops.compute(op, attributes, 22, values, 3 if op == "LSTM" else 2)
+    for name, y in zip(outputs, expected, strict=False):
+        if name:
+            assert found[name].shape == y.shape and found[name].dtype == y.dtype
+            np.testing.assert_allclose(found[name], y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", GATES)
+@settings(max_examples=12)
+@given(
+    sizes=st.tuples(*[st.integers(1, n) for n in (5, 11, 20, 35)]), seed=SEEDS,
+    direction=st.sampled_from(["forward", "reverse", "bidirectional"]), data=st.data(),
+)  # fmt: skip
+def test_recurrent(op, sizes, seed, direction, data):
+    length, batch, inputs, hidden = sizes
+    flags = [data.draw(st.booleans()) for _ in range(6)]
+    layout, states, bias, peepholes, coupled, linear = flags
+    attributes = {"hidden_size": hidden, "direction": direction, "layout": int(layout)}
+    if data.draw(st.booleans()):
+        attributes["clip"] = 1.5
+    attributes |= {"input_forget": int(coupled)} if op == "LSTM" else {}
+    attributes |= {"linear_before_reset": int(linear)} if op == "GRU" else {}
+    lengths = None
+    if data.draw(st.booleans()):
+        lengths = np.array(
+            data.draw(st.lists(st.integers(-1, length + 2), min_size=batch, max_size=batch)),
+            np.int32,
+        )
+    values = recurrent(op, length, batch, inputs, hidden, seed % 1000, direction=direction,
+                       layout=layout, lengths=lengths, states=states, bias=bias,
+                       peepholes=peepholes and op == "LSTM")  # fmt: skip
+    wanted = data.draw(st.sampled_from([("y", "h", "c"), ("y",), ("", "h"), ("", "", "c")]))
+    outputs = wanted if op == "LSTM" else [n for n in wanted if n != "c"]
+    check_recurrent(op, values, outputs if any(outputs) else ["y"], **attributes)
+
+
+@pytest.mark.parametrize("name", functions.RECURRENT_FUNCTIONS)
+def test_activation_functions_of_recurrent_networks(name):
+    attributes = {"hidden_size": 5, "direction": "bidirectional"}
+    for op, count in (("RNN", 2), ("GRU", 4), ("LSTM", 6)):
+        check_recurrent(
+            op, recurrent(op, 3, 2, 4, 5, 1, direction="bidirectional"), ["y"], **attributes,
+            activations=[name.upper()] * (count - 1) + ["Tanh"],
+            activation_alpha=[0.3, 0.6], activation_beta=[0.4],
+        )  # fmt: skip
+
+
+def test_recurrent_networks_that_numpy_runs():
+    """What has no kernel: a function without one, and weights that only a run tells."""
+    values = recurrent("LSTM", 3, 2, 4, 5, 1)
+    names = [f"x{i}" if x is not None else "" for i, x in enumerate(values)]
+    tensors = {name: x for name, x in zip(names, values, strict=True) if name}
+    softplus = {"activations": ["Sigmoid", "Softplus", "Tanh"]}
+    for names_given, attributes in ((["x0", "x1"], {}), (["x0"], softplus)):
+        inputs = {name: tensors[name] for name in names_given}
+        others = {name: x for name, x in tensors.items() if name not in names_given}
+        graph = network([node("LSTM", names, "y", **attributes)], inputs, ["y"], others)
+        session = Session(graph)
+        assert steps_in_numpy(session, inputs) == ["LSTM"]
+        (expected,) = numpy_ops.compute("LSTM", attributes, 18, values, 1)
+        np.testing.assert_array_equal(session.run(inputs), expected)
+
+
+def test_weights_of_recurrent_networks_are_laid_out_once():
+    values = recurrent("GRU", 3, 2, 4, 5, 1, states=False)
+    names = [f"x{i}" if x is not None else "" for i, x in enumerate(values)]
+    constants = dict(zip(names[1:4], values[1:4], strict=True))
+    graph = network([node("GRU", names, "y")], {"x0": values[0]}, ["y"], constants)
+    graph.inputs[0] = ValueInfo("x0", ("length", 2, 4), (3, 2, 4))
+    session = Session(graph)
+    for length in (3, 1, 8):
+        x = floats((length, 2, 4), length)
+        (expected,) = numpy_ops.compute("GRU", {}, 18, [x, *values[1:]], 1)
+        np.testing.assert_allclose(session.run(x), expected, rtol=1e-5, atol=1e-5)
+    held = session._planner._prepared
+    assert sum(array.nbytes for array in held.values()) == 4 * (4 * 48 + 5 * 48 + 64)
+
+
+# --- normalizations -------------------------------------------------------------------------------
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_layer_normalization(shape, seed, data):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    size = shape[axis:] if axis < 0 else shape[axis % len(shape) :]
+    outputs = data.draw(st.integers(1, 3))
+    given = [floats(shape, seed), floats(size, seed + 1)]
+    if data.draw(st.booleans()):
+        given.append(floats(size, seed + 2))
+    check("LayerNormalization", *given, outputs=outputs, axis=axis, epsilon=1e-3, compare=close)
+    check("RMSNormalization", *given[:2], opset=23, axis=axis, epsilon=1e-3, compare=close)
+
+
+def test_scale_of_a_layer_normalization_that_is_repeated():
+    x, scale = floats((5, 3, 4)), floats((4,), 1)
+    graph = network(
+        [node("LayerNormalization", ["x", "scale"], "y", axis=1)], {"x": x}, ["y"], {"scale": scale}
+    )
+    (expected,) = numpy_ops.compute("LayerNormalization", {"axis": 1}, 18, [x, scale], 1)
+    close(run(graph, {"x": x})["y"], expected)
+
+
+@settings(max_examples=30)
+@given(
+    arrays.array_shapes(min_dims=3, max_dims=5, min_side=1, max_side=9), SEEDS, st.integers(1, 4)
+)
+def test_normalizations_of_channels(shape, seed, groups):
+    count, size, *rest = shape
+    x, few = floats((count, groups * size, *rest), seed), floats((2, groups), seed + 1)
+    many = floats((2, groups * size), seed + 2)
+    check("InstanceNormalization", x, *many, epsilon=1e-3, compare=close)
+    for opset, values in ((18, few), (21, many)):
+        check("GroupNormalization", x, *values, opset=opset, num_groups=groups, epsilon=1e-3,
+              compare=close)  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(arrays.array_shapes(min_dims=4, max_dims=4, min_side=2, max_side=9), SEEDS, st.data())
+def test_other_normalizations(shape, seed, data):
+    check("LpNormalization", floats(shape, seed), axis=data.draw(st.integers(-4, 3)), compare=close)
+    axes = data.draw(st.sampled_from([[0, 2, 3], [2, 3], [1, 2, 3], [0, 1, 2, 3], [-1], [0]]))
+    check("MeanVarianceNormalization", floats(shape, seed), axes=axes, compare=close)
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization", "LpNormalization"])
+def test_normalization_of_what_is_the_same_everywhere(op):
+    for value in (0.0, 1e4, -3e-5):
+        x = np.full((3, 40), value, np.float32)
+        factors = [] if op == "LpNormalization" else [np.ones(40, np.float32)]
+        check(op, x, *factors, opset=23, compare=partial(np.testing.assert_allclose, atol=1e-3))
+
+
+# --- moves by indices -----------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_gather(shape, seed, data):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    index = st.integers(-shape[axis], shape[axis] - 1)
+    indices = data.draw(st.one_of(index, st.lists(index, min_size=1, max_size=9)))
+    check("Gather", floats(shape, seed), np.array(indices, np.int64), axis=axis)
+
+
+def test_gather_that_numpy_runs():
+    """Indices that only a run tells, and such as are spread too far."""
+    x = floats((900, 2))
+    graph = network([node("Gather", ["x", "i"], "y")], {"x": x, "i": ints(3, -1)}, ["y"])
+    session = Session(graph)
+    np.testing.assert_array_equal(session.run({"x": x, "i": ints(3, -1)}), x[[3, -1]])
+    indices = np.random.default_rng(0).integers(0, 900, 400)
+    graph = network([node("Gather", ["x", "i"], "y")], {"x": x}, ["y"], {"i": indices})
+    assert steps_in_numpy(Session(graph), {"x": x}) == ["Gather"]
