@@ -366,9 +366,7 @@ def settings_without(effects: Sequence[Effect], settings: Mapping[str, Any]) -> 
     given = settings.get("activation_bits", 8)
     remedy: dict[str, Any] = {}
     if bits:
-        others: Mapping[str, int] = given if isinstance(given, Mapping) else {}
-        if isinstance(given, int) and given != 8:
-            others = {"*": given}
+        others = given if isinstance(given, Mapping) else {} if given == 8 else {"*": given}
         remedy["activation_bits"] = bits | {k: v for k, v in others.items() if k not in bits}
     if kept != list(settings.get("keep_float", ())):
         remedy["keep_float"] = kept
