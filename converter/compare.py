@@ -18,6 +18,7 @@ _MOST_GROUPS = 4
 _LEAST_SHARE = 0.01  # of the channels; fewer of them are no group
 _SEEN = 0.1  # a probability that never gets so far says that there is nothing
 _FEWEST = 8  # values of a channel that tell its range
+_UNSEEN = 1e-3  # a probability that says nothing is not wrong by less
 _SAME = 1e-3  # of sums and norms that are one by construction
 _PICTURE = 128  # an axis of pictures is longer
 _FINEST = 4  # pixels of the input, along an axis, that a segmented one stands for at most
@@ -295,7 +296,8 @@ def groups_of(infos: Sequence[ValueInfo], values: Mapping[str, np.ndarray]) -> G
             for number, group in enumerate(of[info.name]):
                 part = group.part(y)
                 mean = float(np.square(part, dtype=np.float64).mean())
-                power[info.name, number] = mean if math.isfinite(mean) else 0.0
+                least = 0.0 if group.says_something else _UNSEEN**2
+                power[info.name, number] = max(mean, least) if math.isfinite(mean) else 0.0
     return Groups(of, power)
 
 
@@ -381,11 +383,13 @@ class _Axis:
         # What says nothing belongs to what is like it.
         for channel in np.flatnonzero(~seen):
             alike = seen & probable if (seen & probable).any() and probable[channel] else seen
-            if power[channel] > 0 and not (seen & probable).any():
+            near = np.flatnonzero(alike)
+            nearest = near[np.abs(near - channel).argmin()]
+            hidden = power[nearest] > 4.0 ** (2 * _GAP) * power[channel] > 0
+            if hidden or (power[channel] > 0 and not (seen & probable).any()):
                 level[channel] = -1
             else:
-                near = np.flatnonzero(alike)
-                level[channel] = level[near[np.abs(near - channel).argmin()]]
+                level[channel] = level[nearest]
         found = [np.flatnonzero(level == value) for value in np.unique(level)]
         return sorted(found, key=lambda group: int(group[0]))
 

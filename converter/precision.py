@@ -28,7 +28,7 @@ from logshift.runtime.operators import OPERATORS
 _PICTURES = 4  # that effects are measured on
 # Squared error over squares of a group of outputs, of all tensors together: until it is reached,
 # float32 is spent.
-_ENOUGH = 1e-3
+_ENOUGH = 5e-4
 _TRIED = 0.02  # of the noise that is enough: above it other ranges of a tensor are tried
 
 # What float32 costs, in products of codes: a product of float32, and to write or to round a value.

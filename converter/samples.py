@@ -179,7 +179,8 @@ def telling_first(
     peaks = np.stack([_peaks(run({name: x[i] for name, x in split.items()})) for i in seen])
     highest = peaks.max(axis=0)
     peaks = np.divide(peaks, highest, out=np.zeros(peaks.shape), where=highest > 0)
-    reached, order = np.zeros(peaks.shape[1]), []
+    reached = np.zeros(peaks.shape[1])
+    order: list[int] = []
     for _ in range(min(len(seen), _MOST_TELLING)):
         gain = (peaks - reached).clip(0).mean(axis=1)
         gain[order] = -1

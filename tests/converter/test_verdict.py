@@ -295,10 +295,12 @@ def test_what_helps_where_many_layers_add():
     group = compare.GroupError((), 1, 4.0, 0.8)
     output = compare.OutputError("y", 4.0, 0.8, [group])
     found = verdict.verdict_on([output], 3, {"residual_ratio": 0.15}, ranked)
-    assert (
-        "Conv '0' adds most error by its weights, but many do; residual_ratio=0.5" in found.warning
-    )
-    assert found.remedy == {"residual_ratio": 0.5}
+    assert found.remedy == {"keep_float": ["0", "1"]}
+    assert "Conv '0' adds most error by its weights; keep_float" in found.warning
+    assert found.warning.endswith("would help most")
+    even = [dataclasses.replace(part, noise={key: 0.01}) for part in ranked]
+    found = verdict.verdict_on([output], 3, {"residual_ratio": 0.15}, even)
+    assert found.remedy == {"residual_ratio": 0.5} and "residual_ratio=0.5 would" in found.warning
 
 
 def effect(part, bits=8, name="a[0]", settled_by=("a[0]", "b")):
