@@ -67,9 +67,8 @@ def give_sizes(model: onnx.ModelProto, shapes: InputShapes) -> bool:
     Editor(model).apply(recurrent)
     unchanged = onnx.ModelProto()
     unchanged.CopyFrom(model)
-    if any(isinstance(size, int) for sizes in changed.values() for size in sizes):
-        _ask_anew(model, inputs, before)
-    if changed:
+    fixed = any(isinstance(size, int) for sizes in changed.values() for size in sizes)
+    if changed and not (fixed and not _ask_anew(model, inputs, before)):
         _prove(model, unchanged, inputs, before)
     return bool(changed)
 
@@ -104,10 +103,11 @@ def _ask_anew(
     model: onnx.ModelProto,
     inputs: Mapping[str, onnx.ValueInfoProto],
     before: Mapping[str, tuple[int | str, ...]],
-) -> None:
-    """Let nodes ask for sizes that they were told, in place."""
-    if opset_of(model) < _SCALES:
-        return
+) -> bool:
+    """Let nodes ask for sizes that they were told, in place.
+
+    Returns whether onnxruntime can run the model at all, which others will complain about.
+    """
     feed = {
         name: np.ones(
             [d if isinstance(d, int) else 1 if axis == 0 else _UNKNOWN
@@ -117,7 +117,9 @@ def _ask_anew(
         for name, value in inputs.items()
     }  # fmt: skip
     if (seen := _shapes(model, before, feed)) is None:
-        return
+        return False
+    if opset_of(model) < _SCALES:
+        return True
     batch = _only_batch(inputs, before)
 
     def rule(change: Rule) -> Rule:
@@ -135,6 +137,7 @@ def _ask_anew(
         "Expand": lambda n: _expand(n, seen[n.x(0)]),
     }
     Editor(model).apply({("", op): rule(change) for op, change in changes.items()})
+    return True
 
 
 def _only_batch(

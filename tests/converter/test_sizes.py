@@ -115,6 +115,23 @@ def test_sizes_in_the_graph(path, op):
     check(model, path, free_model)
 
 
+@pytest.mark.parametrize("op", ["pads", "split", "ends"])
+def test_what_packed_operators_would_fix(path, op):
+    net = net_of()
+    y = net.conv("x")
+    if op == "pads":  # of which there are none, one or two, by the size
+        weight = net.random(4, 4, 3, 3)
+        y = net.node("Conv", y, weight, auto_pad="SAME_UPPER", strides=[2, 2])
+    elif op == "split":
+        y = net.node("Mul", *net.node("Split", y, outputs=2, axis=2, num_outputs=2))
+    else:
+        half = net.node("Div", net.node("Shape", y, start=2), net.constant([2, 3], np.int64))
+        axes = net.constant([2, 3], np.int64)
+        y = net.node("Slice", y, net.constant([0, 0], np.int64), half, axes)
+    sizes = ((1, 16, 12), (3, 18, 9) if op == "split" else (2, 15, 11))
+    check(net.model(net.conv(y)), path, sizes=sizes)
+
+
 def test_batch_alone(path):
     net = net_of()
     y = net.node("Reshape", net.conv("x"), net.constant([1, 768], np.int64))
