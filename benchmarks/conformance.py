@@ -28,9 +28,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from logshift import converter, runtime
+from logshift.converter.imports.branches import CONTROL
 from logshift.converter.onnx_model import MIN_OPSET
 from logshift.converter.operators.functions import ELEMENTWISE
 from logshift.converter.progress import reporting
+from logshift.converter.refusals import RANDOM
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import DTYPES
 from logshift.runtime.onnx_ops import compiled, numpy_ops
@@ -297,11 +299,13 @@ def run(case: Case) -> Outcome:
     pictures = as_pictures(case)
     try:
         compiled = [_is_compiled(_check(variant)) for variant in (case, pictures) if variant]
-    except ConversionError as error:
-        if reason := foreign_type(case) or _reason(case, str(error)):
+    except Exception as error:
+        if reason := foreign_type(case):
             return Outcome(NOT_SUPPORTED, reason)
-        return Outcome(FAILED, str(error))
-    except Exception as error:  # whatever it is, it is a bug
+        if isinstance(error, ConversionError):
+            reason = _reason(case, str(error))
+            return Outcome(NOT_SUPPORTED if reason else FAILED, reason or str(error))
+        # Whatever else it is, it is a bug.
         if case.name in DEPARTURES:
             return Outcome(NOT_SUPPORTED, "differs, see below")
         return Outcome(FAILED, f"{type(error).__name__}: {error}")
@@ -314,8 +318,8 @@ def _reason(case: Case, message: str) -> str:
         return "no such operator"
     if "training mode" in message:
         return "training"
-    lines = [line for line in message.splitlines() if line.endswith(": not supported")]
-    return " and ".join(sorted({f"needs {line.split()[1]}" for line in lines}))
+    refused = {line.split()[1] for line in message.splitlines() if line.startswith("  - ")}
+    return " and ".join(f"needs {op}" for op in sorted(refused & {*CONTROL, *RANDOM}))
 
 
 def _check(case: Case) -> Session:

@@ -10,7 +10,7 @@ import numpy as np
 
 from logshift.converter.clamp import NO_CLAMP, Clamp
 from logshift.converter.function import Function
-from logshift.kernels.activation import PIECES, Activation
+from logshift.kernels.activation import PIECES, Activation, activated, target
 from logshift.kernels.machine.jit import njit
 from logshift.runtime.graph import Quantization
 
@@ -71,6 +71,30 @@ def activation(
     return (
         _hard_swish(function, size) or _written(function, q) or _fit(function, q, low, high, clamp)
     )
+
+
+def rounded(found: Activation, q: Quantization, x: np.ndarray) -> np.ndarray:
+    """Return the codes that kernels make of values, before they are clamped; float32.
+
+    Parameters
+    ----------
+    found : Activation
+        The same for all channels.
+    q : Quantization
+        Of the result.
+    x : float32 array
+    """
+    to = target(found, q.scale, q.zero_point)
+    slope = np.float32(0 if to.slopes is None else to.slopes[0])
+    v = np.ascontiguousarray(x).reshape(-1) / np.float32(to.unit) + np.float32(to.zero)
+    _round(v, to.kind, slope, to.coefficients.ctypes.data)
+    return v.reshape(x.shape)
+
+
+@njit(cache=True, nogil=True)
+def _round(v, kind, slope, coefficients):
+    for i in range(v.size):
+        v[i] = np.rint(activated(v[i], kind, slope, coefficients))
 
 
 # --- functions with a formula of their own ------------------------------------------------------
@@ -294,7 +318,7 @@ class _Candidates:
 
     def activation(self, index: int) -> Activation:
         """Return one of them."""
-        c = self._stored()[index].astype(np.int16)
+        c = self._stored()[index].astype(np.int16, order="C")
         return Activation(
             "Piecewise", float(self.centre[index]), float(self.width[index] / _STEP), c
         )

@@ -15,17 +15,26 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from logshift.converter.compare import groups_of, mean_square
 from logshift.converter.encode import blocks, encode, gains, largest
-from logshift.converter.evaluate import Network, Value, mean_square, rows
+from logshift.converter.evaluate import Network, Value, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.converter.shared import layers, weight_of
-from logshift.kernels.stlq.codec import LogWeights
+from logshift.kernels.stlq.codec import LogWeights, exponent_levels
 from logshift.runtime.cores import default_threads
 from logshift.runtime.executor import spread
 
+# Least and most second words, by what is preferred; and what others may still take from the squared
+# error of the outputs, over their squares, so that they are not worth their bytes.
+_RATIOS = {
+    "speed": (0.15, 0.5, 3e-4),
+    "size": (0.0, 0.15, 3e-3),
+    None: (0.15, 0.5, 3e-4),
+    "accuracy": (0.15, 1.0, 3e-5),
+}
 # Pictures that sensitivities are measured on: fewer, down to `_FEWEST`, if more values were to be
 # computed for all layers together, and one if more were to be kept.
 _PICTURES, _FEWEST, _COMPUTED, _KEPT = 8, 2, 2**30, 2**27
@@ -76,8 +85,8 @@ def fixed_plan(
     """
     found = layers(graph)
     bits, ratio = settings.weight_bits, settings.residual_ratio
-    if ratio in (0.0, 1.0) or len(found) < 2:
-        return {node.output: Share(bits, ratio) for nodes in found for node in nodes}
+    if ratio in (0.0, 1.0) or not found or (len(found) == 1 and isinstance(ratio, float)):
+        return {node.output: Share(bits, float(ratio)) for nodes in found for node in nodes}
     worth: list[np.ndarray] = []
     sizes: list[int] = []
     for nodes, single, variance in _measured(graph, samples, batches, settings, progress):
@@ -87,12 +96,28 @@ def fixed_plan(
         summed, size = blocks(gain, settings.granularity, settings.tile)
         worth.append(summed.astype(np.float32) / size)
         sizes.append(size)
+    if isinstance(ratio, str):
+        ratio = _enough(worth, sizes, settings)
     bought = _bought(worth, sizes, ratio * sum(weight_of(nodes).size for nodes in found))
     return {
         node.output: Share(bits, float(np.count_nonzero(chosen) / len(chosen)))
         for nodes, chosen in zip(found, bought, strict=True)
         for node in nodes
     }
+
+
+def _enough(worth: list[np.ndarray], sizes: list[int], settings: Settings) -> float:
+    """Return the share of second words after which others have little left to take."""
+    least, most, enough = _RATIOS[settings.prefer]
+    size = np.repeat(sizes, [len(part) for part in worth])
+    everything = np.concatenate(worth).astype(np.float64)
+    order = np.argsort(-everything, kind="stable")
+    # From units of the grid.
+    levels = exponent_levels(settings.weight_bits) - 1 + settings.residual_shift
+    taken = np.cumsum((everything * size)[order]) / 4.0**levels
+    share = np.cumsum(size[order]) / size.sum()
+    first = np.searchsorted(taken, taken[-1] - enough)
+    return float(np.clip(share[min(first, len(share) - 1)], least, most))
 
 
 def _bought(worth: list[np.ndarray], sizes: list[int], budget: float) -> list[np.ndarray]:
@@ -186,7 +211,7 @@ def _measured(
     """
     found = layers(graph)
     size = max(len(x) // batches for x in samples.values())
-    few = min(batches, max(1, _pictures(graph, len(found)) // size))
+    few = min(batches, max(1, few_pictures(graph, len(found)) // size))
     part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
     network, threads = _Network(graph, part, few, 1), default_threads()
 
@@ -205,8 +230,8 @@ def _measured(
         yield from spread(measure, found[begin : begin + threads], threads)
 
 
-def _pictures(graph: FloatGraph, layers: int) -> int:
-    """Return on how many pictures sensitivities are measured."""
+def few_pictures(graph: FloatGraph, layers: int) -> int:
+    """Return on how many pictures it is measured what each of so many layers does."""
     batch = max(graph.inputs[0].nominal[0], 1)
     names = [name for node in graph.nodes for name in node.outputs if name]
     values = max(sum(math.prod(graph.shapes[name]) for name in names) // batch, 1)
@@ -216,6 +241,12 @@ def _pictures(graph: FloatGraph, layers: int) -> int:
 
 class _Network(Network):
     """The float network on a few pictures."""
+
+    def __init__(
+        self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int, threads: int
+    ) -> None:
+        super().__init__(graph, inputs, batches, threads)
+        self.groups = groups_of(graph.outputs, self.outputs)
 
     def sensitivity(self, nodes: list[FloatNode], weight: np.ndarray) -> float:
         """Squared relative error of all outputs, per squared error of layers with this weight.
@@ -241,10 +272,7 @@ class _Network(Network):
         if error == 0.0:
             return 0.0
         total = 0.0
-        for info in self.graph.outputs:
-            if info.name not in changed or not info.dtype.startswith("float"):
-                continue
-            exact, found = rows(self.values[info.name]), rows(changed[info.name])
-            if exact.shape == found.shape:
-                total += mean_square(found - exact) / (mean_square(exact) or 1.0)
+        for name in changed.keys() & self.groups.of.keys():
+            noise = self.groups.noise(name, rows(self.values[name]), rows(changed[name]))
+            total += sum(noise.values())
         return total / error

@@ -11,6 +11,10 @@ _SAMPLE = 2**16
 _FRACTIONS = np.linspace(0.2, 1.0, 33)
 _SMALLEST_RANGE = 1e-12
 
+# How ranges are chosen that are tried on a tensor, the one that clips nothing first.
+RANGES = ("minmax", "cubic", "mse")
+_POWERS = {"cubic": 3, "mse": 2}
+
 
 def choose_quantization(
     values: np.ndarray, bits: int, method: str, percentile: float
@@ -22,9 +26,9 @@ def choose_quantization(
     values : float32 array, any shape, finite
     bits : int
         A; codes are 0 to 2^A - 1.
-    method : {"minmax", "percentile", "mse"}
+    method : {"minmax", "percentile", "mse", "cubic"}
         The range of codes covers all values, those between two percentiles, or minimises the
-        squared error of a sample of the values.
+        squared error of a sample of the values, or the third power of its size.
     percentile : float
         The upper one, 50 to 100; the lower one is as far from the other end.
 
@@ -50,7 +54,7 @@ def choose_quantization(
         ends = np.outer(_FRACTIONS, [low, high])
         ends[:, 1 - side] = (low, high)[1 - side]
         candidates = [_affine(a, b, bits) for a, b in ends]
-        best = min(candidates, key=lambda q: _squared_error(sample, q))
+        best = min(candidates, key=lambda q: _error_of(sample, q, _POWERS[method]))
         low, high = _range(best)
     return best
 
@@ -73,16 +77,16 @@ def _range(q: Quantization) -> tuple[float, float]:
     return -q.zero_point * q.scale, (q.top - q.zero_point) * q.scale
 
 
-def _squared_error(values: np.ndarray, q: Quantization) -> float:
-    return _error(values, np.float32(q.scale), np.float32(q.zero_point), np.float32(q.top))
+def _error_of(values: np.ndarray, q: Quantization, power: int) -> float:
+    return _error(values, np.float32(q.scale), np.float32(q.zero_point), np.float32(q.top), power)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _error(values, scale, zero, top):
-    """Squared error of values as `Quantization` quantizes and dequantizes them."""
+def _error(values, scale, zero, top, power):
+    """Error of values, to a power of 2 or 3, as `Quantization` quantizes and dequantizes them."""
     total = 0.0
     for i in range(values.size):
         code = min(max(np.rint(values[i] / scale) + zero, np.float32(0)), top)
-        error = (code - zero) * scale - values[i]
-        total += np.float64(error * error)
+        error = abs((code - zero) * scale - values[i])
+        total += np.float64(error * error) * (np.float64(error) if power == 3 else 1.0)
     return total

@@ -6,8 +6,8 @@ Channels whose ranges differ are compared apart: boxes from 0 to 640 would hide 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,9 +17,17 @@ _GAP = 2.0  # octaves between the channels of two groups, in root mean square
 _MOST_GROUPS = 4
 _LEAST_SHARE = 0.01  # of the channels; fewer of them are no group
 _SEEN = 0.1  # a probability that never gets so far says that there is nothing
+_FEWEST = 8  # values of a channel that tell its range
+_UNSEEN = 1e-3  # a probability that says nothing is not wrong by less
 _SAME = 1e-3  # of sums and norms that are one by construction
 _PICTURE = 128  # an axis of pictures is longer
 _FINEST = 4  # pixels of the input, along an axis, that a segmented one stands for at most
+
+
+def mean_square(x: np.ndarray) -> float:
+    """Return the mean of the squares."""
+    flat = x.reshape(-1)
+    return float(np.vdot(flat, flat)) / max(flat.size, 1)
 
 
 class Sums:
@@ -30,17 +38,22 @@ class Sums:
     totals : float64 array (4, channels)
         Of the squares of the expected values, of the squares of those found, of their products, and
         of their squared differences.
+    differences : list of float64 array (channels,)
+        The last ones of each call.
     """
 
     def __init__(self) -> None:
         self.totals = np.zeros((4, 1))
+        self.differences: list[np.ndarray] = []
 
     def add(self, expected: np.ndarray, found: np.ndarray) -> None:
         """Add arrays (channels, values)."""
         x, y = expected.astype(np.float64), found.astype(np.float64)
         difference = x - y
         pairs = ((x, x), (y, y), (x, y), (difference, difference))
-        self.totals = self.totals + np.stack([np.einsum("cv,cv->c", *pair) for pair in pairs])
+        added = np.stack([np.einsum("cv,cv->c", *pair) for pair in pairs])
+        self.totals = self.totals + added
+        self.differences.append(added[3])
 
     def _total(self, channels: np.ndarray | slice) -> list[float]:
         return [float(total) for total in self.totals[:, channels].sum(axis=1)]
@@ -70,11 +83,11 @@ class GroupError:
     channels : tuple of (first, last)
         Empty for an output that is one group.
     axis : int
-        That of the channels.
+        That of the channels; of an output of class scores, that of the classes.
     snr_db, cosine : float
         As of `TensorError`.
     says_something : bool
-        False if the float model's values are zeros, or probabilities near zero: nothing to lose.
+        False if all of the float model's values are zero.
     """
 
     channels: tuple[tuple[int, int], ...]
@@ -90,6 +103,10 @@ class GroupError:
         ends = [str(a) if a == b else f"{a}-{b}" for a, b in self.channels]
         text = ", ".join(ends[:4]) + " ..." * (len(ends) > 4)
         return f"channel{'s' * (text != ends[0] or '-' in text)} {text} of axis {self.axis}"
+
+    def part(self, y: np.ndarray) -> np.ndarray:
+        """Return what an output has in these channels."""
+        return y.take(self.indices(y.shape[self.axis]), self.axis) if self.channels else y
 
     def indices(self, length: int) -> np.ndarray:
         """Return the channels of an axis of this length."""
@@ -189,12 +206,36 @@ class OutputSums:
             default=(1, []),
         )
         if (scores := self._class_axis(len(groups) > 1)) is not None:
+            whole = [replace(whole[0], axis=scores)]
             same, positions = self._axes[scores].same, self._axes[scores].positions
             return OutputError(self.name, snr_db, cosine, whole, same / positions, positions)
         if len(groups) < 2:
             return OutputError(self.name, snr_db, cosine, whole, note="no scores of classes")
         parts = [self._axes[axis].error(axis, group) for group in groups]
         return OutputError(self.name, snr_db, cosine, parts, note="ranges of its channels differ")
+
+    def noise(self, error: OutputError) -> np.ndarray:
+        """Return what each batch adds to the error of the group that it does most to.
+
+        Parameters
+        ----------
+        error : OutputError
+            What `error` returned.
+
+        Returns
+        -------
+        float64 array (batches,)
+            Squared errors over all squares of the group.
+        """
+        most = np.zeros(len(self._whole.differences))
+        for group in error.groups:
+            sums = self._axes[group.axis].sums if group.channels else self._whole
+            chosen = group.indices(sums.totals.shape[1])
+            power = float(sums.totals[0, chosen].sum())
+            if group.says_something and power:
+                parts = np.array([added[chosen].sum() for added in sums.differences])
+                most = np.maximum(most, np.nan_to_num(parts / power))
+        return most
 
     def _class_axis(self, is_grouped: bool) -> int | None:
         """Return the axis of class scores, None if the output does not look like these."""
@@ -216,6 +257,48 @@ class OutputSums:
             return False
         sizes = zip(self._shape[2:], self._picture, strict=True)
         return all(0 < n <= pixels <= _FINEST * n for n, pixels in sizes)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of channels of all outputs, with the squares of their values in the float network.
+
+    Attributes
+    ----------
+    of : dict of output name to list of GroupError
+    power : dict of (output name, number of the group) to float
+        Mean square.
+    """
+
+    of: dict[str, list[GroupError]]
+    power: dict[tuple[str, int], float]
+
+    def noise(
+        self, name: str, exact: np.ndarray, found: np.ndarray
+    ) -> dict[tuple[str, int], float]:
+        """Return the squared error of an output's groups, over their squares."""
+        noise = {}
+        for number, group in enumerate(self.of[name]):
+            if exact.shape == found.shape and (power := self.power[name, number]) > 0:
+                lost = group.part(exact) - group.part(found)
+                noise[name, number] = mean_square(lost) / power
+        return noise
+
+
+def groups_of(infos: Sequence[ValueInfo], values: Mapping[str, np.ndarray]) -> Groups:
+    """Return the groups of channels that float outputs show, of all infos that hold floats."""
+    of, power = {}, {}
+    for info in infos:
+        if info.dtype.startswith("float") and (y := values[info.name]).size:
+            sums = OutputSums(info)
+            sums.add(y, y)
+            of[info.name] = sums.error().groups
+            for number, group in enumerate(of[info.name]):
+                part = group.part(y)
+                mean = float(np.square(part, dtype=np.float64).mean())
+                least = 0.0 if group.says_something else _UNSEEN**2
+                power[info.name, number] = max(mean, least) if math.isfinite(mean) else 0.0
+    return Groups(of, power)
 
 
 def _axes(shape: tuple[int, ...]) -> list[int]:
@@ -276,14 +359,14 @@ class _Axis:
         starts = np.flatnonzero(np.diff(group, prepend=-2) != 1)
         ends = [*(starts[1:] - 1), len(group) - 1]
         runs = tuple((int(group[a]), int(group[b])) for a, b in zip(starts, ends, strict=True))
-        seen = bool(self._seen()[group].any())
-        return GroupError(runs, axis, self.sums.snr_db(group), self.sums.cosine(group), seen)
+        is_there = bool(self.sums.totals[0, group].any())
+        return GroupError(runs, axis, self.sums.snr_db(group), self.sums.cosine(group), is_there)
 
     def _probabilities(self) -> np.ndarray:
         return (self.low >= 0) & (self.high <= 1)
 
     def _seen(self) -> np.ndarray:
-        """Mark channels with something to lose: a class that no sample shows has nothing."""
+        """Mark channels that tell a range: a class that no sample shows does not."""
         nothing = self._probabilities() & (np.maximum(self.high, self.reached) < _SEEN)
         return (self.sums.totals[0] > 0) & ~nothing
 
@@ -291,18 +374,22 @@ class _Axis:
         """Return sets of channels of which the largest ones of each hide no other set's."""
         power = self.sums.totals[0] / self.positions
         seen, probable = self._seen(), self._probabilities()
-        if not seen.any():
+        if not seen.any() or self.positions < _FEWEST:
             return [np.arange(len(power))]
         level = np.zeros(len(power), int)
-        level[seen] = _levels(np.log2(power[seen]) / 2)
+        for kind in (seen & probable, seen & ~probable):  # whatever their sizes are
+            if kind.any():
+                level[kind] = _levels(np.log2(power[kind]) / 2) + level.max() + 1
         # What says nothing belongs to what is like it.
         for channel in np.flatnonzero(~seen):
             alike = seen & probable if (seen & probable).any() and probable[channel] else seen
-            if power[channel] > 0 and not (seen & probable).any():
+            near = np.flatnonzero(alike)
+            nearest = near[np.abs(near - channel).argmin()]
+            hidden = power[nearest] > 4.0 ** (2 * _GAP) * power[channel] > 0
+            if hidden or (power[channel] > 0 and not (seen & probable).any()):
                 level[channel] = -1
             else:
-                near = np.flatnonzero(alike)
-                level[channel] = level[near[np.abs(near - channel).argmin()]]
+                level[channel] = level[nearest]
         found = [np.flatnonzero(level == value) for value in np.unique(level)]
         return sorted(found, key=lambda group: int(group[0]))
 

@@ -11,6 +11,7 @@ import time
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -65,8 +66,8 @@ def layer_effects(
     groups: Mapping[str, Sequence[GroupError]],
     seconds: float,
     progress: Progress,
-) -> list[Effect]:
-    """Measure what each layer adds to the outputs, those first that look worst by themselves.
+) -> tuple[list[Effect], int]:
+    """Measure what each layer adds to the outputs, those first that look worst.
 
     Parameters
     ----------
@@ -75,7 +76,7 @@ def layer_effects(
     packed : Graph
         What it has become.
     batches : list of dict of input name to array
-        Of the model; a few are enough.
+        Of the model; a few are enough, and of large networks fewer are taken.
     groups : dict of output name to list of GroupError
         What of the outputs is looked at.
     seconds : float
@@ -86,21 +87,42 @@ def layer_effects(
     -------
     list of Effect
         In order of execution.
+    int
+        How many parts there are, measured or not.
     """
-    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    network = _Network(graph, packed, joined, len(batches), groups)
-    parts = sorted(network.parts(), key=lambda part: -part.alone)
-    until = time.perf_counter() + seconds
+    network = _Network(graph, packed, batches[:1], groups)
+    parts = _in_turns(network.parts())
+    # A part takes about half of what the network takes, for each batch.
+    expected = len(parts) * network.seconds / 2
+    if (count := min(int(seconds / expected) if expected else 1, len(batches))) > 1:
+        network = _Network(graph, packed, batches[:count], groups)
     measured: list[tuple[int, Effect]] = []
+    until = time.perf_counter() + seconds
     for number, part in enumerate(parts):
         if time.perf_counter() > until:
             break
         progress(number, len(parts), f"measuring {part.node.name}")
         measured.append((part.index, network.effect(part)))
-    return [effect for _, effect in sorted(measured, key=lambda item: item[0])]
+    effects = [effect for _, effect in sorted(measured, key=lambda item: item[0])]
+    return effects, len(parts)
 
 
-@dataclass(frozen=True)
+def _in_turns(parts: Sequence[_Part]) -> list[_Part]:
+    """Return in turns the worst weights by themselves, the worst codes, and the last parts.
+
+    The last ones are soon measured, and nothing after them makes up for what they do.
+    """
+    ranked = sorted(parts, key=lambda part: -part.alone)
+    turns = [
+        [part for part in ranked if part.of == "weights"],
+        [part for part in ranked if part.of == "codes"],
+        sorted(parts, key=lambda part: -part.index),
+    ]
+    order = (part for turn in zip_longest(*turns) for part in turn if part is not None)
+    return list(dict.fromkeys(order))
+
+
+@dataclass(frozen=True, eq=False)
 class _Part:
     """The weights or the codes of a node, and the noise that these are by themselves."""
 
@@ -117,11 +139,15 @@ class _Network(Network):
         self,
         graph: FloatGraph,
         packed: Graph,
-        inputs: Mapping[str, np.ndarray],
-        batches: int,
+        batches: Sequence[Mapping[str, np.ndarray]],
         groups: Mapping[str, Sequence[GroupError]],
     ) -> None:
-        super().__init__(graph, inputs, batches)
+        joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        super().__init__(graph, joined, len(batches))
+        start = time.perf_counter()
+        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
+            self.results(node, evaluator, self.values)
+        self.seconds = time.perf_counter() - start
         self.packed, self.groups = packed, groups
         self.made: dict[str, Node] = {
             name: node for node in packed.nodes for name in node.outputs if name
@@ -139,7 +165,7 @@ class _Network(Network):
                 noise = _ratio(node.weight, words.values())
                 found.append(_Part(index, node, "weights", noise))
             q = self.packed.quantization.get(node.output)
-            if q is not None:
+            if q is not None and node.output not in self.graph.quantization:  # not the model's own
                 exact = rows(self.values[node.output])
                 noise = _ratio(exact, q.dequantize(q.quantize(exact)))
                 found.append(_Part(index, node, "codes", noise))
@@ -156,11 +182,11 @@ class _Network(Network):
             if self.packed.settings.get("bias_correction", True):
                 found -= (found - exact).mean(axis=(0, 2, 3), keepdims=True)
             changed: dict[str, Value] = {node.output: evaluator.finish(found)}
-            bits = words.bits
+            bits, tensor = words.bits, self._packed(node).outputs[0]
         else:
             q = self.packed.quantization[node.output]
             changed = {node.output: q.dequantize(q.quantize(rows(self.values[node.output])))}
-            bits = q.bits
+            bits, tensor = q.bits, node.output
         values = ChainMap(changed, self.values)
         for later, own in zip(
             self.graph.nodes[part.index + 1 :], self.evaluators[part.index + 1 :], strict=True
@@ -168,7 +194,7 @@ class _Network(Network):
             if changed.keys() & set(later.inputs):
                 changed.update(self.results(later, own, values))
         return Effect(
-            node.name, node.op, node.output, part.of, bits, self._settled_by(part),
+            node.name, node.op, tensor, part.of, bits, self._settled_by(part),
             {
                 (name, number): self._noise(group, self.values[name], values[name])
                 for name, groups in self.groups.items()

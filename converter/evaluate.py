@@ -153,8 +153,7 @@ class Evaluator:
 
 def evaluate_graph(graph: FloatGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Evaluate the lowered network in float32 and return its outputs."""
-    network = Network(graph, inputs, 1)
-    return {info.name: rows(network.values[info.name]) for info in graph.outputs}
+    return Network(graph, inputs, 1).outputs
 
 
 def results(
@@ -208,6 +207,11 @@ class Network:
         for node, evaluator in zip(graph.nodes, self.evaluators, strict=True):
             self.values.update(self.results(node, evaluator, self.values))
 
+    @property
+    def outputs(self) -> dict[str, np.ndarray]:
+        """The network's outputs by name."""
+        return {info.name: rows(self.values[info.name]) for info in self.graph.outputs}
+
     def results(
         self, node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
     ) -> dict[str, Value]:
@@ -242,12 +246,6 @@ class _NodeWriter(OnnxWriter):
         graph = helper.make_graph(self.nodes, "node", inputs, outputs, self.initializers)
         opset = helper.make_opsetid("", self.opset)
         return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
-
-
-def mean_square(x: np.ndarray) -> float:
-    """Return the mean of the squares."""
-    flat = x.reshape(-1)
-    return float(np.vdot(flat, flat)) / max(flat.size, 1)
 
 
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:

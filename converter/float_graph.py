@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,10 @@ class FloatGraph:
         What the model itself says; other tensors are calibrated.
     code_tensors : set of tensors that become codes
         Known after `place`.
+    ranges : dict of tensor name to str
+        How the range of its codes is chosen, where that is not as the settings say.
+    floats : set of tensor names
+        Outputs, before `place`, of nodes that were chosen to work on float32.
     """
 
     nodes: list[FloatNode]
@@ -130,6 +135,20 @@ class FloatGraph:
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     constant_words: dict[str, ConstantWords] = field(default_factory=dict)
     code_tensors: set[str] = field(default_factory=set)
+    ranges: dict[str, str] = field(default_factory=dict)
+    floats: frozenset[str] = frozenset()
+
+    def copy(self) -> FloatGraph:
+        """Return a network that can be changed while this one stays; weights are the same."""
+        nodes = [
+            replace(
+                node, inputs=list(node.inputs), attributes=dict(node.attributes),
+                more_outputs=list(node.more_outputs),
+            )
+            for node in self.nodes
+        ]  # fmt: skip
+        own = {f.name: copy(getattr(self, f.name)) for f in fields(self) if f.name != "nodes"}
+        return FloatGraph(nodes, **own)
 
     def uses(self) -> Counter[str]:
         """How often each tensor is read, by nodes and as a result."""

@@ -19,6 +19,7 @@ from logshift.converter.operators.context import Context, name_of
 from logshift.converter.operators.edges import round_to_codes
 from logshift.converter.operators.lookup import piece_of
 from logshift.converter.operators.registry import LOWERINGS, VARIADIC, Lowering, Unsupported
+from logshift.converter.operators.volumes import on_pictures
 from logshift.runtime.graph import Dim, Shape, ValueInfo
 
 
@@ -103,7 +104,7 @@ class _Walk:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             texts = {k: v.decode() for k, v in attributes.items() if isinstance(v, bytes)}
             try:
-                lowering(draft, node, attributes | texts)
+                lowering(draft, on_pictures(draft, node) or node, attributes | texts)
             except Unsupported:
                 pass
             else:
@@ -136,7 +137,7 @@ class _Walk:
         for info in self.model.inputs:
             nominal = self.ctx.onnx_shapes[info.name]
             shape: tuple[Dim, ...] = info.shape
-            if self.ctx.fixed_size and len(shape) == 4:
+            if self.ctx.fixed_size and len(shape) >= 4:
                 shape = (shape[0], *nominal[1:])
             # An empty sample is no accident.
             shape = tuple(size and dim for dim, size in zip(shape, nominal, strict=True))
@@ -172,17 +173,17 @@ class _Walk:
     def _declared(
         self, value: onnx.ValueInfoProto, nominal: Shape
     ) -> list[onnx.TensorShapeProto.Dimension]:
-        """Return what is said of an output's dimensions, and not contradicted by the graph."""
-        given = self.model.declared.get(value.name)
-        given = value.type.tensor_type if given is None else given
+        """Return an output's dimensions: as declared where inference does not say otherwise."""
         found = list(value.type.tensor_type.shape.dim)
-        dims = list(given.shape.dim)
+        found = found if len(found) == len(nominal) else []
+        given = self.model.declared.get(value.name)
+        dims = found if given is None else list(given.shape.dim)
         if len(dims) != len(nominal):
-            return found if len(found) == len(nominal) else []
-        for axis, dim in enumerate(found if len(found) == len(nominal) else ()):
-            if dim.HasField("dim_param") and dims[axis].HasField("dim_value"):
-                dims[axis] = dim
-        return dims
+            return found
+        return [
+            inferred if inferred.dim_param and dim.dim_value else dim
+            for dim, inferred in zip(dims, found or dims, strict=True)
+        ]
 
 
 def _resized_late(

@@ -13,6 +13,8 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from logshift.converter import imports, qdq
+from logshift.converter.imports.edges import write_out
+from logshift.converter.imports.sizes import InputShapes, give_sizes
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
 from logshift.converter.simplify import RENAMING, simplified
@@ -61,15 +63,18 @@ class Model:
         What was taken out of it; see `qdq.strip`.
     metadata : Metadata
     given : onnx.ModelProto
-        As it was given: what the packed network is to do.
+        As it was given, but for half precision: what the packed network is to do.
     left : dict of the first output of a node to str
         Why nodes have a form still that is not plain.
-    changed : bool
-        Whether the given model was not in plain form.
+    forms : (onnx.ModelProto, onnx.ModelProto), optional
+        The model as it was given and in plain form, with its quantization, to be compared; if it
+        was of another form.
     rounds : bool
         Whether the given model rounds where the plain one does not.
     declared : dict of output name to TypeProto.Tensor
         What the given model says of its outputs.
+    frees_sizes : bool
+        Whether inputs must take other sizes than the nominal ones, whatever that costs.
     """
 
     original: onnx.ModelProto
@@ -80,9 +85,10 @@ class Model:
     metadata: Metadata
     given: onnx.ModelProto
     left: dict[str, str] = field(default_factory=dict)
-    changed: bool = False
+    forms: tuple[onnx.ModelProto, onnx.ModelProto] | None = None
     rounds: bool = False
     declared: dict[str, onnx.TypeProto.Tensor] = field(default_factory=dict)
+    frees_sizes: bool = False
 
     @property
     def opset(self) -> int:
@@ -90,13 +96,25 @@ class Model:
         return next(o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx"))
 
 
-def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
+def load(
+    source: str | os.PathLike[str] | onnx.ModelProto, input_shapes: InputShapes | None = None
+) -> Model:
     """Load, check and simplify a model.
+
+    Parameters
+    ----------
+    source : path or onnx.ModelProto
+        The latter is left as it is.
+    input_shapes : mapping of input name to sizes, optional
+        See `convert`.
 
     Raises
     ------
     ConversionError
-        If it is no valid ONNX model, or has inputs that are no tensors of numbers.
+        If it is no valid ONNX model, or has inputs that are no tensors of numbers, or cannot have
+        the sizes that are asked for.
+    InputError
+        If `input_shapes` does not fit its inputs.
     OSError
         If the file cannot be read.
     """
@@ -124,16 +142,28 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
     _check_opset(model, where)
     known = Metadata.read(model)
+    if input_shapes:
+        mended |= give_sizes(model, input_shapes)
+        original = onnx.ModelProto()
+        original.CopyFrom(model)
     imported = imports.brought_in(model)
     inputs = _inputs(imported.model.graph)
     plain, quantization = qdq.strip(imported.model, known)
+    write_out(plain, quantization)
     # What is known of weights and tensors is known by their names, and of weights as they are.
     named = quantization or known.weights or known.keep_float
     proto = simplified(plain, RENAMING if named else ())
+    # Of half precision onnxruntime's transformers may be wrong, or end the process.
+    comparable = (mended or imported.changed) and not imported.retyped
+    forms = (original, imported.model) if comparable else None
     declared = {value.name: value.type.tensor_type for value in original.graph.output}
+    if input_shapes:
+        declared = {}
+    free = any(not isinstance(d, int) for sizes in (input_shapes or {}).values() for d in sizes)
+    given = imported.model if imported.retyped else original
     return Model(
-        plain, proto, inputs, size, quantization, known, original, imported.left,
-        mended or imported.changed, imported.rounds, declared,
+        plain, proto, inputs, size, quantization, known, given, imported.left, forms,
+        imported.rounds, declared, free,
     )  # fmt: skip
 
 
@@ -177,8 +207,11 @@ def _dim(name: str, axis: int, dim: onnx.TensorShapeProto.Dimension) -> Dim:
 
 
 def dim_name(dim: onnx.TensorShapeProto.Dimension) -> str:
-    """Return the name of an unknown dimension, "" if it has none: "?" says no more than that."""
-    return "" if dim.dim_param == "?" else dim.dim_param
+    """Return the name of an unknown dimension, "" if it has none.
+
+    "?" says no more than that, and a formula is no name.
+    """
+    return "" if dim.dim_param == "?" or " " in dim.dim_param else dim.dim_param
 
 
 _DTYPES: dict[int, str] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import onnx
 
     from logshift.converter.float_graph import FloatGraph
+    from logshift.converter.imports.sizes import InputShapes
     from logshift.converter.onnx_model import Model
     from logshift.converter.quantize import LayerError
     from logshift.converter.samples import Calibration, Samples
@@ -39,7 +41,7 @@ _MEMORY = 2**30
 # Folding reorders float32 sums; anything beyond that means a wrong translation.
 _TOLERANCE = 1e-3
 _LEAST = 1e-4
-# What a model in half precision or on codes, rounded everywhere, may differ from the one it means.
+# What a model on codes, rounded everywhere, may differ from the float one that it means.
 _ROUNDING = 0.5
 _OF_HALVES = 2e-3
 _SHOWN = 5
@@ -50,24 +52,27 @@ def convert(
     out: str | os.PathLike[str],
     *,
     calibration: Calibration,
+    input_shapes: InputShapes | None = None,
     weight_bits: int | Literal["auto"] = 4,
-    residual_ratio: float = 0.15,
+    residual_ratio: float | Literal["auto"] = "auto",
     max_bytes: int | None = None,
     max_drop: float | None = None,
     min_snr: float | None = None,
-    activation_bits: int | Mapping[str, int] = 8,
+    activation_bits: int | Literal["auto"] | Mapping[str, int | str] = "auto",
     keep_float: Sequence[str] = (),
     granularity: str = "element",
     tile: int = 256,
     residual_shift: int = 0,
-    activation_range: str = "mse",
+    activation_range: str = "auto",
     percentile: float = 99.99,
     bias_correction: bool = True,
     error_feedback: bool = True,
+    prefer: Literal["speed", "size", "accuracy"] | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
     calibration_limit: int | None = None,
     strict: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | bool | None = None,
 ) -> Report:
     """Convert an ONNX model to a packed power-of-two network.
@@ -82,6 +87,11 @@ def convert(
         Typical inputs: a folder of pictures, a float32 array (N, C, H, W) as the ONNX model takes
         it, a uint8 array of pictures (N, H, W, C), or an iterable of dictionaries with a float32
         array for each input.
+    input_shapes : mapping of input name to sizes, optional
+        Of the model's inputs, for every axis a number, or None (or a name) for any size: what an
+        export has fixed is freed, as in ``{"x": (None, 3, None, None)}``, or the other way round.
+        Numbers in the graph that were sizes of the input follow; where that cannot be, the node is
+        named.
     weight_bits : int, or "auto"
         Bits of a word, 2 to 5. "auto" chooses 3, 4 or 5 and second words for every layer: the
         smallest file that meets `max_drop` or `min_snr`, or the best one within `max_bytes`. It
@@ -130,6 +140,9 @@ def convert(
     strict : bool
         Whether a network whose outputs are too far from the float model's is an error, and no file
         is written, rather than a warning; see `docs/quantization.md`, "The verdict".
+    report : path, optional
+        An HTML file to write: the verdict, what each layer adds to the errors of the outputs,
+        histograms, times, pictures side by side, and what would mend weak layers.
     progress : callable(done, total, what), or bool, optional
         By default a progress bar on terminals, if rich is installed.
 
@@ -164,21 +177,30 @@ def convert(
         percentile=percentile,
         bias_correction=bias_correction,
         error_feedback=error_feedback,
+        prefer=prefer,
         keep_float=_patterns(keep_float),
     )
     target = Path(out)
     _check_arguments(target, labels, calibration_limit)
     require("converting", "onnx", "onnxruntime", "onnxslim", "threadpoolctl")
-    from logshift.converter.auto import choose_plan
-    from logshift.converter.onnx_model import load
-    from logshift.converter.quantize import quantize_graph
-    from logshift.converter.samples import divide, open_samples
+    if report is not None:
+        from logshift.converter.page import check_target
 
-    loaded = load(model)
+        check_target("report", report, target)
+    from logshift.converter.auto import choose_plan
+    from logshift.converter.onnx_model import Runner, load
+    from logshift.converter.precision import choose_precision
+    from logshift.converter.quantize import quantize_graph
+    from logshift.converter.samples import divide, open_samples, telling_first
+
+    loaded = load(model, input_shapes)
     preprocessing = preprocessing or loaded.metadata.preprocessing
     labels = loaded.metadata.labels if labels is None else labels
     samples = open_samples(calibration, loaded.inputs, preprocessing)
-    graph = _lowered(loaded, samples, settings)
+    network = lowered(loaded, samples, settings)
+    place = partial(placed, network, loaded, settings)
+    graph = place(())
+    _prove(loaded, graph, samples)
     limit = calibration_limit or _limit(graph)
     # What a plan does to the outputs is measured on as many as there are, a batch at a time.
     chooses = wanted is not None and wanted.max_bytes is None
@@ -193,29 +215,38 @@ def convert(
         if samples.preprocessing is not None:
             packed.preprocessing = samples.preprocessing.to_manifest()
         packed.labels = list(labels) if labels is not None else None
-        packed.settings = asdict(settings)
+        packed.settings = asdict(settings) | {"float_tensors": sorted(graph.floats)}
         packed.producer = f"logshift {version('logshift')}"
         if wanted:
             packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
 
     with single_blas(), reporting(progress) as show:
         plan = None
+        divided = telling_first(divided, Runner(loaded.original))
+        graph = choose_precision(
+            network, graph, place, divided.calibration, divided.batches, settings, show
+        )
         if wanted:
             plan = choose_plan(graph, divided, settings, wanted, finish, show)
         packed, errors = quantize_graph(
             graph, divided.calibration, divided.batches, settings, show, plan
         )
         finish(packed)
-        verdict = judge(loaded, graph, packed, divided, show)
-    if strict and verdict.warning:
-        raise ConversionError(f"{verdict.warning}; nothing was written")
-    file_bytes = format.write(packed, target)
-    count = len(next(iter(divided.calibration.values())))
-    notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
-    report = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+        verdict, shown = judge(loaded, graph, packed, divided, show)
+        if strict and verdict.warning:
+            raise ConversionError(f"{verdict.warning}; nothing was written")
+        file_bytes = format.write(packed, target)
+        count = len(next(iter(divided.calibration.values())))
+        notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
+        found = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+        if report is not None:
+            from logshift.converter.page import gather, write_page
+
+            reference = Runner(loaded.given)
+            write_page(gather(found, packed, graph, reference, shown, show), report)
     if verdict.warning:
         warnings.warn(f"{os.fspath(target)}: {verdict.warning}", AccuracyWarning, stacklevel=2)
-    return report
+    return found
 
 
 def _patterns(keep_float: Sequence[str]) -> tuple[str, ...]:
@@ -247,20 +278,16 @@ def _check_arguments(
         raise InputError(f"calibration_limit is {calibration_limit!r}; it must be at least 1")
 
 
-def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
-    """Lower and fuse, and prove on a sample that the function is still the same."""
-    from logshift.converter.constant_words import find_weights
-    from logshift.converter.evaluate import evaluate_graph
+def lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
+    """Lower and fuse."""
     from logshift.converter.float_graph import Problems
-    from logshift.converter.fuse import fuse, fuse_functions
+    from logshift.converter.fuse import fuse
     from logshift.converter.lower import lower
-    from logshift.converter.onnx_model import run, run_reference, trace
+    from logshift.converter.onnx_model import trace
     from logshift.converter.operators.registry import LOWERINGS
-    from logshift.converter.place import place
-    from logshift.converter.qdq import saturate, settle
+    from logshift.converter.qdq import settle
     from logshift.converter.rearrange import rearrange
     from logshift.converter.refusals import refuse
-    from logshift.converter.shared import share
 
     refuse(model.proto.graph, model.left, LOWERINGS)
     _check_import(model, samples.first)
@@ -281,12 +308,37 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
     for node in graph.nodes:
         node.keeps_weight = node.name in kept or settings.keeps_float(node.name)
     settle(graph)
-    place(graph, lambda node: node.keeps_weight or settings.activation_bits_of(node.name) == 32)
-    bits = settings.activation_bits_of
+    return graph
+
+
+def placed(
+    network: FloatGraph, model: Model, settings: Settings, floats: Collection[str]
+) -> FloatGraph:
+    """Decide what is codes, with what makes some tensors on float32, and fuse functions."""
+    from logshift.converter.constant_words import find_weights
+    from logshift.converter.fuse import fuse_functions
+    from logshift.converter.place import place
+    from logshift.converter.qdq import saturate
+    from logshift.converter.shared import share
+
+    graph, bits = network.copy(), settings.activation_bits_of
+    graph.floats = frozenset(floats)
+    place(
+        graph,
+        lambda node: node.keeps_weight or node.output in floats or bits(node.name) == 32,
+    )
     fuse_functions(graph, lambda node, table: bits(node.name) == bits(table.name))
     saturate(graph)
     share(graph)
     find_weights(graph, model.metadata.weights)
+    return graph
+
+
+def _prove(model: Model, graph: FloatGraph, samples: Samples) -> None:
+    """Prove on a sample that the function is still the same."""
+    from logshift.converter.evaluate import evaluate_graph
+    from logshift.converter.onnx_model import run, run_reference
+
     found = evaluate_graph(graph, samples.first)
     expected = run(model.original, samples.first)
     worst = max(_differences(expected, found))
@@ -308,22 +360,22 @@ def _lowered(model: Model, samples: Samples, settings: Settings) -> FloatGraph:
                 f"output {name!r}: the translated network differs from the ONNX model by"
                 f" {error:.2g} (relative) before any quantization; please report this model"
             )
-    return graph
 
 
 def _check_import(model: Model, sample: Mapping[str, np.ndarray]) -> None:
     """Prove on a sample that the model in plain form is the one that was given."""
     from logshift.converter.onnx_model import run
 
-    if not model.changed:
+    if model.forms is None:
         return
+    before, after = model.forms
     try:
-        given = run(model.given, sample)
+        given = run(before, sample)
     except ConversionError:  # nobody can run it as it is
         return
     tolerance = _ROUNDING if model.rounds else _TOLERANCE
-    names = [value.name for value in model.given.graph.output]
-    for name, y, z in zip(names, given, run(model.original, sample), strict=True):
+    names = [value.name for value in before.graph.output]
+    for name, y, z in zip(names, given, run(after, sample), strict=True):
         if y.shape != z.shape or y.dtype != z.dtype:
             difference = f"is {z.dtype} of shape {z.shape} and not {y.dtype} of shape {y.shape}"
         elif model.rounds and not (y.dtype.kind == "f" and np.isfinite(y).all()):

@@ -13,7 +13,7 @@ from logshift.runtime.graph import NEWEST_OPSET
 from logshift.runtime.operators import OPERATORS
 
 # Packed operators that work on float32 rather than on codes if nobody wants codes of them.
-_ELEMENTWISE = {"Add", "Lookup", "Mul", "Sub"}
+_AS_WANTED = {"Add", "Concat", "Lookup", "Mul", "Sub"}
 
 
 def place(graph: FloatGraph, wants_float: Callable[[FloatNode], bool]) -> None:
@@ -21,8 +21,8 @@ def place(graph: FloatGraph, wants_float: Callable[[FloatNode], bool]) -> None:
 
     ONNX operators work on float32, and so does what `wants_float`. Of the other packed operators,
     those with weights work on codes, the rest on whatever their inputs are, and element-wise ones
-    also on float32 if nobody wants codes of them. A convolution of codes whose result is only
-    wanted as float32 makes it so itself.
+    and Concat also on float32 if nobody wants codes of them. A convolution of codes whose result is
+    only wanted as float32 makes it so itself.
 
     Tensors keep their ONNX names in the form in which they are produced; in the other one they are
     called `<name>/float` or `<name>/codes`. Inputs and outputs have their names as float32 in any
@@ -65,7 +65,7 @@ class _Placement:
         coded = {x for node in self.graph.nodes for x in node.inputs if not node.is_float} | results
         for node in reversed(self.graph.nodes):
             wanted = coded.union(self.graph.quantization)
-            if node.op in _ELEMENTWISE and node.output in exact - wanted:
+            if node.op in _AS_WANTED and node.output in exact - wanted:
                 node.is_float = True
                 exact.update(node.inputs)
                 coded = {x for n in self.graph.nodes for x in n.inputs if not n.is_float} | results

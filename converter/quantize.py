@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from logshift.converter import feedback, shared
-from logshift.converter.activation import activation
+from logshift.converter.activation import activation, rounded
 from logshift.converter.budget import Plan, Share, fixed_plan
 from logshift.converter.calibrate import choose_quantization
 from logshift.converter.clamp import NO_CLAMP
@@ -46,8 +46,6 @@ from logshift.runtime.validate import validate
 
 # Before the walk, float stream and codes of the quantized one: bytes per value of a tensor.
 _BYTES_PER_VALUE = 5
-
-_MOST_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ class _Walk:
                     )
                 )  # fmt: skip
                 s = self.settings
-                share = self.plan.get(name, Share(s.weight_bits, s.residual_ratio))
+                share = self.plan.get(name, Share(s.weight_bits, s.ratio_of_constants))
                 words = encode_constant(
                     self.graph.constants[name], self.graph.weights[name], quantized, exact,
                     replace(s, weight_bits=share.bits), share.ratio,
@@ -285,18 +283,33 @@ class _Walk:
                 quantized += shift.astype(np.float32).reshape(-1, 1, 1)
         else:
             quantized = evaluator.sweep(self._quantized(node), count)
-        quantized = evaluator.finish(quantized)
         if node.output not in self.code_tensors:
+            quantized = evaluator.finish(quantized)
             self.streams[node.output] = _Streams(exact, quantized)
             error = snr_db(exact, quantized)
         else:
             if node.output in self.graph.quantization:
                 exact = np.clip(exact, *q.dequantize(np.array([0, q.top])))
-            codes = q.quantize(quantized)
+            codes = self._codes(packed, evaluator, quantized, q)
             self.streams[node.output] = _Streams(exact, codes)
             error = snr_db(exact, q.dequantize(codes))
         self._fill_in(packed, node)
         return packed, LayerError(weight_snr, error)
+
+    def _codes(
+        self, packed: Node, evaluator: Evaluator, before: np.ndarray, q: Quantization
+    ) -> np.ndarray:
+        """Return the codes that a node makes of what it computes before its function.
+
+        Parabolas are not quite the function: what they are wrong by on average is a mean error
+        like others, for the layers that follow to make up for.
+        """
+        found = packed.activation
+        if found is None or found.op != "Piecewise":
+            return q.quantize(evaluator.finish(before))
+        low, high = (_bound(bound, q) for bound in evaluator.node.clamp)
+        codes = rounded(found, q, before)
+        return codes.clip(low or 0, q.top if high is None else high).astype(np.uint8)
 
     def _check(self, node: FloatNode, exact: np.ndarray) -> None:
         rounds = node.is_quantized or node.output in self.code_tensors
@@ -355,11 +368,8 @@ class _Walk:
         if OPERATORS[node.op].keeps_quantization:
             return self.quantization[node.inputs[0]]
         s = self.settings
-        return choose_quantization(exact, self._bits(node), s.activation_range, s.percentile)
-
-    def _bits(self, node: FloatNode) -> int:
-        bits = self.settings.activation_bits_of(node.name)
-        return _MOST_BITS if bits == 32 else bits  # codes for a neighbour that wants them
+        method = self.graph.ranges.get(node.output, s.activation_range)
+        return choose_quantization(exact, s.code_bits_of(node.name), method, s.percentile)
 
     def _fill_in(self, packed: Node, node: FloatNode) -> None:
         """Add what depends on the quantization of inputs and output: clamp and table."""

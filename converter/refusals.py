@@ -10,7 +10,7 @@ from logshift.converter.float_graph import Problems
 from logshift.converter.imports.branches import CONTROL
 from logshift.runtime.onnx_ops import numpy_ops
 
-_RANDOM = (
+RANDOM = (
     "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
     "RandomUniformLike",
 )  # fmt: skip
@@ -38,8 +38,8 @@ def why_not(node: onnx.NodeProto, left: Mapping[str, str]) -> str | None:
         return "it works on text; leave that to what comes before the model"
     if node.domain == "com.microsoft.nchwc":
         return (
-            "ONNX Runtime laid it out for one CPU; save the model with its level ORT_ENABLE_EXTENDED,"
-            " or give the one that it was made of"
+            "ONNX Runtime laid it out for one CPU; save the model at its level"
+            " ORT_ENABLE_EXTENDED, or give the one that it was made of"
         )
     if node.domain not in ("", "ai.onnx"):
         known = f"operator of the domain {node.domain!r}"
@@ -50,7 +50,7 @@ def why_not(node: onnx.NodeProto, left: Mapping[str, str]) -> str | None:
         return None
     if op in CONTROL:
         return reason or "what is in it is only known when it runs"
-    if op in _RANDOM:
+    if op in RANDOM:
         return "it draws random numbers; export the model as it is evaluated, not trained"
     return "not supported; export the model with operators that docs/operators.md lists"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from logshift.kernels.errors import InputError
 from logshift.runtime.picture import Preprocessing, picture_files
 
 _HELD_BACK = 5  # one batch in so many measures
+_LOOKED_AT = 64  # batches, of which those come first that say most
+_MOST_TELLING = 8
 
 Calibration = str | os.PathLike[str] | np.ndarray | Iterable[Mapping[str, np.ndarray]]
 
@@ -152,6 +154,54 @@ def divide(data: Mapping[str, np.ndarray], batches: int, fitting: int, most: int
         ],
         held_back,
     )
+
+
+def telling_first(
+    division: Division, run: Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]]
+) -> Division:
+    """Let batches that calibrate come first in which the float network says most.
+
+    What is measured on a few samples is to show all that a network can say: the first batches are
+    those in which channels of outputs reach what they have not reached before.
+
+    Parameters
+    ----------
+    division : Division
+    run : callable(inputs) -> arrays
+        Of the float network.
+    """
+    count = division.batches
+    split = {
+        name: x.reshape(count, len(x) // count, *x.shape[1:])
+        for name, x in division.calibration.items()
+    }
+    seen = spread(count, _LOOKED_AT)
+    peaks = np.stack([_peaks(run({name: x[i] for name, x in split.items()})) for i in seen])
+    highest = peaks.max(axis=0)
+    peaks = np.divide(peaks, highest, out=np.zeros(peaks.shape), where=highest > 0)
+    reached = np.zeros(peaks.shape[1])
+    order: list[int] = []
+    for _ in range(min(len(seen), _MOST_TELLING)):
+        gain = (peaks - reached).clip(0).mean(axis=1)
+        gain[order] = -1
+        order.append(int(gain.argmax()))
+        reached = np.maximum(reached, peaks[order[-1]])
+    chosen = [seen[i] for i in order]
+    chosen += [i for i in range(count) if i not in chosen]
+    ordered = {name: np.concatenate(x[chosen]) for name, x in split.items()}
+    return replace(division, calibration=ordered)
+
+
+def _peaks(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the largest sizes along the axes in which channels may lie."""
+    found = [np.zeros(1)]
+    for y in outputs:
+        if y.dtype.kind == "f" and y.ndim > 1 and y.size:
+            size = np.abs(np.nan_to_num(y.astype(np.float64)))
+            for axis in {1, y.ndim - 1} if y.ndim != 4 else {1}:
+                found.append(size.max(axis=tuple(a for a in range(y.ndim) if a != axis)))
+    shapes = [len(part) for part in found]
+    return np.concatenate([part / length for part, length in zip(found, shapes, strict=True)])
 
 
 # --- pictures -----------------------------------------------------------------------------------

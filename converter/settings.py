@@ -16,10 +16,12 @@ from logshift.converter.encode import GRANULARITIES
 from logshift.kernels.errors import InputError
 from logshift.kernels.stlq import codec
 
-AUTO = "auto"  # as weight_bits
+AUTO = "auto"  # chosen by measured effect on the outputs
 
 _MAX_DROP = 0.5  # where nothing is said
+_AUTOMATIC = ("residual_ratio", "activation_bits", "activation_range")
 _ACTIVATION_BITS = 8  # of nodes that no pattern fits
+_OF_CONSTANTS = 0.3
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ class Declaration:
 
     def check(self, name: str, value: Any) -> None:
         """Refuse a value that is out of range, or no choice, naming the setting."""
+        if value == AUTO and name in _AUTOMATIC or value is None:
+            return
         if self.choices is not None and value not in self.choices:
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(self.choices)}")
-        if self.range is not None and value is not None:
+        if self.range is not None:
             low, high = self.range
             if type(low) is int:
                 _check_integer(name, value, low, int(high))
@@ -77,11 +81,21 @@ class Settings:
         metavar="N|auto",
         kind=str,
     )
-    residual_ratio: float = _setting(
-        0.15, "Share of weights that get a second word, 0 to 1.", range=(0.0, 1.0)
+    residual_ratio: float | str = _setting(
+        AUTO,
+        "Share of weights that get a second word, 0 to 1; or 'auto': as many as the outputs need.",
+        range=(0.0, 1.0),
+        metavar="X|auto",
+        kind=str,
     )
-    activation_bits: int | Mapping[str, int] = _setting(
-        8, "Bits of activations, 2 to 8; 32 quantizes weights alone.", kind=int
+    activation_bits: int | str | Mapping[str, int | str] = _setting(
+        AUTO,
+        "Bits of activations, 2 to 8; 32 quantizes weights alone; 'auto': 8, and float32 for those"
+        " that need it. NAME=N is for nodes, by names or patterns; may be given several times, and"
+        " the first that fits counts.",
+        metavar="N|auto|NAME=N",
+        shown_default=AUTO,
+        kind=list[str],
     )
     granularity: str = _setting(
         "element",
@@ -95,7 +109,9 @@ class Settings:
         range=(0, codec.MAX_RESIDUAL_SHIFT),
     )
     activation_range: str = _setting(
-        "mse", "How activation ranges are chosen.", choices=("mse", "minmax", "percentile")
+        AUTO,
+        "How activation ranges are chosen.",
+        choices=(AUTO, "mse", "minmax", "percentile"),
     )
     percentile: float = _setting(
         99.99,
@@ -108,6 +124,12 @@ class Settings:
     )
     error_feedback: bool = _setting(
         True, "Let weights make up for the rounding of those before them."
+    )
+    prefer: str | None = _setting(
+        None,
+        "What 'auto' is to spend least of: time, bytes, or accuracy.",
+        choices=("speed", "size", "accuracy"),
+        shown_default="a balance",
     )
     keep_float: tuple[str, ...] = _setting(
         (),
@@ -128,12 +150,29 @@ class Settings:
         else:
             _check_activation_bits("activation_bits", self.activation_bits)
 
-    def activation_bits_of(self, name: str) -> int:
+    def activation_bits_of(self, name: str) -> int | str:
         """Bits of the activations of the node `name`: those of the first pattern that it fits."""
         if not isinstance(self.activation_bits, Mapping):
             return self.activation_bits
         fits = (bits for p, bits in self.activation_bits.items() if fnmatchcase(name, p))
         return next(fits, _ACTIVATION_BITS)
+
+    def code_bits_of(self, name: str) -> int:
+        """Bits of the codes of the node `name`; of float32, those for neighbours that want some."""
+        bits = self.activation_bits_of(name)
+        return bits if isinstance(bits, int) and bits < 32 else _ACTIVATION_BITS
+
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether bits or ranges of activations are to be chosen by their effect."""
+        bits = self.activation_bits
+        given = bits.values() if isinstance(bits, Mapping) else (bits,)
+        return AUTO in given or self.activation_range == AUTO
+
+    @property
+    def ratio_of_constants(self) -> float:
+        """`residual_ratio` of constants of ONNX operators, whose errors are not measured."""
+        return self.residual_ratio if isinstance(self.residual_ratio, float) else _OF_CONSTANTS
 
     def keeps_float(self, name: str) -> bool:
         """Tell whether the node `name` is to stay as it is."""
@@ -223,11 +262,11 @@ def declared(kind: type[Settings] | type[Target]) -> dict[str, Declaration]:
     return {f.name: f.metadata["declaration"] for f in fields(kind)}
 
 
-def _check_activation_bits(name: str, value: int) -> None:
-    if value != 32:
-        _check_integer(name, value, 2, 8, " or 32 (float32)")
+def _check_activation_bits(name: str, value: int | str) -> None:
+    if value not in (32, AUTO):
+        _check_integer(name, value, 2, 8, f", 32 (float32) or {AUTO!r}")
 
 
-def _check_integer(name: str, value: int, low: int, high: int, more: str = "") -> None:
+def _check_integer(name: str, value: Any, low: int, high: int, more: str = "") -> None:
     if type(value) is not int or not low <= value <= high:
         raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}{more}")

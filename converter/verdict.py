@@ -17,6 +17,7 @@ import numpy as np
 
 from logshift.converter.compare import GroupError, OutputError, OutputSums
 from logshift.converter.progress import Progress
+from logshift.converter.settings import AUTO
 from logshift.kernels.errors import LogshiftError
 from logshift.runtime.graph import Graph, ValueInfo
 from logshift.runtime.session import Session
@@ -27,16 +28,20 @@ if TYPE_CHECKING:
     from logshift.converter.onnx_model import Model
     from logshift.converter.samples import Division
 
-LEAST_COSINE = 0.99
-LEAST_SNR_DB = 15.0
+# Of an output, and of one that holds scores of classes: of these only the order counts.
+LEAST_COSINE, LEAST_COSINE_OF_CLASSES = 0.99, 0.975
+LEAST_SNR_DB, LEAST_SNR_DB_OF_CLASSES = 15.0, 13.0
 LEAST_AGREEMENT = 0.9
 MOST_SAMPLES = 32  # batches that are measured on
 
+_CHANCE = 0.05  # with which it may be less by accident
+_MOST_COUNTED = 1000  # places, of which those of one picture are not independent of each other
 _SECONDS = 4.0  # after which no further sample is begun
 _BLAMING_SECONDS = 3.0
 _BLAMING_BATCHES = 2
-_NOISE = 0.015  # of the float outputs' squares, with which a cosine is above 0.99
-_MOST_NAMES = 8  # that a remedy lists; where more are needed it is one for all layers
+_SPARE = 0.7  # of the noise that an output may have, after a remedy
+_MINOR = 0.3  # share of the noise of all layers that are not worth naming
+_MOST_NAMES = 8  # that a remedy lists
 
 Run = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -134,7 +139,7 @@ def compare(
 
 def judge(
     model: Model, graph: FloatGraph, packed: Graph, samples: Division, progress: Progress
-) -> Verdict:
+) -> tuple[Verdict, list[dict[str, np.ndarray]]]:
     """Measure a packed network against its float model.
 
     Parameters
@@ -145,6 +150,12 @@ def judge(
     packed : Graph
     samples : Division
     progress : callable(done, total, what)
+
+    Returns
+    -------
+    Verdict
+    list of dict of input name to array
+        The batches that it was measured on, those first on which the outputs differ most.
     """
     from logshift.converter.onnx_model import Runner
 
@@ -153,7 +164,9 @@ def judge(
     order = np.random.default_rng(0).permutation(len(samples.measuring))[:MOST_SAMPLES]
     done, until = 0, math.inf
     try:
-        reference, session = Runner(model.given), Session(packed)
+        # Without codes there is nothing that a quantized model's rounding could stand for.
+        reference = Runner(model.given if packed.quantization else model.original)
+        session = Session(packed)
         for number in order:
             if time.perf_counter() > until:
                 break
@@ -166,16 +179,22 @@ def judge(
             if done == 1:  # what the first run compiles does not count
                 until = time.perf_counter() + _SECONDS
     except LogshiftError as error:
-        return Verdict([], done, samples.held_back, note=" ".join(str(error).split()))
+        note = " ".join(str(error).split())
+        return Verdict([], done, samples.held_back, note=note), samples.measuring
     errors = [output.error() for output in sums]
+    noise = [output.noise(error) for output, error in zip(sums, errors, strict=True)]
+    total = sum((part for part in noise if len(part) == done), np.zeros(done))
+    batches = [samples.measuring[order[n]] for n in np.argsort(-total, kind="stable")]
     effects: list[Effect] = []
     if worst_failure(errors) is not None:
         from logshift.converter.effects import layer_effects
 
-        batches = [samples.measuring[number] for number in order[: min(_BLAMING_BATCHES, done)]]
         groups = {error.name: error.groups for error in errors}
-        effects = layer_effects(graph, packed, batches, groups, _BLAMING_SECONDS, progress)
-    return verdict_on(errors, done, packed.settings, effects, samples.held_back)
+        effects, _ = layer_effects(
+            graph, packed, batches[:_BLAMING_BATCHES], groups, _BLAMING_SECONDS, progress
+        )
+    verdict = verdict_on(errors, done, packed.settings, effects, samples.held_back)
+    return verdict, batches
 
 
 def verdict_on(
@@ -220,20 +239,26 @@ class Failure:
     figure: str
 
 
+def least(output: OutputError) -> tuple[float, float]:
+    """Return the least cosine and signal-to-noise ratio that an output is good with."""
+    if output.groups and output.agreement is not None:
+        return LEAST_COSINE_OF_CLASSES, LEAST_SNR_DB_OF_CLASSES
+    return LEAST_COSINE, LEAST_SNR_DB
+
+
+def is_good(group: GroupError, output: OutputError) -> bool:
+    """Tell whether a group of an output is as near to the float model as it should be."""
+    cosine, snr_db = least(output)
+    return not group.says_something or (group.cosine >= cosine and group.snr_db >= snr_db)
+
+
 def worst_failure(errors: Sequence[OutputError]) -> Failure | None:
     """Return what falls short most of the outputs, None if nothing does."""
     found: list[tuple[float, Failure]] = []
     for output in errors:
         for number, group in enumerate(output.groups):
-            if not group.says_something:
-                continue
-            if math.isnan(group.cosine):
-                found.append((group.snr_db, Failure(output, number, "nothing of it is left")))
-            elif not group.cosine >= LEAST_COSINE:
-                figure = f"cosine {group.cosine:.4f}, less than {LEAST_COSINE}"
-                found.append((group.snr_db, Failure(output, number, figure)))
-            elif not group.snr_db >= LEAST_SNR_DB:
-                figure = f"signal-to-noise ratio {group.snr_db:.1f} dB, less than {LEAST_SNR_DB:g}"
+            if not is_good(group, output):
+                figure = _figure(group, *least(output))
                 found.append((group.snr_db, Failure(output, number, figure)))
         if output.agreement is not None and not _agrees(output.agreement, output.positions):
             what = "same top class" if output.groups else "equal values"
@@ -242,9 +267,22 @@ def worst_failure(errors: Sequence[OutputError]) -> Failure | None:
     return min(found, key=lambda item: item[0])[1] if found else None
 
 
+def _figure(group: GroupError, cosine: float, snr_db: float) -> str:
+    if math.isnan(group.cosine):
+        return "nothing of it is left"
+    if group.cosine < cosine:
+        return f"cosine {group.cosine:.4f}, less than {cosine}"
+    return f"signal-to-noise ratio {group.snr_db:.1f} dB, less than {snr_db:g}"
+
+
 def _agrees(share: float, positions: int) -> bool:
-    """Tell whether classes are the same often enough: one that is not says nothing yet."""
-    return share >= LEAST_AGREEMENT or positions * (1 - share) < 1.5
+    """Tell whether a share of `LEAST_AGREEMENT` may well show as so few in so many."""
+    count = min(positions, _MOST_COUNTED)
+    least, same = LEAST_AGREEMENT, round(share * count)
+    chance = sum(
+        math.comb(count, n) * least**n * (1 - least) ** (count - n) for n in range(same + 1)
+    )
+    return chance >= _CHANCE
 
 
 def warning(
@@ -261,11 +299,17 @@ def warning(
         return f"{sentence}; more calibration samples or residual_ratio=0.5 may mend it", {}
     first = ranked[0]
     what = "weights" if first.part == "weights" else f"{first.bits}-bit activations"
-    remedy = remedy_for(ranked, key, settings)
     sentence += f"; {first.op} {first.name!r} adds most error by its {what}"
+    most = _SPARE * 2 * (1 - least(output)[0])  # the noise of two vectors of this cosine
+    group = output.groups[failure.number]
+    total = 10 ** (-group.snr_db / 10) if math.isfinite(group.snr_db) else math.inf
+    remedy = remedy_for(ranked, key, total, most, settings)
     if remedy:
-        sentence += f"; {as_python(remedy)} would mend it"
-    return sentence, remedy
+        return f"{sentence}; {as_python(remedy)} should mend it", remedy
+    known = sum(effect.noise[key] for effect in ranked)
+    remedy = remedy_for(ranked, key, known, _MINOR * known, settings)
+    remedy = remedy or remedy_for_all(ranked, key, settings)
+    return f"{sentence}; {as_python(remedy)} would help most", remedy
 
 
 def as_python(settings: Mapping[str, Any]) -> str:
@@ -274,32 +318,37 @@ def as_python(settings: Mapping[str, Any]) -> str:
 
 
 def remedy_for(
-    ranked: Sequence[Effect], key: tuple[str, int], settings: Mapping[str, Any]
+    ranked: Sequence[Effect],
+    key: tuple[str, int],
+    total: float,
+    most: float,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return settings without the parts that add most, so many that the rest is good enough.
 
-    Errors of different parts add up as squares.
+    Errors of different parts add up as squares. Empty if it takes too many.
 
     Parameters
     ----------
     ranked : list of Effect
         The one that adds most comes first.
     key : (output name, number of the group)
+    total, most : float
+        Squared error over squares, that there is and that may be left.
     settings : dict
         As they were.
     """
-    rest = sum(effect.noise[key] for effect in ranked)
-    enough = min(_NOISE, rest / 2)
-    chosen: list[Effect] = []
-    for effect in ranked:
-        if rest <= enough:
-            break
-        chosen.append(effect)
+    rest = max(sum(effect.noise[key] for effect in ranked), total)
+    enough = min(most, rest / 2)
+    names: set[str] = set()
+    for count, effect in enumerate(ranked, 1):
+        names.update(effect.settled_by)
         rest -= effect.noise[key]
-    names = {name for effect in chosen for name in effect.settled_by}
-    if len(names) > _MOST_NAMES:
-        return _for_all_layers(ranked, key, settings)
-    return settings_without(chosen, settings)
+        if len(names) > _MOST_NAMES:
+            break
+        if rest <= enough:
+            return settings_without(ranked[:count], settings)
+    return {}
 
 
 def settings_without(effects: Sequence[Effect], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,21 +359,23 @@ def settings_without(effects: Sequence[Effect], settings: Mapping[str, Any]) -> 
         patterns = [glob.escape(name) for name in effect.settled_by]
         if effect.part == "weights":
             kept += [pattern for pattern in patterns if pattern not in kept]
-        elif effect.bits < 8:
+        elif effect.bits < 8 and effect.op != "QuantizeLinear":  # which is no node of the model
             bits[glob.escape(effect.name)] = 8
         else:
             bits |= dict.fromkeys(patterns, 32)
     given = settings.get("activation_bits", 8)
     remedy: dict[str, Any] = {}
     if bits:
-        others = given if isinstance(given, Mapping) else {} if given == 8 else {"*": given}
+        others: Mapping[str, int] = given if isinstance(given, Mapping) else {}
+        if isinstance(given, int) and given != 8:
+            others = {"*": given}
         remedy["activation_bits"] = bits | {k: v for k, v in others.items() if k not in bits}
     if kept != list(settings.get("keep_float", ())):
         remedy["keep_float"] = kept
     return remedy
 
 
-def _for_all_layers(
+def remedy_for_all(
     effects: Sequence[Effect], key: tuple[str, int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return a setting for what adds more in all layers together, weights or activations."""
@@ -336,6 +387,8 @@ def _for_all_layers(
             "activation_bits": 8 if any(e.bits < 8 for e in effects if e.part == "codes") else 32
         }
     ratio = settings.get("residual_ratio", 0.0)
+    if ratio == AUTO and settings.get("prefer") != "accuracy":
+        return {"prefer": "accuracy"}
     if isinstance(ratio, float) and ratio < 0.5:
         return {"residual_ratio": 0.5}
     return {"weight_bits": 5, "residual_ratio": 1.0}

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from logshift.converter import ort
 from logshift.converter.compare import Sums
 from logshift.converter.extra import require
+from logshift.converter.progress import bar
 from logshift.converter.verdict import Verdict, compare, verdict_on
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import Session, load
@@ -21,6 +23,9 @@ from logshift.runtime.table import text_table
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
+
+
+_SHOWN = 4  # batches that a page is about
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ def verify(
     model: str | os.PathLike[str] | onnx.ModelProto,
     packed: str | os.PathLike[str] | Session,
     inputs: np.ndarray | Iterable[Any],
+    *,
+    html: str | os.PathLike[str] | None = None,
 ) -> Verification:
     """Run both networks on the same inputs and compare all tensors that they share.
 
@@ -103,6 +110,9 @@ def verify(
     inputs : float32 array (N, C, H, W), or iterable
         An iterable gives one input after the other, each as `Session.run` takes it: pictures,
         arrays with their batch, or dictionaries of arrays.
+    html : path, optional
+        A page to write that shows more: what each layer adds to the errors of the outputs,
+        histograms, times, pictures. `packed` is a path then.
 
     Returns
     -------
@@ -116,15 +126,26 @@ def verify(
         If an input does not fit, or there is none.
     """
     require("verifying", "onnx", "onnxruntime")
+    path = None if isinstance(packed, Session) else Path(packed)
+    if html is not None:
+        if path is None:
+            raise InputError("html: give the path of the packed file, not a session")
+        require("a report page", "onnxslim")
+        from logshift.converter.page import check_target
+
+        check_target("html", html, path)
     session = packed if isinstance(packed, Session) else load(packed)
     reference, names = _reference(model, session)
     output = session.outputs[0].name
     sums: dict[str, Sums] = {}
     outputs = compare(session.inputs, session.outputs, session.labels)
     same = positions = samples = 0
+    batches: list[dict[str, np.ndarray]] = []
     for sample in _each(inputs, session):
         found = session.trace(sample)
         arrays = {info.name: found[info.name] for info in session.inputs}
+        if html is not None and len(batches) < _SHOWN:
+            batches.append(arrays)
         expected = dict(zip(names, _run(reference, names, arrays), strict=True))
         for name in names:
             x, y = expected[name], found.get(name)
@@ -144,12 +165,21 @@ def verify(
     if not samples:
         raise InputError("there are no inputs to compare on")
     ops = {name: node.op for node in session.graph.nodes for name in node.outputs}
+    verdict = verdict_on([e.error() for e in outputs], samples, session.graph.settings)
+    if html is not None and path is not None:
+        from logshift.converter.page import write_page
+        from logshift.converter.page.verified import page_of_file
+
+        snr_db = {name: error.snr_db() for name, error in sums.items()}
+        with bar("measuring") as show:
+            page = page_of_file(model, path, session.graph, verdict, snr_db, batches, show)
+        write_page(page, html)
     return Verification(
         [TensorError(n, ops[n], s.snr_db(), s.cosine()) for n, s in sums.items()],
         output,
         same / positions,
         samples,
-        verdict_on([error.error() for error in outputs], samples, session.graph.settings),
+        verdict,
     )
 
 

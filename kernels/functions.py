@@ -211,6 +211,18 @@ def add(x, r):
 
 
 @njit(inline="always")
+def add_size(x, r):
+    """Return |x| + r."""
+    return abs(x) + r
+
+
+@njit(inline="always")
+def add_square(x, r):
+    """Return x * x + r."""
+    return x * x + r
+
+
+@njit(inline="always")
 def sub(x, r):
     """Return x - r."""
     return x - r
@@ -335,6 +347,43 @@ def onnx_exp(x, alpha, beta):
 
 
 @njit(inline="always")
+def onnx_ceil(x, alpha, beta):
+    """Return the least integer that is not below x."""
+    return np.ceil(x)
+
+
+@njit(inline="always")
+def onnx_cube(x, alpha, beta):
+    """Return x * x * x."""
+    return x * x * x
+
+
+@njit(inline="always")
+def onnx_floor(x, alpha, beta):
+    """Return the largest integer that is not above x."""
+    return np.floor(x)
+
+
+@njit(inline="always")
+def onnx_gelu(x, alpha, beta):
+    """Return x / 2 * (1 + erf(x / sqrt(2)))."""
+    return _HALF * x * (_ONE + onnx_erf(x * np.float32(0.7071067811865476), alpha, beta))
+
+
+@njit(inline="always")
+def onnx_gelu_tanh(x, alpha, beta):
+    """Return x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))."""
+    v = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * (x * x * x))
+    return _HALF * x * (_ONE + onnx_tanh(v, alpha, beta))
+
+
+@njit(inline="always")
+def onnx_round(x, alpha, beta):
+    """Return the nearest integer, of two the even one."""
+    return np.rint(x)
+
+
+@njit(inline="always")
 def onnx_hard_sigmoid(x, alpha, beta):
     """Return alpha * x + beta within [0, 1]."""
     y = hard_sigmoid(x, alpha, beta)
@@ -385,6 +434,50 @@ def onnx_tanh(x, alpha, beta):
     return y if x == x else x
 
 
+# --- of recurrent networks, in rational functions -------------------------------------------------
+
+# An odd rational function on [-8, 8], whose error is below 3e-7.
+TANH_NUMERATOR = (
+    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
+    1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03,
+)  # fmt: skip
+TANH_DENOMINATOR = (
+    1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03,
+)  # fmt: skip
+
+
+@njit(inline="always", error_model="numpy")
+def _fast_tanh(x):
+    v = clamp(x, np.float32(-7.9053111), np.float32(7.9053111))
+    square = v * v
+    p = np.float32(TANH_NUMERATOR[0])
+    p = fma(p, square, np.float32(TANH_NUMERATOR[1]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[2]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[3]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[4]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[5]))
+    p = fma(p, square, np.float32(TANH_NUMERATOR[6]))
+    q = np.float32(TANH_DENOMINATOR[0])
+    q = fma(q, square, np.float32(TANH_DENOMINATOR[1]))
+    q = fma(q, square, np.float32(TANH_DENOMINATOR[2]))
+    q = fma(q, square, np.float32(TANH_DENOMINATOR[3]))
+    return p * v / q
+
+
+@njit(inline="always")
+def gate_tanh(x, alpha, beta):
+    """Return tanh(x), within 3e-7."""
+    y = clamp(_fast_tanh(x), np.float32(-1), _ONE)
+    return y if x == x else x
+
+
+@njit(inline="always")
+def gate_sigmoid(x, alpha, beta):
+    """Return sigmoid(x), within 2e-7."""
+    y = clamp(fma(_fast_tanh(x * _HALF), _HALF, _HALF), np.float32(0), _ONE)
+    return y if x == x else x
+
+
 @njit(inline="always")
 def onnx_affine(x, alpha, beta):
     """Return alpha * x + beta."""
@@ -400,7 +493,7 @@ def onnx_relu(x, alpha, beta):
 @njit(inline="always")
 def onnx_scaled_tanh(x, alpha, beta):
     """Return alpha * tanh(beta * x)."""
-    return alpha * onnx_tanh(beta * x, alpha, beta)
+    return alpha * gate_tanh(beta * x, alpha, beta)
 
 
 @njit(inline="always", error_model="numpy")
@@ -412,8 +505,7 @@ def onnx_softsign(x, alpha, beta):
 @njit(inline="always")
 def onnx_thresholded_relu(x, alpha, beta):
     """Return x, or 0 where it is not above alpha."""
-    y = x if x > alpha else np.float32(0)
-    return y if x == x else x
+    return x if x > alpha else np.float32(0)
 
 
 # --- by name and by number ------------------------------------------------------------------------
@@ -425,23 +517,27 @@ UNARY_FUNCTIONS = {
     "gelu": gelu,
 }  # fmt: skip
 ONNX_UNARY_FUNCTIONS = {
-    "clip": onnx_clip, "abs": onnx_abs, "elu": onnx_elu, "erf": onnx_erf, "exp": onnx_exp,
-    "hard_sigmoid": onnx_hard_sigmoid, "hard_swish": onnx_hard_swish, "leaky_relu": leaky_relu,
-    "neg": onnx_neg, "reciprocal": onnx_reciprocal, "sigmoid": onnx_sigmoid, "sqrt": onnx_sqrt,
-    "swish": onnx_swish, "tanh": onnx_tanh,
+    "clip": onnx_clip, "abs": onnx_abs, "ceil": onnx_ceil, "cube": onnx_cube, "elu": onnx_elu,
+    "erf": onnx_erf, "exp": onnx_exp, "floor": onnx_floor, "gelu": onnx_gelu,
+    "gelu_tanh": onnx_gelu_tanh, "hard_sigmoid": onnx_hard_sigmoid, "hard_swish": onnx_hard_swish,
+    "leaky_relu": leaky_relu, "neg": onnx_neg, "reciprocal": onnx_reciprocal,
+    "round": onnx_round, "sigmoid": onnx_sigmoid, "softsign": onnx_softsign, "sqrt": onnx_sqrt,
+    "swish": onnx_swish, "tanh": onnx_tanh, "thresholded_relu": onnx_thresholded_relu,
 }  # fmt: skip
 RECURRENT_FUNCTIONS = {
     "Affine": onnx_affine, "Elu": onnx_elu, "HardSigmoid": onnx_hard_sigmoid,
     "LeakyRelu": leaky_relu, "Relu": onnx_relu, "ScaledTanh": onnx_scaled_tanh,
-    "Sigmoid": onnx_sigmoid, "Softsign": onnx_softsign, "Tanh": onnx_tanh,
+    "Sigmoid": gate_sigmoid, "Softsign": onnx_softsign, "Tanh": gate_tanh,
     "ThresholdedRelu": onnx_thresholded_relu,
 }  # fmt: skip
 ONNX_BINARY_FUNCTIONS = {
     "add": add, "sub": sub, "mul": mul, "div": div, "maximum": maximum, "minimum": minimum,
     "prelu": prelu,
 }  # fmt: skip
-ONNX_REDUCTIONS = {"sum": add, "max": maximum, "min": minimum}
-FIRST_TOTALS = (0.0, -np.inf, np.inf)  # of what reduces nothing yet
+ONNX_REDUCTIONS = {
+    "sum": add, "max": maximum, "min": minimum, "sum_size": add_size, "sum_square": add_square,
+}  # fmt: skip
+FIRST_TOTALS = (0.0, -np.inf, np.inf, 0.0, 0.0)  # of what reduces nothing yet
 
 
 def by_number(table: Mapping[str, Any], call: Any = None) -> Any:

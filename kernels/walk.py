@@ -24,6 +24,28 @@ def pixel_at(tensor, n, row, column):
     return np.uintp(((n * tensor.h + row) * tensor.w + column) * tensor.c)
 
 
+_STRETCH = 256  # pixels
+
+
+@njit(inline="always", error_model="numpy")
+def stretches(a, tensor):
+    """Pixels that are taken at once, and how many times in a picture.
+
+    They are those of a row, or of several if nothing of the tensor lies between these.
+    """
+    if tensor.w != a.width:
+        return a.width, a.height
+    return _STRETCH, (a.height * a.width + _STRETCH - 1) // _STRETCH
+
+
+@njit(inline="always", error_model="numpy")
+def stretch(a, across, down, item):
+    """Picture, row and column where some of these begin, and how many pixels they are."""
+    n, first = item // down, item % down * across
+    count = min(across, a.height * a.width - first)
+    return n, first // a.width, first % a.width, count
+
+
 @njit(inline="always", error_model="numpy")
 def first_input(a, number):
     """Flat index of the first input of an output pixel, counted over all pictures."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -22,6 +22,7 @@ from logshift.runtime.picture import (
     Preprocessing,
 )
 
+_Number = TypeVar("_Number", int, float)
 Interpolation: Any = choice("Interpolation", RESAMPLING)
 BILINEAR = Interpolation("bilinear")
 Resampling = Annotated[Interpolation, typer.Option(help="How pictures are resized.")]
@@ -51,11 +52,12 @@ def _option(setting: inspect.Parameter, about: Declaration, kind: Any) -> inspec
     default = setting.default
     if about.choices is not None:
         kind = choice(setting.name, about.choices)
-        default = kind(default)
+        default = None if default is None else kind(default)
+        kind = kind if default is not None else kind | None
     elif about.kind is str:
         kind, default = str, str(default)
-    elif about.kind is not None:
-        kind, default = about.kind, default or None
+    elif about.kind is not None:  # of settings that may be given several times
+        kind, default = about.kind, [str(default)] if default else None
     option = typer.Option(
         *about.flags, help=about.help, metavar=about.metavar, show_default=about.shown_default
     )
@@ -76,6 +78,14 @@ def convert(
             " (N, C, H, W) as the model takes it or uint8 pictures (N, H, W, C)."
         ),
     ],
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME:]N,C,H,W",
+            help="Sizes of an input, '?' or a name where any will do: 'x:?,3,?,?' frees what the"
+            " export has fixed. May be given several times; the name is needed of several inputs.",
+        ),
+    ] = None,
     mean: Annotated[
         str | None,
         typer.Option(help="Per channel, in units of pixel / 255.", show_default="ImageNet's"),
@@ -107,6 +117,13 @@ def convert(
             help="Write nothing, and fail, if the outputs are too far from the float model's.",
         ),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAGE.html",
+            help="Write a page about what each layer adds, ranges, times and pictures.",
+        ),
+    ] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -121,35 +138,66 @@ def convert(
     - `logshift convert net.onnx net.stlq --calibration inputs.npy --bits 3 --residual-ratio 0.3`
 
     - `logshift convert net.onnx net.stlq --calibration photos/ --bits auto --max-bytes 2000000`
+
+    - `logshift convert net.onnx net.stlq --calibration photos/ --report net.html`
     """
     pictures = calibration.suffix != ".npy"
     data: Any = calibration if pictures else load_array(calibration)
     given = mean or std or resize or crop or bgr or interpolation is not BILINEAR
     settings = {name: v.value if isinstance(v, Enum) else v for name, v in settings.items()}
-    settings["weight_bits"] = _bits(settings["weight_bits"])
+    settings["weight_bits"] = _number("--bits", settings["weight_bits"], int)
+    settings["activation_bits"] = _activation_bits(settings["activation_bits"])
+    settings["residual_ratio"] = _number("--residual-ratio", settings["residual_ratio"], float)
     settings["keep_float"] = settings["keep_float"] or ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)  # the report has it
-        report = converter.convert(
+        made = converter.convert(
             model,
             out,
             calibration=data,
+            input_shapes=_input_shapes(input_shape or []),
             **settings,
             preprocessing=_preprocessing(mean, std, resize, crop, bgr, interpolation.value)
             if given
             else None,
             labels=None if labels is None else _lines(labels),
             strict=strict,
+            report=report,
         )
-    show(report.to_dict(), str(report), as_json)
+    show(made.to_dict(), str(made), as_json)
 
 
-def _bits(text: str) -> int | Literal["auto"]:
-    if text == AUTO:
-        return "auto"
-    if not text.isdecimal():
-        raise InputError(f"--bits {text!r}: give a number from 2 to 5, or auto")
-    return int(text)
+def _input_shapes(texts: list[str]) -> dict[str, tuple[int | str | None, ...]] | None:
+    shapes: dict[str, tuple[int | str | None, ...]] = {}
+    for text in texts:
+        # Names may have colons of their own.
+        name, _, sizes = text.rpartition(":")
+        parts = [part.strip() for part in sizes.split(",")]
+        if not all(parts):
+            raise InputError(
+                f"--input-shape {text!r}: give sizes like 'x:?,3,?,?' or '1,3,224,224'"
+            )
+        dims = (int(p) if p.isdecimal() else None if p in ("?", "-1") else p for p in parts)
+        shapes[name] = tuple(dims)
+    return shapes or None
+
+
+def _number(option: str, text: str, kind: type[_Number]) -> _Number | str:
+    """Return the number that an option gives, or "auto"."""
+    try:
+        return text if text == AUTO else kind(text)
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give a number, or {AUTO}") from None
+
+
+def _activation_bits(given: list[str]) -> int | str | dict[str, int | str]:
+    """Return one number for all nodes, or numbers by patterns: what names none is for the rest."""
+    bits: dict[str, int | str] = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        bits[name or "*"] = _number("--activation-bits", number, int)
+    rest = bits.pop("*", AUTO)
+    return bits | {"*": rest} if bits else rest
 
 
 def _preprocessing(

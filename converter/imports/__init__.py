@@ -14,7 +14,7 @@ import onnx
 from onnx import inliner
 
 from logshift.converter.imports.branches import has_control, straighten
-from logshift.converter.imports.declared import forget
+from logshift.converter.imports.declared import complete, forget
 from logshift.converter.imports.dynamic import DYNAMIC
 from logshift.converter.imports.editor import Editor
 from logshift.converter.imports.microsoft import ONNXRUNTIME, claim
@@ -39,13 +39,16 @@ class Imported:
     changed : bool
         Whether it was of another form.
     rounds : bool
-        Whether the given model rounds where this one does not: half precision, codes.
+        Whether the given model rounds where this one does not: on codes.
+    retyped : bool
+        Whether it worked in another type than float32.
     """
 
     model: onnx.ModelProto
     left: dict[str, str] = field(default_factory=dict)
     changed: bool = False
     rounds: bool = False
+    retyped: bool = False
 
 
 def put_in_order(model: onnx.ModelProto) -> bool:
@@ -61,6 +64,7 @@ def put_in_order(model: onnx.ModelProto) -> bool:
     ConversionError
         If nodes wait for each other, or read what no node makes.
     """
+    complete(model)
     moved, claimed = sort(model.graph), claim(model)
     return moved or claimed
 
@@ -82,8 +86,7 @@ def brought_in(model: onnx.ModelProto) -> Imported:
     if model.functions:
         model, result.changed = inliner.inline_local_functions(model), True
     forget(model)
-    if to_float32(model):
-        result.changed = result.rounds = True
+    result.retyped = to_float32(model)
     if has_control(model):
         model, result.changed = simplified(model, ()), True
         result.left |= straighten(model)

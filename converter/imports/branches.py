@@ -105,11 +105,9 @@ class _Walk:
         edit = self.edit
         names = dict(zip([value.name for value in graph.input], given, strict=True))
         for tensor in graph.initializer:
-            names[tensor.name] = edit.constant(
-                f"{n.name}/{what}/{tensor.name}",
-                array := numpy_helper.to_array(tensor),
-                array.dtype,
-            )
+            array = numpy_helper.to_array(tensor)
+            inner = f"{n.name}/{what}/{tensor.name}"
+            names[tensor.name] = edit.constant(inner, array, array.dtype)
         nodes = []
         for node in graph.node:
             names.update({y: edit.fresh(f"{n.name}/{what}/{y}") for y in node.output if y})
@@ -123,7 +121,7 @@ class _Walk:
         return [names.get(value.name, value.name) for value in graph.output]
 
     def _if(self, n: Use) -> None:
-        branches = n.attributes
+        branches, start = n.attributes, len(self.edit.nodes)
         known = self._value(n.x(0))
         if known is not None:
             chosen = "then_branch" if known.reshape(-1)[0] else "else_branch"
@@ -131,13 +129,13 @@ class _Walk:
             for name, y in zip(results, n.node.output, strict=True):
                 self._alias(n, name, y)
             return
-        results = [self._inline(n, b, branches[b], []) for b in ("then_branch", "else_branch")]
-        if any(name in self.sequences for side in results for name in side):
+        sides = [self._inline(n, b, branches[b], []) for b in ("then_branch", "else_branch")]
+        if any(name in self.sequences for side in sides for name in side):
             raise Stays("its branches give sequences")
-        if any(node.op_type in CONTROL for node in self.edit.nodes if node.name.startswith(n.name)):
+        if any(node.op_type in CONTROL for node in self.edit.nodes[start:]):
             raise Stays(f"there are loops in its branches; {_FIX}")
         shapes = [self._shapes(branches[b]) for b in ("then_branch", "else_branch")]
-        for then, other, y, one, two in zip(*results, n.node.output, *shapes, strict=True):
+        for then, other, y, one, two in zip(*sides, n.node.output, *shapes, strict=True):
             if not _agree(one, two):
                 raise Stays(
                     f"its branches give tensors of different shapes {one} and {two}; {_FIX}, or"
@@ -167,8 +165,9 @@ class _Walk:
         state, kept = list(n.node.input[2:]), len(n.node.input) - 2
         rows: list[list[str]] = [[] for _ in n.node.output[kept:]]
         condition = n.constant("condition", True, np.bool_)
+        rank = len(body.input[0].type.tensor_type.shape.dim)  # onnxruntime goes by that
         for turn in range(turns):
-            index = n.constant(f"{turn}/index", turn, np.int64)
+            index = n.constant(f"{turn}/index", np.full((1,) * rank, turn), np.int64)
             results = self._inline(n, str(turn), body, [index, condition, *state])
             held = self._value(results[0])
             if held is None:
@@ -322,7 +321,8 @@ class _Walk:
         """Return a tensor that follows from constants alone, None if it does not."""
         if (array := self.edit.array(name)) is not None:
             return array
-        needed, waiting, constants = [], [name], {}
+        needed: list[onnx.NodeProto] = []
+        waiting, constants = [name], dict[str, np.ndarray]()
         while waiting:
             current = waiting.pop()
             if (array := self.edit.array(current)) is not None:

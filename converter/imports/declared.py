@@ -11,6 +11,15 @@ import onnx
 from logshift.converter.imports.editor import all_graphs, inferred_types
 
 
+def complete(model: onnx.ModelProto) -> None:
+    """Let outputs have a type and shape, as ONNX's checker asks for, in place, until `forget`."""
+    for value in model.graph.output:
+        if value.type.WhichOneof("value") is None:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+
+
 def forget(model: onnx.ModelProto) -> None:
     """Take out what is declared of tensors and outputs, in place, but for what nobody else knows.
 

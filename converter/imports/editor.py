@@ -9,12 +9,11 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-
 STANDARD = ("", "ai.onnx")
 
 
 class Stays(Exception):
-    """Why a node stays as it is."""
+    """Why a node stays as it is; no text if it is plain already."""
 
 
 # Adds the nodes that do what a node does; raises `Stays` if there are none, whatever it has
@@ -65,8 +64,9 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute:
-            tensors[node.output[0]] = _constant(node.attribute[0])
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            if (tensor := _constant(node.attribute[0])) is not None:
+                tensors[node.output[0]] = tensor
+    return tensors
 
 
 def _constant(attribute: onnx.AttributeProto) -> onnx.TensorProto | None:
@@ -126,7 +126,8 @@ class Editor:
             try:
                 rule(Use(self, node))
             except Stays as reason:
-                self.left[next(filter(None, node.output))] = str(reason)
+                if str(reason):
+                    self.left[next(filter(None, node.output))] = str(reason)
                 self.nodes[start:] = [node]
                 self.producers.update({name: node for name in node.output if name})
                 for held, count in ((self._real, real), (self._dropped, dropped)):
@@ -393,10 +394,6 @@ def dequantized(
     scale, zero : arrays of one value, or of one for each position along `axis`
     axis : int
     """
-    along = [1] * codes.ndim
-    if codes.ndim:
-        along[axis] = -1
-    scale, zero = (
-        p.reshape(along) if p.size > 1 else p.reshape(()) for p in (np.asarray(scale), zero)
-    )
-    return (codes.astype(np.float32) - zero.astype(np.float32)) * scale.astype(np.float32)
+    along = [-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)]
+    scale, zero = (p.reshape(along if p.size > 1 else ()).astype(np.float32) for p in (scale, zero))
+    return (codes.astype(np.float32) - zero) * scale

@@ -1,13 +1,14 @@
 """ONNX Runtime's own operators, as its optimised models have them, in standard ones.
 
-Their definitions are in ONNX Runtime's docs/ContribOperators.md and OperatorKernels.md. Some it puts
-into the default domain, where ONNX has them later or never: `claim` gives them their own.
+ONNX Runtime's docs/ContribOperators.md defines them. Some it puts into the default domain, where
+ONNX has them later or never: `claim` gives them their own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -65,7 +66,7 @@ def _activate(n: Use, x: str, function: str, parameters: list[float], output: st
         else:
             n.emit("Clip", [x, n.constant("min", low), n.constant("max", high)], output)
     elif name in ("LeakyRelu", "Elu", "ThresholdedRelu", "HardSigmoid"):
-        given = dict(zip(("alpha", "beta"), parameters, strict=False))
+        given: dict[str, Any] = dict(zip(("alpha", "beta"), parameters, strict=False))
         n.emit(name, [x], output, **given)
     elif name == "Swish":
         gate = x if not parameters or parameters[0] == 1 else n.scaled(x, parameters[0])
@@ -409,16 +410,16 @@ def _multi_head_attention(n: Use) -> None:
         raise Stays(f"the size of its query {n.x(0)!r} is not known")
     parts = []
     for index, what in enumerate(("query", "key", "value")):
-        x = n.x(index)
+        x, flat = n.x(index), n.rank(n.x(index)) == 3
         if n.x(3):
             b = n.weight(3)
             ends = [0, hidden, 2 * hidden, len(b)]
             cut = b[ends[index] : ends[index + 1]]
-            if n.rank(x) == 3:
+            if flat:
                 x = n.emit("Add", [x, n.constant(f"{what}/bias", cut)])
             elif cut.any():
                 raise Stays("its keys have a bias and are cut in heads already")
-        parts.append(_heads(n, x, heads) if n.rank(x) == 3 else x)
+        parts.append(_heads(n, x, heads) if flat else x)
     scale = n.get("scale", 0.0) or 1 / math.sqrt(hidden // heads)
     biases = [name for name in (n.x(5), _mask(n, n.x(4), n.x(0))) if name]
     _attend(n, parts, scale, biases, n.get("unidirectional", 0), n.x(0))

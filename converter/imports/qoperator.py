@@ -1,7 +1,8 @@
-"""Operators on integer codes (QOperator), as operators on floats between QuantizeLinear and
-DequantizeLinear: what `qdq` reads. Ranges and zero points are the model's.
+"""Operators on integer codes (QOperator), as operators on floats with pairs around them.
 
-Operators that only move codes lie between such pairs as well. Weights and biases become float32.
+That is QuantizeLinear and DequantizeLinear, which `qdq` reads: ranges and zero points are the
+model's. Operators that only move codes lie between such pairs as well. Weights and biases become
+float32.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 _POOL = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
 # Standard operators that take codes and only move them; all but Concat those of their first input.
 MOVES = (
-    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice",
-    "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GlobalMaxPool", "Identity", "MaxPool",
+    "Pad", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose",
+    "Unsqueeze",
 )  # fmt: skip
 
 
@@ -186,13 +188,26 @@ def _move(n: Use) -> None:
     if n.node.op_type == "MaxPool":
         n.refuse_outputs(1)
     if (found := _parameters(n, n.x(0))) is None:
-        raise Stays("moves no codes")
+        raise Stays
     _check_single(n, *found)
     x = n.real(n.x(0), *found)
+    inputs = [x, *n.node.input[1:]]
+    if n.node.op_type == "Pad" and n.get("mode", "constant") == "constant":
+        if n.edit.opset < 11:
+            raise Stays("what it pads with is an attribute")
+        inputs[2:3] = [_padding(n, *found)]
     results = [n.edit.fresh(f"{y}/moved") for y in n.node.output]
-    n.emit_all(n.node.op_type, [x, *n.node.input[1:]], results, name=n.name, **n.attributes)
+    n.emit_all(n.node.op_type, inputs, results, name=n.name, **n.attributes)
     for y, codes in zip(results, n.node.output, strict=True):
         n.emit("QuantizeLinear", [y, *found], codes)
+
+
+def _padding(n: Use, scale: str, zero: str) -> str:
+    """Return what a Pad of codes pads with, as a real value."""
+    step, least = n.edit.array(scale), n.edit.array(zero) if zero else np.zeros(1, np.uint8)
+    assert step is not None and least is not None  # `_check_single` has seen them
+    code = n.number(2, 0)
+    return n.constant("value", (code - float(least.reshape(-1)[0])) * step.reshape(()))
 
 
 def _check_single(n: Use, scale: str, zero: str) -> None:
@@ -205,17 +220,21 @@ def _check_single(n: Use, scale: str, zero: str) -> None:
 def _concat_codes(n: Use) -> None:
     found = [_parameters(n, name) for name in n.node.input]
     if any(p is None for p in found):
-        raise Stays("moves no codes")
+        raise Stays
     first, *others = [p for p in found if p is not None]
     _check_single(n, *first)
     for other in others:
-        for a, b in zip(first, other, strict=True):
-            one, two = n.edit.array(a), n.edit.array(b)
-            if (one is None) != (two is None) or one is not None and not np.array_equal(one, two):
-                raise Stays("joins codes of different scales")
+        _check_single(n, *other)
+        if not all(_equal(n, a, b) for a, b in zip(first, other, strict=True)):
+            raise Stays("joins codes of different scales")
     parts = [n.real(name, *first) for name in n.node.input]
     y = n.emit("Concat", parts, name=n.name, **n.attributes)
     n.emit("QuantizeLinear", [y, *first], n.y())
+
+
+def _equal(n: Use, one: str, other: str) -> bool:
+    a, b = n.edit.array(one), n.edit.array(other)
+    return one == other or (a is not None and b is not None and np.array_equal(a, b))
 
 
 @_rule("NhwcMaxPool")

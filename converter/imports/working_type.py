@@ -34,7 +34,7 @@ def to_float32(model: onnx.ModelProto) -> bool:
     ConversionError
         If an operator looks at the bits of such a number.
     """
-    kinds = {kind for kind in _HALVES if _uses(model.graph, kind)}
+    kinds: set[int] = {kind for kind in _HALVES if _uses(model.graph, kind)}
     if _works_in_double(model.graph):
         kinds.add(TensorProto.DOUBLE)
     if not kinds:

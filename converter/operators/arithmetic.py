@@ -9,7 +9,7 @@ import onnx
 
 from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.context import Context
-from logshift.converter.operators.functions import ARITHMETIC, elementwise, function_of
+from logshift.converter.operators.functions import ARITHMETIC, check_shape, elementwise, function_of
 from logshift.converter.operators.moves import view
 from logshift.converter.operators.registry import Unsupported, lowers, writes
 
@@ -26,6 +26,7 @@ def _arithmetic(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
             ctx.add(node.op_type, node, [ctx.tensor(name) for name in node.input])
             return
     elif len(tensors) == 1 and len(node.input) == 2:
+        check_shape(ctx, node, data[0])
         # Onto itself: a view of a tensor becomes an element-wise function of that tensor.
         ctx.shapes[node.output[0]] = ctx.shapes[tensors[0]]
         constant = next(ctx.constants[n] for n in node.input if n in ctx.constants)

@@ -7,9 +7,10 @@ it is accepted. So one that refuses leaves nothing behind, whatever it has done 
 from __future__ import annotations
 
 import copy
+import math
 from collections import ChainMap
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -27,8 +28,16 @@ if TYPE_CHECKING:
 
 # What a draft adds to, by name.
 ADDED = (
-    "alias", "shapes", "onnx_shapes", "plain_names", "constants", "used_constants", "quantization"
+    "alias", "shapes", "onnx_shapes", "plain_names", "constants", "used_constants", "quantization",
+    "volumes",
 )  # fmt: skip
+
+
+class Volume(NamedTuple):
+    """Where a tensor (N, C, D, H, W) is kept: as pictures (N * D, C, H, W)."""
+
+    pictures: str
+    depth: int
 
 
 def name_of(node: onnx.NodeProto) -> str:
@@ -63,6 +72,7 @@ class Context:
         Inputs of ONNX operators.
     quantization : dict of stored tensor to Quantization
         As the model has it.
+    volumes : dict of tensor name to Volume
     fixed_size : bool
         Whether a node's translation holds for the nominal height and width only.
     """
@@ -74,6 +84,7 @@ class Context:
     constants: MutableMapping[str, np.ndarray]
     used_constants: MutableMapping[str, np.ndarray]
     quantization: MutableMapping[str, Quantization]
+    volumes: MutableMapping[str, Volume]
 
     def __init__(self, model: Model, trace: Trace) -> None:
         graph = model.proto.graph
@@ -84,7 +95,7 @@ class Context:
         self.nodes: list[FloatNode] = []
         self.alias, self.shapes, self.plain_names = {}, {}, {}
         self.onnx_shapes, self.constants = dict(trace.shapes), dict(trace.constants)
-        self.used_constants, self.quantization = {}, {}
+        self.used_constants, self.quantization, self.volumes = {}, {}, {}
         self.fixed_size = False
 
     def draft(self) -> Context:
@@ -215,6 +226,8 @@ class Context:
             return self._constant(name, array)
         if name in self.plain_names:
             return self.plain_names[name]
+        if name in self.volumes:
+            return self._made_whole(name)
         stored = self.alias.get(name, name)
         if stored in self.shapes:
             shape = self.onnx_shapes[name]
@@ -236,6 +249,91 @@ class Context:
                 f"its input {name!r} comes of {producer.op_type} {name_of(producer)!r}: {reason}"
             ) from None
         return name
+
+    # --- volumes --------------------------------------------------------------------------------
+
+    def volume(self, name: str, volume: Volume, shape: Shape) -> None:
+        """Note that a tensor is kept as pictures, whether these are made already or not."""
+        n, c, d, h, w = self.onnx_shapes[name] = shape
+        self.shapes[volume.pictures] = self.onnx_shapes[volume.pictures] = (n * d, c, h, w)
+        self.volumes[name] = volume
+
+    def volume_of(self, name: str) -> Volume:
+        """Return a tensor (N, C, D, H, W) as pictures."""
+        if name not in self.volumes:
+            shape, layers = self.onnx_shapes[name], f"{name}/layers"
+            self._swap(self.plain(name), layers, shape)
+            pictures = self.pictures(layers, f"{name}/pictures")
+            self.volume(name, Volume(pictures, shape[2]), shape)
+        return self.volumes[name]
+
+    def layers(self, pictures: str, depth: int) -> str:
+        """Return pictures (N * D, C, H, W) as (N, D, C, H, W)."""
+        count, c, h, w = self.onnx_shapes[pictures]
+        shape, name = (count // depth, depth, c, h, w), f"{pictures}/layers"
+        if name not in self.onnx_shapes:
+            self.reshape(pictures, name, shape)
+        return name
+
+    def pictures(self, layers: str, name: str) -> str:
+        """Return (N, D, ..., H, W) as (N * D, C, H, W), with all channels that there are."""
+        n, d, *channels, h, w = self.onnx_shapes[layers]
+        shape = (n * d, math.prod(channels), h, w)
+        self.reshape(layers, name, shape)
+        self.shapes[name] = shape
+        return name
+
+    def _made_whole(self, name: str) -> str:
+        pictures, depth = self.volumes[name]
+        self._swap(self.layers(pictures, depth), name, self.onnx_shapes[name])
+        self.plain_names[name] = name
+        return name
+
+    def _swap(self, x: str, y: str, shape: Shape) -> None:
+        """Swap channels and depth; `shape` is that of the volume."""
+        self.add_onnx("Transpose", y, [x], [y], {"perm": [0, 2, 1, 3, 4]})
+        if y not in self.onnx_shapes:
+            n, c, d, h, w = shape
+            self.onnx_shapes[y] = (n, d, c, h, w)
+
+    def reshape(self, x: str, y: str, shape: Shape) -> None:
+        """Add a Reshape, whatever the batch is."""
+        self.fixed_size = True
+        sizes = self._constant(f"{y}/sizes", np.array([-1, *shape[1:]], np.int64))
+        self.add_onnx("Reshape", y, [x, sizes], [y])
+        self.onnx_shapes[y] = shape
+
+    def cut(self, x: str, y: str, axis: int, start: int, step: int, count: int) -> str:
+        """Add a Slice of so many positions of an axis."""
+        values = {"starts": start, "ends": start + (count - 1) * step + 1, "axes": axis}
+        values |= {"steps": step} if step > 1 else {}
+        shape = list(self.onnx_shapes[x])
+        shape[axis] = count
+        if self.model.opset < 10:
+            if step > 1:
+                raise Unsupported("its stride along the depth needs opset 10")
+            self.add_onnx("Slice", y, [x], [y], {key: [v] for key, v in values.items()})
+        else:
+            inputs = [
+                self._constant(f"{y}/{key}", np.array([v], np.int64)) for key, v in values.items()
+            ]
+            self.add_onnx("Slice", y, [x, *inputs], [y])
+        self.onnx_shapes[y] = tuple(shape)
+        return y
+
+    def padded(self, x: str, y: str, axis: int, pads: tuple[int, int]) -> str:
+        """Add a Pad with zeros along an axis."""
+        shape = list(self.onnx_shapes[x])
+        widths = [0] * (2 * len(shape))
+        widths[axis], widths[axis + len(shape)] = pads
+        if self.model.opset < 11:
+            self.add_onnx("Pad", y, [x], [y], {"pads": widths})
+        else:
+            given = self._constant(f"{y}/pads", np.array(widths, np.int64))
+            self.add_onnx("Pad", y, [x, given], [y])
+        shape[axis] += sum(pads)
+        self.onnx_shapes[y] = tuple(shape)
+        return y
 
     # --- finding constants ----------------------------------------------------------------------
 
@@ -260,8 +358,14 @@ class Context:
             return [int(v) for v in self.constants[name].ravel()]
         if name not in self.sizes:
             raise Unsupported(f"its input {name!r} must be a constant")
-        self.fixed_size = True
+        self.fix_size()
         return [int(v) for v in self.sizes[name].ravel()]
+
+    def fix_size(self) -> None:
+        """Note that a translation holds for the nominal height and width only."""
+        if self.model.frees_sizes:
+            raise Unsupported("it computes sizes from the input's, which were asked to be free")
+        self.fixed_size = True
 
     def words(self, node: onnx.NodeProto, weight: np.ndarray) -> LogWeights | None:
         """Return the words of a weight, (O, kh, kw, C / group), that lies on a grid already."""

@@ -10,6 +10,7 @@ import onnx
 from logshift.converter.float_graph import FloatNode
 from logshift.converter.layout import packed_weight
 from logshift.converter.onnx_writer import BEFORE, AnyNode, OnnxWriter, Step
+from logshift.converter.operators import volumes
 from logshift.converter.operators.context import Context, name_of
 from logshift.converter.operators.registry import Unsupported, lowers, writes
 from logshift.converter.operators.windows import (
@@ -22,11 +23,11 @@ from logshift.runtime.operators.conv import pads_fit
 
 @lowers("Conv")
 def _conv(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
-    if on_a_line(ctx, node, a):
+    if on_a_line(ctx, node, a) or volumes.convolved(ctx, node, a):
         return
     weight = ctx.constant(node.input[1])
     if weight.ndim != 4:
-        raise Unsupported(f"is {weight.ndim - 2}-dimensional; only 2-D is supported")
+        raise Unsupported(f"is {weight.ndim - 2}-dimensional; up to 3-D is supported")
     x = ctx.tensor(node.input[0])
     attributes = window_attributes(ctx, a, ctx.shapes[x], weight.shape[2:])
     attributes["group"] = a.get("group", 1)
@@ -110,7 +111,7 @@ def _add_matrix(
     if c * h * w != weight.shape[1]:
         raise Unsupported(f"multiplies {weight.shape[1]} features, reads shape {ctx.shapes[x]}")
     if h * w > 1:
-        ctx.fixed_size = True
+        ctx.fix_size()
     weight = np.ascontiguousarray(weight.reshape(-1, c, h, w).transpose(0, 2, 3, 1))
     ctx.add(
         "Conv",

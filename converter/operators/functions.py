@@ -45,6 +45,7 @@ def elementwise(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     shapes = {ctx.onnx_shapes[name] for name in data}
     if len(shapes) > 1 or len({ctx.shapes[t] for t in tensors}) > 1:
         raise Unsupported(f"combines tensors of different shapes {sorted(shapes)}")
+    check_shape(ctx, node, data[0])
     # Onto itself: a view of a tensor becomes an element-wise function of that tensor.
     ctx.shapes[node.output[0]] = ctx.shapes[tensors[0]]
     if (function := function_of(ctx, node, tensors[0])) is None:
@@ -56,6 +57,13 @@ def elementwise(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
         clamp=_clamp(node, ctx.constants),
         function=function,
     )
+
+
+def check_shape(ctx: Context, node: onnx.NodeProto, name: str) -> None:
+    """Refuse a function that repeats its input to the shape of a constant."""
+    x, y = ctx.onnx_shapes[name], ctx.onnx_shapes[node.output[0]]
+    if x != y:
+        raise Unsupported(f"repeats its input of shape {x} to {y}")
 
 
 @lowers("Swish", variadic=True)

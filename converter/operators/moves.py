@@ -72,7 +72,8 @@ def _split(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
         attributes = {"axes": [axis], "starts": [start], "ends": [end], "steps": [1]}
         ctx.nodes.append(FloatNode("Slice", f"{name_of(node)}/{name}", [x], name, attributes))
         start = end
-    ctx.fixed_size |= axis > 1
+    if axis > 1:
+        ctx.fix_size()
 
 
 @lowers("Pad")

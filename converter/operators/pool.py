@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 
 from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
+from logshift.converter.operators import volumes
 from logshift.converter.operators.context import Context
 from logshift.converter.operators.registry import Unsupported, lowers, write_same, writes
 from logshift.converter.operators.windows import on_a_line, window_attributes
@@ -17,12 +18,12 @@ from logshift.runtime.operators.pool import pads_fit
 def _pool(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> None:
     if len(node.output) > 1 and node.output[1]:
         raise Unsupported("its indices are used")
-    if on_a_line(ctx, node, a):
+    if on_a_line(ctx, node, a) or volumes.pooled(ctx, node, a):
         return
     x = ctx.tensor(node.input[0])
     kernel = list(a["kernel_shape"])
     if len(kernel) != 2:
-        raise Unsupported(f"is {len(kernel)}-dimensional; only 2-D is supported")
+        raise Unsupported(f"is {len(kernel)}-dimensional; up to 3-D is supported")
     attributes = window_attributes(ctx, a, ctx.shapes[x], tuple(kernel))
     attributes |= {"kernel_shape": kernel, "ceil_mode": a.get("ceil_mode", 0)}
     if node.op_type == "AveragePool":

@@ -55,7 +55,8 @@ def window_attributes(
     mode = a.get("auto_pad", "NOTSET")
     pads = list(a.get("pads", [0, 0, 0, 0])) if mode == "NOTSET" else [0, 0, 0, 0]
     if mode.startswith("SAME"):
-        ctx.fixed_size |= strides != [1, 1]
+        if strides != [1, 1]:
+            ctx.fix_size()
         for i in range(2):
             extent = geometry.extent(kernel[i], dilations[i])
             pads[i], pads[i + 2] = geometry.same_pads(shape[2 + i], extent, strides[i], mode)
@@ -77,7 +78,8 @@ def transposed_pads(
     pads = [0, 0, 0, 0]
     if mode == "VALID":
         return pads
-    ctx.fixed_size |= "output_shape" in a
+    if "output_shape" in a:
+        ctx.fix_size()
     out = ctx.onnx_shapes[node.output[0]]
     for i in range(2):
         extent = geometry.extent(kernel[i], attributes["dilations"][i])

@@ -22,6 +22,12 @@ from logshift.kernels.layer import Layer, Packed
 from logshift.kernels.machine.emit import Emitter, i8, i32
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
+from logshift.kernels.portable.lanes import (
+    LANES,
+    interleave_three,
+    transpose_bytes,
+    transpose_rows,
+)
 from logshift.kernels.portable.moves import move_pixels
 from logshift.kernels.records import codes, floats, share
 from logshift.kernels.reference.codes import (
@@ -39,7 +45,14 @@ from logshift.kernels.reference.codes import (
 )
 from logshift.kernels.registry import register, register_part
 from logshift.kernels.stlq import codec
-from logshift.kernels.walk import first_input, pixel_at, position, taps_within
+from logshift.kernels.walk import (
+    first_input,
+    pixel_at,
+    position,
+    stretch,
+    stretches,
+    taps_within,
+)
 
 _PIXELS = 4  # output pixels that share one pass over the weights
 
@@ -814,6 +827,30 @@ def _quantized(v, scale, zero_point, top):
 _ROW_PART = 64  # pixels that are quantized channel by channel before their codes are interleaved
 
 
+@njit(error_model="numpy")
+def _interleave(part, part_size, y, q, step, count, channels):
+    """Write rows of channels' codes, which lie `part_size` apart, pixel by pixel from q on."""
+    lanes, done = np.uintp(LANES), np.uintp(0)
+    x, at, x_row = np.int64(part.ctypes.data), np.int64(y.ctypes.data), np.int64(part_size)
+    if channels == 3 and step == channels:  # pictures
+        while done + lanes <= count:
+            interleave_three(x + np.int64(done), x_row, at + np.int64(q + done * step))
+            done += lanes
+    elif channels >= lanes and count >= lanes:
+        for j in range(np.uintp(0), count, lanes):
+            pixel = min(j, count - lanes)  # the last ones overlap others
+            for k in range(np.uintp(0), channels, lanes):
+                c = min(k, channels - lanes)
+                first, to = c * part_size + pixel, q + pixel * step + c
+                transpose_bytes(x + np.int64(first), x_row, at + np.int64(to), np.int64(step))
+        return
+    q += done * step
+    for k in range(done, count):
+        for c in range(channels):
+            y[q + c] = part[c * part_size + k]
+        q += step
+
+
 @register("quantize", "portable", QUANTIZE, scratch=lambda record: _ROW_PART * record["channels"])
 def _quantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
@@ -829,6 +866,12 @@ def _quantize(arguments, first_part, end_part, parts, slot):
     across = _ROW_PART if column else a.width
     down = (a.height + across - 1) // across if column else a.height
     begin, end = share(a.n * down, first_part, end_part, parts)
+    if plane == 1:  # a vector of channels lies alike in both layouts
+        for n in range(begin, end):
+            p, q = np.uintp(n) * channels, pixel_at(a.y, n, a.y.top, a.y.left)
+            for c in range(channels):
+                y[q + c] = _quantized(x[p + c], scale, zero_point, top)
+        return
     for item in range(begin, end):
         n, i = item // down, item % down
         p = np.uintp(n) * channels * plane + np.uintp(i * across)
@@ -840,16 +883,8 @@ def _quantize(arguments, first_part, end_part, parts, slot):
                 for k in range(count):
                     v = x[p + c * plane + j + k]
                     part[c * part_size + k] = _quantized(v, scale, zero_point, top)
-            if channels == 3 and step == channels:  # pictures
-                for k in range(count):
-                    y[q], y[q + np.uintp(1)] = part[k], part[part_size + k]
-                    y[q + np.uintp(2)] = part[part_size + part_size + k]
-                    q += channels
-            else:
-                for k in range(count):
-                    for c in range(channels):
-                        y[q + c] = part[c * part_size + k]
-                    q += step
+            _interleave(part, part_size, y, q, step, count, channels)
+            q += count * step
 
 
 @register("dequantize", "portable", DEQUANTIZE)
@@ -873,17 +908,14 @@ def _dequantize(arguments, first_part, end_part, parts, slot):
 @register("to_channels_first", "portable", TO_CHANNELS_FIRST)
 def _to_channels_first(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    x = floats(a.x).ravel()
-    y = carray(as_pointer(a.y.data), a.n * a.channels * a.height * a.width, np.float32)
-    plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
-    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    plane, (across, down) = a.height * a.width, stretches(a, a.x)
+    begin, end = share(a.n * down, first_part, end_part, parts)
     for item in range(begin, end):
-        n, i = item // a.height, item % a.height
-        p = pixel_at(a.x, n, a.x.top + i, a.x.left)
-        q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
-        for c in range(channels):
-            for j in range(np.uintp(a.width)):
-                y[q + c * plane + j] = x[p + j * channels + c]
+        n, i, j, width = stretch(a, across, down, item)
+        p = pixel_at(a.x, n, a.x.top + i, a.x.left + j)
+        q = np.uintp(n * a.channels * plane + i * a.width + j)
+        x, y = a.x.data + np.uintp(4) * p, a.y.data + np.uintp(4) * q
+        transpose_rows(x, a.x.c, y, plane, width, a.channels)
 
 
 # --- decoding of weights, which all families need ------------------------------------------------

@@ -17,6 +17,7 @@ from logshift.kernels.layer import FloatLayer, Packed
 from logshift.kernels.machine.memory import aligned
 from logshift.kernels.machine.native import as_pointer
 from logshift.kernels.portable.codes import rearrange
+from logshift.kernels.portable.lanes import transpose_rows
 from logshift.kernels.portable.moves import move_pixels
 from logshift.kernels.records import floats, share
 from logshift.kernels.reference.codes import (
@@ -32,11 +33,17 @@ from logshift.kernels.reference.floats import (
     TO_CHANNELS_LAST,
 )
 from logshift.kernels.registry import register
-from logshift.kernels.walk import first_input, pixel_at, position, taps_within
+from logshift.kernels.walk import (
+    first_input,
+    pixel_at,
+    position,
+    stretch,
+    stretches,
+    taps_within,
+)
 
 _PIXELS = 4  # output pixels that share one pass over the weights
 _BLOCK = 16  # output channels computed together
-_TRANSPOSED = 16  # pixels of a row that are brought into another order together
 
 
 # --- convolution --------------------------------------------------------------------------------
@@ -395,16 +402,11 @@ def _unary(arguments, first_part, end_part, parts, slot):
 @register("to_channels_last", "portable", TO_CHANNELS_LAST)
 def _to_channels_last(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
-    x = carray(as_pointer(a.x.data), a.n * a.channels * a.height * a.width, np.float32)
-    y = floats(a.y).ravel()
-    plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
-    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    plane, (across, down) = a.height * a.width, stretches(a, a.y)
+    begin, end = share(a.n * down, first_part, end_part, parts)
     for item in range(begin, end):
-        n, i = item // a.height, item % a.height
-        p = np.uintp(n) * channels * plane + np.uintp(i * a.width)
-        q = pixel_at(a.y, n, a.y.top + i, a.y.left)
-        for first in range(np.uintp(0), np.uintp(a.width), np.uintp(_TRANSPOSED)):
-            end_of_part = min(first + np.uintp(_TRANSPOSED), np.uintp(a.width))
-            for c in range(channels):
-                for j in range(first, end_of_part):
-                    y[q + j * channels + c] = x[p + c * plane + j]
+        n, i, j, width = stretch(a, across, down, item)
+        p = np.uintp(n * a.channels * plane + i * a.width + j)
+        q = pixel_at(a.y, n, a.y.top + i, a.y.left + j)
+        x, y = a.x.data + np.uintp(4) * p, a.y.data + np.uintp(4) * q
+        transpose_rows(x, plane, y, a.y.c, a.channels, width)

@@ -12,9 +12,11 @@ from numba import carray, njit
 from logshift.kernels import functions
 from logshift.kernels.functions import fma, maximum, onnx_exp
 from logshift.kernels.machine.native import as_pointer
+from logshift.kernels.portable.lanes import LANES, divide, largest_of, transpose_rows
 from logshift.kernels.records import share
 from logshift.kernels.reference.onnx_ops import (
     ONNX_BINARY,
+    ONNX_FILL,
     ONNX_MATMUL,
     ONNX_MOVE,
     ONNX_REDUCE,
@@ -30,7 +32,7 @@ from logshift.kernels.registry import register
 _TILE = 16  # rows that are moved together where x is contiguous across them
 _COLUMNS = 64  # outputs next to each other whose sums are made at the same time
 _APART = 8  # as many where what they read is not contiguous
-_LANES = 16  # elements of a row whose largest is looked for at the same time
+_ROW = 1024  # elements of a row whose softmax is computed in a copy
 _SIZE, _Y, _X, _R = range(4)  # columns of `axes`
 
 
@@ -56,6 +58,9 @@ def _move_rows(x, p, x_row, x_step, y, q, y_row, y_step, rows, count):
                 y[q + j] = x[p + j]
             p += x_row
             q += y_row
+    elif x_row == 1 and y_step == 1 and rows >= LANES and count >= LANES:
+        x_at, y_at = x.ctypes.data + np.uintp(4) * p, y.ctypes.data + np.uintp(4) * q
+        transpose_rows(x_at, x_step, y_at, y_row, count, rows)
     elif x_row == 1 and rows > 1:
         # Whole lines of the cache are read: of some rows all columns, one after another.
         for first in range(np.uintp(0), rows, np.uintp(_TILE)):
@@ -83,6 +88,15 @@ def _move(arguments, first_part, end_part, parts, slot):
         p, q = a.start_x + row_of(axes, row, _X), a.start_y + row_of(axes, row, _Y)
         _move_rows(x, p, middle[_X], inner[_X], y, q, middle[_Y], inner[_Y], rows, inner[_SIZE])
         row += rows
+
+
+@register("onnx_fill", "portable", ONNX_FILL)
+def _fill(arguments, first_part, end_part, parts, slot):
+    a = carray(arguments, 1)[0]
+    y, value = values(a.y), a.value
+    begin, end = share(a.n, first_part, end_part, parts)
+    for j in range(np.uintp(begin), np.uintp(end)):
+        y[j] = value
 
 
 # --- element by element ---------------------------------------------------------------------------
@@ -183,7 +197,8 @@ def _reduce_rows(operation, a, first_part, end_part, parts, slot):
                 for _ in range(innermost[_SIZE]):
                     total = operation(np.float64(x[p0]), total)
                     p0 += step
-            y[q] = np.float32(total / divisor)
+            total = total / divisor
+            y[q] = np.float32(np.sqrt(total) if a.root else total)
             continue
         acc[:columns] = initial
         for i in range(_rows(reduced)):
@@ -192,7 +207,8 @@ def _reduce_rows(operation, a, first_part, end_part, parts, slot):
                 x, p0, inner[_X], columns, innermost[_SIZE], innermost[1], acc, operation
             )
         for j in range(np.uintp(columns)):
-            y[q + j * y_step] = np.float32(acc[j] / divisor)
+            total = acc[j] / divisor
+            y[q + j * y_step] = np.float32(np.sqrt(total) if a.root else total)
 
 
 _reduce_by_number = functions.by_number(functions.ONNX_REDUCTIONS, _reduce_rows)
@@ -215,42 +231,66 @@ def _raise_columns(x, p, columns, count, step, top):
 
 
 @njit(error_model="numpy")
-def _raise_row(x, y, p, count, top):
-    """Write e to the power of contiguous elements, from p on, less the largest of them."""
-    # The largest may be looked for in any order.
-    top[:_LANES] = -np.inf
-    _raise_columns(x, p, _LANES, count // _LANES, _LANES, top)
-    rest = count % _LANES
-    _raise_columns(x, p + count - rest, rest, 1, 0, top)
-    largest = top[0]
-    for j in range(1, _LANES):
-        largest = maximum(top[j], largest)
-    p, zero = np.uintp(p), np.float32(0)
+def _largest(x, p, count):
+    """Return the largest of contiguous elements; they may be looked at in any order."""
+    if count >= LANES:
+        return largest_of(np.int64(x.ctypes.data) + 4 * p, count)
+    largest, p = np.float32(-np.inf), np.uintp(p)
     for i in range(np.uintp(count)):
-        y[p + i] = onnx_exp(x[p + i] - largest, zero, zero)
+        largest = maximum(x[p + i], largest)
+    return largest
 
 
 @njit(error_model="numpy")
-def _softmax_rows(x, y, p, rows, count, top):
-    """Softmax of up to four rows of contiguous elements, from p on."""
+def _raise_row(x, p, count, largest, row):
+    """Write e to the power of contiguous elements, less the largest of them."""
+    lanes, zero = np.uintp(LANES), np.float32(0)
+    if count < LANES:
+        for i in range(np.uintp(count)):
+            row[i] = onnx_exp(x[np.uintp(p) + i] - largest, zero, zero)
+    for begin in range(0, count if count >= LANES else 0, LANES):
+        q = np.uintp(min(begin, count - LANES))
+        first = np.uintp(p) + q
+        for j in range(lanes):  # one vector
+            row[q + j] = onnx_exp(x[first + j] - largest, zero, zero)
+
+
+@njit(error_model="numpy")
+def _softmax_rows(x, y, p, rows, count, part):
+    """Softmax of up to four rows of contiguous elements, from p on; `part` has as many rows."""
     for row in range(rows):
-        _raise_row(x, y, p + row * count, count, top)
+        at = p + row * count
+        _raise_row(x, at, count, _largest(x, at, count), part[row])
     # A sum's additions wait for each other, those of other rows need not wait for them.
-    p0, p1 = np.uintp(p), np.uintp(p + min(1, rows - 1) * count)
-    p2, p3 = np.uintp(p + min(2, rows - 1) * count), np.uintp(p + (rows - 1) * count)
     total0 = total1 = total2 = total3 = 0.0
-    count = np.uintp(count)
-    for i in range(count):
-        total0 += np.float64(y[p0 + i])
-        total1 += np.float64(y[p1 + i])
-        total2 += np.float64(y[p2 + i])
-        total3 += np.float64(y[p3 + i])
+    first, second, third, fourth = part[0], part[1], part[2], part[3]
+    for i in range(np.uintp(count)):
+        total0 += np.float64(first[i])
+        total1 += np.float64(second[i])
+        total2 += np.float64(third[i])
+        total3 += np.float64(fourth[i])
     totals = (total0, total1, total2, total3)
     for row in range(rows):
-        divisor = np.float32(total3 if row == rows - 1 else totals[row])
-        for i in range(count):
-            y[p0 + i] /= divisor
-        p0 += count
+        powers, divisor, q = part[row], np.float32(totals[row]), p + row * count
+        if count >= LANES:
+            divide(powers.ctypes.data, divisor, np.int64(y.ctypes.data) + 4 * q, count)
+        else:
+            for i in range(np.uintp(count)):
+                y[np.uintp(q) + i] = powers[i] / divisor
+
+
+@njit(error_model="numpy")
+def _softmax_long_row(x, y, p, count):
+    """Softmax of more elements than are worth a copy."""
+    largest, total = _largest(x, p, count), 0.0
+    p, zero = np.uintp(p), np.float32(0)
+    for i in range(np.uintp(count)):
+        y[p + i] = onnx_exp(x[p + i] - largest, zero, zero)
+    for i in range(np.uintp(count)):
+        total += np.float64(y[p + i])
+    divisor = np.float32(total)
+    for i in range(np.uintp(count)):
+        y[p + i] /= divisor
 
 
 @njit(error_model="numpy")
@@ -275,7 +315,9 @@ def _softmax_columns(x, y, p, columns, count, step, top, total):
         p0 += step
 
 
-@register("onnx_softmax", "portable", ONNX_SOFTMAX, scratch=lambda record: 12 * _COLUMNS)
+@register(
+    "onnx_softmax", "portable", ONNX_SOFTMAX, scratch=lambda record: 12 * _COLUMNS + 16 * _ROW
+)
 def _softmax(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x, y = values(a.x), values(a.y)
@@ -284,9 +326,14 @@ def _softmax(arguments, first_part, end_part, parts, slot):
     top = carray(as_pointer(scratch + np.uintp(8 * _COLUMNS)), _COLUMNS, np.float32)
     blocks = (a.width + _COLUMNS - 1) // _COLUMNS
     begin, end = share(a.n * blocks, first_part, end_part, parts)
-    if a.width == 1:
+    if a.width == 1 and a.height <= _ROW:
+        part = carray(as_pointer(scratch + np.uintp(12 * _COLUMNS)), (4, _ROW), np.float32)
         for n in range(begin, end, 4):
-            _softmax_rows(x, y, n * a.height, min(4, end - n), a.height, top)
+            _softmax_rows(x, y, n * a.height, min(4, end - n), a.height, part)
+        return
+    if a.width == 1:
+        for n in range(begin, end):
+            _softmax_long_row(x, y, n * a.height, a.height)
         return
     for item in range(begin, end):
         n, first = item // blocks, item % blocks * _COLUMNS

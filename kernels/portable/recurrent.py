@@ -45,103 +45,120 @@ def _products(z, z_row, h, h_row, w, w_row, y, y_row, rows, count, columns):
 
 
 @njit(error_model="numpy")
-def _apply(function, g, first, count, alpha, beta, bound):
-    first = np.uintp(first)
-    for j in range(np.uintp(count)):
-        g[first + j] = function(onnx_clip(g[first + j], -bound, bound), alpha, beta)
+def _apply(function, s, first, step, rows, count, alpha, beta, bound):
+    first, count = np.uintp(first), np.uintp(count)
+    for _ in range(rows):
+        for j in range(count):
+            s[first + j] = function(onnx_clip(s[first + j], -bound, bound), alpha, beta)
+        first += np.uintp(step)
 
 
 _apply_by_number = functions.by_number(functions.RECURRENT_FUNCTIONS, _apply)
 
 
+# What follows is done to `count` numbers of each of some rows, that lie `step` apart in s.
+
+
 @njit(error_model="numpy")
-def _activate(a, d, index, g, first, count, bound):
-    """Apply an activation function of a direction to a stretch of numbers."""
+def _activate(a, d, index, s, first, step, rows, count, bound):
+    """Apply an activation function of a direction."""
     place = np.uintp(3 * d + index)
     number = carray(as_pointer(a.functions), 3 * a.n, np.int64)[place]
     parameters = carray(as_pointer(a.parameters), (3 * a.n, 2), np.float32)
-    _apply_by_number(number, g, first, count, parameters[place, 0], parameters[place, 1], bound)
+    alpha, beta = parameters[place, 0], parameters[place, 1]
+    _apply_by_number(number, s, first, step, rows, count, alpha, beta, bound)
 
 
 @njit(error_model="numpy")
-def _add(g, first, b, begin, count):
+def _add(s, first, step, rows, b, begin, count):
+    """Add what is the same for all rows."""
     first, begin = np.uintp(first), np.uintp(begin)
-    for j in range(np.uintp(count)):
-        g[first + j] += b[begin + j]
+    for _ in range(rows):
+        for j in range(np.uintp(count)):
+            s[first + j] += b[begin + j]
+        first += np.uintp(step)
 
 
 @njit(error_model="numpy")
-def _add_product(g, first, w, begin, factor, count):
-    """Add products with what begins at `factor` of g."""
+def _add_product(s, first, step, rows, w, begin, w_step, factor, factor_step, count):
+    """Add products of what begins at `begin` of w and at `factor` of s."""
     first, begin, factor = np.uintp(first), np.uintp(begin), np.uintp(factor)
-    for j in range(np.uintp(count)):
-        g[first + j] += w[begin + j] * g[factor + j]
-
-
-# Each of these makes the next state of one row, of `size` numbers from h on in s, from its gates,
-# that begin at g; c is where the cell is, or whatever else is remembered, z is of the products.
-
-
-@njit(error_model="numpy")
-def _rnn_row(a, d, s, g, h, size):
-    _add(s, g, values(a.b), d * size, size)
-    _activate(a, d, 0, s, g, size, a.clip)
-    g, h = np.uintp(g), np.uintp(h)
-    for j in range(np.uintp(size)):
-        s[h + j] = s[g + j]
+    for _ in range(rows):
+        for j in range(np.uintp(count)):
+            s[first + j] += w[begin + j] * s[factor + j]
+        first, begin = first + np.uintp(step), begin + np.uintp(w_step)
+        factor += np.uintp(factor_step)
 
 
 @njit(error_model="numpy")
-def _gru_row(a, d, s, g, h, size):
+def _multiply(s, x, x_step, r, r_step, y, y_step, rows, count):
+    x, r, y = np.uintp(x), np.uintp(r), np.uintp(y)
+    for _ in range(rows):
+        for j in range(np.uintp(count)):
+            s[y + j] = s[x + j] * s[r + j]
+        x, r, y = x + np.uintp(x_step), r + np.uintp(r_step), y + np.uintp(y_step)
+
+
+@njit(error_model="numpy")
+def _complement(s, x, y, step, rows, count):
+    x, y, one = np.uintp(x), np.uintp(y), np.float32(1)
+    for _ in range(rows):
+        for j in range(np.uintp(count)):
+            s[y + j] = one - s[x + j]
+        x, y = x + np.uintp(step), y + np.uintp(step)
+
+
+@njit(error_model="numpy")
+def _blend(s, g, h, rows, size):
     """Blend the old state, and the new one that the third gate holds, by the first."""
     update, new, h, one = np.uintp(g), np.uintp(g + 2 * size), np.uintp(h), np.float32(1)
-    for j in range(np.uintp(size)):
-        s[h + j] = (one - s[update + j]) * s[new + j] + s[update + j] * s[h + j]
+    for _ in range(rows):
+        for j in range(np.uintp(size)):
+            s[h + j] = (one - s[update + j]) * s[new + j] + s[update + j] * s[h + j]
+        update, new = update + np.uintp(4 * size), new + np.uintp(4 * size)
+        h += np.uintp(size)
 
 
 @njit(error_model="numpy")
-def _lstm_row(a, d, s, g, h, c, size):
-    peepholes, first = values(a.peepholes), 3 * size * d
-    _add(s, g, values(a.b), 4 * size * d, 4 * size)
-    if a.peepholes.data == 0 and not a.input_forget:
-        _activate(a, d, 0, s, g, 3 * size, a.clip)
-    else:
-        if a.peepholes.data != 0:
-            _add_product(s, g, peepholes, first, c, size)
-            _add_product(s, g + 2 * size, peepholes, first + 2 * size, c, size)
-        _activate(a, d, 0, s, g, size, a.clip)
-        if a.input_forget:
-            _complement(s, g, g + 2 * size, size)
-        else:
-            _activate(a, d, 0, s, g + 2 * size, size, a.clip)
-    _activate(a, d, 1, s, g + 3 * size, size, a.clip)
-    _renew(s, g, c, size)
-    if a.peepholes.data != 0:
-        _add_product(s, g + size, peepholes, first + size, c, size)
-    if a.peepholes.data != 0 or a.input_forget:
-        _activate(a, d, 0, s, g + size, size, a.clip)
-    _activate(a, d, 2, s, g, size, _NO_BOUND)
-    g, of_o, h = np.uintp(g), np.uintp(g + size), np.uintp(h)
-    for j in range(np.uintp(size)):
-        s[h + j] = s[of_o + j] * s[g + j]
-
-
-@njit(error_model="numpy")
-def _complement(s, x, y, size):
-    x, y, one = np.uintp(x), np.uintp(y), np.float32(1)
-    for j in range(np.uintp(size)):
-        s[y + j] = one - s[x + j]
-
-
-@njit(error_model="numpy")
-def _renew(s, g, c, size):
+def _renew(s, g, c, rows, size):
     """Renew a cell, and write it over the first gate, which then is done with."""
     of_i, of_f, new = np.uintp(g), np.uintp(g + 2 * size), np.uintp(g + 3 * size)
-    c = np.uintp(c)
-    for j in range(np.uintp(size)):
-        v = s[of_f + j] * s[c + j] + s[of_i + j] * s[new + j]
-        s[c + j] = v
-        s[of_i + j] = v
+    c, step = np.uintp(c), np.uintp(4 * size)
+    for _ in range(rows):
+        for j in range(np.uintp(size)):
+            v = s[of_f + j] * s[c + j] + s[of_i + j] * s[new + j]
+            s[c + j] = v
+            s[of_i + j] = v
+        of_i, of_f, new, c = of_i + step, of_f + step, new + step, c + np.uintp(size)
+
+
+@njit(error_model="numpy")
+def _lstm_states(a, d, s, g, h, c, rows, size):
+    """Make states and cells from gates, of which a row has four."""
+    step, weights, first = 4 * size, values(a.peepholes), 3 * size * d
+    has_peepholes, coupled = a.peepholes.data != 0, a.input_forget != 0
+    _add(s, g, step, rows, values(a.b), first + size * d, step)
+    if not has_peepholes and not coupled:
+        _activate(a, d, 0, s, g, step, rows, 3 * size, a.clip)
+    else:
+        of_f = g + 2 * size
+        if has_peepholes:
+            _add_product(s, g, step, rows, weights, first, 0, c, size, size)
+            _add_product(s, of_f, step, rows, weights, first + 2 * size, 0, c, size, size)
+        _activate(a, d, 0, s, g, step, rows, size, a.clip)
+        if coupled:
+            _complement(s, g, of_f, step, rows, size)
+        else:
+            _activate(a, d, 0, s, of_f, step, rows, size, a.clip)
+    _activate(a, d, 1, s, g + 3 * size, step, rows, size, a.clip)
+    _renew(s, g, c, rows, size)
+    of_o = g + size
+    if has_peepholes:
+        _add_product(s, of_o, step, rows, weights, first + size, 0, c, size, size)
+    if has_peepholes or coupled:
+        _activate(a, d, 0, s, of_o, step, rows, size, a.clip)
+    _activate(a, d, 2, s, g, step, rows, size, _NO_BOUND)
+    _multiply(s, of_o, step, g, step, h, size, rows, size)
 
 
 @njit(error_model="numpy")
@@ -193,73 +210,61 @@ def kernels(products: Any) -> dict[str, Any]:
 
     @njit(error_model="numpy")
     def of_rnn(a, d, z, s, g, h, c, zeros, rows):
-        address, size = np.int64(s.ctypes.data), a.padded
+        at, size = np.int64(s.ctypes.data), a.padded
         w = np.int64(a.weights.data) + 4 * d * a.channels * size
         products(
-            z, 4 * a.x_row, address + 4 * h, 4 * size, w, 4 * size, address + 4 * g, 4 * size,
-            rows, a.channels, size,
+            z, 4 * a.x_row, at + 4 * h, 4 * size, w, 4 * size, at + 4 * g, 4 * size, rows,
+            a.channels, size,
         )  # fmt: skip
-        for i in range(rows):
-            _rnn_row(a, d, s, g + i * size, h + i * size, size)
+        _add(s, g, size, rows, values(a.b), d * size, size)
+        _activate(a, d, 0, s, g, size, rows, size, a.clip)
+        _copy(s, g, s, h, rows * size)
 
     @njit(error_model="numpy")
     def of_gru(a, d, z, s, g, h, c, zeros, rows):
-        address, size = np.int64(s.ctypes.data), a.padded
+        at, size = np.int64(s.ctypes.data), a.padded
         w, w_row = np.int64(a.weights.data) + 12 * d * a.channels * size, 12 * size
-        g_row, b, first = 16 * size, values(a.b), 4 * size * d
-        to = address + 4 * g
+        step, reset, new, inner = 4 * size, g + size, g + 2 * size, g + 3 * size
+        b, first = values(a.b), 4 * size * d
         products(
-            z, 4 * a.x_row, address + 4 * h, 4 * size, w, w_row, to, g_row, rows, a.channels,
-            2 * size,
+            z, 4 * a.x_row, at + 4 * h, 4 * size, w, w_row, at + 4 * g, 4 * step, rows,
+            a.channels, 2 * size,
         )  # fmt: skip
-        for i in range(rows):
-            _add(s, g + 4 * size * i, b, first, 2 * size)
-            _activate(a, d, 0, s, g + 4 * size * i, 2 * size, a.clip)
+        _add(s, g, step, rows, b, first, 2 * size)
+        _activate(a, d, 0, s, g, step, rows, 2 * size, a.clip)
         if a.linear_before_reset:
             products(
-                address + 4 * zeros, 0, address + 4 * h, 4 * size, w + 8 * size, w_row,
-                to + 12 * size, g_row, rows, a.channels, size,
+                at + 4 * zeros, 0, at + 4 * h, 4 * size, w + 8 * size, w_row, at + 4 * inner,
+                4 * step, rows, a.channels, size,
             )  # fmt: skip
+            _add(s, inner, step, rows, b, first + 3 * size, size)
             for i in range(rows):
-                row = g + 4 * size * i
-                _add(s, row + 3 * size, b, first + 3 * size, size)
-                _copy(values_at(np.uintp(z + 4 * a.x_row * i)), 2 * size, s, row + 2 * size, size)
-                _add(s, row + 2 * size, b, first + 2 * size, size)
-                _add_product(s, row + 2 * size, s, row + size, row + 3 * size, size)
+                x = values_at(np.uintp(z + 4 * a.x_row * i))
+                _copy(x, 2 * size, s, new + step * i, size)
+            _add(s, new, step, rows, b, first + 2 * size, size)
+            _add_product(s, new, step, rows, s, reset, step, inner, step, size)
         else:
-            for i in range(rows):
-                _multiply(s, g + 4 * size * i + size, h + i * size, c + i * size, size)
+            _multiply(s, reset, step, h, size, c, size, rows, size)
             products(
-                z + 8 * size, 4 * a.x_row, address + 4 * c, 4 * size, w + 8 * size, w_row,
-                to + 8 * size, g_row, rows, a.channels, size,
+                z + 8 * size, 4 * a.x_row, at + 4 * c, 4 * size, w + 8 * size, w_row,
+                at + 4 * new, 4 * step, rows, a.channels, size,
             )  # fmt: skip
-            for i in range(rows):
-                _add(s, g + 4 * size * i + 2 * size, b, first + 2 * size, size)
-        for i in range(rows):
-            row = g + 4 * size * i
-            _activate(a, d, 1, s, row + 2 * size, size, a.clip)
-            _gru_row(a, d, s, row, h + i * size, size)
+            _add(s, new, step, rows, b, first + 2 * size, size)
+        _activate(a, d, 1, s, new, step, rows, size, a.clip)
+        _blend(s, g, h, rows, size)
 
     @njit(error_model="numpy")
     def of_lstm(a, d, z, s, g, h, c, zeros, rows):
-        address, size = np.int64(s.ctypes.data), a.padded
+        at, size = np.int64(s.ctypes.data), a.padded
         w = np.int64(a.weights.data) + 16 * d * a.channels * size
         products(
-            z, 4 * a.x_row, address + 4 * h, 4 * size, w, 16 * size, address + 4 * g, 16 * size,
-            rows, a.channels, 4 * size,
+            z, 4 * a.x_row, at + 4 * h, 4 * size, w, 16 * size, at + 4 * g, 16 * size, rows,
+            a.channels, 4 * size,
         )  # fmt: skip
-        for i in range(rows):
-            _lstm_row(a, d, s, g + 4 * size * i, h + i * size, c + i * size, size)
+        _lstm_states(a, d, s, g, h, c, rows, size)
 
     steps = {"onnx_rnn": of_rnn, "onnx_gru": of_gru, "onnx_lstm": of_lstm}
     return {op: _kernel(step) for op, step in steps.items()}
-
-
-@njit(error_model="numpy")
-def _multiply(s, x, r, y, size):
-    x, r, y = np.uintp(x), np.uintp(r), np.uintp(y)
-    for j in range(np.uintp(size)):
-        s[y + j] = s[x + j] * s[r + j]
 
 
 def _kernel(step: Any) -> Any:

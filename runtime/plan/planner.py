@@ -59,12 +59,13 @@ class Planner:
         """
         found = infer(self.graph, shapes, self._seen)
         try:
-            calls = compiled.calls(self.graph, found, self._prepared)
-            schedule = self._schedule(found, calls, keep_all)
+            turned = {} if keep_all else compiled.turned_back(self.graph, found)
+            calls = compiled.calls(self.graph, found, self._prepared, turned)
+            schedule = self._schedule(found, calls, turned, keep_all)
             part, groups = found, 1 if keep_all else self._groups(schedule, found)
             if groups > 1:
                 part = infer(self.graph, {n: (s[0] // groups, *s[1:]) for n, s in shapes.items()})
-                schedule = self._schedule(part, calls, keep_all)
+                schedule = self._schedule(part, calls, turned, keep_all)
             return Plan(schedule, part, calls, self.kernel, self.threads, groups)
         except MemoryError:
             raise InputError(
@@ -100,12 +101,15 @@ class Planner:
         return groups if 4 * largest >= groups * _CACHED else 1
 
     def _schedule(
-        self, found: Inference, calls: dict[int, tuple[Call, ...]], keep_all: bool
+        self,
+        found: Inference,
+        calls: dict[int, tuple[Call, ...]],
+        turned: dict[int, str],
+        keep_all: bool,
     ) -> Schedule:
         """Return the schedule for shapes; they decide about little of it, mostly about nothing."""
         pixels = frozenset(name for name in self._heads if math.prod(found.shapes[name][2:]) == 1)
         views = frozenset(index for index, made in calls.items() if not made)
-        turned = {} if keep_all else compiled.turned_back(self.graph, found, calls)
         moving = frozenset(
             (index, reads_of(made), writes_of(made))
             for index, made in calls.items()

@@ -138,7 +138,7 @@ class Plan:
         """Point the program at input arrays and at new arrays for what it writes, all returned."""
         arrays = dict(inputs)
         for name in self._schedule.outside:
-            arrays[name] = np.empty(self.shapes[name], np.float32)
+            arrays[name] = np.empty(self.shapes[name], self._found.dtypes.get(name, np.float32))
         for name in self._bound:
             if name in arrays:
                 self._point(name, arrays[name])
@@ -327,7 +327,7 @@ class Plan:
             step.place = end
             end += step.layout.stride * (self._groups if step.bound else 1)
         self._arguments = aligned((end,), np.uint8)
-        self._words = memoryview(self._arguments.view(np.uintp))
+        self._words = memoryview(self._arguments.data).cast("Q")
         begin, buffer = self._arguments.ctypes.data, self._arguments.data
         program = []
         for group in range(self._groups):

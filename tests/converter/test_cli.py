@@ -16,6 +16,7 @@ from support.scripts import HOSTILE, make
 
 from logshift import converter
 from logshift.converter.encode import encode
+from logshift.kernels.errors import InputError
 from logshift.runtime import Session, load
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.graph import ValueInfo
@@ -204,6 +205,37 @@ def test_convert_tells_the_verdict(capsys, tmp_path, onnx_model, monkeypatch):
     assert call(*arguments, "--strict") == 0 and path.read_bytes() != b"old"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["5"], 5),
+        (["n*=4", "Gemm=32"], {"n*": 4, "Gemm": 32}),
+        (["6", "a=b=32"], {"a=b": 32, "*": 6}),
+    ],
+)
+def test_bits_of_activations_by_name(arguments, expected, tmp_path, monkeypatch):
+    found = []
+
+    def convert(*_, activation_bits, **more):
+        found.append(activation_bits)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(converter, "convert", convert)
+    options = [f"--activation-bits={argument}" for argument in arguments]
+    np.save(tmp_path / "x.npy", noise(2))
+    call("convert", "x.onnx", "x.stlq", "--calibration", tmp_path / "x.npy", *options)
+    assert found == [expected]
+    if isinstance(expected, dict):  # the first that fits counts
+        assert list(found[0]) == list(expected)
+
+
+def test_bits_of_activations_that_are_no_numbers(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", noise(2))
+    arguments = ("convert", "x.onnx", "x.stlq", "--calibration", tmp_path / "x.npy")
+    assert call(*arguments, "--activation-bits", "conv=many") == 1
+    assert "--activation-bits 'conv=many': give a number" in capsys.readouterr().err
+
+
 def test_run_on_arrays(capsys, packed, tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 2, 6, 7)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
@@ -381,3 +413,18 @@ def test_info_imports_no_onnx(packed):
     )
     done = subprocess.run([sys.executable, "-c", code, packed], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("set()\n")
+
+
+def test_convert_frees_sizes(tmp_path, onnx_model, capsys):
+    data, out = tmp_path / "x.npy", tmp_path / "net.stlq"
+    np.save(data, np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32))
+    arguments = ["convert", str(onnx_model), str(out), "--calibration", str(data)]
+    assert call(*arguments, "--input-shape", "x:?,3,h,-1") == 0
+    assert load(out).inputs[0].shape == ("x_dim_0", 3, "h", "x_dim_3")
+    assert load(out).run(np.zeros((1, 3, 24, 40), np.float32)).shape == (1, 4)
+    assert call(*arguments, "--input-shape", "2,3,16,16") == 0
+    assert load(out).inputs[0].shape == (2, 3, 16, 16)
+    assert call(*arguments, "--input-shape", "y:1,3,16,16") == 1
+    assert "no input 'y'" in capsys.readouterr().err
+    assert call(*arguments, "--input-shape", "x:1,,16,16") == 1
+    assert "give sizes like" in capsys.readouterr().err

@@ -99,14 +99,21 @@ def test_key_points_between_their_scores_are_one_group():
     assert result.groups[0].indices(14).tolist() == [0, 1, 2, 3, 5, 6, 8, 9, 11, 12]
 
 
-def test_scores_of_nothing_are_not_judged():
+def test_scores_of_nothing_are_a_group_too():
     x = detections(1)[0]
     x[:, 4:] = np.minimum(x[:, 4:], 0.01)
-    boxes, scores = error([(x, x)]).groups
-    assert boxes.says_something and not scores.says_something
     found = x.copy()
-    found[:, 5, 3] = 0.8  # but what is found where nothing is
-    assert error([(x, found)]).groups[1].says_something
+    found[:, 4:] = 0
+    boxes, scores = error([(x, found)]).groups
+    assert (boxes.channels, scores.channels) == (((0, 3),), ((4, 9),))
+    assert boxes.cosine == pytest.approx(1) and np.isnan(scores.cosine) and scores.says_something
+
+
+def test_a_few_values_tell_no_range():
+    x = np.random.default_rng(0).standard_normal((9, 20)).astype(np.float32)
+    x[:, 7] *= 0.01
+    for count, groups in ((3, 1), (9, 2)):
+        assert len(error([(row[None], row[None]) for row in x[:count]]).groups) == groups
 
 
 def test_an_odd_channel_is_no_group():

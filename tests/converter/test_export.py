@@ -209,7 +209,7 @@ def test_float32_and_onnx_operators(opset, options, tmp_path):
     x = net.node("Reshape", x, net.constant([0, 8, -1], np.int64))
     x = net.node("Softmax", net.node("Transpose", x, perm=[0, 2, 1]), axis=2)
     model = net.model(net.node("ReduceMax", x, axes=[1]) if opset < 18 else x)
-    convert(model, tmp_path / "net.stlq", calibration=noise(8, (4, 8, 8)), **options)
+    convert(model, tmp_path / "net.stlq", calibration=noise(10, (4, 8, 8)), **options)
     export(tmp_path / "net.stlq", tmp_path / "net.onnx")
     x = noise(3, (4, 8, 8), seed=1)
     session = load(tmp_path / "net.stlq")

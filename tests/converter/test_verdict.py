@@ -119,7 +119,7 @@ def test_scores_beside_boxes_are_told(path):
     assert min(output.cosine, output.groups[0].cosine) > 0.998 > output.groups[1].cosine
     warning = report.verdict.warning
     parts = ("output 'Reshape", "channels 4-9 of axis 1", f"{output.groups[1].cosine:.4f}",
-             "on 2 samples", "Concat 'n_Concat", "8-bit activations", "would mend it")  # fmt: skip
+             "on 2 samples", "Concat 'n_Concat", "8-bit activations", "should mend it")  # fmt: skip
     for part in parts:
         assert part in warning, part
     assert [str(w.message) for w in caught] == [f"{path}: {warning}"]
@@ -148,6 +148,45 @@ def test_weights_that_hurt_are_told_and_mended(path):
     assert mended.verdict.outputs[0].cosine > 0.99 > output.cosine
 
 
+def test_samples_that_differ_most_are_looked_at_first(path):
+    x = noise(25)
+    x[14] *= 30
+    model = two_convolutions()
+    looked_at = []
+
+    def recorded(graph, packed, batches, *more):
+        looked_at.extend(batches)
+        return [], 0
+
+    from logshift.converter import effects
+
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(AccuracyWarning):
+        patch.setattr(effects, "layer_effects", recorded)
+        converter.convert(model, path, calibration=x, **COARSE)
+    assert np.array_equal(looked_at[0]["x"], x[14:15])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_remedies_can_be_given_as_they_are(path, bits):
+    """Whatever part it is that is told, `convert` takes the settings without it."""
+    from logshift.converter import effects
+
+    model, x = network(), noise(20)
+    settings = {"calibration": x, "activation_bits": bits}
+    found = []
+    original = effects.layer_effects
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "LEAST_COSINE_OF_CLASSES", 2.0)  # whatever it is
+        patch.setattr(effects, "layer_effects", lambda *a: found.append(original(*a)) or found[-1])
+        with pytest.warns(AccuracyWarning):
+            report = converter.convert(model, path, **settings)
+    for one in found[0][0]:
+        remedy = settings_without([one], report.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AccuracyWarning)
+            converter.convert(model, path, **settings | remedy)
+
+
 def test_strict_writes_nothing(path):
     path.write_bytes(b"old")
     settings = {"calibration": noise(10), "strict": True} | EIGHT
@@ -169,8 +208,10 @@ def test_effects_add_up(path, corrects):
     original = effects.layer_effects
 
     def recorded(*arguments):
-        measured.extend(original(*arguments))
-        return measured
+        found, parts = original(*arguments)
+        assert len(found) == parts
+        measured.extend(found)
+        return found, parts
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(effects, "layer_effects", recorded)
@@ -240,6 +281,28 @@ def test_verify_tells_the_same(path):
     json.dumps(verification.to_dict(), allow_nan=False)
 
 
+def test_what_helps_where_many_layers_add():
+    ranked = [dataclasses.replace(effect("weights"), name=str(i), settled_by=(str(i),),
+                                  noise={("y", 0): 0.1 / 2**i}) for i in range(12)]  # fmt: skip
+    key = ("y", 0)
+    assert verdict.remedy_for(ranked, key, 0.2, 0.06, {}) == {"keep_float": ["0", "1"]}
+    # Half of it is by parts that were not measured.
+    assert verdict.remedy_for(ranked, key, 0.4, 0.06, {}) == {}
+    assert verdict.remedy_for(ranked, key, 0.2, 1e-4, {}) == {}
+    assert verdict.remedy_for_all(ranked, key, {"residual_ratio": 0.15}) == {"residual_ratio": 0.5}
+    codes = dataclasses.replace(effect("codes"), noise={key: 1.0})
+    assert verdict.remedy_for_all([*ranked, codes], key, {}) == {"activation_bits": 32}
+    group = compare.GroupError((), 1, 4.0, 0.8)
+    output = compare.OutputError("y", 4.0, 0.8, [group])
+    found = verdict.verdict_on([output], 3, {"residual_ratio": 0.15}, ranked)
+    assert found.remedy == {"keep_float": ["0", "1"]}
+    assert "Conv '0' adds most error by its weights; keep_float" in found.warning
+    assert found.warning.endswith("would help most")
+    even = [dataclasses.replace(part, noise={key: 0.01}) for part in ranked]
+    found = verdict.verdict_on([output], 3, {"residual_ratio": 0.15}, even)
+    assert found.remedy == {"residual_ratio": 0.5} and "residual_ratio=0.5 would" in found.warning
+
+
 def effect(part, bits=8, name="a[0]", settled_by=("a[0]", "b")):
     return Effect(name, "Conv", "t", part, bits, settled_by, {("y", 0): 1.0})
 
@@ -250,6 +313,8 @@ def effect(part, bits=8, name="a[0]", settled_by=("a[0]", "b")):
         ([effect("codes")], {}, {"activation_bits": {"a[[]0]": 32, "b": 32}}),
         ([effect("codes", 5)], {"activation_bits": 5},
          {"activation_bits": {"a[[]0]": 8, "*": 5}}),
+        ([dataclasses.replace(effect("codes", 5), op="QuantizeLinear")], {},
+         {"activation_bits": {"a[[]0]": 32, "b": 32}}),
         ([effect("codes")], {"activation_bits": {"b": 4, "c": 5}},
          {"activation_bits": {"a[[]0]": 32, "b": 32, "c": 5}}),
         ([effect("weights", 4, settled_by=("a[0]",))], {"keep_float": ["c"]},
@@ -282,8 +347,8 @@ def test_channels_are_compared_as_they_are_found(path):
     group = compare.GroupError((), 1, 16.0, 0.98)
     output = compare.OutputError("y", 16.0, 0.98, [group])
     assert "cosine 0.9800, less than 0.99" in verdict.verdict_on([output], 3, {}).warning
-    good = compare.OutputError("y", 30.0, 0.999, [compare.GroupError((), 1, 30.0, 0.999)], 0.5, 4)
-    assert "same top class in 50.0 %, less than 90 %" in verdict.verdict_on([good], 4, {}).warning
+    good = compare.OutputError("y", 30.0, 0.999, [compare.GroupError((), 1, 30.0, 0.999)], 0.5, 8)
+    assert "same top class in 50.0 %, less than 90 %" in verdict.verdict_on([good], 8, {}).warning
     assert not verdict.verdict_on([dataclasses.replace(good, positions=2)], 2, {}).warning
     nothing = compare.GroupError((), 1, -3.0, 0.1, False)
     assert not verdict.verdict_on([compare.OutputError("y", 1, 1, [nothing])], 3, {}).warning

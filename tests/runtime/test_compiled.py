@@ -200,15 +200,20 @@ def test_long_axes_are_shared(shape):
     check("Sigmoid", floats(shape), compare=near)
 
 
-def test_squares():
+def test_powers():
     x = floats((3, 4), special=True)
     check("Pow", x, np.array([2.0], np.float64), compare=near)
-    graph = network([node("Pow", ["x", "n"], "y")], {"x": x}, ["y"], {"n": np.array(3, np.int64)})
+    check("Pow", x, np.array(3, np.int64), compare=near)
+    check("Pow", abs(x), np.array(0.5, np.float64), compare=near)
+    graph = network([node("Pow", ["x", "n"], "y")], {"x": x}, ["y"], {"n": np.array(5, np.int64)})
     session = Session(graph)
     assert steps_in_numpy(session, {"x": x}) == ["Pow"]
 
 
-EXACT = ["Abs", "HardSigmoid", "HardSwish", "LeakyRelu", "Neg", "Reciprocal", "Relu", "Sqrt"]
+EXACT = [
+    "Abs", "Ceil", "Floor", "HardSigmoid", "HardSwish", "LeakyRelu", "Neg", "Reciprocal", "Relu",
+    "Round", "Softsign", "Sqrt", "ThresholdedRelu",
+]  # fmt: skip
 FUNCTIONS = {
     "Elu": {"alpha": 1.25}, "Erf": {}, "Exp": {}, "Sigmoid": {}, "Swish": {"alpha": 0.75},
     "Tanh": {}, "HardSigmoid": {"alpha": 0.3, "beta": 0.4}, "LeakyRelu": {"alpha": 0.2},
@@ -229,8 +234,16 @@ def test_every_function_is_asked_for():
         for name in compiled.OPERATORS
         if name in numpy_ops.elementwise._UNARY | numpy_ops.elementwise._PARAMETRIC
     }
-    assert asked - {"Identity"} == {*EXACT, *FUNCTIONS}
-    assert len(asked - {"Identity", "Relu"} | {"Clip"}) == len(functions.ONNX_UNARY_FUNCTIONS)
+    assert asked - {"Gelu", "Identity"} == {*EXACT, *FUNCTIONS}
+    others = {"Clip", "cube", "gelu", "gelu_tanh"}
+    named = asked - {"Gelu", "Identity", "Relu"} | others
+    assert len(named) == len(functions.ONNX_UNARY_FUNCTIONS)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu(approximate):
+    x = floats((3, 1000, 7), special=True)
+    check("Gelu", x, opset=20, approximate=approximate, compare=close)
 
 
 @pytest.mark.parametrize("low", [None, -1, math.inf])
@@ -283,7 +296,18 @@ def test_matmul_of_what_is_not_a_number():
 # --- along axes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+        "ReduceSumSquare",
+    ],
+)
 @settings(max_examples=40)
 @given(SHAPES, SEEDS, st.data())
 def test_reductions(op, shape, seed, data):
@@ -635,3 +659,168 @@ def test_weights_of_recurrent_networks_are_laid_out_once():
         np.testing.assert_allclose(session.run(x), expected, rtol=1e-5, atol=1e-5)
     held = session._planner._prepared
     assert sum(array.nbytes for array in held.values()) == 4 * (4 * 48 + 5 * 48 + 64)
+
+
+# --- of several tensors, of channels, and other moves ---------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["Max", "Min", "Sum"])
+def test_of_three(op):
+    check(op, floats((2, 3, 4)), floats((3, 1), 1), floats((4,), 2))
+    shapes = [(4,), (3, 1), (2, 3, 4)]  # the first two do not make the whole
+    given = {f"x{i}": floats(shape, i) for i, shape in enumerate(shapes)}
+    session = Session(network([node(op, [*given], "y")], given, ["y"]))
+    assert steps_in_numpy(session, given) == [op]
+
+
+@settings(max_examples=20)
+@given(arrays.array_shapes(min_dims=2, max_dims=5, min_side=1, max_side=7), SEEDS)
+def test_batch_normalization(shape, seed):
+    factors = floats((4, shape[1]), seed)
+    names = ["scale", "bias", "mean", "variance"]
+    constants = dict(zip(names, [*factors[:3], abs(factors[3])], strict=True))
+    x = {"x": floats(shape, seed + 1)}
+    graph = network([node("BatchNormalization", ["x", *names], "y")], x, ["y"], constants)
+    given = [x["x"], *constants.values()]
+    (expected,) = numpy_ops.compute("BatchNormalization", {}, 18, given, 1)
+    np.testing.assert_allclose(run(graph, x)["y"], expected, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=20)
+@given(SHAPES, SEEDS, st.data())
+def test_tile(shape, seed, data):
+    check("Tile", floats(shape[:4], seed), ints(*(data.draw(st.integers(1, 3)) for _ in shape[:4])))
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_depths_and_spaces(mode):
+    check("DepthToSpace", floats((2, 12, 3, 5)), blocksize=2, mode=mode)
+    check("SpaceToDepth", floats((2, 3, 6, 4)), blocksize=2, mode=mode)
+
+
+@settings(max_examples=30)
+@given(SHAPES, SEEDS, st.data())
+def test_pad(shape, seed, data):
+    pads = [data.draw(st.integers(-(n - 1) // 2 if n > 2 else 0, 3)) for n in (*shape, *shape)]
+    check("Pad", floats(shape, seed), ints(*pads), mode="constant")
+    axes = data.draw(st.sets(st.integers(0, len(shape) - 1), min_size=1))
+    chosen = [pads[axis + more] for more in (0, len(shape)) for axis in axes]
+    graph = network(
+        [node("Pad", ["x", "pads", "value", "axes"], "y")], {"x": floats(shape, seed)}, ["y"],
+        {"pads": ints(*chosen), "value": np.array(2.5, np.float32), "axes": ints(*axes)},
+    )  # fmt: skip
+    inputs = [floats(shape, seed), ints(*chosen), np.array(2.5, np.float32), ints(*axes)]
+    (expected,) = numpy_ops.compute("Pad", {}, 18, inputs, 1)
+    np.testing.assert_array_equal(run(graph, {"x": inputs[0]})["y"], expected)
+
+
+def test_global_pools():
+    for shape in ((2, 3, 4, 5, 6), (2, 3, 7)):
+        check("GlobalAveragePool", floats(shape), compare=close)
+        check("GlobalMaxPool", floats(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 16), (2, 17, 33), (3, 16, 15), (1, 100, 64)])
+def test_transposes_by_tiles(shape):
+    check("Transpose", floats(shape), perm=[0, 2, 1])
+    x, part = floats(shape), (slice(None), slice(1, None), slice(None))
+    nodes = [node("Slice", ["x", "one", "all", "one"], "s"), node("Transpose", ["s"], "y")]
+    constants = {"one": ints(1), "all": ints(2**31)}
+    found = run(network(nodes, {"x": x}, ["y"], constants), {"x": x})["y"]
+    np.testing.assert_array_equal(found, x[part].T)
+
+
+def test_chains_of_views_are_one_move():
+    x = floats((6, 4, 24))
+    nodes = [
+        node("Reshape", ["x", "heads"], "a"), node("Transpose", ["a"], "b", perm=[3, 1, 2, 0, 4]),
+        node("Squeeze", ["b", "third"], "c"), node("Gather", ["c", "last"], "d"),
+        node("Concat", ["d", "d"], "y", axis=1),
+    ]  # fmt: skip
+    constants = {"heads": ints(6, 4, 1, 3, 8), "third": ints(2), "last": np.array(-1, np.int64)}
+    graph = network(nodes, {"x": x}, ["y"], constants)
+    part = x.reshape(6, 4, 3, 8).transpose(2, 1, 0, 3)[-1]
+    np.testing.assert_array_equal(run(graph, {"x": x})["y"], np.concatenate([part, part], 1))
+    assert [s.node.op for s in Session(graph)._plan({"x": x}).steps] == ["Concat", "Concat"]
+
+
+# --- normalizations -------------------------------------------------------------------------------
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_layer_normalization(shape, seed, data):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    size = shape[axis:] if axis < 0 else shape[axis % len(shape) :]
+    outputs = data.draw(st.integers(1, 3))
+    given = [floats(shape, seed), floats(size, seed + 1)]
+    if data.draw(st.booleans()):
+        given.append(floats(size, seed + 2))
+    check("LayerNormalization", *given, outputs=outputs, axis=axis, epsilon=1e-3, compare=close)
+    check("RMSNormalization", *given[:2], opset=23, axis=axis, epsilon=1e-3, compare=close)
+
+
+def test_scale_of_a_layer_normalization_that_is_repeated():
+    x, scale = floats((5, 3, 4)), floats((4,), 1)
+    graph = network(
+        [node("LayerNormalization", ["x", "scale"], "y", axis=1)], {"x": x}, ["y"], {"scale": scale}
+    )
+    (expected,) = numpy_ops.compute("LayerNormalization", {"axis": 1}, 18, [x, scale], 1)
+    close(run(graph, {"x": x})["y"], expected)
+
+
+@settings(max_examples=30)
+@given(
+    arrays.array_shapes(min_dims=3, max_dims=5, min_side=1, max_side=9), SEEDS, st.integers(1, 4)
+)
+def test_normalizations_of_channels(shape, seed, groups):
+    count, size, *rest = shape
+    x, few = floats((count, groups * size, *rest), seed), floats((2, groups), seed + 1)
+    many = floats((2, groups * size), seed + 2)
+    check("InstanceNormalization", x, *many, epsilon=1e-3, compare=close)
+    for opset, values in ((18, few), (21, many)):
+        check("GroupNormalization", x, *values, opset=opset, num_groups=groups, epsilon=1e-3,
+              compare=close)  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(arrays.array_shapes(min_dims=4, max_dims=4, min_side=2, max_side=9), SEEDS, st.data())
+def test_other_normalizations(shape, seed, data):
+    check("LpNormalization", floats(shape, seed), axis=data.draw(st.integers(-4, 3)), compare=close)
+    axes = data.draw(st.sampled_from([[0, 2, 3], [2, 3], [1, 2, 3], [0, 1, 2, 3], [-1], [0]]))
+    check("MeanVarianceNormalization", floats(shape, seed), axes=axes, compare=close)
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization", "LpNormalization"])
+def test_normalization_of_what_is_the_same_everywhere(op):
+    for value in (0.0, 1e4, -3e-5):
+        x = np.full((3, 40), value, np.float32)
+        factors = [] if op == "LpNormalization" else [np.ones(40, np.float32)]
+        check(op, x, *factors, opset=23, compare=partial(np.testing.assert_allclose, atol=1e-3))
+
+
+# --- moves by indices -----------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(SHAPES, SEEDS, st.data())
+def test_gather(shape, seed, data):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    index = st.integers(-shape[axis], shape[axis] - 1)
+    indices = data.draw(st.one_of(index, st.lists(index, min_size=1, max_size=9)))
+    check("Gather", floats(shape, seed), np.array(indices, np.int64), axis=axis)
+
+
+def test_gather_that_numpy_runs():
+    """Indices that only a run tells, and such as are spread too far."""
+    x = floats((900, 2))
+    graph = network([node("Gather", ["x", "i"], "y")], {"x": x, "i": ints(3, -1)}, ["y"])
+    session = Session(graph)
+    np.testing.assert_array_equal(session.run({"x": x, "i": ints(3, -1)}), x[[3, -1]])
+    indices = np.random.default_rng(0).integers(0, 900, 400)
+    graph = network([node("Gather", ["x", "i"], "y")], {"x": x}, ["y"], {"i": indices})
+    assert steps_in_numpy(Session(graph), {"x": x}) == ["Gather"]

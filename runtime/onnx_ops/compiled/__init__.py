@@ -7,14 +7,16 @@ tensors are float32, not empty, and of known shapes. NumPy does the rest, see `n
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 
 import numpy as np
 
 from logshift.runtime.graph import Graph, Inference, Node
-from logshift.runtime.onnx_ops.compiled.moves import order
+from logshift.runtime.onnx_ops.compiled.moves import VIEWS, order
 from logshift.runtime.onnx_ops.compiled.site import FLOAT, Builder, Site
+from logshift.runtime.onnx_ops.compiled.views import View
 from logshift.runtime.plan.call import Call
 
 # What makes the calls for a node, None where only NumPy can do it. A module here says what it
@@ -27,11 +29,15 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def calls(
-    graph: Graph, found: Inference, prepared: dict[str, np.ndarray] | None = None
+    graph: Graph,
+    found: Inference,
+    prepared: dict[str, np.ndarray] | None = None,
+    turned: Mapping[int, str] | None = None,
 ) -> dict[int, tuple[Call, ...]]:
     """Return how kernels are called for the nodes that have any, by their positions.
 
-    There is no call for an operator whose output is its input under another name and shape.
+    There is no call for an operator whose output is its input under another name and shape. Calls
+    may read what a node's inputs are made of, instead of these.
 
     Parameters
     ----------
@@ -40,22 +46,24 @@ def calls(
         Gets what lies between the calls of one node.
     prepared : dict of name to array, optional
         Constants that were laid out for kernels, for the next time; empty at first.
+    turned : dict of a node's position to name, optional
+        See `turned_back`.
     """
-    prepared = {} if prepared is None else prepared
-    result = {}
+    prepared, result, views = {} if prepared is None else prepared, {}, dict[str, View]()
     for index, node in enumerate(graph.nodes):
         build = OPERATORS.get(node.op) if node.is_onnx else None
         if build is None or not _has_kernels(node, found):
             continue
-        made = build(Site(graph, node, found, prepared))
-        if made is not None:
+        site = Site(graph, node, found, prepared, views)
+        if (made := build(site)) is not None:
             result[index] = tuple(made)
+        if node.op in VIEWS and index not in (turned or ()):
+            parts = VIEWS[node.op](site, site.view(site.x)) or ()
+            views.update(zip(node.outputs, parts, strict=False))
     return result
 
 
-def turned_back(
-    graph: Graph, found: Inference, made: Mapping[int, tuple[Call, ...]]
-) -> dict[int, str]:
+def turned_back(graph: Graph, found: Inference) -> dict[int, str]:
     """Return which Transposes give the bytes of a packed operator's output, as that is stored.
 
     That is channels last, and what a converted MatMul is followed by.
@@ -75,16 +83,21 @@ def turned_back(
                 sources[out] = out
             continue
         source = sources.get(node.inputs[0]) if node.inputs else None
-        if source is None or index not in made:
+        if source is None or node.op not in VIEWS or not _has_kernels(node, found):
             continue
-        if not made[index]:
+        site = Site(graph, node, found, {}, {})
+        whole = VIEWS[node.op](site, site.view(site.x))
+        size = math.prod(site.shape(site.x))
+        if whole and whole[0].is_whole and math.prod(whole[0].shape) == size:
             sources[node.outputs[0]] = source
-        elif node.op == "Transpose" and _is_channels_last(Site(graph, node, found, {}), source):
+        elif node.op == "Transpose" and _is_channels_last(site, source):
             result[index] = source
     return result
 
 
 def _has_kernels(node: Node, found: Inference) -> bool:
+    if node.op == "Cast":
+        return node.outputs[0] not in found.values
     outputs = [name for name in node.outputs if name]
     first = slice(1, 2) if node.op == "Where" else slice(1)
     for name in (*node.inputs[first], *outputs):

@@ -10,9 +10,9 @@ from logshift.runtime.onnx_ops.compiled.site import (
     Builder,
     Site,
     axes,
-    contiguous,
     repeated,
 )
+from logshift.runtime.onnx_ops.compiled.views import contiguous
 from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.work import PRODUCT
 

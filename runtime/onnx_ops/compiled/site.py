@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from logshift.kernels.machine.memory import aligned
 from logshift.runtime.graph import Graph, Inference, Node, Shape
+from logshift.runtime.onnx_ops.compiled.views import View, contiguous, plain
 from logshift.runtime.plan.call import Call
 
 FLOAT = np.dtype(np.float32)
@@ -27,17 +28,29 @@ class Site:
         Gets what a builder adds: constants that it has laid out, tensors between its calls.
     prepared : dict of name to array
         Constants that were laid out before, for other shapes.
+    views : dict of name to View
+        What tensors are that need not be made.
     """
 
     def __init__(
-        self, graph: Graph, node: Node, found: Inference, prepared: dict[str, np.ndarray]
+        self,
+        graph: Graph,
+        node: Node,
+        found: Inference,
+        prepared: dict[str, np.ndarray],
+        views: Mapping[str, View],
     ) -> None:
-        self.graph, self.node, self.found, self._prepared = graph, node, found, prepared
+        self.graph, self.node, self.found = graph, node, found
+        self._prepared, self._views = prepared, views
         self.x, self.y = node.inputs[0], node.outputs[0]
 
     def shape(self, name: str) -> Shape:
         """Return the shape of a tensor."""
         return self.found.shapes[name]
+
+    def view(self, name: str) -> View:
+        """Return where the elements of a tensor lie before anything is moved."""
+        return self._views.get(name) or plain(name, self.shape(name))
 
     def get(self, name: str, default: Any) -> Any:
         """Return an attribute."""
@@ -120,14 +133,6 @@ def _cut(size: int) -> int:
     if size <= _CUT:
         return 1
     return next((count for count in range(min(64, size // 1024), 1, -1) if size % count == 0), 1)
-
-
-def contiguous(shape: Sequence[int]) -> list[int]:
-    """Return the steps of a contiguous tensor."""
-    steps = [1]
-    for size in reversed(shape[1:]):
-        steps.append(steps[-1] * size)
-    return steps[::-1][: len(shape)]
 
 
 def repeated(shape: Shape, whole: Shape) -> list[int]:
