@@ -29,7 +29,7 @@ from logshift.converter.evaluate import (
 )
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
-from logshift.converter.settings import Settings
+from logshift.converter.settings import AUTO, Settings
 from logshift.kernels.errors import ConversionError
 from logshift.kernels.machine.memory import trim
 from logshift.kernels.stlq.codec import LogWeights
@@ -369,6 +369,8 @@ class _Walk:
             return self.quantization[node.inputs[0]]
         s = self.settings
         method = self.graph.ranges.get(node.output, s.activation_range)
+        if method == AUTO:  # a tensor that is there because a function could only be a table
+            method = "mse"
         return choose_quantization(exact, s.code_bits_of(node.name), method, s.percentile)
 
     def _fill_in(self, packed: Node, node: FloatNode) -> None:
