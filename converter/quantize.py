@@ -31,6 +31,7 @@ from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import AUTO, Settings
 from logshift.kernels.errors import ConversionError
+from logshift.kernels.machine.memory import trim
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.graph import (
     NEWEST_OPSET,
@@ -155,6 +156,7 @@ class _Walk:
                 errors.append(error)
             for name in [n for n in self.streams if last_use.get(n, index) <= index]:
                 del self.streams[name]
+            trim()
         progress(len(self.graph.nodes), len(self.graph.nodes), "")
         opset = max((node.opset for node in self.graph.nodes), default=0) or NEWEST_OPSET
         graph = Graph(
