@@ -434,7 +434,7 @@ def onnx_tanh(x, alpha, beta):
     return y if x == x else x
 
 
-# --- of recurrent networks, in rational functions -------------------------------------------------
+# --- of recurrent networks, with fused multiply-adds ----------------------------------------------
 
 # An odd rational function on [-8, 8], whose error is below 3e-7.
 TANH_NUMERATOR = (
@@ -473,8 +473,19 @@ def gate_tanh(x, alpha, beta):
 
 @njit(inline="always")
 def gate_sigmoid(x, alpha, beta):
-    """Return sigmoid(x), within 2e-7."""
-    y = clamp(fma(_fast_tanh(x * _HALF), _HALF, _HALF), np.float32(0), _ONE)
+    """Return 1 / (1 + e^-x), as `sigmoid` does, with fused multiply-adds."""
+    v = clamp(-abs(x), np.float32(-87.0), np.float32(0))
+    n = fma(v, _LOG2E, ROUND) - ROUND
+    r = fma(n, -_LN2_LOW, fma(n, -_LN2_HIGH, v))
+    p = np.float32(1.9875691500e-4)
+    p = fma(p, r, np.float32(1.3981999507e-3))
+    p = fma(p, r, np.float32(8.3334519073e-3))
+    p = fma(p, r, np.float32(4.1665795894e-2))
+    p = fma(p, r, np.float32(1.6666665459e-1))
+    p = fma(p, r, _HALF)
+    scale = _power_of_two(np.int32(n))
+    e = fma(fma(p, r * r, r), scale, scale)
+    y = (_ONE if x >= 0 else e) / (_ONE + e)
     return y if x == x else x
 
 

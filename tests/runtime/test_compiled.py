@@ -623,8 +623,11 @@ def test_recurrent(op, sizes, seed, direction, data):
 def test_activation_functions_of_recurrent_networks(name):
     attributes = {"hidden_size": 5, "direction": "bidirectional"}
     for op, count in (("RNN", 2), ("GRU", 4), ("LSTM", 6)):
+        values = recurrent(op, 3, 2, 4, 5, 1, direction="bidirectional")
+        # Small: without bounds, errors grow as numbers do.
+        values[:4] = [v / 4 for v in values[:4]]
         check_recurrent(
-            op, recurrent(op, 3, 2, 4, 5, 1, direction="bidirectional"), ["y"], **attributes,
+            op, values, ["y"], **attributes,
             activations=[name.upper()] * (count - 1) + ["Tanh"],
             activation_alpha=[0.3, 0.6], activation_beta=[0.4],
         )  # fmt: skip
