@@ -8,7 +8,7 @@ from support.onnx_nets import Net, network, noise
 
 from logshift import runtime
 from logshift.converter import ConversionError, auto, convert, pipeline
-from logshift.converter.auto import expected_drop
+from logshift.converter.drop import drop, expected_drop
 from logshift.kernels.errors import InputError
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -63,21 +63,21 @@ def test_pictures_that_do_not_fit_measure(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "_MEMORY", 2**21)
     measured = []
 
-    def recorded(exact, found):
-        measured.append(len(exact))
-        return expected_drop(exact, found)
+    def recorded(exact, found, others):
+        measured.append((len(exact), len(others)))
+        return drop(exact, found, others)
 
-    monkeypatch.setattr(auto, "expected_drop", recorded)
+    monkeypatch.setattr(auto, "drop", recorded)
     settings = {"calibration": noise(40), "weight_bits": "auto"}
     report = convert(network(width=32), tmp_path / "net.stlq", max_drop=50.0, **settings)
-    assert report.samples == 16 and set(measured) == {24}
+    assert report.samples == 16 and set(measured) == {(24, 16)}
     measured.clear()
     report = convert(network(width=32), tmp_path / "net.stlq", calibration_limit=8, **settings)
-    assert report.samples == 8 and set(measured) == {32}
+    assert report.samples == 8 and set(measured) == {(32, 8)}
     measured.clear()
     settings["calibration"] = noise(15)
-    report = convert(network(width=32), tmp_path / "net.stlq", **settings)
-    assert report.samples == 12 and set(measured) == {3}
+    report = convert(network(width=32), tmp_path / "net.stlq", max_drop=50.0, **settings)
+    assert report.samples == 12 and set(measured) == {(3, 12)}
 
 
 def test_expected_drop():
@@ -108,11 +108,16 @@ def test_expected_drop_of_many_rows():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_bytes": 1000}, "max_bytes needs weight_bits='auto'"),
+        ({"weight_bits": 4, "max_bytes": 1000}, "max_bytes needs weight_bits='auto'"),
         ({"weight_bits": "auto", "max_bytes": 1000, "max_drop": 1.0}, "give one of them"),
         ({"weight_bits": "auto", "max_bytes": 0}, "max_bytes is 0"),
         ({"weight_bits": "auto", "max_drop": -1.0}, "max_drop is -1.0"),
+        ({"max_drop": 100.5}, "from 0 to 100 points"),
         ({"weight_bits": "auto", "min_snr": float("nan")}, "min_snr is nan"),
+        ({"validate": max}, "validate needs max_drop"),
+        ({"validate": max, "min_snr": 20.0}, "validate goes with max_drop, not with min_snr"),
+        ({"validate": max, "max_drop": float("inf")}, "max_drop is inf"),
+        ({"validate": 0.5, "max_drop": 1.0}, "validate is float"),
         ({"weight_bits": "best"}, "weight_bits is 'best'"),
     ],
 )
