@@ -6,8 +6,9 @@
         --settings auto:max_bytes=160000 auto:max_drop=0.5 validate:max_drop=0.5
 
 A directory holds cifar10-train.parquet (calibration) and cifar10-test.parquet. Of a single file
-every fifth picture calibrates and the others test. With `validate` every other test picture is what
-`convert` measures on, and what is printed is of the rest. Columns are `image` (encoded picture), `label`.
+every fifth picture calibrates and the others test. With `validate` every other test picture is
+what `convert` measures on, and what is printed is of the rest. Columns are `image` (encoded
+picture), `label`.
 `--model` is an ONNX file or the name of a network of the suite.
 """
 
@@ -115,8 +116,8 @@ def measure(
 ) -> dict[str, Any]:
     """Convert with these settings, run all test pictures and say what came of it.
 
-    With `exact`, the outputs of the float network, also what is lost, and what would be said without
-    labels.
+    With `exact`, the outputs of the float network, also what is lost, and what would be said
+    without labels.
     """
     if settings.get("validate"):
         known, data = data.part(0), data.part(1)
@@ -182,9 +183,9 @@ def main() -> None:
         rows.append({"case": case, **row})
         print(
             f"{case}, {arguments.activation_bits}-bit activations: top-1"
-            f" {row['top1']:.2f}, {row['lost']:.2f} lost (expected {row['expected_drop']:.2f}), {row['bytes']} bytes,"
-            f" 1/{row['ratio']:.2f} of the ONNX file, {row['bits_per_weight']:.2f} bits per weight,"
-            f" converted in {row['seconds']:.0f} s"
+            f" {row['top1']:.2f}, {row['lost']:.2f} lost (expected {row['expected_drop']:.2f}),"
+            f" {row['bytes']} bytes, 1/{row['ratio']:.2f} of the ONNX file,"
+            f" {row['bits_per_weight']:.2f} bits per weight, converted in {row['seconds']:.0f} s"
         )
         for trial in row.get("search", {"trials": ()})["trials"]:
             print(f"  tried: {trial['file_bytes']} bytes, {trial['figure']}")

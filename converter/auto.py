@@ -30,10 +30,12 @@ from logshift.runtime.file.format import serialize
 from logshift.runtime.graph import Graph
 from logshift.runtime.session import Session
 
+# Squared error over squares of the outputs, by which few classes change.
+LIKELY = 2e-2
+
 _TRIALS = 5  # conversions until the size is right
 _AIM = 0.995  # of the size that is allowed; twice as far off is good enough
 _PLANS = 32  # of different size that are considered for the least error
-_LIKELY = 1e-3  # squared error over squares of the outputs, by which few classes change
 
 Run = Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]]
 
@@ -336,7 +338,7 @@ class DropBound:
 
     what = f"points lost at most ({100 * CONFIDENCE:g} % confidence)"
     float_figure = None
-    likely = _LIKELY
+    likely = LIKELY
 
     def __init__(self, graph: FloatGraph, samples: Division, run: Run, max_drop: float) -> None:
         if not samples.held_back:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from PIL import Image, UnidentifiedImageError
 
+from logshift.converter.auto import LIKELY
 from logshift.converter.onnx_model import Runner
 from logshift.kernels.errors import InputError
 from logshift.runtime.graph import Graph
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from logshift.runtime.plan.program import Plan
 
 _BATCH = 16  # pictures that run together, where the network takes any number
-_LIKELY = 1e-3  # squared error over squares of the outputs, by which few classes change
 _ROUNDING = 1e-9  # of a score
 
 
@@ -74,7 +74,7 @@ class Score:
     """
 
     what = "score"
-    likely = _LIKELY
+    likely = LIKELY
 
     def __init__(
         self, function: Callable[[Session], float], float_session: FloatSession, max_drop: float
@@ -158,7 +158,7 @@ class LabelledPictures:
         if not folders:
             raise InputError(f"{self.where} holds no folders, one for each class")
         known = [self._class(folder.name) for folder in folders]
-        if None in known and len(folders) == self.classes:
+        if set(known) == {None} and len(folders) == self.classes:
             known = list(range(self.classes))
         pairs = []
         for folder, number in zip(folders, known, strict=True):
