@@ -35,6 +35,7 @@ LIKELY = 2e-2
 
 _TRIALS = 5  # conversions until the size is right
 _AIM = 0.995  # of the size that is allowed; twice as far off is good enough
+_FEWEST = 10  # samples that tell what errors of outputs are like
 _PLANS = 32  # of different size that are considered for the least error
 
 Run = Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]]
@@ -341,10 +342,12 @@ class DropBound:
     likely = LIKELY
 
     def __init__(self, graph: FloatGraph, samples: Division, run: Run, max_drop: float) -> None:
-        if not samples.held_back:
+        held_back = sum(len(next(iter(x.values()))) for x in samples.measuring)
+        if not samples.held_back or held_back < _FEWEST:
             raise InputError(
-                f"max_drop needs samples that do not calibrate, but there are {samples.batches} in"
-                " all: give more, or validate"
+                f"max_drop needs at least {_FEWEST} samples that do not calibrate, a fifth of those"
+                f" that are given, but there are {held_back * samples.held_back}: give more, or"
+                " labelled ones and validate"
             )
         self.batches, self.max_drop = samples.measuring, max_drop
         self.exact = _scores(run, self.batches)

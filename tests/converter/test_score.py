@@ -47,9 +47,9 @@ def searched(path, validate, max_drop, **settings):
 
 
 def test_the_smallest_network_within_the_drop(tmp_path):
-    sizes = []
-    for most in (0.07, 0.04, 0.02):
-        path = tmp_path / "net.stlq"
+    path, sizes = tmp_path / "net.stlq", []
+    worst = -searched(path, close, 10.0).search.chosen.figure
+    for most in (0.7 * worst, 0.4 * worst):
         report = searched(path, close, most)
         search, packed = report.search, runtime.load(path)
         assert search.float_figure == pytest.approx(0, abs=1e-6)
