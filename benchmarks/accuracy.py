@@ -3,10 +3,12 @@
     python -m benchmarks.accuracy --model resnet20-cifar10.onnx --data DIRECTORY
     python -m benchmarks.accuracy --model efficientnet_lite0 --data imagenet-sample-500.parquet
     python -m benchmarks.accuracy --model resnet20-cifar10.onnx --data DIRECTORY
-        --settings auto:max_bytes=160000 auto:max_drop=0.5
+        --settings auto:max_bytes=160000 auto:max_drop=0.5 validate:max_drop=0.5
 
 A directory holds cifar10-train.parquet (calibration) and cifar10-test.parquet. Of a single file
-every fifth picture calibrates and the others test. Columns are `image` (encoded picture), `label`.
+every fifth picture calibrates and the others test. With `validate` every other test picture is
+what `convert` measures on, and what is printed is of the rest. Columns are `image` (encoded
+picture), `label`.
 `--model` is an ONNX file or the name of a network of the suite.
 """
 
@@ -18,7 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from PIL import Image
 from benchmarks.machine import describe
 from benchmarks.models import SUITE
 from logshift import converter, runtime
-from logshift.converter.auto import expected_drop
+from logshift.converter.drop import expected_drop
 from logshift.runtime import Preprocessing
 
 BATCH = 20
@@ -46,6 +48,10 @@ class Data:
     calibration: np.ndarray  # float32 (N, C, H, W), like `inputs`
     inputs: np.ndarray
     labels: np.ndarray
+
+    def part(self, start: int) -> Data:
+        """Return every other test picture."""
+        return replace(self, inputs=self.inputs[start::2], labels=self.labels[start::2])
 
 
 def load(path: Path, calibration: int) -> Data:
@@ -110,8 +116,13 @@ def measure(
 ) -> dict[str, Any]:
     """Convert with these settings, run all test pictures and say what came of it.
 
-    With `exact`, the outputs of the float network, also what would be said without labels.
+    With `exact`, the outputs of the float network, also what is lost, and what would be said
+    without labels.
     """
+    if settings.get("validate"):
+        known, data = data.part(0), data.part(1)
+        settings["validate"] = lambda session: top1(outputs(session.run, known), known)
+        exact = None if exact is None else exact[1::2]
     with tempfile.TemporaryDirectory() as folder:
         path, start = Path(folder) / "net.stlq", time.perf_counter()
         report = converter.convert(
@@ -123,16 +134,22 @@ def measure(
         "top1": top1(found, data), "bytes": report.file_bytes, "ratio": report.ratio,
         "bits_per_weight": report.bits_per_weight, "nzr": report.nzr, "seconds": seconds,
     }  # fmt: skip
-    return row if exact is None else row | {"expected_drop": expected_drop(exact, found)}
+    if report.search is not None:
+        row["search"] = asdict(report.search)
+    if exact is not None:
+        row["lost"] = top1(exact, data) - row["top1"]
+        row["expected_drop"] = expected_drop(exact, found)
+    return row
 
 
 def parsed(setting: str) -> tuple[str, dict[str, Any]]:
     """Return what a setting of the command line is called, and what `convert` takes for it."""
     bits, value = setting.split(":")
-    if bits == "auto":
+    if bits in ("auto", "validate"):
         name, limit = value.split("=")
         number = int(limit) if name == "max_bytes" else float(limit)
-        return f"auto, {name} {limit}", {"weight_bits": bits, name: number}
+        how = {"weight_bits": bits} if bits == "auto" else {"validate": True}
+        return f"{bits}, {name} {limit}", how | {name: number}
     ratio = float(value)
     return f"{bits} bits + {100 * ratio:g} %", {"weight_bits": int(bits), "residual_ratio": ratio}
 
@@ -144,7 +161,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument(
         "--settings", nargs="+", default=DEFAULT_SETTINGS,
-        help="weight_bits:residual_ratio or auto:target=value ...",
+        help="weight_bits:residual_ratio, auto:target=value, validate:max_drop=value ...",
     )  # fmt: skip
     parser.add_argument("--activation-bits", type=int, default=8)
     parser.add_argument("--calibration", type=int, default=512, help="training pictures used")
@@ -158,14 +175,20 @@ def main() -> None:
     print(f"float32: top-1 {rows[0]['top1']:.2f}, {size} bytes")
     for setting in arguments.settings:
         case, weights = parsed(setting)
-        row = measure(model, data, exact, **weights, activation_bits=arguments.activation_bits)
+        try:
+            row = measure(model, data, exact, **weights, activation_bits=arguments.activation_bits)
+        except converter.ConversionError as error:
+            print(f"{case}: {error}")
+            continue
         rows.append({"case": case, **row})
         print(
             f"{case}, {arguments.activation_bits}-bit activations: top-1"
-            f" {row['top1']:.2f} (expected drop {row['expected_drop']:.2f}), {row['bytes']} bytes,"
-            f" 1/{row['ratio']:.2f} of the ONNX file, {row['bits_per_weight']:.2f} bits per weight,"
-            f" converted in {row['seconds']:.0f} s"
+            f" {row['top1']:.2f}, {row['lost']:.2f} lost (expected {row['expected_drop']:.2f}),"
+            f" {row['bytes']} bytes, 1/{row['ratio']:.2f} of the ONNX file,"
+            f" {row['bits_per_weight']:.2f} bits per weight, converted in {row['seconds']:.0f} s"
         )
+        for trial in row.get("search", {"trials": ()})["trials"]:
+            print(f"  tried: {trial['file_bytes']} bytes, {trial['figure']}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1))
 

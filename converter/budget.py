@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,7 +38,7 @@ _RATIOS = {
 # Pictures that sensitivities are measured on: fewer, down to `_FEWEST`, if more values were to be
 # computed for all layers together, and one if more were to be kept.
 _PICTURES, _FEWEST, _COMPUTED, _KEPT = 8, 2, 2**30, 2**27
-_AUTO_BITS = (3, 4, 5)
+AUTO_BITS = (3, 4, 5)
 _AUTO_RATIOS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.22, 0.3, 0.45, 0.65, 1.0)
 _ROWS = 64  # output channels on which they are tried, at most
 
@@ -53,6 +53,15 @@ class Share:
 
 # By the output name of a layer with weights.
 Plan = dict[str, Share]
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A plan, its expected size in bytes, and the squared error of the outputs it leaves."""
+
+    size: float
+    error: float
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -139,36 +148,39 @@ def best_plans(
     batches: int,
     settings: Settings,
     progress: Progress,
-) -> list[tuple[float, Plan]]:
+    bits: Sequence[int] = AUTO_BITS,
+) -> list[Priced]:
     """Return plans of which each is expected to be the best at its size, the smallest first.
 
-    Each comes with its expected size in bytes. A layer gets more only where the error of the
-    network falls by as much for each bit as anywhere else.
+    A layer gets more only where the error of the network falls by as much for each bit as anywhere
+    else; `bits` are those that its words may have.
     """
     tried = [
-        (nodes, _cases(weight_of(nodes), variance, settings))
+        (nodes, _cases(weight_of(nodes), variance, settings, bits))
         for nodes, _, variance in _measured(graph, samples, batches, settings, progress)
     ]
-    plans: dict[float, Plan] = {}
+    plans: dict[float, Priced] = {}
     for price in _prices(cases for _, cases in tried):
         chosen = [
             (nodes, min(cases, key=lambda c: c.error + price * c.size)) for nodes, cases in tried
         ]
         size = sum(case.size for _, case in chosen) / 8
-        plans.setdefault(
-            size, {node.output: case.share for nodes, case in chosen for node in nodes}
-        )
-    return sorted(plans.items(), key=lambda item: item[0])
+        error = sum(case.error for _, case in chosen)
+        plan = {node.output: case.share for nodes, case in chosen for node in nodes}
+        plans.setdefault(size, Priced(size, error, plan))
+    return sorted(plans.values(), key=lambda priced: priced.size)
 
 
-def _cases(whole: np.ndarray, variance: np.ndarray, settings: Settings) -> list[_Case]:
+def _cases(
+    whole: np.ndarray, variance: np.ndarray, settings: Settings, tried: Sequence[int]
+) -> list[_Case]:
     """Try bits and ratios on a weight, on some of its output channels if it has many."""
     step = -(-len(whole) // _ROWS)
     weight = whole[::step]
     of_rows = np.repeat(variance, len(whole) // len(variance), axis=0)[::step]
     scale = whole.size / weight.size
     cases = []
-    for bits in _AUTO_BITS:
+    for bits in tried:
         for ratio in _AUTO_RATIOS:
             words = encode_alone(weight, replace(settings, weight_bits=bits), ratio)
             error = np.square(words.values() - weight, dtype=np.float64).reshape(of_rows.shape)

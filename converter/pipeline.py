@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from logshift.converter.extra import require
 from logshift.converter.progress import Progress, reporting
-from logshift.converter.report import LayerReport, Report
+from logshift.converter.report import LayerReport, Report, Search
 from logshift.converter.settings import AUTO, Settings, Target
 from logshift.converter.threads import single_blas
 from logshift.converter.verdict import MOST_SAMPLES, Verdict, judge
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from logshift.converter.onnx_model import Model
     from logshift.converter.quantize import LayerError
     from logshift.converter.samples import Calibration, Samples
+    from logshift.converter.settings import Validate
 
 _MOST_SAMPLES = 512
 _FEWEST_SAMPLES = 16
@@ -53,11 +54,12 @@ def convert(
     *,
     calibration: Calibration,
     input_shapes: InputShapes | None = None,
-    weight_bits: int | Literal["auto"] = 4,
+    weight_bits: int | Literal["auto"] | None = None,
     residual_ratio: float | Literal["auto"] = "auto",
     max_bytes: int | None = None,
     max_drop: float | None = None,
     min_snr: float | None = None,
+    validate: Validate | None = None,
     activation_bits: int | Literal["auto"] | Mapping[str, int | str] = "auto",
     keep_float: Sequence[str] = (),
     granularity: str = "element",
@@ -93,24 +95,36 @@ def convert(
         Numbers in the graph that were sizes of the input follow; where that cannot be, the node is
         named.
     weight_bits : int, or "auto"
-        Bits of a word, 2 to 5. "auto" chooses 3, 4 or 5 and second words for every layer: the
-        smallest file that meets `max_drop` or `min_snr`, or the best one within `max_bytes`. It
-        converts several times.
-    residual_ratio : float
+        Bits of a word, 2 to 5; by default 4, or "auto" where `max_bytes`, `max_drop`, `min_snr` or
+        `validate` is given. "auto" chooses 3, 4 or 5 and second words for every layer: the smallest
+        file that meets `max_drop` or `min_snr`, or the best one within `max_bytes`. It converts
+        several times.
+    residual_ratio : float, or "auto"
         Share of all weights with a second word, 0 to 1; layers whose errors matter more get more.
-        Not used with "auto".
+        "auto" gives as many as have something left to take from the errors of the outputs. Not used
+        with `weight_bits="auto"`.
     max_bytes : int, optional
-        With "auto": size of the packed file.
+        Size of the packed file.
     max_drop : float, optional
-        With "auto", whose default is 0.5: by how many points accuracy may fall, as far as can be
-        told without labels from how sure the float network is, on every fourth calibration sample.
-        The first output holds scores of classes along axis 1.
+        By how much the score of `validate` may fall, in its unit. Without `validate` by how many
+        points accuracy may fall, with 95 % confidence: a bound that needs no labels, from how sure
+        the float network is on samples that do not calibrate, so that it takes some hundreds of
+        them for half a point. The first output then holds scores of classes along axis 1. 0.5 by
+        default with "auto" or a path for `validate`.
     min_snr : float, optional
-        With "auto", for other networks: least signal-to-noise ratio of the outputs in dB.
-    activation_bits : int, or dict of pattern to int
-        2 to 8, or 32: activations stay float32, and only weights are quantized. A dictionary gives
-        the bits of nodes whose ONNX names fit patterns (`*`, `?`); the first that fits counts, and
-        nodes that fit none have 8.
+        For other networks: least signal-to-noise ratio of the outputs in dB.
+    validate : callable(session) -> float, or path, optional
+        How good a network is on labels of your own, higher is better. It is called with a session
+        of the float model, which has `run`, `inputs`, `outputs` and `labels`, and of at most nine
+        packed networks. What is given of `weight_bits`, `residual_ratio`, `activation_bits` and
+        `prefer` stays as it is. A path measures top-1 accuracy in percent: a folder with a folder
+        of pictures for each class, called by label or index or in the order of the classes, or a
+        file whose lines have a picture and its class, by label or index, apart by a comma.
+    activation_bits : int, or "auto", or dict of pattern to these
+        2 to 8, or 32: activations stay float32, and only weights are quantized. "auto" is 8, and 32
+        for tensors whose codes would cost the outputs much. A dictionary gives the bits of nodes
+        whose ONNX names fit patterns (`*`, `?`); the first that fits counts, and nodes that fit
+        none have 8.
     keep_float : list of str
         Names of ONNX nodes, or patterns (`*`, `?`), that are not quantized at all.
     granularity : {"element", "tile", "filter"}
@@ -119,8 +133,9 @@ def convert(
         Weights per tile, 1 to 256.
     residual_shift : int
         The second word's grid is 2^residual_shift times finer, 0 to 4.
-    activation_range : {"mse", "minmax", "percentile"}
-        How the range of an activation's codes is chosen.
+    activation_range : {"auto", "mse", "minmax", "percentile"}
+        How the range of an activation's codes is chosen; "auto" takes for each tensor what costs
+        the outputs least.
     percentile : float
         With "percentile": the upper one, 50 to 100, of the values beside zero; the lower one is as
         far from the other end.
@@ -129,6 +144,8 @@ def convert(
     error_feedback : bool
         Whether weights that are rounded later make up for those before them, as far as the
         calibration data show how; see `docs/quantization.md` section 2.
+    prefer : {"speed", "size", "accuracy"}
+        What "auto" is to spend least of: time, bytes or accuracy; by default a balance.
     preprocessing : Preprocessing, optional
         How pictures become inputs; stored in the file. Pictures for calibration without it are
         prepared by the default `Preprocessing()`, and the report says so.
@@ -165,9 +182,10 @@ def convert(
     AccuracyWarning
         If outputs of the packed network are too far from the float model's.
     """
-    wanted = Target.of(weight_bits, max_bytes, max_drop, min_snr)
+    wanted = Target.of(weight_bits, max_bytes, max_drop, min_snr, validate)
+    bits = weight_bits if weight_bits is not None else AUTO if wanted else Settings.weight_bits
     settings = Settings(
-        weight_bits=4 if wanted else weight_bits,  # type: ignore[arg-type]
+        weight_bits=Settings.weight_bits if bits == AUTO else bits,  # type: ignore[arg-type]
         residual_ratio=residual_ratio,
         activation_bits=activation_bits,
         granularity=granularity,
@@ -187,11 +205,12 @@ def convert(
         from logshift.converter.page import check_target
 
         check_target("report", report, target)
-    from logshift.converter.auto import choose_plan
+    from logshift.converter import auto
+    from logshift.converter.budget import AUTO_BITS
     from logshift.converter.onnx_model import Runner, load
     from logshift.converter.precision import choose_precision
-    from logshift.converter.quantize import quantize_graph
     from logshift.converter.samples import divide, open_samples, telling_first
+    from logshift.converter.score import FloatSession, LabelledPictures, Score
 
     loaded = load(model, input_shapes)
     preprocessing = preprocessing or loaded.metadata.preprocessing
@@ -205,7 +224,7 @@ def convert(
         _prove(loaded, graph, _enlarged(samples.first, loaded))
     limit = calibration_limit or _limit(graph)
     # What a plan does to the outputs is measured on as many as there are, a batch at a time.
-    chooses = wanted is not None and wanted.max_bytes is None
+    chooses = wanted is not None and wanted.max_bytes is None and validate is None
     most = _readable(loaded) if chooses and calibration_limit is None else limit + MOST_SAMPLES
     data, batches = _whole_batches(samples.read(most), loaded)
     size = loaded.inputs[0].batch
@@ -213,34 +232,52 @@ def convert(
         data, batches, max(limit // size, 1), batches if chooses else max(MOST_SAMPLES // size, 1)
     )
 
-    def finish(packed: Graph) -> None:
+    def finish(packed: Graph, graph: FloatGraph) -> None:
         if samples.preprocessing is not None:
             packed.preprocessing = samples.preprocessing.to_manifest()
         packed.labels = list(labels) if labels is not None else None
         packed.settings = asdict(settings) | {"float_tensors": sorted(graph.floats)}
         packed.producer = f"logshift {version('logshift')}"
         if wanted:
-            packed.settings |= {"weight_bits": AUTO, "residual_ratio": AUTO, **asdict(wanted)}
+            packed.settings |= {"weight_bits": bits, **asdict(wanted)}
+            if bits == AUTO:
+                packed.settings["residual_ratio"] = AUTO
+
+    shell = Graph(graph.inputs, graph.outputs, {}, [])
+    finish(shell, graph)
+    if validate is not None and not callable(validate):
+        validate = LabelledPictures(validate, shell)
 
     with single_blas(), reporting(progress) as show:
-        plan = None
-        divided = telling_first(divided, Runner(loaded.original))
-        graph = choose_precision(
-            network, graph, place, divided.calibration, divided.batches, settings, show
+        run = Runner(loaded.original)
+        divided = telling_first(divided, run)
+        scored: Score | None = None
+        if wanted and wanted.max_drop is not None and validate is not None:
+            show(0, 1, "measuring the float model")
+            scored = Score(validate, FloatSession(loaded.given, shell), wanted.max_drop)
+        precise = partial(
+            choose_precision, network, graph, place, divided.calibration, divided.batches
         )
-        if wanted:
-            plan = choose_plan(graph, divided, settings, wanted, finish, show)
-        packed, errors = quantize_graph(
-            graph, divided.calibration, divided.batches, settings, show, plan
-        )
-        finish(packed)
+        graph = precise(settings, show)
+        make = auto.Maker(divided, settings, AUTO_BITS if bits == AUTO else None, finish, show)
+        search: Search | None = None
+        if wanted is None:
+            packed, errors = make(graph, None)
+        else:
+            refine = None
+            if prefer is None:
+                refine = partial(precise, replace(settings, prefer="accuracy"), show)
+            made = auto.find(graph, make, wanted, scored, run, refine)
+            graph, packed, errors, search = made.graph, made.packed, made.errors, made.search
         verdict, shown = judge(loaded, graph, packed, divided, show)
         if strict and verdict.warning:
             raise ConversionError(f"{verdict.warning}; nothing was written")
         file_bytes = format.write(packed, target)
         count = len(next(iter(divided.calibration.values())))
         notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
-        found = _report(target, packed, errors, file_bytes, loaded.size, count, notes, verdict)
+        found = _report(
+            target, packed, errors, file_bytes, loaded.size, count, notes, verdict, search
+        )
         if report is not None:
             from logshift.converter.page import gather, write_page
 
@@ -496,6 +533,7 @@ def _report(
     samples: int,
     notes: list[str],
     verdict: Verdict,
+    search: Search | None,
 ) -> Report:
     sizes = layer_bytes(target)
     layers, weights, residuals = [], 0, 0
@@ -533,4 +571,5 @@ def _report(
         graph.settings,
         notes,
         verdict,
+        search,
     )

@@ -39,6 +39,53 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A network that was tried: bytes of its file, and how good it is."""
+
+    file_bytes: int
+    figure: float | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a network was found that meets a target; `str()` is a few lines.
+
+    Attributes
+    ----------
+    target : str
+    trials : list of Trial, in order
+    chosen : Trial
+        One of them.
+    what : str
+        What the figures are, "" if sizes are all that counts.
+    float_figure : float, optional
+        The float model's own.
+    """
+
+    target: str
+    trials: list[Trial]
+    chosen: Trial
+    what: str = ""
+    float_figure: float | None = None
+
+    @property
+    def reached(self) -> str:
+        """What the chosen network reaches."""
+        text = self._line(self.chosen)
+        return text if self.float_figure is None else f"{text}, float model {self.float_figure:.4g}"
+
+    def __str__(self) -> str:
+        """Return what was reached, and every trial."""
+        count = f"{len(self.trials)} trial{'s' * (len(self.trials) != 1)}"
+        lines = [f"{self.target}: {self.reached}, in {count}:"]
+        return "\n".join(lines + [f"  {self._line(trial)}" for trial in self.trials])
+
+    def _line(self, trial: Trial) -> str:
+        figure = "" if trial.figure is None else f", {self.what} {trial.figure:.4g}"
+        return f"{trial.file_bytes:,} bytes{figure}"
+
+
+@dataclass(frozen=True)
 class Report:
     """Result of `convert`; `str()` is a table, `to_dict()` is for JSON.
 
@@ -58,6 +105,8 @@ class Report:
         What was assumed where nothing was said.
     verdict : Verdict, optional
         How far the outputs are from the float model's.
+    search : Search, optional
+        How a network was found that meets `max_bytes`, `max_drop` or `min_snr`.
     """
 
     path: str
@@ -70,6 +119,7 @@ class Report:
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     verdict: Verdict | None = None
+    search: Search | None = None
 
     @property
     def ratio(self) -> float:
@@ -87,6 +137,10 @@ class Report:
         record = asdict(self)
         record |= {"ratio": self.ratio, "bits_per_weight": self.bits_per_weight}
         record["verdict"] = self.verdict and self.verdict.to_dict()
+        search = record["search"]
+        for trial in (*search["trials"], search["chosen"]) if search else ():
+            if trial["figure"] is not None and not math.isfinite(trial["figure"]):
+                trial["figure"] = None
         for layer in record["layers"]:
             layer["weight_shape"] = layer["weight_shape"] and list(layer["weight_shape"])
             for key in ("weight_snr_db", "output_snr_db"):
@@ -118,6 +172,7 @@ class Report:
             f"{self.weights:,} weights, {self.bits_per_weight:.2f} bits per weight, NZR"
             f" {100 * self.nzr:.1f} %, calibrated with {self.samples} samples",
             *(f"note: {note}" for note in self.notes),
+            *([str(self.search)] if self.search else []),
             *([str(self.verdict)] if self.verdict else []),
         ]
         return "\n".join(lines)

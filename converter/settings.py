@@ -7,14 +7,21 @@ holds the signature of `convert`, which editors show, to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logshift.converter.encode import GRANULARITIES
 from logshift.kernels.errors import InputError
 from logshift.kernels.stlq import codec
+
+if TYPE_CHECKING:
+    from logshift.runtime.session import Session
+
+    # Says how good a session is, or is where labelled pictures are.
+    Validate = Callable[[Session], float] | str | os.PathLike[str]
 
 AUTO = "auto"  # chosen by measured effect on the outputs
 
@@ -79,6 +86,7 @@ class Settings:
         range=(codec.MIN_BITS, codec.MAX_BITS),
         flags=("--bits", "--weight-bits"),
         metavar="N|auto",
+        shown_default="4, or auto with one of --max-bytes, --max-drop, --min-snr, --validate",
         kind=str,
     )
     residual_ratio: float | str = _setting(
@@ -195,52 +203,58 @@ class Settings:
 
 @dataclass(frozen=True)
 class Target:
-    """What weights of `weight_bits="auto"` have to meet: exactly one of these.
+    """What a network whose weights or second words are searched has to meet: one of these.
 
     Attributes
     ----------
     max_bytes : int, optional
         Of the packed file.
     max_drop : float, optional
-        Points of accuracy.
+        Points of accuracy; with `validate`, in the unit of the score.
     min_snr : float, optional
         Signal-to-noise ratio of the outputs, in dB.
     """
 
-    max_bytes: int | None = _setting(None, "With --bits auto: the best file of at most this size.")
+    max_bytes: int | None = _setting(None, "The best file of at most this size.")
     max_drop: float | None = _setting(
         None,
-        "With --bits auto: the smallest file that costs at most so many points of accuracy,"
-        " estimated on calibration pictures.",
-        shown_default=str(_MAX_DROP),
+        "The smallest file that costs at most so many points of accuracy: measured with --validate,"
+        " else bounded with 95 % confidence on samples that do not calibrate.",
+        shown_default=f"{_MAX_DROP} with --bits auto or --validate",
     )
     min_snr: float | None = _setting(
         None,
-        "With --bits auto: the smallest file whose outputs have this signal-to-noise ratio in dB;"
-        " for networks that do not classify.",
+        "The smallest file whose outputs have this signal-to-noise ratio in dB; for networks that"
+        " do not classify.",
     )
 
     @classmethod
     def of(
         cls,
-        weight_bits: int | str,
+        weight_bits: int | str | None,
         max_bytes: int | None,
         max_drop: float | None,
         min_snr: float | None,
+        validate: Validate | None = None,
     ) -> Target | None:
-        """Return the target of `convert`'s arguments; None if bits are given."""
+        """Return the target of `convert`'s arguments; None if nothing is to be searched."""
         given = {"max_bytes": max_bytes, "max_drop": max_drop, "min_snr": min_snr}
         names = [name for name, value in given.items() if value is not None]
-        if weight_bits != AUTO:
-            if names:
-                raise InputError(f"{names[0]} needs weight_bits={AUTO!r}")
-            return None
         if len(names) > 1:
             raise InputError(f"{' and '.join(names)}: give one of them")
+        if validate is not None:
+            _check_validate(validate, max_drop, names)
+        elif not names and weight_bits != AUTO:
+            return None
+        elif weight_bits not in (None, AUTO):
+            raise InputError(f"{names[0]} needs weight_bits={AUTO!r}, or validate")
         if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
             raise InputError(f"max_bytes is {max_bytes!r}; it must be an integer, at least 1")
-        if max_drop is not None and not 0.0 <= max_drop <= 100.0:
-            raise InputError(f"max_drop is {max_drop}; it must be from 0 to 100 points")
+        if max_drop is not None:
+            most, unit = (math.inf, "") if callable(validate) else (100.0, " points")
+            if not 0.0 <= max_drop <= most or math.isinf(max_drop):
+                limits = f"from 0 to {most:g}" if unit else "a number, at least 0"
+                raise InputError(f"max_drop is {max_drop}; it must be {limits}{unit}")
         if min_snr is not None and not math.isfinite(min_snr):
             raise InputError(f"min_snr is {min_snr}; it must be a number of dB")
         return cls(max_bytes, max_drop, min_snr) if names else cls(max_drop=_MAX_DROP)
@@ -260,6 +274,19 @@ class Target:
 def declared(kind: type[Settings] | type[Target]) -> dict[str, Declaration]:
     """Return what is declared of each setting, in order."""
     return {f.name: f.metadata["declaration"] for f in fields(kind)}
+
+
+def _check_validate(validate: Any, max_drop: float | None, targets: list[str]) -> None:
+    if not callable(validate) and not isinstance(validate, (str, os.PathLike)):
+        raise InputError(
+            f"validate is {type(validate).__name__}; give a function of a session that returns a"
+            " score, a folder with a folder of pictures for each class, or a file with a picture"
+            " and its class on each line"
+        )
+    if others := [name for name in targets if name != "max_drop"]:
+        raise InputError(f"validate goes with max_drop, not with {others[0]}")
+    if callable(validate) and max_drop is None:
+        raise InputError("validate needs max_drop: by how much the score may fall, in its own unit")
 
 
 def _check_activation_bits(name: str, value: int | str) -> None:

@@ -171,6 +171,7 @@ def test_peak_loop_runs():
         ("3:0.05", "3 bits + 5 %", {"weight_bits": 3, "residual_ratio": 0.05}),
         ("auto:max_bytes=9000", "auto, max_bytes 9000", {"weight_bits": "auto", "max_bytes": 9000}),
         ("auto:max_drop=0.5", "auto, max_drop 0.5", {"weight_bits": "auto", "max_drop": 0.5}),
+        ("validate:max_drop=1", "validate, max_drop 1", {"validate": True, "max_drop": 1.0}),
     ],
 )
 def test_settings_of_the_accuracy_benchmark(setting, case, weights):
@@ -192,4 +193,9 @@ def test_accuracy_and_what_is_expected_without_labels():
     data.labels[:] = exact.argmax(axis=1)
     row = accuracy.measure(model, data, exact, weight_bits=2, residual_ratio=0.0)
     assert accuracy.top1(exact, data) == 100 > row["top1"]
-    assert 0 < row["expected_drop"] < 100 - row["top1"]
+    assert 0 < row["expected_drop"] < 100 - row["top1"] == row["lost"]
+    row = accuracy.measure(model, data, exact, validate=True, max_drop=6.0)
+    assert row["search"]["float_figure"] == 100 > row["search"]["chosen"]["figure"] >= 94
+    assert (
+        row["lost"] == 100 - row["top1"] and row["bytes"] == row["search"]["chosen"]["file_bytes"]
+    )

@@ -55,7 +55,8 @@ def _option(setting: inspect.Parameter, about: Declaration, kind: Any) -> inspec
         default = None if default is None else kind(default)
         kind = kind if default is not None else kind | None
     elif about.kind is str:
-        kind, default = str, str(default)
+        kind = str if default is not None else str | None
+        default = None if default is None else str(default)
     elif about.kind is not None:  # of settings that may be given several times
         kind, default = about.kind, [str(default)] if default else None
     option = typer.Option(
@@ -110,6 +111,15 @@ def convert(
     labels: Annotated[
         Path | None, typer.Option(help="Text file of class names, one a line.")
     ] = None,
+    validate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|FILE",
+            help="Pictures that --max-drop is measured on: a folder with a folder for each class,"
+            " called by label or index or in the order of the classes; or a file whose lines have"
+            " a picture and its class, apart by a comma.",
+        ),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option(
@@ -137,7 +147,9 @@ def convert(
 
     - `logshift convert net.onnx net.stlq --calibration inputs.npy --bits 3 --residual-ratio 0.3`
 
-    - `logshift convert net.onnx net.stlq --calibration photos/ --bits auto --max-bytes 2000000`
+    - `logshift convert net.onnx net.stlq --calibration photos/ --max-bytes 2000000`
+
+    - `logshift convert net.onnx net.stlq --calibration photos/ --validate labelled/ --max-drop 0.5`
 
     - `logshift convert net.onnx net.stlq --calibration photos/ --report net.html`
     """
@@ -145,7 +157,8 @@ def convert(
     data: Any = calibration if pictures else load_array(calibration)
     given = mean or std or resize or crop or bgr or interpolation is not BILINEAR
     settings = {name: v.value if isinstance(v, Enum) else v for name, v in settings.items()}
-    settings["weight_bits"] = _number("--bits", settings["weight_bits"], int)
+    if settings["weight_bits"] is not None:
+        settings["weight_bits"] = _number("--bits", settings["weight_bits"], int)
     settings["activation_bits"] = _activation_bits(settings["activation_bits"])
     settings["residual_ratio"] = _number("--residual-ratio", settings["residual_ratio"], float)
     settings["keep_float"] = settings["keep_float"] or ()
@@ -161,6 +174,7 @@ def convert(
             if given
             else None,
             labels=None if labels is None else _lines(labels),
+            validate=validate,
             strict=strict,
             report=report,
         )

@@ -8,7 +8,7 @@ from support.onnx_nets import Net, network, noise
 
 from logshift import runtime
 from logshift.converter import ConversionError, auto, convert, pipeline
-from logshift.converter.auto import expected_drop
+from logshift.converter.drop import drop, expected_drop
 from logshift.kernels.errors import InputError
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -54,30 +54,59 @@ def test_more_is_closer(tmp_path):
     assert 13.0 < low < high and high > 23.0
 
 
-def test_accuracy_by_default(tmp_path):
-    report = automatic(tmp_path / "net.stlq")
+def test_a_bound_by_default(tmp_path):
+    report = convert(
+        network(width=32), tmp_path / "net.stlq", calibration=noise(200), weight_bits="auto"
+    )
     assert report.settings["max_drop"] == 0.5 and report.settings["max_bytes"] is None
+    search = report.search
+    assert search.target == "max_drop 0.5" and search.chosen.figure <= 0.5
+    assert all(t.figure > 0.5 for t in search.trials if t.file_bytes < report.file_bytes)
+    assert "points lost at most (95 % confidence) 0." in str(report)
+
+
+def test_a_target_is_enough(tmp_path):
+    report = convert(network(width=32), tmp_path / "n.stlq", calibration=noise(24), min_snr=20.0)
+    assert report.settings["weight_bits"] == "auto" and report.search.chosen.figure >= 20.0
+    plain = convert(network(width=32), tmp_path / "n.stlq", calibration=noise(24))
+    assert plain.settings["weight_bits"] == 4 and plain.search is None
+
+
+def test_too_few_samples(tmp_path):
+    settings = {"model": network(width=32), "out": tmp_path / "net.stlq", "max_drop": 0.5}
+    for count, held_back in ((4, 0), (49, 9)):
+        with pytest.raises(InputError, match=f"at least 10 samples .* but there are {held_back}:"):
+            convert(calibration=noise(count), **settings)
+    with pytest.raises(ConversionError, match="50 samples are too few, give about") as caught:
+        convert(calibration=noise(50), **settings)
+    needed = int(str(caught.value).split("give about ")[1].split(",")[0])
+    assert 50 < needed < 1000
+    assert not list(tmp_path.iterdir())
+    convert(calibration=noise(2 * needed), **settings)
 
 
 def test_pictures_that_do_not_fit_measure(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "_MEMORY", 2**21)
     measured = []
 
-    def recorded(exact, found):
-        measured.append(len(exact))
-        return expected_drop(exact, found)
+    def recorded(exact, found, others):
+        measured.append((len(exact), len(others)))
+        return drop(exact, found, others)
 
-    monkeypatch.setattr(auto, "expected_drop", recorded)
+    monkeypatch.setattr(auto, "drop", recorded)
     settings = {"calibration": noise(40), "weight_bits": "auto"}
     report = convert(network(width=32), tmp_path / "net.stlq", max_drop=50.0, **settings)
-    assert report.samples == 16 and set(measured) == {24}
+    assert report.samples == 16 and set(measured) == {(24, 16)}
     measured.clear()
-    report = convert(network(width=32), tmp_path / "net.stlq", calibration_limit=8, **settings)
-    assert report.samples == 8 and set(measured) == {32}
+    report = convert(
+        network(width=32), tmp_path / "net.stlq", calibration_limit=8, max_drop=50.0, **settings
+    )
+    assert report.samples == 8 and set(measured) == {(32, 8)}
     measured.clear()
-    settings["calibration"] = noise(15)
-    report = convert(network(width=32), tmp_path / "net.stlq", **settings)
-    assert report.samples == 12 and set(measured) == {3}
+    settings["calibration"] = noise(54)
+    monkeypatch.setattr(pipeline, "_MEMORY", 2**30)
+    report = convert(network(width=32), tmp_path / "net.stlq", max_drop=50.0, **settings)
+    assert report.samples == 44 and set(measured) == {(10, 44)}
 
 
 def test_expected_drop():
@@ -108,11 +137,16 @@ def test_expected_drop_of_many_rows():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_bytes": 1000}, "max_bytes needs weight_bits='auto'"),
+        ({"weight_bits": 4, "max_bytes": 1000}, "max_bytes needs weight_bits='auto'"),
         ({"weight_bits": "auto", "max_bytes": 1000, "max_drop": 1.0}, "give one of them"),
         ({"weight_bits": "auto", "max_bytes": 0}, "max_bytes is 0"),
         ({"weight_bits": "auto", "max_drop": -1.0}, "max_drop is -1.0"),
+        ({"max_drop": 100.5}, "from 0 to 100 points"),
         ({"weight_bits": "auto", "min_snr": float("nan")}, "min_snr is nan"),
+        ({"validate": max}, "validate needs max_drop"),
+        ({"validate": max, "min_snr": 20.0}, "validate goes with max_drop, not with min_snr"),
+        ({"validate": max, "max_drop": float("inf")}, "max_drop is inf"),
+        ({"validate": 0.5, "max_drop": 1.0}, "validate is float"),
         ({"weight_bits": "best"}, "weight_bits is 'best'"),
     ],
 )

@@ -205,6 +205,25 @@ def test_convert_tells_the_verdict(capsys, tmp_path, onnx_model, monkeypatch):
     assert call(*arguments, "--strict") == 0 and path.read_bytes() != b"old"
 
 
+def test_convert_by_labelled_pictures(capsys, tmp_path, onnx_model, pictures):
+    for name in "0123":
+        (tmp_path / "labelled" / name).mkdir(parents=True)
+        for picture in pictures.iterdir():
+            (tmp_path / "labelled" / name / picture.name).write_bytes(picture.read_bytes())
+    path = tmp_path / "net.stlq"
+    arguments = (
+        "convert", onnx_model, path, "--calibration", pictures, "--validate", tmp_path / "labelled"
+    )  # fmt: skip
+    # Every picture is of every class.
+    text = output(capsys, *arguments)
+    assert f"max_drop 0.5: {path.stat().st_size:,} bytes, score 25, float model 25, in" in text
+    record = json.loads(output(capsys, *arguments, "--max-drop", "3", "--bits", "3", "--json"))
+    assert record["search"]["chosen"]["figure"] == record["search"]["float_figure"] == 25.0
+    assert {layer["bits"] for layer in record["layers"]} == {3, None}
+    assert call(*arguments, "--max-bytes", "3000") == 1
+    assert "validate goes with max_drop" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
