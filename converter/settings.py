@@ -60,7 +60,7 @@ class Declaration:
 
     def check(self, name: str, value: Any) -> None:
         """Refuse a value that is out of range, or no choice, naming the setting."""
-        if value == AUTO and name in _AUTOMATIC or value is None:
+        if value is None or (value == AUTO and name in _AUTOMATIC):
             return
         if self.choices is not None and value not in self.choices:
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(self.choices)}")
@@ -68,8 +68,9 @@ class Declaration:
             low, high = self.range
             if type(low) is int:
                 _check_integer(name, value, low, int(high))
-            elif not low <= value <= high:
-                raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}")
+            elif not isinstance(value, (int, float)) or not low <= value <= high:
+                more = f" or {AUTO!r}" if name in _AUTOMATIC else ""
+                raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}{more}")
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
