@@ -163,7 +163,7 @@ def main() -> None:
         "--settings", nargs="+", default=DEFAULT_SETTINGS,
         help="weight_bits:residual_ratio, auto:target=value, validate:max_drop=value ...",
     )  # fmt: skip
-    parser.add_argument("--activation-bits", type=int, default=8)
+    parser.add_argument("--activation-bits", type=int, help="by default chosen for each tensor")
     parser.add_argument("--calibration", type=int, default=512, help="training pictures used")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -175,16 +175,19 @@ def main() -> None:
     print(f"float32: top-1 {rows[0]['top1']:.2f}, {size} bytes")
     for setting in arguments.settings:
         case, weights = parsed(setting)
+        if arguments.activation_bits is not None:
+            case += f", {arguments.activation_bits}-bit activations"
+            weights["activation_bits"] = arguments.activation_bits
         try:
-            row = measure(model, data, exact, **weights, activation_bits=arguments.activation_bits)
+            row = measure(model, data, exact, **weights)
         except converter.ConversionError as error:
             print(f"{case}: {error}")
             continue
         rows.append({"case": case, **row})
         print(
-            f"{case}, {arguments.activation_bits}-bit activations: top-1"
-            f" {row['top1']:.2f}, {row['lost']:.2f} lost (expected {row['expected_drop']:.2f}),"
-            f" {row['bytes']} bytes, 1/{row['ratio']:.2f} of the ONNX file,"
+            f"{case}: top-1 {row['top1']:.2f}, {row['lost']:.2f} lost"
+            f" (expected {row['expected_drop']:.2f}), {row['bytes']} bytes,"
+            f" 1/{row['ratio']:.2f} of the ONNX file,"
             f" {row['bits_per_weight']:.2f} bits per weight, converted in {row['seconds']:.0f} s"
         )
         for trial in row.get("search", {"trials": ()})["trials"]:

@@ -30,9 +30,6 @@ from logshift.runtime.file.format import serialize
 from logshift.runtime.graph import Graph
 from logshift.runtime.session import Session
 
-# Squared error over squares of the outputs, by which few classes change.
-LIKELY = 2e-2
-
 _TRIALS = 5  # conversions until the size is right
 _AIM = 0.995  # of the size that is allowed; twice as far off is good enough
 _FEWEST = 10  # samples that tell what errors of outputs are like
@@ -68,25 +65,26 @@ class Measure(Protocol):
     ----------
     what : str
         What the figure is.
-    likely : float
-        Squared error over squares of the outputs, with which it may be good enough.
     """
 
     what: str
-    likely: float
 
     @property
     def float_figure(self) -> float | None:
         """That of the float model, if it is not what networks are compared with."""
+        ...
 
     def __call__(self, session: Session) -> float:
         """Return the figure of a network."""
+        ...
 
     def lack(self, figure: float) -> float:
         """Return what it lacks, 0 or less if it is good enough."""
+        ...
 
     def advice(self) -> str:
         """Return what may help where the best network is not good enough, or nothing."""
+        ...
 
 
 class Maker:
@@ -120,7 +118,7 @@ class Maker:
         data, batches = self.samples.calibration, self.samples.batches
         if self.bits is None and self.settings.residual_ratio != AUTO:
             plan = fixed_plan(graph, data, batches, self.settings, self.progress)
-            return [Priced(0.0, 0.0, plan)]
+            return [Priced(0.0, plan)]
         bits = self.bits or (self.settings.weight_bits,)
         return best_plans(graph, data, batches, self.settings, self.progress, bits)
 
@@ -230,13 +228,12 @@ class _Hunt:
     def run(self, graph: FloatGraph) -> Found | None:
         """Return the smallest network that some plan makes good enough.
 
-        Where the likely plan is not, the largest one tells whether any is.
+        Where the middle one is not, the largest one tells whether any is.
         """
         plans = _thinned(self.make.plans(graph))
         found: Found | None = None
         low, high = 0, len(plans)
-        likely = (i for i, priced in enumerate(plans) if priced.error <= self.measure.likely)
-        index = next(likely, high - 1)
+        index = high // 2
         while low < high:
             packed, errors = self.make(graph, plans[index].plan)
             trial = self._measured(packed)
@@ -296,7 +293,6 @@ class OutputRatio:
 
     def __init__(self, graph: FloatGraph, samples: Division, run: Run, min_snr: float) -> None:
         self.batches, self.min_snr = samples.measuring, min_snr
-        self.likely = 10 ** (-min_snr / 10)
         self.names = [info.name for info in graph.outputs]
         self.exact = [run(inputs) for inputs in self.batches]
 
@@ -339,7 +335,6 @@ class DropBound:
 
     what = f"points lost at most ({100 * CONFIDENCE:g} % confidence)"
     float_figure = None
-    likely = LIKELY
 
     def __init__(self, graph: FloatGraph, samples: Division, run: Run, max_drop: float) -> None:
         held_back = sum(len(next(iter(x.values()))) for x in samples.measuring)

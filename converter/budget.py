@@ -57,10 +57,9 @@ Plan = dict[str, Share]
 
 @dataclass(frozen=True)
 class Priced:
-    """A plan, its expected size in bytes, and the squared error of the outputs it leaves."""
+    """A plan, and its expected size in bytes."""
 
     size: float
-    error: float
     plan: Plan
 
 
@@ -165,9 +164,8 @@ def best_plans(
             (nodes, min(cases, key=lambda c: c.error + price * c.size)) for nodes, cases in tried
         ]
         size = sum(case.size for _, case in chosen) / 8
-        error = sum(case.error for _, case in chosen)
         plan = {node.output: case.share for nodes, case in chosen for node in nodes}
-        plans.setdefault(size, Priced(size, error, plan))
+        plans.setdefault(size, Priced(size, plan))
     return sorted(plans.values(), key=lambda priced: priced.size)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 from PIL import Image, UnidentifiedImageError
 
-from logshift.converter.auto import LIKELY
 from logshift.converter.onnx_model import Runner
 from logshift.kernels.errors import InputError
 from logshift.runtime.graph import Graph
@@ -74,7 +73,6 @@ class Score:
     """
 
     what = "score"
-    likely = LIKELY
 
     def __init__(
         self, function: Callable[[Session], float], float_session: FloatSession, max_drop: float

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from logshift.converter.encode import GRANULARITIES
@@ -68,7 +69,7 @@ class Declaration:
             low, high = self.range
             if type(low) is int:
                 _check_integer(name, value, low, int(high))
-            elif not isinstance(value, (int, float)) or not low <= value <= high:
+            elif not isinstance(value, Real) or not low <= value <= high:
                 more = f" or {AUTO!r}" if name in _AUTOMATIC else ""
                 raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}{more}")
 

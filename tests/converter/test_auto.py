@@ -148,6 +148,7 @@ def test_expected_drop_of_many_rows():
         ({"validate": max, "max_drop": float("inf")}, "max_drop is inf"),
         ({"validate": 0.5, "max_drop": 1.0}, "validate is float"),
         ({"weight_bits": "best"}, "weight_bits is 'best'"),
+        ({"residual_ratio": "most"}, "residual_ratio is most; it must be from 0 to 1"),
     ],
 )
 def test_bad_targets(settings, message, tmp_path):
