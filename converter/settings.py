@@ -69,7 +69,7 @@ class Declaration:
             low, high = self.range
             if type(low) is int:
                 _check_integer(name, value, low, int(high))
-            elif not isinstance(value, Real) or not low <= value <= high:
+            elif not isinstance(value, Real) or not low <= float(value) <= high:
                 more = f" or {AUTO!r}" if name in _AUTOMATIC else ""
                 raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}{more}")
 
@@ -182,7 +182,8 @@ class Settings:
     @property
     def ratio_of_constants(self) -> float:
         """`residual_ratio` of constants of ONNX operators, whose errors are not measured."""
-        return self.residual_ratio if isinstance(self.residual_ratio, float) else _OF_CONSTANTS
+        ratio = self.residual_ratio
+        return _OF_CONSTANTS if isinstance(ratio, str) else float(ratio)
 
     def keeps_float(self, name: str) -> bool:
         """Tell whether the node `name` is to stay as it is."""
@@ -297,5 +298,5 @@ def _check_activation_bits(name: str, value: int | str) -> None:
 
 
 def _check_integer(name: str, value: Any, low: int, high: int, more: str = "") -> None:
-    if type(value) is not int or not low <= value <= high:
+    if type(value) is not int or not low <= float(value) <= high:
         raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}{more}")
