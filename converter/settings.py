@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from logshift.converter.encode import GRANULARITIES
@@ -69,7 +68,7 @@ class Declaration:
             low, high = self.range
             if type(low) is int:
                 _check_integer(name, value, low, int(high))
-            elif not isinstance(value, Real) or not low <= value <= high:
+            elif not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}")
 
 
