@@ -4,8 +4,8 @@
     python -m benchmarks.faithful --model pp_ocr_rec --settings '{"prefer": "accuracy"}'
 
 `yolov8n` sees photographs; `yolox` large letters on photographs, `pp_ocr_det` pages of text and
-`pp_ocr_rec` lines, drawn here with Pillow's own font. Some calibrate, others are compared: the cosine
-of all that belongs together, detections that both networks have, and lines that both read alike.
+`pp_ocr_rec` lines, drawn here with Pillow's own font. Some calibrate, others are compared: the
+cosine of all that belongs together, detections that both networks have, lines that both read alike.
 """
 
 from __future__ import annotations

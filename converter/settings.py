@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from logshift.converter.encode import GRANULARITIES
