@@ -68,7 +68,7 @@ class Declaration:
             low, high = self.range
             if type(low) is int:
                 _check_integer(name, value, low, int(high))
-            elif not isinstance(value, Real) or not low <= float(value) <= high:
+            elif not isinstance(value, (int, float)) or not low <= value <= high:
                 more = f" or {AUTO!r}" if name in _AUTOMATIC else ""
                 raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}{more}")
 
