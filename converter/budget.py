@@ -30,9 +30,9 @@ from logshift.runtime.executor import spread
 # Least and most second words, by what is preferred; and what others may still take from the squared
 # error of the outputs, over their squares, so that they are not worth their bytes.
 _RATIOS = {
-    "speed": (0.15, 0.5, 3e-4),
+    "speed": (0.15, 0.5, 1e-4),
     "size": (0.0, 0.15, 3e-3),
-    None: (0.15, 0.5, 3e-4),
+    None: (0.15, 0.5, 1e-4),
     "accuracy": (0.15, 1.0, 3e-5),
 }
 # Pictures that sensitivities are measured on: fewer, down to `_FEWEST`, if more values were to be
