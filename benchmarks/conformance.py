@@ -418,7 +418,9 @@ constant parameters, in the cases for which [format.md](format.md) has a packed 
 else runs as the next column says: in NumPy, or, on float32 tensors of any rank whose shapes follow
 from the input's, by kernels ([kernels.md](kernels.md)), or through `onnx.reference`, which is slow
 and needs the package onnx at run time. Identity, Dropout, Cast, Flatten, Reshape, Squeeze and
-Unsqueeze cost nothing where they only give a picture another name.
+Unsqueeze cost nothing where they only give a picture another name. What operators multiply their
+data with, or look up for them, is stored as words wherever they run:
+[quantization.md](quantization.md), section 2.
 
 | operator | on codes | on float32 | otherwise | node tests passed | not supported |
 | --- | --- | --- | --- | --- | --- |

@@ -93,7 +93,7 @@ def fixed_plan(
     """
     found = layers(graph)
     bits, ratio = settings.weight_bits, settings.residual_ratio
-    if ratio in (0.0, 1.0) or not found or (len(found) == 1 and isinstance(ratio, float)):
+    if ratio in (0.0, 1.0) or not found or (len(found) == 1 and not isinstance(ratio, str)):
         return {node.output: Share(bits, float(ratio)) for nodes in found for node in nodes}
     worth: list[np.ndarray] = []
     sizes: list[int] = []

@@ -13,7 +13,9 @@ import numpy as np
 
 from logshift.runtime.graph import ValueInfo
 
-_GAP = 2.0  # octaves between the channels of two groups, in root mean square
+# Octaves between the channels of two groups, in root mean square; and of probabilities: that of an
+# object is multiplied with those of its class.
+_GAP, _GAP_OF_SHARES = 2.0, 1.0
 _MOST_GROUPS = 4
 _LEAST_SHARE = 0.01  # of the channels; fewer of them are no group
 _SEEN = 0.1  # a probability that never gets so far says that there is nothing
@@ -377,9 +379,10 @@ class _Axis:
         if not seen.any() or self.positions < _FEWEST:
             return [np.arange(len(power))]
         level = np.zeros(len(power), int)
-        for kind in (seen & probable, seen & ~probable):  # whatever their sizes are
+        kinds = (seen & probable, _GAP_OF_SHARES), (seen & ~probable, _GAP)
+        for kind, gap in kinds:  # apart whatever their sizes are
             if kind.any():
-                level[kind] = _levels(np.log2(power[kind]) / 2) + level.max() + 1
+                level[kind] = _levels(np.log2(power[kind]) / 2, gap) + level.max() + 1
         # What says nothing belongs to what is like it.
         for channel in np.flatnonzero(~seen):
             alike = seen & probable if (seen & probable).any() and probable[channel] else seen
@@ -394,11 +397,11 @@ class _Axis:
         return sorted(found, key=lambda group: int(group[0]))
 
 
-def _levels(octaves: np.ndarray) -> np.ndarray:
+def _levels(octaves: np.ndarray, gap: float) -> np.ndarray:
     """Return for each channel the number of its level: levels are far from each other."""
     order = np.argsort(octaves, kind="stable")
     gaps = np.diff(octaves[order])
-    cuts = [i + 1 for i in np.argsort(-gaps, kind="stable")[: _MOST_GROUPS - 1] if gaps[i] >= _GAP]
+    cuts = [i + 1 for i in np.argsort(-gaps, kind="stable")[: _MOST_GROUPS - 1] if gaps[i] >= gap]
     level, kinds = np.zeros(len(octaves), int), 0
     for part in np.split(order, sorted(cuts)):
         # A few channels somewhere in the middle are odd ones, no kind of their own.

@@ -20,6 +20,7 @@ from logshift.converter.compare import GroupError
 from logshift.converter.evaluate import Network, Value, rows
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
+from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import Graph, Node
 
 # Made by `place`: settings cannot name them.
@@ -102,7 +103,10 @@ def layer_effects(
         if time.perf_counter() > until:
             break
         progress(number, len(parts), f"measuring {part.node.name}")
-        measured.append((part.index, network.effect(part)))
+        try:
+            measured.append((part.index, network.effect(part)))
+        except ConversionError:  # an ONNX operator takes only what the float network makes
+            continue
     effects = [effect for _, effect in sorted(measured, key=lambda item: item[0])]
     return effects, len(parts)
 

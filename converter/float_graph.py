@@ -119,8 +119,8 @@ class FloatGraph:
         What the model itself says; other tensors are calibrated.
     code_tensors : set of tensors that become codes
         Known after `place`.
-    ranges : dict of tensor name to str
-        How the range of its codes is chosen, where that is not as the settings say.
+    ranges : dict of tensor name to Quantization
+        Of tensors whose codes are chosen before the network is quantized.
     floats : set of tensor names
         Outputs, before `place`, of nodes that were chosen to work on float32.
     """
@@ -135,7 +135,7 @@ class FloatGraph:
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     constant_words: dict[str, ConstantWords] = field(default_factory=dict)
     code_tensors: set[str] = field(default_factory=set)
-    ranges: dict[str, str] = field(default_factory=dict)
+    ranges: dict[str, Quantization] = field(default_factory=dict)
     floats: frozenset[str] = frozenset()
 
     def copy(self) -> FloatGraph:

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from logshift.converter import imports, qdq
 from logshift.converter.imports.edges import write_out
-from logshift.converter.imports.sizes import InputShapes, give_sizes
+from logshift.converter.imports.sizes import InputShapes
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
 from logshift.converter.simplify import RENAMING, simplified
@@ -142,11 +142,8 @@ def load(
         raise ConversionError(f"{where}: not a valid ONNX model ({error})") from error
     _check_opset(model, where)
     known = Metadata.read(model)
-    if input_shapes:
-        mended |= give_sizes(model, input_shapes)
-        original = onnx.ModelProto()
-        original.CopyFrom(model)
-    imported = imports.brought_in(model)
+    imported = imports.brought_in(model, input_shapes)
+    original = imported.sized or original
     inputs = _inputs(imported.model.graph)
     plain, quantization = qdq.strip(imported.model, known)
     write_out(plain, quantization)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from logshift.runtime.cores import default_threads
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
     import onnxruntime
 
@@ -54,3 +56,12 @@ def session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, (str, os.PathLike)) else model.SerializeToString()
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def attempt(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> list[Any]:
+    """Run a model as it is, in a way that may fail: nothing is printed, whatever is raised."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return list(session(model, optimize=False).run(None, dict(inputs), options))

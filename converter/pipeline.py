@@ -219,7 +219,9 @@ def convert(
     network = lowered(loaded, samples, settings)
     place = partial(placed, network, loaded, settings)
     graph = place(())
-    _prove(loaded, graph, samples)
+    _prove(loaded, graph, samples.first)
+    if loaded.frees_sizes:
+        _prove(loaded, graph, _enlarged(samples.first, loaded))
     limit = calibration_limit or _limit(graph)
     # What a plan does to the outputs is measured on as many as there are, a batch at a time.
     chooses = wanted is not None and wanted.max_bytes is None and validate is None
@@ -371,15 +373,15 @@ def placed(
     return graph
 
 
-def _prove(model: Model, graph: FloatGraph, samples: Samples) -> None:
+def _prove(model: Model, graph: FloatGraph, sample: Mapping[str, np.ndarray]) -> None:
     """Prove on a sample that the function is still the same."""
     from logshift.converter.evaluate import evaluate_graph
     from logshift.converter.onnx_model import run, run_reference
 
-    found = evaluate_graph(graph, samples.first)
-    expected = run(model.original, samples.first)
+    found = evaluate_graph(graph, sample)
+    expected = run(model.original, sample)
     worst = max(_differences(expected, found))
-    if not worst <= _TOLERANCE and (reference := run_reference(model.original, samples.first)):
+    if not worst <= _TOLERANCE and (reference := run_reference(model.original, sample)):
         # Where onnxruntime departs from the specification, that counts.
         expected = min(expected, reference, key=lambda outputs: max(_differences(outputs, found)))
     rounds = graph.code_tensors or any(node.is_quantized for node in graph.nodes)
@@ -397,6 +399,14 @@ def _prove(model: Model, graph: FloatGraph, samples: Samples) -> None:
                 f"output {name!r}: the translated network differs from the ONNX model by"
                 f" {error:.2g} (relative) before any quantization; please report this model"
             )
+
+
+def _enlarged(sample: Mapping[str, np.ndarray], model: Model) -> dict[str, np.ndarray]:
+    """Return a sample that is twice as long along every axis whose size is free."""
+    return {
+        info.name: np.tile(sample[info.name], [1 + isinstance(dim, str) for dim in info.shape])
+        for info in model.inputs
+    }
 
 
 def _check_import(model: Model, sample: Mapping[str, np.ndarray]) -> None:

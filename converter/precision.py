@@ -17,25 +17,28 @@ import numpy as np
 from logshift.converter.budget import few_pictures
 from logshift.converter.calibrate import RANGES, choose_quantization
 from logshift.converter.compare import Groups, groups_of
-from logshift.converter.evaluate import Network, Value, rows
+from logshift.converter.evaluate import Network, Value, results, rows
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.settings import AUTO, Settings
 from logshift.runtime.cores import default_threads
 from logshift.runtime.executor import spread
+from logshift.runtime.graph import Quantization
 from logshift.runtime.operators import OPERATORS
 
 _PICTURES = 4  # that effects are measured on
 # Squared error over squares of a group of outputs, of all tensors together: until it is reached,
 # float32 is spent.
 _ENOUGH = 5e-4
+_OBSERVED = 2**15  # values of a tensor that its range is chosen on
+_BETTER = 0.8  # times the noise of a range that clips less: a few samples do not show it all
 _TRIED = 0.02  # of the noise that is enough: above it other ranges of a tensor are tried
 
 # What float32 costs, in products of codes: a product of float32, and to write or to round a value.
 _PRODUCT = 3.0
 _VALUE = 12.0
 # The time of the whole network that may go to it, as a share of that of codes alone.
-_SHARES = {"speed": 0.0, "size": 0.1, None: 0.1, "accuracy": 1.0}
+_SHARES = {"speed": 0.0, "size": 0.08, None: 0.08, "accuracy": 1.0}
 
 Noise = dict[tuple[str, int], float]
 
@@ -77,13 +80,15 @@ def choose_precision(
         return graph
     network = _Network(graph, samples, batches, settings)
     ranges = network.ranges(progress)
-    if floats := _Spending(lowered, network.noise, settings).run():
+    # Errors that go together do not just add up.
+    total = network.effect(ranges)
+    if floats := _Spending(lowered, network.noise, total, settings).run():
         graph = place(floats)
-    # Where codes and float32 of a tensor are both there, these have its name.
-    graph.ranges = {
-        node.output: ranges.get(node.output) or ranges.get(_plain(node.output)) or RANGES[0]
-        for node in _rounded(graph)
-    }
+    if settings.activation_range == AUTO:
+        # Where codes and float32 of a tensor are both there, these have its name.
+        named = {node.output: node.output for node in _rounded(graph)}
+        named |= {name: _plain(name) for name in named if name not in ranges}
+        graph.ranges = {name: ranges[own] for name, own in named.items() if own in ranges}
     return graph
 
 
@@ -120,43 +125,77 @@ class _Network(Network):
         few = min(batches, max(1, min(few_pictures(graph, len(self.rounded)), _PICTURES) // size))
         inputs = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
         super().__init__(graph, inputs, few, 1)
+        self.observed = self._observe(samples, batches)
         self.groups: Groups = groups_of(graph.outputs, self.outputs)
         self.noise: dict[str, Noise] = {}
 
-    def ranges(self, progress: Progress) -> dict[str, str]:
-        """Choose how the range of each tensor is chosen, and note what its codes cost."""
+    def _observe(self, samples: Mapping[str, np.ndarray], batches: int) -> dict[str, np.ndarray]:
+        """Return some values of each tensor that is rounded, its least and its largest among them.
+
+        Of all samples: an end that a few do not reach is one for those that do.
+        """
+        split = {n: x.reshape(batches, len(x) // batches, *x.shape[1:]) for n, x in samples.items()}
+        wanted = {node.output for node in self.rounded}
+        last_use = {name: i for i, node in enumerate(self.graph.nodes) for name in node.inputs}
+
+        def look(batch: int) -> dict[str, np.ndarray]:
+            values: dict[str, Value] = {name: x[batch] for name, x in split.items()}
+            values |= self.graph.constants
+            found: dict[str, np.ndarray] = {}
+            rng = np.random.default_rng(batch)
+            for index, (node, evaluator) in enumerate(
+                zip(self.graph.nodes, self.evaluators, strict=True)
+            ):
+                values.update(results(node, evaluator, values, self.graph.constants, batches=1))
+                if node.output in wanted:
+                    flat = rows(values[node.output]).reshape(-1)
+                    some = flat[rng.integers(0, flat.size, max(_OBSERVED // batches, 64))]
+                    found[node.output] = np.append(some, [flat.min(), flat.max()])
+                for name in [n for n in values if last_use.get(n, index) <= index]:
+                    del values[name]
+            return found
+
+        parts = spread(look, range(batches), default_threads())
+        return {name: np.concatenate([part[name] for part in parts]) for name in wanted}
+
+    def ranges(self, progress: Progress) -> dict[str, Quantization]:
+        """Choose the range of each tensor, and note what its codes cost."""
         given, threads = self.settings.activation_range, default_threads()
         methods = RANGES if given == AUTO else (given,)
 
-        def measure(node: FloatNode) -> tuple[str, Noise]:
-            best, noise = methods[0], self._noise(node, methods[0])
-            if _worst(noise) > _TRIED * _ENOUGH:
-                for method in methods[1:]:
-                    other = self._noise(node, method)
-                    if _worst(other) < _worst(noise):
-                        best, noise = method, other
-            return best, noise
+        def measure(node: FloatNode) -> tuple[Quantization, Noise] | None:
+            observed = self.observed[node.output]
+            if not np.isfinite(observed).all():  # which the conversion itself refuses
+                return None
+            best: tuple[Quantization, Noise] | None = None
+            for method in methods:
+                bits = self.settings.code_bits_of(node.name)
+                q = choose_quantization(observed, bits, method, self.settings.percentile)
+                noise = self.effect({node.output: q})
+                if best is None or _worst(noise) < _BETTER * _worst(best[1]):
+                    best = q, noise
+                if _worst(best[1]) <= _TRIED * _ENOUGH:
+                    break
+            return best
 
-        found: dict[str, str] = {}
+        found: dict[str, Quantization] = {}
         for begin in range(0, len(self.rounded), threads):
             nodes = self.rounded[begin : begin + threads]
             progress(begin, len(self.rounded), f"rounding {nodes[0].name}")
             for node, result in zip(nodes, spread(measure, nodes, threads), strict=True):
-                found[node.output], self.noise[node.output] = result
+                if result is not None:
+                    found[node.output], self.noise[node.output] = result
         return found
 
-    def _noise(self, node: FloatNode, method: str) -> Noise:
-        """Return what codes of a node's result do to the outputs."""
-        exact = rows(self.values[node.output])
-        if not np.isfinite(exact).all():  # which the conversion itself refuses
-            return {}
-        bits = self.settings.code_bits_of(node.name)
-        q = choose_quantization(exact, bits, method, self.settings.percentile)
-        changed: dict[str, Value] = {node.output: q.dequantize(q.quantize(exact))}
+    def effect(self, rounding: Mapping[str, Quantization]) -> Noise:
+        """Return what it does to the outputs that these tensors are rounded."""
+        changed: dict[str, Value] = {}
         values = ChainMap(changed, self.values)
-        for later, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
-            if later is not node and changed.keys() & set(later.inputs):
-                changed.update(self.results(later, evaluator, values))
+        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
+            if changed.keys() & set(node.inputs):
+                changed.update(self.results(node, evaluator, values))
+            if (q := rounding.get(node.output)) is not None:
+                changed[node.output] = q.dequantize(q.quantize(rows(values[node.output])))
         noise: Noise = {}
         for name in self.groups.of.keys() & changed.keys():
             noise |= self.groups.noise(name, rows(self.values[name]), rows(changed[name]))
@@ -170,9 +209,16 @@ def _worst(noise: Noise) -> float:
 class _Spending:
     """Which tensors of the network before `place` stay float32, for what they give and cost."""
 
-    def __init__(self, graph: FloatGraph, noise: Mapping[str, Noise], settings: Settings) -> None:
-        self.graph, self.settings = graph, settings
-        self.noise = {_plain(name): of for name, of in noise.items()}
+    def __init__(
+        self, graph: FloatGraph, noise: Mapping[str, Noise], total: Noise, settings: Settings
+    ) -> None:
+        self.graph, self.settings, self.total = graph, settings, total
+        # Each has its part of what all do together.
+        added = {key: sum(of.get(key, 0.0) for of in noise.values()) or 1.0 for key in total}
+        self.noise = {
+            _plain(name): {key: of.get(key, 0.0) * total[key] / added[key] for key in total}
+            for name, of in noise.items()
+        }
         self.producers = {node.output: node for node in graph.nodes}
         self.readers: dict[str, list[FloatNode]] = {}
         for node in graph.nodes:
@@ -181,10 +227,7 @@ class _Spending:
 
     def run(self) -> set[str]:
         """Return the outputs of the nodes that work on float32."""
-        total: Noise = {}
-        for noise in self.noise.values():
-            for key, value in noise.items():
-                total[key] = total.get(key, 0.0) + value
+        total = dict(self.total)
         regions = {name: found for name in self.noise if (found := self._region(name))}
         whole = sum(self._products(node) + self._values(node) for node in self.graph.nodes)
         left = _SHARES[self.settings.prefer] * whole

@@ -17,7 +17,7 @@ import numpy as np
 from logshift.converter import feedback, shared
 from logshift.converter.activation import activation, rounded
 from logshift.converter.budget import Plan, Share, fixed_plan
-from logshift.converter.calibrate import choose_quantization
+from logshift.converter.calibrate import RANGES, choose_quantization
 from logshift.converter.clamp import NO_CLAMP
 from logshift.converter.constant_words import encode_constant, rows_read
 from logshift.converter.evaluate import (
@@ -29,8 +29,9 @@ from logshift.converter.evaluate import (
 )
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
-from logshift.converter.settings import Settings
+from logshift.converter.settings import AUTO, Settings
 from logshift.kernels.errors import ConversionError
+from logshift.kernels.machine.memory import trim
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.graph import (
     NEWEST_OPSET,
@@ -155,6 +156,7 @@ class _Walk:
                 errors.append(error)
             for name in [n for n in self.streams if last_use.get(n, index) <= index]:
                 del self.streams[name]
+            trim()
         progress(len(self.graph.nodes), len(self.graph.nodes), "")
         opset = max((node.opset for node in self.graph.nodes), default=0) or NEWEST_OPSET
         graph = Graph(
@@ -365,8 +367,10 @@ class _Walk:
             return self.graph.quantization[node.output]
         if OPERATORS[node.op].keeps_quantization:
             return self.quantization[node.inputs[0]]
+        if node.output in self.graph.ranges:
+            return self.graph.ranges[node.output]
         s = self.settings
-        method = self.graph.ranges.get(node.output, s.activation_range)
+        method = RANGES[0] if s.activation_range == AUTO else s.activation_range
         return choose_quantization(exact, s.code_bits_of(node.name), method, s.percentile)
 
     def _fill_in(self, packed: Node, node: FloatNode) -> None:

@@ -60,7 +60,7 @@ class Declaration:
 
     def check(self, name: str, value: Any) -> None:
         """Refuse a value that is out of range, or no choice, naming the setting."""
-        if value == AUTO and name in _AUTOMATIC or value is None:
+        if value is None or (value == AUTO and name in _AUTOMATIC):
             return
         if self.choices is not None and value not in self.choices:
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(self.choices)}")
@@ -69,7 +69,8 @@ class Declaration:
             if type(low) is int:
                 _check_integer(name, value, low, int(high))
             elif not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}")
+                more = f" or {AUTO!r}" if name in _AUTOMATIC else ""
+                raise InputError(f"{name} is {value}; it must be from {low:g} to {high:g}{more}")
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -180,7 +181,8 @@ class Settings:
     @property
     def ratio_of_constants(self) -> float:
         """`residual_ratio` of constants of ONNX operators, whose errors are not measured."""
-        return self.residual_ratio if isinstance(self.residual_ratio, float) else _OF_CONSTANTS
+        ratio = self.residual_ratio
+        return _OF_CONSTANTS if isinstance(ratio, str) else float(ratio)
 
     def keeps_float(self, name: str) -> bool:
         """Tell whether the node `name` is to stay as it is."""
@@ -295,5 +297,5 @@ def _check_activation_bits(name: str, value: int | str) -> None:
 
 
 def _check_integer(name: str, value: Any, low: int, high: int, more: str = "") -> None:
-    if type(value) is not int or not low <= value <= high:
+    if type(value) is not int or not low <= float(value) <= high:
         raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}{more}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,6 @@ _BLAMING_BATCHES = 2
 _SPARE = 0.7  # of the noise that an output may have, after a remedy
 _MINOR = 0.3  # share of the noise of all layers that are not worth naming
 _MOST_NAMES = 8  # that a remedy lists
-
-Run = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -366,9 +364,7 @@ def settings_without(effects: Sequence[Effect], settings: Mapping[str, Any]) -> 
     given = settings.get("activation_bits", 8)
     remedy: dict[str, Any] = {}
     if bits:
-        others: Mapping[str, int] = given if isinstance(given, Mapping) else {}
-        if isinstance(given, int) and given != 8:
-            others = {"*": given}
+        others = given if isinstance(given, Mapping) else {} if given == 8 else {"*": given}
         remedy["activation_bits"] = bits | {k: v for k, v in others.items() if k not in bits}
     if kept != list(settings.get("keep_float", ())):
         remedy["keep_float"] = kept

@@ -211,6 +211,18 @@ def add(x, r):
 
 
 @njit(inline="always")
+def add_size(x, r):
+    """Return |x| + r."""
+    return abs(x) + r
+
+
+@njit(inline="always")
+def add_square(x, r):
+    """Return x * x + r."""
+    return x * x + r
+
+
+@njit(inline="always")
 def sub(x, r):
     """Return x - r."""
     return x - r
@@ -335,6 +347,43 @@ def onnx_exp(x, alpha, beta):
 
 
 @njit(inline="always")
+def onnx_ceil(x, alpha, beta):
+    """Return the least integer that is not below x."""
+    return np.ceil(x)
+
+
+@njit(inline="always")
+def onnx_cube(x, alpha, beta):
+    """Return x * x * x."""
+    return x * x * x
+
+
+@njit(inline="always")
+def onnx_floor(x, alpha, beta):
+    """Return the largest integer that is not above x."""
+    return np.floor(x)
+
+
+@njit(inline="always")
+def onnx_gelu(x, alpha, beta):
+    """Return x / 2 * (1 + erf(x / sqrt(2)))."""
+    return _HALF * x * (_ONE + onnx_erf(x * np.float32(0.7071067811865476), alpha, beta))
+
+
+@njit(inline="always")
+def onnx_gelu_tanh(x, alpha, beta):
+    """Return x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))."""
+    v = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * (x * x * x))
+    return _HALF * x * (_ONE + onnx_tanh(v, alpha, beta))
+
+
+@njit(inline="always")
+def onnx_round(x, alpha, beta):
+    """Return the nearest integer, of two the even one."""
+    return np.rint(x)
+
+
+@njit(inline="always")
 def onnx_hard_sigmoid(x, alpha, beta):
     """Return alpha * x + beta within [0, 1]."""
     y = hard_sigmoid(x, alpha, beta)
@@ -385,7 +434,7 @@ def onnx_tanh(x, alpha, beta):
     return y if x == x else x
 
 
-# --- of recurrent networks, in rational functions -------------------------------------------------
+# --- of recurrent networks, with fused multiply-adds ----------------------------------------------
 
 # An odd rational function on [-8, 8], whose error is below 3e-7.
 TANH_NUMERATOR = (
@@ -424,8 +473,19 @@ def gate_tanh(x, alpha, beta):
 
 @njit(inline="always")
 def gate_sigmoid(x, alpha, beta):
-    """Return sigmoid(x), within 2e-7."""
-    y = clamp(fma(_fast_tanh(x * _HALF), _HALF, _HALF), np.float32(0), _ONE)
+    """Return 1 / (1 + e^-x), as `sigmoid` does, with fused multiply-adds."""
+    v = clamp(-abs(x), np.float32(-87.0), np.float32(0))
+    n = fma(v, _LOG2E, ROUND) - ROUND
+    r = fma(n, -_LN2_LOW, fma(n, -_LN2_HIGH, v))
+    p = np.float32(1.9875691500e-4)
+    p = fma(p, r, np.float32(1.3981999507e-3))
+    p = fma(p, r, np.float32(8.3334519073e-3))
+    p = fma(p, r, np.float32(4.1665795894e-2))
+    p = fma(p, r, np.float32(1.6666665459e-1))
+    p = fma(p, r, _HALF)
+    scale = _power_of_two(np.int32(n))
+    e = fma(fma(p, r * r, r), scale, scale)
+    y = (_ONE if x >= 0 else e) / (_ONE + e)
     return y if x == x else x
 
 
@@ -456,8 +516,7 @@ def onnx_softsign(x, alpha, beta):
 @njit(inline="always")
 def onnx_thresholded_relu(x, alpha, beta):
     """Return x, or 0 where it is not above alpha."""
-    y = x if x > alpha else np.float32(0)
-    return y if x == x else x
+    return x if x > alpha else np.float32(0)
 
 
 # --- by name and by number ------------------------------------------------------------------------
@@ -469,10 +528,12 @@ UNARY_FUNCTIONS = {
     "gelu": gelu,
 }  # fmt: skip
 ONNX_UNARY_FUNCTIONS = {
-    "clip": onnx_clip, "abs": onnx_abs, "elu": onnx_elu, "erf": onnx_erf, "exp": onnx_exp,
-    "hard_sigmoid": onnx_hard_sigmoid, "hard_swish": onnx_hard_swish, "leaky_relu": leaky_relu,
-    "neg": onnx_neg, "reciprocal": onnx_reciprocal, "sigmoid": onnx_sigmoid, "sqrt": onnx_sqrt,
-    "swish": onnx_swish, "tanh": onnx_tanh,
+    "clip": onnx_clip, "abs": onnx_abs, "ceil": onnx_ceil, "cube": onnx_cube, "elu": onnx_elu,
+    "erf": onnx_erf, "exp": onnx_exp, "floor": onnx_floor, "gelu": onnx_gelu,
+    "gelu_tanh": onnx_gelu_tanh, "hard_sigmoid": onnx_hard_sigmoid, "hard_swish": onnx_hard_swish,
+    "leaky_relu": leaky_relu, "neg": onnx_neg, "reciprocal": onnx_reciprocal,
+    "round": onnx_round, "sigmoid": onnx_sigmoid, "softsign": onnx_softsign, "sqrt": onnx_sqrt,
+    "swish": onnx_swish, "tanh": onnx_tanh, "thresholded_relu": onnx_thresholded_relu,
 }  # fmt: skip
 RECURRENT_FUNCTIONS = {
     "Affine": onnx_affine, "Elu": onnx_elu, "HardSigmoid": onnx_hard_sigmoid,
@@ -484,8 +545,10 @@ ONNX_BINARY_FUNCTIONS = {
     "add": add, "sub": sub, "mul": mul, "div": div, "maximum": maximum, "minimum": minimum,
     "prelu": prelu,
 }  # fmt: skip
-ONNX_REDUCTIONS = {"sum": add, "max": maximum, "min": minimum}
-FIRST_TOTALS = (0.0, -np.inf, np.inf)  # of what reduces nothing yet
+ONNX_REDUCTIONS = {
+    "sum": add, "max": maximum, "min": minimum, "sum_size": add_size, "sum_square": add_square,
+}  # fmt: skip
+FIRST_TOTALS = (0.0, -np.inf, np.inf, 0.0, 0.0)  # of what reduces nothing yet
 
 
 def by_number(table: Mapping[str, Any], call: Any = None) -> Any:

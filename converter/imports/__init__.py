@@ -20,6 +20,7 @@ from logshift.converter.imports.editor import Editor
 from logshift.converter.imports.microsoft import ONNXRUNTIME, claim
 from logshift.converter.imports.order import sort
 from logshift.converter.imports.qoperator import MOVES, QOPERATORS
+from logshift.converter.imports.sizes import InputShapes, give_sizes
 from logshift.converter.imports.working_type import drop_idle_casts, to_float32
 from logshift.converter.simplify import simplified
 
@@ -42,6 +43,8 @@ class Imported:
         Whether the given model rounds where this one does not: on codes.
     retyped : bool
         Whether it worked in another type than float32.
+    sized : onnx.ModelProto, optional
+        The model as it was given, but of the sizes that were asked for, if any were.
     """
 
     model: onnx.ModelProto
@@ -49,6 +52,7 @@ class Imported:
     changed: bool = False
     rounds: bool = False
     retyped: bool = False
+    sized: onnx.ModelProto | None = None
 
 
 def put_in_order(model: onnx.ModelProto) -> bool:
@@ -69,24 +73,33 @@ def put_in_order(model: onnx.ModelProto) -> bool:
     return moved or claimed
 
 
-def brought_in(model: onnx.ModelProto) -> Imported:
+def brought_in(model: onnx.ModelProto, input_shapes: InputShapes | None = None) -> Imported:
     """Return a checked model in plain form, and what is left of other forms.
 
     Parameters
     ----------
     model : onnx.ModelProto
         May be changed.
+    input_shapes : mapping of input name to sizes, optional
+        See `convert`.
 
     Raises
     ------
     ConversionError
-        If an operator looks at the bits of a number whose type changes.
+        If an operator looks at the bits of a number whose type changes, or the model cannot have
+        the sizes that are asked for.
+    InputError
+        If `input_shapes` does not fit its inputs.
     """
     result = Imported(model)
     if model.functions:
         model, result.changed = inliner.inline_local_functions(model), True
     forget(model)
     result.retyped = to_float32(model)
+    if input_shapes:
+        result.changed |= give_sizes(model, input_shapes)
+        result.sized = onnx.ModelProto()
+        result.sized.CopyFrom(model)
     if has_control(model):
         model, result.changed = simplified(model, ()), True
         result.left |= straighten(model)

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper
 
 from logshift.converter.imports.editor import Editor, Rule, Stays, Use, opset_of
-from logshift.converter.ort import session
+from logshift.converter.ort import attempt
 from logshift.kernels.errors import ConversionError, InputError
 
 InputShapes = Mapping[str, Sequence["int | str | None"]]
@@ -63,10 +63,13 @@ def give_sizes(model: onnx.ModelProto, shapes: InputShapes) -> bool:
             else:
                 dim.dim_param = size or f"{name}_dim_{axis}"
     changed = {n: s for n, s in before.items() if s != _sizes(inputs[n])}
-    if any(isinstance(size, int) for sizes in changed.values() for size in sizes):
-        _ask_anew(model, inputs, before)
-    if changed:
-        _prove(model, inputs, before)
+    recurrent = dict.fromkeys([("", op) for op in ("LSTM", "GRU", "RNN")], _start_from_zero)
+    Editor(model).apply(recurrent)
+    unchanged = onnx.ModelProto()
+    unchanged.CopyFrom(model)
+    fixed = any(isinstance(size, int) for sizes in changed.values() for size in sizes)
+    if changed and not (fixed and not _ask_anew(model, inputs, before)):
+        _prove(model, unchanged, inputs, before)
     return bool(changed)
 
 
@@ -100,10 +103,11 @@ def _ask_anew(
     model: onnx.ModelProto,
     inputs: Mapping[str, onnx.ValueInfoProto],
     before: Mapping[str, tuple[int | str, ...]],
-) -> None:
-    """Let nodes ask for sizes that they were told, in place."""
-    if opset_of(model) < _SCALES:
-        return
+) -> bool:
+    """Let nodes ask for sizes that they were told, in place.
+
+    Returns whether onnxruntime can run the model at all, which others will complain about.
+    """
     feed = {
         name: np.ones(
             [d if isinstance(d, int) else 1 if axis == 0 else _UNKNOWN
@@ -113,7 +117,10 @@ def _ask_anew(
         for name, value in inputs.items()
     }  # fmt: skip
     if (seen := _shapes(model, before, feed)) is None:
-        return
+        return False
+    if opset_of(model) < _SCALES:
+        return True
+    batch = _only_batch(inputs, before)
 
     def rule(change: Rule) -> Rule:
         def checked(n: Use) -> None:
@@ -124,12 +131,23 @@ def _ask_anew(
         return checked
 
     changes = {
-        "Reshape": lambda n: _reshape(n, seen[n.x(0)], seen[n.y()]),
+        "Reshape": lambda n: _reshape(n, seen[n.x(0)], seen[n.y()], batch),
         "Resize": lambda n: _resize(n, seen[n.x(0)], seen[n.y()]),
         "Slice": lambda n: _slice(n, seen[n.x(0)]),
         "Expand": lambda n: _expand(n, seen[n.x(0)]),
     }
     Editor(model).apply({("", op): rule(change) for op, change in changes.items()})
+    return True
+
+
+def _only_batch(
+    inputs: Mapping[str, onnx.ValueInfoProto], before: Mapping[str, tuple[int | str, ...]]
+) -> int | None:
+    """Return the batch that the model had, if nothing else changes."""
+    if any(_sizes(value)[1:] != before[name][1:] for name, value in inputs.items()):
+        return None
+    (batch, *others) = {sizes[0] for sizes in before.values() if sizes}
+    return batch if not others and isinstance(batch, int) else None
 
 
 def _shapes(
@@ -150,41 +168,59 @@ def _shapes(
     del copy.graph.output[:]
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     try:
-        results = session(copy, optimize=False).run(None, dict(feed))
+        results = attempt(copy, feed)
     except Exception:  # onnxruntime's exceptions share no useful base
         return None
     found = {n: y.shape for n, y in zip(names, results, strict=True) if isinstance(y, np.ndarray)}
     return found | {name: x.shape for name, x in feed.items()}
 
 
-def _reshape(n: Use, x: tuple[int, ...], y: tuple[int, ...]) -> None:
-    """Take the first and last sizes from the tensor itself where they are its own."""
+def _reshape(n: Use, x: tuple[int, ...], y: tuple[int, ...], batch: int | None) -> None:
+    """Take the first and last sizes from the tensor itself where they are its own.
+
+    What is between them stays, or is what is left over if it is one axis.
+    """
     target = n.weight(1).ravel().tolist()
-    if n.get("allowzero", 0) or len(target) != len(y):
+    if (n.get("allowzero", 0) and 0 in target) or len(target) != len(y):
         raise Stays("it is as it is")
-    first = 0
-    while first < min(len(x), len(y)) and x[first] == y[first]:
-        first += 1
-    last = 0
-    while last < min(len(x), len(y)) - first and x[-1 - last] == y[-1 - last]:
-        last += 1
-    middle = target[first : len(target) - last]
-    if len(middle) == 1:
-        middle = [-1]  # what is left over
-    if all(size == 1 for size in y[first : len(y) - last]):
-        middle = list(y[first : len(y) - last])
-    ends = [0] * first
-    if not last:
-        n.emit(
-            "Reshape", [n.x(0), n.constant("shape", ends + middle, np.int64)], n.y(), name=n.name
-        )
+    first = _shared(x, y)
+    if batch is not None:
+        whole = _with_batch(x, y, first, batch)
+        n.emit("Reshape", [n.x(0), n.constant("shape", whole, np.int64)], n.y(), name=n.name)
         return
-    shape = n.emit("Shape", [n.x(0)])
-    begin = n.constant("begin", [len(x) - last], np.int64)
-    end = n.constant("end", [len(x)], np.int64)
-    own = n.emit("Slice", [shape, begin, end])
-    whole = [n.constant("front", ends + middle, np.int64), own]
-    n.emit("Reshape", [n.x(0), n.emit("Concat", whole, axis=0)], n.y(), name=n.name)
+    last = min(_shared(x[::-1], y[::-1]), min(len(x), len(y)) - first)
+    middle = target[first : len(target) - last]
+    if len(middle) == 1 and y[first] > 1:
+        middle = [-1]
+    front = n.constant("front", [0] * first + middle, np.int64)
+    if not last:
+        n.emit("Reshape", [n.x(0), front], n.y(), name=n.name)
+        return
+    begin, end = (n.constant("end", [v], np.int64) for v in (len(x) - last, len(x)))
+    own = n.emit("Slice", [n.emit("Shape", [n.x(0)]), begin, end])
+    n.emit("Reshape", [n.x(0), n.emit("Concat", [front, own], axis=0)], n.y(), name=n.name)
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many first sizes are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _with_batch(x: tuple[int, ...], y: tuple[int, ...], first: int, batch: int) -> list[int]:
+    """Return the target of a Reshape where nothing but the batch will be another one.
+
+    It is the first axis, or one of the first that stay, or a part of the last axis but one, as
+    the heads of an attention have it.
+    """
+    whole = list(y)
+    if batch in x[:first]:
+        whole[:first] = [0] * first
+    elif y[:1] == (batch,):
+        whole[0] = -1
+    elif len(y) > 1:
+        whole[-2] = -1
+    return whole
 
 
 def _resize(n: Use, x: tuple[int, ...], y: tuple[int, ...]) -> None:
@@ -224,11 +260,21 @@ def _expand(n: Use, x: tuple[int, ...]) -> None:
     n.emit("Expand", [n.x(0), n.constant("shape", target, np.int64)], n.y(), name=n.name)
 
 
+def _start_from_zero(n: Use) -> None:
+    """Leave out initial states that are zero, and hold the size of the batch."""
+    inputs = list(n.node.input)
+    for index in (5, 6):
+        if (state := n.array(index)) is not None and not state.any():
+            inputs[index] = ""
+    n.emit_all(n.node.op_type, inputs, n.node.output, name=n.name, **n.attributes)
+
+
 # --- proof ----------------------------------------------------------------------------------------
 
 
 def _prove(
     model: onnx.ModelProto,
+    unchanged: onnx.ModelProto,
     inputs: Mapping[str, onnx.ValueInfoProto],
     before: Mapping[str, tuple[int | str, ...]],
 ) -> None:
@@ -248,11 +294,21 @@ def _prove(
         else:
             feed[name] = np.ones(shape, dtype)
     results = _run(model, feed, before)
-    freed = [
-        isinstance(_sizes(v)[0], str) and isinstance(before[n][0], int) for n, v in inputs.items()
-    ]
+    try:
+        given = _run(unchanged, feed, before)
+    except ConversionError:
+        given = []
+    if given and all(map(_near, given, results)):
+        return  # the sizes are free without any change: it is what it was
+    freed = (
+        isinstance(_sizes(v)[0], str) and before[n][:1] != _sizes(v)[:1] for n, v in inputs.items()
+    )
     if all(freed):
         _prove_batch(model, feed, before, results)
+
+
+def _near(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and np.allclose(one, other, 1e-2, 1e-3, equal_nan=True)
 
 
 def _run(
@@ -266,7 +322,7 @@ def _run(
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")
     try:
-        return list(session(copy, optimize=False).run(None, dict(feed)))
+        return attempt(copy, feed)
     except Exception as error:  # onnxruntime's exceptions share no useful base
         found = re.search(r"(\w+) node\. Name:'([^']*)'", str(error))
         where = f"{found[1]} {found[2]!r}" if found else str(error)
@@ -298,7 +354,7 @@ def _prove_batch(
             if size == 2 * part
         ]
         joined = [np.concatenate(parts, axis) for axis in axes if y.ndim == parts[0].ndim]
-        if not any(a.shape == y.shape and np.allclose(a, y, 1e-2, 1e-3) for a in joined):
+        if not any(_near(part, y) for part in joined):
             raise ConversionError(
                 f"input_shapes: output {name!r} mixes the samples of a batch when axis 0 is free;"
                 " keep that size, or export the model with a free batch"

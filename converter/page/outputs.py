@@ -15,6 +15,7 @@ from logshift.runtime.graph import Graph
 from logshift.runtime.picture import Preprocessing
 
 _TOP = 5
+_SLACK = 0.1  # of a range, by which pictures may miss it
 _SIDE = 480  # of a picture on the page, at most
 _LEAST_SIDE = 8  # of what is shown as a picture
 _POINTS = 1500  # of an output, that are drawn one against the other
@@ -26,13 +27,14 @@ _MASK = 0.55  # of a mask on the picture that it is of
 
 @dataclass(frozen=True)
 class Picture:
-    """Pixels with what they show; `stretched` if their range is not known.
+    """Pixels with what they show.
 
     Attributes
     ----------
     title : str
     pixels : uint8 array (H, W, 3)
     note : str
+        What else is to be known of them, or "".
     """
 
     title: str
@@ -102,14 +104,14 @@ def show_input(x: np.ndarray, packed: Graph) -> Picture | None:
         return None
     if x.dtype == np.uint8:
         return Picture("input", _gray_or_color(pixels))
-    if packed.preprocessing is None:
-        return Picture("input", _stretched(pixels), "from its least to its largest value")
-    settings = Preprocessing.from_manifest(packed.preprocessing)
-    if len(settings.mean) != pixels.shape[2]:
-        return Picture("input", _stretched(pixels), "from its least to its largest value")
-    pixels = pixels * np.array(settings.std, np.float32) + np.array(settings.mean, np.float32)
+    record = packed.preprocessing
+    known = None if record is None else Preprocessing.from_manifest(record)
+    if known is None or len(known.mean) != pixels.shape[2]:
+        low, high, note = _range(pixels)
+        return Picture("input", _to_bytes((pixels - low) / (high - low)), note)
+    pixels = pixels * np.array(known.std, np.float32) + np.array(known.mean, np.float32)
     return Picture(
-        "input", _to_bytes(pixels[..., ::-1] if settings.channel_order == "BGR" else pixels)
+        "input", _to_bytes(pixels[..., ::-1] if known.channel_order == "BGR" else pixels)
     )
 
 
@@ -219,11 +221,12 @@ def _side_by_side(x: np.ndarray, y: np.ndarray) -> list[Picture]:
 
 
 def _range(x: np.ndarray) -> tuple[float, float, str]:
-    """Return what is black and what is white."""
+    """Return what is black, what is white, and a note where nothing says what should be."""
     finite = x[np.isfinite(x)]
     low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
     for a, b in ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)):
-        if a - 0.1 * (b - a) <= low and 0.1 * (b - a) + a <= high <= b + 0.1 * (b - a):
+        slack = _SLACK * (b - a)
+        if a - slack <= low and a + slack <= high <= b + slack:
             return a, b, ""
     return low, max(high, low + 1e-6), "from its least to its largest value"
 
@@ -237,11 +240,6 @@ def _points(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     largest = np.argsort(-np.abs(flat).max(axis=0), kind="stable")[: _POINTS // 2]
     spread = np.linspace(0, flat.shape[1] - 1, _POINTS - len(largest)).astype(int)
     return flat[:, np.unique([*largest, *spread])]
-
-
-def _stretched(pixels: np.ndarray) -> np.ndarray:
-    low, high, _ = _range(pixels.astype(np.float32))
-    return _to_bytes((pixels - low) / (high - low))
 
 
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:

@@ -197,7 +197,8 @@ def _reduce_rows(operation, a, first_part, end_part, parts, slot):
                 for _ in range(innermost[_SIZE]):
                     total = operation(np.float64(x[p0]), total)
                     p0 += step
-            y[q] = np.float32(total / divisor)
+            total = total / divisor
+            y[q] = np.float32(np.sqrt(total) if a.root else total)
             continue
         acc[:columns] = initial
         for i in range(_rows(reduced)):
@@ -206,7 +207,8 @@ def _reduce_rows(operation, a, first_part, end_part, parts, slot):
                 x, p0, inner[_X], columns, innermost[_SIZE], innermost[1], acc, operation
             )
         for j in range(np.uintp(columns)):
-            y[q + j * y_step] = np.float32(acc[j] / divisor)
+            total = acc[j] / divisor
+            y[q + j * y_step] = np.float32(np.sqrt(total) if a.root else total)
 
 
 _reduce_by_number = functions.by_number(functions.ONNX_REDUCTIONS, _reduce_rows)

@@ -113,9 +113,10 @@ def _unary(arguments, first_part, end_part, parts, slot):
 
 
 # What lies along the axes of `reduced`, int64 (reduced_rank, 2): sizes, and distances in x.
-# `function`: its place in `functions.ONNX_REDUCTIONS`; the mean is the sum, divided.
+# `function`: its place in `functions.ONNX_REDUCTIONS`; the mean is the sum, divided, and a norm the
+# root of one of squares.
 ONNX_REDUCE = record(
-    **OUTPUT, **_AXES, reduced=ADDRESS, reduced_rank=INT, function=INT, divisor=INT,
+    **OUTPUT, **_AXES, reduced=ADDRESS, reduced_rank=INT, function=INT, divisor=INT, root=INT,
     **SCRATCH,
 )  # fmt: skip
 _reduce_by_number = functions.by_number(functions.ONNX_REDUCTIONS)
@@ -133,7 +134,8 @@ def _reduce(arguments, first_part, end_part, parts, slot):
         for k in range(_count(reduced)):
             v = np.float64(x[place(axes, i, 2) + place(reduced, k, 1)])
             total = _reduce_by_number(a.function, v, total)
-        y[place(axes, i, 1)] = np.float32(total / np.float64(a.divisor))
+        total = total / np.float64(a.divisor)
+        y[place(axes, i, 1)] = np.float32(np.sqrt(total) if a.root else total)
 
 
 # y = x r: matrices of `height` rows and `count` columns times such of `count` and `width`. `axes`

@@ -187,7 +187,8 @@ class Plan:
     @staticmethod
     def _own(y: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
         """Return an array, or a copy if its memory is not its own or that of others too."""
-        if not y.flags.owndata and y.base is not None and not y.base.flags.owndata:
+        base = y.base
+        if base is not None and not (isinstance(base, np.ndarray) and base.flags.owndata):
             return y.copy()
         if any(np.may_share_memory(y, x) for x in others):
             return y.copy()

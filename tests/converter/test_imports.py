@@ -29,11 +29,12 @@ def picture_net(**options):
     return net.model(net.node("MaxPool", net.conv(z, 8, 6), kernel_shape=[2, 2], strides=[2, 2]))
 
 
-def close(found, expected, error=0.05, step=0.0):
-    """Compare outputs; they may be some codes apart whose steps are so large."""
+def close(found, expected, error=0.08, step=0.0):
+    """Compare outputs, in the mean; they may be some codes apart whose steps are so large."""
     assert found.shape == expected.shape and found.dtype == expected.dtype
-    worst = np.abs(found.astype(np.float64) - expected).max()
-    assert worst <= max(error * np.abs(expected).max(), 3.5 * step)
+    expected = expected.astype(np.float64)
+    difference = np.sqrt(np.mean((found - expected) ** 2))
+    assert difference <= max(error * np.sqrt(np.mean(expected**2)), 2 * step)
 
 
 def check(model, path, float_model, step=0.0, feed=None):
@@ -48,7 +49,7 @@ def check(model, path, float_model, step=0.0, feed=None):
 
 
 def convert_on(model, path, feed, **settings):
-    settings = {"weight_bits": 5, "residual_ratio": 1.0} | settings
+    settings = {"weight_bits": 5, "residual_ratio": 1.0, "activation_bits": 8} | settings
     converter.convert(model, path, calibration=[feed], **settings)
     return packed_format.read(path)
 
@@ -439,7 +440,7 @@ def test_dynamic_quantization_of_matrices(path, per_column):
     y = dynamic(net, "x", "MatMulInteger", codes, scale, zero)
     codes = net.weight(6, 5, per_channel=False)
     model = net.model(net.node("DynamicQuantizeMatMul", y, *codes, domain="com.microsoft"))
-    assert not operators(check(model, path, model))
+    assert not operators(check(model, path, model, feed=samples(model, 64)))
 
 
 @pytest.mark.parametrize("op", ["ConvInteger", "MatMulInteger"])

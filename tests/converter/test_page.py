@@ -217,8 +217,10 @@ def test_settings_on_the_command_line(remedy, expected):
 def test_detector(tmp_path):
     net = Net(shape=(1, 3, 16, 16))
     x = net.node("Relu", net.conv("x", 3, 8))
-    boxes = net.node("Mul", net.node("Sigmoid", net.conv(x, 8, 4, 1)), net.constant(300.0))
-    joined = net.node("Concat", boxes, net.node("Sigmoid", net.conv(x, 8, 6, 1)), axis=1)
+    weight = net.rng.standard_normal((10, 8, 1, 1))
+    weight[:4] *= 60
+    joined = net.node("Conv", x, net.constant(weight), net.constant(np.zeros(10)))
+    joined = net.node("MaxPool", joined, kernel_shape=[3, 3], pads=[1] * 4)
     flat = net.node("Reshape", joined, net.constant([1, 10, 256], np.int64))
     count = net.node("ReduceSum", net.node("Sigmoid", net.conv(x, 8, 1, 1)))
     report, page = convert(net.model(flat, count), tmp_path, activation_bits=8)

@@ -115,6 +115,23 @@ def test_sizes_in_the_graph(path, op):
     check(model, path, free_model)
 
 
+@pytest.mark.parametrize("op", ["pads", "split", "ends"])
+def test_what_packed_operators_would_fix(path, op):
+    net = net_of()
+    y = net.conv("x")
+    if op == "pads":  # of which there are none, one or two, by the size
+        weight = net.random(4, 4, 3, 3)
+        y = net.node("Conv", y, weight, auto_pad="SAME_UPPER", strides=[2, 2])
+    elif op == "split":
+        y = net.node("Mul", *net.node("Split", y, outputs=2, axis=2, num_outputs=2))
+    else:
+        half = net.node("Div", net.node("Shape", y, start=2), net.constant([2, 3], np.int64))
+        axes = net.constant([2, 3], np.int64)
+        y = net.node("Slice", y, net.constant([0, 0], np.int64), half, axes)
+    sizes = ((1, 16, 12), (3, 18, 9) if op == "split" else (2, 15, 11))
+    check(net.model(net.conv(y)), path, sizes=sizes)
+
+
 def test_batch_alone(path):
     net = net_of()
     y = net.node("Reshape", net.conv("x"), net.constant([1, 768], np.int64))
@@ -128,6 +145,41 @@ def test_batch_alone(path):
     assert session.inputs[0].shape == ("n", 4, 16, 12)
     with pytest.raises(InputError, match="expected"):
         session.run(np.zeros((1, 4, 8, 8), np.float32))
+
+
+def attention(shape, *targets, **attributes):
+    """Scores of two heads, which share an axis with the batch in between."""
+    net = net_of(shape)
+    rows, heads, scores = (net.constant(target, np.int64) for target in targets)
+    x = net.node("Transpose", net.node("Reshape", net.conv("x"), rows), perm=[2, 0, 1])
+    x = net.node("Reshape", x, heads, **attributes)
+    query, key = (net.node("Transpose", x, perm=perm) for perm in ([1, 0, 2], [1, 2, 0]))
+    return net.model(net.node("Reshape", net.node("MatMul", query, key), scores))
+
+
+def test_batch_that_heads_share_an_axis_with(path):
+    fixed = [1, 4, 192], [192, 2, 2], [1, 2, 192, 192]
+    free = [0, 4, -1], [192, -1, 2], [-1, 2, 192, 192]
+    free_model = attention(("n", *SHAPE[1:]), *free)
+    shapes, sizes = {"x": ("n", 4, 16, 12)}, ((1, 16, 12), (3, 16, 12))
+    check(attention(SHAPE, *fixed), path, free_model, shapes, sizes)
+    check(attention(SHAPE, *fixed, allowzero=1), path, free_model, shapes, sizes)
+
+
+def test_initial_states_of_the_batch(path):
+    def build(shape, states):
+        net = Net(shape=shape)
+        weights = [net.random(1, 16, 3), net.random(1, 16, 4), net.random(1, 32)]
+        start = [net.constant(np.zeros((1, 2, 4))) for _ in range(states)]
+        return net.model(net.node("LSTM", "x", *weights, "", *start, hidden_size=4))
+
+    model, free_model = build((5, 2, 3), 2), build(("t", "n", 3), 0)
+    settings = {"keep_float": ["*"], "input_shapes": {"x": (None, "n", 3)}}
+    feeds = [feed_of(5, 2, 3), feed_of(7, 6, 3)]
+    converter.convert(model, path, calibration=feeds[:1], **settings)
+    for feed in feeds:
+        (expected,) = reference(free_model, feed).values()
+        np.testing.assert_allclose(runtime.load(path).run(feed), expected, 1e-4, 1e-5)
 
 
 def test_other_sizes_may_be_fixed(path):
@@ -156,10 +208,11 @@ def test_what_cannot_be_freed_is_named(path):
 
 def test_samples_that_would_be_mixed(path):
     net = net_of()
-    y = net.node("Reshape", net.conv("x"), net.constant([-1], np.int64))
-    total = net.node("ReduceSum", y, keepdims=1)
-    with pytest.raises(ConversionError, match=r"'Mul3' mixes the samples of a batch"):
-        check(net.model(net.node("Mul", total, "x")), path)
+    rows = net.node("Transpose", net.conv("x"), perm=[2, 0, 1, 3])
+    flat = net.node("Reshape", rows, net.constant([16, 48], np.int64))
+    total = net.node("ReduceSum", flat, net.constant([0], np.int64), keepdims=0)
+    with pytest.raises(ConversionError, match=r"'ReduceSum3' mixes the samples of a batch"):
+        check(net.model(total), path, input_shapes={"x": (None, 4, 16, 12)})
 
 
 @pytest.mark.parametrize(

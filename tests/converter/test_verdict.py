@@ -31,13 +31,13 @@ def held_back(x):
 
 
 def boxes_and_scores():
-    """A detector's end: boxes and scores of other ranges, which one Concat joins."""
+    """A detector's end: boxes and scores of other ranges, which one convolution makes."""
     net = Net(shape=(1, 3, 16, 16))
     x = net.node("Relu", net.conv("x", 3, 8))
-    boxes = net.node("Mul", net.node("Sigmoid", net.conv(x, 8, 4, 1)), net.constant(300.0))
-    scores = net.node("Sigmoid", net.conv(x, 8, 6, 1))
-    joined = net.node("Concat", boxes, scores, axis=1)
-    return net.model(net.node("Reshape", joined, net.constant([1, 10, 256], np.int64)))
+    weight = net.rng.standard_normal((10, 8, 1, 1))
+    weight[:4] *= 60
+    x = net.node("Conv", x, net.constant(weight), net.constant(np.zeros(10)))
+    return net.model(net.node("MaxPool", x, kernel_shape=[3, 3], pads=[1] * 4))
 
 
 EIGHT = {"activation_bits": 8, "weight_bits": 5, "residual_ratio": 1.0}
@@ -118,8 +118,8 @@ def test_scores_beside_boxes_are_told(path):
     assert [group.channels for group in output.groups] == [((0, 3),), ((4, 9),)]
     assert min(output.cosine, output.groups[0].cosine) > 0.998 > output.groups[1].cosine
     warning = report.verdict.warning
-    parts = ("output 'Reshape", "channels 4-9 of axis 1", f"{output.groups[1].cosine:.4f}",
-             "on 2 samples", "Concat 'n_Concat", "8-bit activations", "should mend it")  # fmt: skip
+    parts = ("output 'MaxPool", "channels 4-9 of axis 1", f"{output.groups[1].cosine:.4f}",
+             "on 2 samples", "Conv 'n_Conv2'", "8-bit activations", "should mend it")  # fmt: skip
     for part in parts:
         assert part in warning, part
     assert [str(w.message) for w in caught] == [f"{path}: {warning}"]
@@ -190,7 +190,7 @@ def test_remedies_can_be_given_as_they_are(path, bits):
 def test_strict_writes_nothing(path):
     path.write_bytes(b"old")
     settings = {"calibration": noise(10), "strict": True} | EIGHT
-    with pytest.raises(ConversionError, match="output 'Reshape.*channels 4-9.*nothing was written"):
+    with pytest.raises(ConversionError, match="output 'MaxPool.*channels 4-9.*nothing was written"):
         converter.convert(boxes_and_scores(), path, **settings)
     assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["net.stlq"]
     converter.convert(network(), path, **settings)
@@ -295,10 +295,12 @@ def test_what_helps_where_many_layers_add():
     group = compare.GroupError((), 1, 4.0, 0.8)
     output = compare.OutputError("y", 4.0, 0.8, [group])
     found = verdict.verdict_on([output], 3, {"residual_ratio": 0.15}, ranked)
-    assert (
-        "Conv '0' adds most error by its weights, but many do; residual_ratio=0.5" in found.warning
-    )
-    assert found.remedy == {"residual_ratio": 0.5}
+    assert found.remedy == {"keep_float": ["0", "1"]}
+    assert "Conv '0' adds most error by its weights; keep_float" in found.warning
+    assert found.warning.endswith("would help most")
+    even = [dataclasses.replace(part, noise={key: 0.01}) for part in ranked]
+    found = verdict.verdict_on([output], 3, {"residual_ratio": 0.15}, even)
+    assert found.remedy == {"residual_ratio": 0.5} and "residual_ratio=0.5 would" in found.warning
 
 
 def effect(part, bits=8, name="a[0]", settled_by=("a[0]", "b")):

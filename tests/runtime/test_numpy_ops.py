@@ -857,6 +857,88 @@ def test_without_the_package_onnx():
     assert "pip install onnx" in done.stdout
 
 
+# --- recurrent networks ---------------------------------------------------------------------------
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+def recurrent(op, *, length=5, batch=3, inputs=7, hidden=6, directions=1, layout=0, states=False,
+              lengths=None, bias=True, peepholes=False):  # fmt: skip
+    """Inputs of a recurrent operator."""
+    rng, gates = np.random.default_rng(0), GATES[op]
+    state = (batch, directions, hidden) if layout else (directions, batch, hidden)
+    shapes = [
+        (batch, length, inputs) if layout else (length, batch, inputs),
+        (directions, gates * hidden, inputs), (directions, gates * hidden, hidden),
+        (directions, 2 * gates * hidden) if bias else None, None, state if states else None,
+    ]  # fmt: skip
+    if op == "LSTM":
+        shapes += [state if states else None, (directions, 3 * hidden) if peepholes else None]
+    given = [None if s is None else rng.standard_normal(s).astype(F) / 2 for s in shapes]
+    given[4] = None if lengths is None else np.array(lengths, np.int32)
+    return given
+
+
+@pytest.mark.parametrize("op", GATES)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("clip", [{}, {"clip": 0.4}])
+def test_recurrent(op, direction, clip):
+    outputs, directions = 3 if op == "LSTM" else 2, 2 if direction == "bidirectional" else 1
+    more = {"LSTM": [{"input_forget": 1}], "GRU": [{"linear_before_reset": 1}]}.get(op, [])
+    for attributes in ({}, *more):
+        for how in ({}, {"states": True, "bias": False}, {"lengths": [5, 1, 3]}):
+            compare(
+                op, *recurrent(op, directions=directions, **how), opset=17, outputs=outputs,
+                direction=direction, hidden_size=6, rtol=1e-4, atol=1e-5, **attributes, **clip,
+            )  # fmt: skip
+    if op == "LSTM":
+        given = recurrent(op, directions=directions, peepholes=True, states=True)
+        compare(op, *given, opset=17, outputs=3, direction=direction, hidden_size=6, rtol=1e-4,
+                atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_recurrent_with_the_batch_first(op):
+    """It is what comes of time first, with axes swapped."""
+    outputs = 3 if op == "LSTM" else 2
+    first = recurrent(op, layout=1, states=True)
+    for direction in ("forward", "reverse"):
+        attributes = {"direction": direction, "hidden_size": 6}
+        found = compute(op, {"layout": 1, **attributes}, 17, first, outputs)
+        turned = [x.swapaxes(0, 1) if i in (0, 5, 6) and x is not None else x
+                  for i, x in enumerate(first)]  # fmt: skip
+        y, *states = compute(op, attributes, 17, turned, outputs)
+        np.testing.assert_array_equal(found[0], y.transpose(2, 0, 1, 3))
+        for state, other in zip(found[1:], states, strict=True):
+            np.testing.assert_array_equal(state, other.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("functions", "alpha", "beta"),
+    [
+        (["HardSigmoid", "ScaledTanh", "Affine"], [0.3, 0.7, 0.9], [0.4, 0.6, 0.1]),
+        (["Sigmoid", "LeakyRelu", "Softsign"], [0.2], []),
+        (["sigmoid", "Elu", "TANH"], [0.7], []),
+        (["Sigmoid", "ThresholdedRelu", "Relu"], [0.3], []),
+    ],
+)
+def test_activation_functions_of_recurrent_networks(functions, alpha, beta):
+    given = {"activations": functions, "hidden_size": 6, "activation_alpha": alpha}
+    if beta:
+        given["activation_beta"] = beta
+    compare("LSTM", *recurrent("LSTM"), opset=17, outputs=3, rtol=1e-4, atol=1e-5, **given)
+
+
+def test_recurrent_networks_that_are_refused():
+    given = recurrent("LSTM")
+    refused("activation functions", "LSTM", *given, activations=["Tanh"])
+    refused("activation functions", "LSTM", *given, activations=["Sigmoid", "Tanh", "None"])
+    refused("direction", "LSTM", *given, direction="sideways")
+    refused("weights", "LSTM", given[0], given[2], given[1])
+    refused("sequence_lens", "LSTM", *given[:4], np.array([1, 2], np.int32))
+    refused("B has shape", "LSTM", *given[:3], given[3][:, :5])
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

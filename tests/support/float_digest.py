@@ -9,6 +9,7 @@ from support.graphs import network, node
 from logshift.kernels import functions, registry
 from logshift.kernels.layer import FloatLayer
 from logshift.runtime import Session, executor
+from logshift.runtime.onnx_ops.recurrent import GATES
 
 # Output channels, kernel, input channels of a group, group, stride
 LAYERS = [
@@ -71,11 +72,11 @@ def results(family):
 def onnx_results(family):
     """Yield what ONNX operators as they are compute."""
     functions = (
-        "Clip", "Abs", "Elu", "Erf", "Exp", "HardSigmoid", "HardSwish", "LeakyRelu", "Neg",
-        "Reciprocal", "Sigmoid", "Swish", "Tanh",
+        "Clip", "Abs", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Neg",
+        "Reciprocal", "Round", "Sigmoid", "Softsign", "Swish", "Tanh",
     )  # fmt: skip
     of_two = ("Add", "Sub", "Mul", "Div", "Max", "Min", "PRelu")
-    reductions = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin")
+    reductions = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2")
     nodes = [node(op, ["x"], op) for op in functions]
     nodes.append(node("Sqrt", ["Abs"], "Sqrt"))
     nodes += [node(op, ["x", "r"], op) for op in of_two]
@@ -85,8 +86,18 @@ def onnx_results(family):
     nodes += [
         node("MatMul", names, f"MatMul{names}") for names in (("wide", "tall"), ("tall", "wide"))
     ]
-    constants = {"first": np.array([0, 1]), "last": np.array([-1])}
+    nodes.append(node("LayerNormalization", ["x", "factors"], "LayerNormalization"))
+    nodes.append(node("InstanceNormalization", ["x", "few", "few"], "InstanceNormalization"))
+    nodes += [
+        node(op, ["x", f"{op}/w", f"{op}/r"], op, hidden_size=19, direction="bidirectional")
+        for op in GATES
+    ]
     rng = np.random.default_rng(10)
+    constants = {"first": np.array([0, 1]), "last": np.array([-1])}
+    constants |= {"factors": random(rng, 75), "few": random(rng, 7)}
+    for op, gates in GATES.items():
+        constants[f"{op}/w"] = random(rng, (2, gates * 19, 75)) / 8
+        constants[f"{op}/r"] = random(rng, (2, gates * 19, 19)) / 8
     inputs = {"x": 3 * random(rng, (3, 7, 75)), "r": random(rng, (7, 1))}
     inputs |= {"wide": random(rng, (2, 1, 13, 71)), "tall": random(rng, (3, 71, 13))}
     graph = network(nodes, inputs, [each.outputs[0] for each in nodes], constants, opset=24)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from logshift.runtime.graph import Graph
+from logshift.runtime.graph import Graph, Shape
 from logshift.runtime.onnx_ops import numpy_ops
 from logshift.runtime.onnx_ops.compiled.site import FLOAT, Builder, Site, axes, fields_of
 from logshift.runtime.onnx_ops.compiled.views import View, contiguous, plain
@@ -62,7 +62,9 @@ def _gathered(n: Site, x: View) -> list[View] | None:
 
 # What the outputs of operators are, of what their first input is; None if they have to be made.
 VIEWS: dict[str, Callable[[Site, View], list[View] | None]] = {
-    **dict.fromkeys(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _reshaped),
+    **dict.fromkeys(
+        ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _reshaped
+    ),
     "Expand": lambda n, x: [x.repeated(n.shape(n.y))], "Gather": _gathered, "Slice": _windows,
     "Split": _windows, "Transpose": _transposed,
 }  # fmt: skip
@@ -185,7 +187,45 @@ def _sizes(count: int) -> dict[str, int]:
     return {"n": count, "height": 1, "width": 1, "channels": 1}
 
 
+def _tile(n: Site) -> list[Call] | None:
+    """Move repetitions, each axis with an axis of its own before it."""
+    repeats = n.found.values.get(n.name(1))
+    if repeats is None:
+        return None
+    x, shape = n.view(n.x), n.shape(n.x)
+    pairs = [size for count, size in zip(repeats.ravel().tolist(), shape, strict=True)
+             for size in (count, size)]  # fmt: skip
+    steps = [step for own in x.steps for step in (0, own)]
+    return [_move(View(x.name, x.start, tuple(pairs), tuple(steps)), n.y, contiguous(pairs))]
+
+
+def _depth_to_space(n: Site) -> list[Call] | None:
+    (count, c, h, w), b = n.shape(n.x), n.get("blocksize", 1)
+    if n.get("mode", "DCR") == "DCR":
+        split, places = (count, b, b, c // (b * b), h, w), (0, 3, 4, 1, 5, 2)
+    else:
+        split, places = (count, c // (b * b), b, b, h, w), (0, 1, 4, 2, 5, 3)
+    return _rearranged(n, split, places)
+
+
+def _space_to_depth(n: Site) -> list[Call] | None:
+    (count, c, h, w), b = n.shape(n.x), n.get("blocksize", 1)
+    split = (count, c, h // b, b, w // b, b)
+    is_first = n.get("mode", "DCR") == "DCR"
+    return _rearranged(n, split, (0, 3, 5, 1, 2, 4) if is_first else (0, 1, 3, 5, 2, 4))
+
+
+def _rearranged(n: Site, split: Shape, places: Sequence[int]) -> list[Call] | None:
+    """Split axes, and bring what comes of that into another order."""
+    x = plain(n.x, n.shape(n.x)).reshaped(split)
+    if x is None:
+        return None
+    y = x.transposed(places)
+    return [_move(y, n.y, contiguous(y.shape))]
+
+
 OPERATORS: dict[str, Builder] = {
-    **dict.fromkeys(VIEWS, _view), "Cast": _cast, "Concat": _concat, "Gather": _gather, "Pad": _pad,
-    "Where": _where,
+    **dict.fromkeys(VIEWS, _view), "Cast": _cast, "Concat": _concat,
+    "DepthToSpace": _depth_to_space, "Gather": _gather, "Pad": _pad,
+    "SpaceToDepth": _space_to_depth, "Tile": _tile, "Where": _where,
 }  # fmt: skip

@@ -11,10 +11,14 @@ from logshift.runtime.plan.call import Call
 from logshift.runtime.plan.work import ELEMENT, SOFTMAX
 
 
-def _reduce(function: str, mean: bool = False) -> Builder:
+def _reduce(function: str, mean: bool = False, root: bool = False) -> Builder:
     def build(n: Site) -> list[Call] | None:
         shape = n.shape(n.x)
         chosen = n.get("axes", None)
+        if "Global" in n.node.op:
+            chosen = list(range(2, len(shape)))
+            if not chosen:
+                return None
         chosen = [chosen] if isinstance(chosen, int) else chosen
         if n.given(1):
             chosen = n.found.values[n.node.inputs[1]].ravel().tolist()
@@ -33,7 +37,7 @@ def _reduce(function: str, mean: bool = False) -> Builder:
         fields = fields_of(table) | {
             "reduced": axes(reduced, [steps[axis] for axis in sorted(along)]),
             "function": [*functions.ONNX_REDUCTIONS].index(function),
-            "divisor": math.prod(reduced) if mean else 1,
+            "divisor": math.prod(reduced) if mean else 1, "root": root,
         }  # fmt: skip
         fields["reduced_rank"] = len(fields["reduced"])
         return [Call("onnx_reduce", {"x": n.x, "y": n.y}, fields, ELEMENT * math.prod(reduced))]
@@ -57,7 +61,10 @@ def _softmax(n: Site) -> list[Call] | None:
 
 
 OPERATORS: dict[str, Builder] = {
+    "GlobalAveragePool": _reduce("sum", mean=True), "GlobalMaxPool": _reduce("max"),
+    "ReduceL1": _reduce("sum_size"), "ReduceL2": _reduce("sum_square", root=True),
     "ReduceMax": _reduce("max"), "ReduceMean": _reduce("sum", mean=True),
     "ReduceMin": _reduce("min"), "ReduceSum": _reduce("sum"),
+    "ReduceSumSquare": _reduce("sum_square"),
     "Softmax": _softmax,
 }  # fmt: skip
