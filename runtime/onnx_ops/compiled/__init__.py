@@ -52,12 +52,13 @@ def calls(
     prepared, result, views = {} if prepared is None else prepared, {}, dict[str, View]()
     for index, node in enumerate(graph.nodes):
         build = OPERATORS.get(node.op) if node.is_onnx else None
-        if build is None or not _has_kernels(node, found):
+        is_float = _is_float(node, found)
+        if build is None or not (is_float or _is_cast(node, found)):
             continue
         site = Site(graph, node, found, prepared, views)
         if (made := build(site)) is not None:
             result[index] = tuple(made)
-        if node.op in VIEWS and index not in (turned or ()):
+        if is_float and node.op in VIEWS and index not in (turned or ()):
             parts = VIEWS[node.op](site, site.view(site.x)) or ()
             views.update(zip(node.outputs, parts, strict=False))
     return result
@@ -83,7 +84,7 @@ def turned_back(graph: Graph, found: Inference) -> dict[int, str]:
                 sources[out] = out
             continue
         source = sources.get(node.inputs[0]) if node.inputs else None
-        if source is None or node.op not in VIEWS or not _has_kernels(node, found):
+        if source is None or node.op not in VIEWS or not _is_float(node, found):
             continue
         site = Site(graph, node, found, {}, {})
         whole = VIEWS[node.op](site, site.view(site.x))
@@ -95,9 +96,13 @@ def turned_back(graph: Graph, found: Inference) -> dict[int, str]:
     return result
 
 
-def _has_kernels(node: Node, found: Inference) -> bool:
-    if node.op == "Cast":
-        return node.outputs[0] not in found.values
+def _is_cast(node: Node, found: Inference) -> bool:
+    """Tell whether a node changes the type of what is not known before a run."""
+    return node.op == "Cast" and node.outputs[0] not in found.values
+
+
+def _is_float(node: Node, found: Inference) -> bool:
+    """Tell whether all that a node reads and writes is float32, and there is something."""
     outputs = [name for name in node.outputs if name]
     first = slice(1, 2) if node.op == "Where" else slice(1)
     for name in (*node.inputs[first], *outputs):

@@ -135,6 +135,8 @@ def _concat(n: Site) -> list[Call] | None:
 def _cast(n: Site) -> list[Call] | None:
     """Make float32 of a float16 input, or a float16 output of float32."""
     kinds = (n.found.dtypes.get(n.x), n.found.dtypes.get(n.y))
+    if kinds == (FLOAT, FLOAT):
+        return _view(n)
     if kinds == (_HALF, FLOAT) and any(info.name == n.x for info in n.graph.inputs):
         op = "onnx_widen"
     elif kinds == (FLOAT, _HALF) and _is_only_an_output(n.graph, n.y):
