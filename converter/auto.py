@@ -32,7 +32,7 @@ from logshift.runtime.session import Session
 
 _TRIALS = 5  # conversions until the size is right
 _AIM = 0.995  # of the size that is allowed; twice as far off is good enough
-_FEWEST = 10  # samples that tell what errors of outputs are like
+FEWEST = 10  # samples that tell what errors of outputs are like
 _PLANS = 32  # of different size that are considered for the least error
 
 Run = Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]]
@@ -337,11 +337,10 @@ class DropBound:
     float_figure = None
 
     def __init__(self, graph: FloatGraph, samples: Division, run: Run, max_drop: float) -> None:
-        held_back = sum(len(next(iter(x.values()))) for x in samples.measuring)
-        if not samples.held_back or held_back < _FEWEST:
+        if samples.samples_held_back < FEWEST:
             raise InputError(
-                f"max_drop needs at least {_FEWEST} samples that do not calibrate, a fifth of those"
-                f" that are given, but there are {held_back * samples.held_back}: give more, or"
+                f"max_drop needs at least {FEWEST} samples that do not calibrate, a fifth of those"
+                f" that are given, but there are {samples.samples_held_back}: give more, or"
                 " labelled ones and validate"
             )
         self.batches, self.max_drop = samples.measuring, max_drop

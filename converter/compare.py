@@ -13,9 +13,7 @@ import numpy as np
 
 from logshift.runtime.graph import ValueInfo
 
-# Octaves between the channels of two groups, in root mean square; and of probabilities: that of an
-# object is multiplied with those of its class.
-_GAP, _GAP_OF_SHARES = 2.0, 1.0
+_GAP = 2.0  # octaves between the channels of two groups, in root mean square
 _MOST_GROUPS = 4
 _LEAST_SHARE = 0.01  # of the channels; fewer of them are no group
 _SEEN = 0.1  # a probability that never gets so far says that there is nothing
@@ -379,29 +377,26 @@ class _Axis:
         if not seen.any() or self.positions < _FEWEST:
             return [np.arange(len(power))]
         level = np.zeros(len(power), int)
-        kinds = (seen & probable, _GAP_OF_SHARES), (seen & ~probable, _GAP)
-        for kind, gap in kinds:  # apart whatever their sizes are
+        for kind in (seen & probable, seen & ~probable):  # apart whatever their sizes are
             if kind.any():
-                level[kind] = _levels(np.log2(power[kind]) / 2, gap) + level.max() + 1
+                level[kind] = _levels(np.log2(power[kind]) / 2) + level.max() + 1
         # What says nothing belongs to what is like it.
         for channel in np.flatnonzero(~seen):
             alike = seen & probable if (seen & probable).any() and probable[channel] else seen
-            near = np.flatnonzero(alike)
-            nearest = near[np.abs(near - channel).argmin()]
-            hidden = power[nearest] > 4.0 ** (2 * _GAP) * power[channel] > 0
-            if hidden or (power[channel] > 0 and not (seen & probable).any()):
+            if power[channel] > 0 and not (seen & probable).any():
                 level[channel] = -1
             else:
-                level[channel] = level[nearest]
+                near = np.flatnonzero(alike)
+                level[channel] = level[near[np.abs(near - channel).argmin()]]
         found = [np.flatnonzero(level == value) for value in np.unique(level)]
         return sorted(found, key=lambda group: int(group[0]))
 
 
-def _levels(octaves: np.ndarray, gap: float) -> np.ndarray:
+def _levels(octaves: np.ndarray) -> np.ndarray:
     """Return for each channel the number of its level: levels are far from each other."""
     order = np.argsort(octaves, kind="stable")
     gaps = np.diff(octaves[order])
-    cuts = [i + 1 for i in np.argsort(-gaps, kind="stable")[: _MOST_GROUPS - 1] if gaps[i] >= gap]
+    cuts = [i + 1 for i in np.argsort(-gaps, kind="stable")[: _MOST_GROUPS - 1] if gaps[i] >= _GAP]
     level, kinds = np.zeros(len(octaves), int), 0
     for part in np.split(order, sorted(cuts)):
         # A few channels somewhere in the middle are odd ones, no kind of their own.

@@ -46,6 +46,7 @@ _LEAST = 1e-4
 _ROUNDING = 0.5
 _OF_HALVES = 2e-3
 _SHOWN = 5
+_FAITHFUL = 20.0  # dB, where samples are too few to bound what accuracy is lost
 
 
 def convert(
@@ -232,6 +233,11 @@ def convert(
         data, batches, max(limit // size, 1), batches if chooses else max(MOST_SAMPLES // size, 1)
     )
 
+    implied = wanted is not None and validate is None
+    implied = implied and max_bytes is None and max_drop is None and min_snr is None
+    if too_few := implied and divided.samples_held_back < auto.FEWEST:
+        wanted = Target(min_snr=_FAITHFUL)
+
     def finish(packed: Graph, graph: FloatGraph) -> None:
         if samples.preprocessing is not None:
             packed.preprocessing = samples.preprocessing.to_manifest()
@@ -275,6 +281,11 @@ def convert(
         file_bytes = format.write(packed, target)
         count = len(next(iter(divided.calibration.values())))
         notes = _notes(samples, preprocessing, loaded, packed) + _notes_on_given(graph, packed)
+        if too_few:
+            notes.append(
+                f"samples are too few to bound what accuracy is lost: outputs of {_FAITHFUL:g} dB"
+                " were aimed at"
+            )
         found = _report(
             target, packed, errors, file_bytes, loaded.size, count, notes, verdict, search
         )

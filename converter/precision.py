@@ -147,6 +147,9 @@ class _Network(Network):
                 zip(self.graph.nodes, self.evaluators, strict=True)
             ):
                 values.update(results(node, evaluator, values, self.graph.constants, batches=1))
+                if (q := self.graph.quantization.get(node.output)) is not None:  # the model clips
+                    ends = q.dequantize(np.array([0, q.top]))
+                    values[node.output] = np.clip(rows(values[node.output]), *ends)
                 if node.output in wanted:
                     flat = rows(values[node.output]).reshape(-1)
                     some = flat[rng.integers(0, flat.size, max(_OBSERVED // batches, 64))]

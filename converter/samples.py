@@ -118,6 +118,11 @@ class Division:
     measuring: list[dict[str, np.ndarray]]
     held_back: bool
 
+    @property
+    def samples_held_back(self) -> int:
+        """How many samples do not calibrate."""
+        return self.held_back * sum(len(next(iter(x.values()))) for x in self.measuring)
+
 
 def divide(data: Mapping[str, np.ndarray], batches: int, fitting: int, most: int) -> Division:
     """Divide calibration data, both parts spread over all of it.

@@ -162,3 +162,13 @@ def test_targets_out_of_reach(tmp_path):
     with pytest.raises(ConversionError, match="min_snr 200.* is out of reach"):
         automatic(tmp_path / "net.stlq", min_snr=200.0)
     assert not list(tmp_path.iterdir())
+
+
+def test_few_samples_and_no_target(tmp_path):
+    report = convert(
+        network(width=32), tmp_path / "net.stlq", calibration=noise(8), weight_bits="auto"
+    )
+    assert any("too few" in note for note in report.notes)
+    assert report.settings["min_snr"] == 20.0 and report.settings["weight_bits"] == "auto"
+    with pytest.raises(InputError, match="max_drop needs at least 10 samples"):
+        automatic(tmp_path / "net.stlq", max_drop=0.5)

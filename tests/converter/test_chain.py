@@ -31,7 +31,7 @@ def packed_resnet20(shared, tmp_path_factory):
     pictures, _ = cifar10(shared / "data/cifar10-train.parquet", 128)
     report = converter.convert(
         shared / "models/resnet20-cifar10.onnx", path,
-        calibration=pictures, preprocessing=Preprocessing(),
+        calibration=pictures, preprocessing=Preprocessing(), residual_ratio=0.15,
     )  # fmt: skip
     return path, report
 

@@ -228,7 +228,7 @@ def test_convert_by_labelled_pictures(capsys, tmp_path, onnx_model, pictures):
     ("arguments", "expected"),
     [
         (["5"], 5),
-        (["n*=4", "Gemm=32"], {"n*": 4, "Gemm": 32}),
+        (["n*=4", "Gemm=32"], {"n*": 4, "Gemm": 32, "*": "auto"}),
         (["6", "a=b=32"], {"a=b": 32, "*": 6}),
     ],
 )

@@ -249,7 +249,7 @@ def test_report(path):
     assert report.file_bytes == path.stat().st_size
     assert report.onnx_bytes == model.ByteSize()
     assert report.weights == 8 * 27 + 8 * 72 + 40
-    assert 0.1 < report.nzr <= 0.15
+    assert 0.1 < report.nzr <= 0.5
     graph = packed_format.read(path)
     assert [layer.name for layer in report.layers] == [node.name for node in graph.nodes]
     for layer, node in zip(report.layers, graph.nodes, strict=True):
@@ -269,9 +269,13 @@ def test_progress_is_called_for_every_node(path):
     count, weighted = len(report.layers), sum(layer.nzr is not None for layer in report.layers)
     compared = [call for call in calls if call[2].startswith("comparing")]
     assert [done for done, _, _ in compared] == list(range(6)) == list(range(compared[0][1]))
-    calls = [call for call in calls if call not in compared]
-    measured, walked = calls[:weighted], calls[weighted:]
-    assert [done for done, _, _ in measured] == list(range(weighted))
+    rounded = [call for call in calls if call[2].startswith("rounding")]
+    assert rounded and all(done < total for done, total, _ in rounded)
+    calls = [call for call in calls if call not in compared + rounded]
+    measured = [call for call in calls if call[2].startswith("measuring")]
+    walked = [call for call in calls if call not in measured]
+    # As many at once as there are threads.
+    assert [done for done, _, _ in measured] == list(range(0, weighted, cores.default_threads()))
     assert {total for _, total, _ in measured} == {weighted}
     assert [done for done, _, _ in walked] == list(range(count + 1))
     assert {total for _, total, _ in walked} == {count}
@@ -290,7 +294,7 @@ def test_progress_bar_needs_a_terminal(path, capsys):
         ({"residual_ratio": 1.5}, "residual_ratio is 1.5"),
         ({"residual_ratio": float("nan")}, "residual_ratio is nan"),
         ({"activation_bits": 1}, "activation_bits is 1"),
-        ({"activation_bits": {"*": 9}}, r"activation_bits\['\*'\] is 9.*or 32"),
+        ({"activation_bits": {"*": 9}}, r"activation_bits\['\*'\] is 9.*32 .float32. or 'auto'"),
         ({"activation_bits": {"nothing": 4}}, "activation_bits: no node.*'nothing'"),
         ({"keep_float": ["nothing"]}, "keep_float: no node.*'nothing'"),
         ({"keep_float": "x"}, "keep_float must be a list"),
@@ -456,4 +460,5 @@ def test_sessions_of_onnxruntime_do_not_spin(monkeypatch, path):
     assert len(made) > 3
     for options in made:
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-        assert options.intra_op_num_threads == cores.default_threads()
+        # Where several networks run at once, each has one.
+        assert options.intra_op_num_threads in (1, cores.default_threads())
