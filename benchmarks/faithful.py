@@ -111,8 +111,9 @@ def samples(name: str, photographs: Path | None) -> tuple[np.ndarray, np.ndarray
         if photographs is None:
             raise SystemExit(f"--model {name} needs --photographs")
         count = case.calibrate + case.compare
-        table = pyarrow.parquet.read_table(photographs).slice(0, count)
-        for row in table["image"].to_pylist():
+        table = pyarrow.parquet.read_table(photographs)
+        chosen = np.linspace(0, len(table) - 1, count).round()  # of all classes
+        for row in table["image"].take(rng.permutation(chosen).astype(np.int64)).to_pylist():
             data = row["bytes"] if isinstance(row, dict) else row
             picture = Image.open(io.BytesIO(data)).convert("RGB")
             side = min(picture.size)
