@@ -150,6 +150,8 @@ def parsed(setting: str) -> tuple[str, dict[str, Any]]:
         number = int(limit) if name == "max_bytes" else float(limit)
         how = {"weight_bits": bits} if bits == "auto" else {"validate": True}
         return f"{bits}, {name} {limit}", how | {name: number}
+    if value == "auto":
+        return f"{bits} bits", {"weight_bits": int(bits)}
     ratio = float(value)
     return f"{bits} bits + {100 * ratio:g} %", {"weight_bits": int(bits), "residual_ratio": ratio}
 

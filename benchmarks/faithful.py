@@ -18,9 +18,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pyarrow.parquet
 from PIL import Image, ImageDraw, ImageFont
@@ -28,12 +31,14 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks import machine
 from benchmarks.models import PACKAGED
 from logshift import converter, runtime
+from logshift.converter.bench import in_turns
 
 _WORDS = (
     "the quick brown fox jumps over lazy dog power of two networks run fast on ordinary machines"
     " 0123456789 Invoice total 42.50 EUR 2026 Hello World shift add select table figure page"
 ).split()
 _LETTERS = "ABCDEFGHKMNPRSTXYZabdefhkmnprt23456789"
+_SECONDS = 5.0  # that networks are timed for, in turns
 _SEEN = 0.3  # a score from which on something is there
 
 Draw = Callable[[np.random.Generator, list[Image.Image]], Image.Image]
@@ -164,32 +169,50 @@ def figures(name: str, exact: np.ndarray, found: np.ndarray) -> dict[str, float]
     return {"cosine": cosine(exact, found), "pixels of text shared": shared(exact, found)}
 
 
+def packed(
+    model: onnx.ModelProto, calibration: dict[str, np.ndarray], settings: dict[str, Any], path: Path
+) -> tuple[converter.Report, float]:
+    """Convert; returns the report, and the seconds that it took."""
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", converter.AccuracyWarning)
+        report = converter.convert(model, path, calibration=[calibration], **settings)
+    return report, time.perf_counter() - start
+
+
 def main() -> None:
     """Convert, run both networks, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, choices=CASES)
     parser.add_argument("--photographs", type=Path)
     parser.add_argument("--settings", type=json.loads, default={}, help="of convert, as JSON")
+    parser.add_argument(
+        "--against", type=json.loads, help="settings of a network to time in turns with it"
+    )
     args = parser.parse_args()
     model = PACKAGED[args.model].build(PACKAGED[args.model].size)
     calibration, x = samples(args.model, args.photographs)
     float_session = onnxruntime.InferenceSession(model.SerializeToString())
     name = float_session.get_inputs()[0].name
     exact = np.concatenate([float_session.run(None, {name: one[None]})[0] for one in x])
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", converter.AccuracyWarning)
-        path, start = Path(folder) / "net.stlq", time.perf_counter()
-        report = converter.convert(
-            model, path, calibration=({name: one[None]} for one in calibration), **args.settings
-        )
-        seconds = time.perf_counter() - start
-        session = runtime.load(path)
-        found = np.concatenate([session.run(one[None]) for one in x])
-    row = figures(args.model, exact, found)
-    row |= {"size": report.file_bytes / report.onnx_bytes, "seconds": seconds}
     print(machine.describe())
     print(f"{args.model} {args.settings or ''}")
-    print("  " + ", ".join(f"{what} {value:.4f}" for what, value in row.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        path, other = Path(folder) / "net.stlq", Path(folder) / "other.stlq"
+        report, seconds = packed(model, {name: calibration}, args.settings, path)
+        session = runtime.load(path)
+        found = np.concatenate([session.run(one[None]) for one in x])
+        row = figures(args.model, exact, found)
+        row |= {"size": report.file_bytes / report.onnx_bytes, "seconds": seconds}
+        print("  " + ", ".join(f"{what} {value:.4f}" for what, value in row.items()))
+        if args.against is None:
+            return
+        packed(model, {name: calibration}, args.against, other)
+        for threads in (1, 2):
+            sessions = [runtime.load(p, threads=threads) for p in (path, other)]
+            own, theirs = in_turns([partial(s.run, x[:1]) for s in sessions], _SECONDS)
+            speed = np.median(theirs / own)
+            print(f"  {speed:.3f} of the speed of {args.against}, threads: {threads}")
 
 
 if __name__ == "__main__":

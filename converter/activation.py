@@ -318,7 +318,7 @@ class _Candidates:
 
     def activation(self, index: int) -> Activation:
         """Return one of them."""
-        c = self._stored()[index].astype(np.int16, order="C")
+        c = self._stored()[index].astype(np.int16)
         return Activation(
             "Piecewise", float(self.centre[index]), float(self.width[index] / _STEP), c
         )

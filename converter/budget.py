@@ -9,15 +9,14 @@ layer by itself gets single words, and the rest of the float network runs on wha
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from logshift.converter.compare import groups_of, mean_square
+from logshift.converter.compare import mean_square
 from logshift.converter.encode import blocks, encode, gains, largest
-from logshift.converter.evaluate import Network, Value, rows
+from logshift.converter.evaluate import Evaluator, Network, Value, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
@@ -220,10 +219,10 @@ def _measured(
     The last is an array (group, K).
     """
     found = layers(graph)
-    size = max(len(x) // batches for x in samples.values())
-    few = min(batches, max(1, few_pictures(graph, len(found)) // size))
-    part = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
-    network, threads = _Network(graph, part, few, 1), default_threads()
+    network, threads = (
+        Network(graph, *few_samples(graph, samples, batches, len(found)), 1),
+        default_threads(),
+    )
 
     def measure(nodes: list[FloatNode]) -> tuple[list[FloatNode], LogWeights, np.ndarray]:
         single = encode(weight_of(nodes), settings.weight_bits, 0.0)
@@ -232,7 +231,7 @@ def _measured(
             variance = sum(
                 input_variance(node, rows(network.values[node.inputs[0]])) for node in nodes
             )
-            sensitivity = network.sensitivity(nodes, single.values())
+            sensitivity = _sensitivity(network, nodes, single.values())
             return nodes, single, np.nan_to_num(sensitivity * variance)
 
     for begin in range(0, len(found), threads):
@@ -240,8 +239,37 @@ def _measured(
         yield from spread(measure, found[begin : begin + threads], threads)
 
 
-def few_pictures(graph: FloatGraph, layers: int) -> int:
-    """Return on how many pictures it is measured what each of so many layers does."""
+def few_samples(
+    graph: FloatGraph,
+    samples: Mapping[str, np.ndarray],
+    batches: int,
+    layers: int,
+    most: int = _PICTURES,
+) -> tuple[dict[str, np.ndarray], int]:
+    """Return the first samples, on which it is measured what each of so many layers does.
+
+    Parameters
+    ----------
+    graph : FloatGraph
+    samples : dict of input name to array (pictures, ...)
+    batches : int
+        Batches of the model that these are.
+    layers : int
+    most : int
+        Pictures that are enough.
+
+    Returns
+    -------
+    dict of input name to array
+    int
+        How many batches these are.
+    """
+    size = max(len(x) // batches for x in samples.values())
+    few = min(batches, max(1, min(_pictures(graph, layers), most) // size))
+    return {name: x[: few * (len(x) // batches)] for name, x in samples.items()}, few
+
+
+def _pictures(graph: FloatGraph, layers: int) -> int:
     batch = max(graph.inputs[0].nominal[0], 1)
     names = [name for node in graph.nodes for name in node.outputs if name]
     values = max(sum(math.prod(graph.shapes[name]) for name in names) // batch, 1)
@@ -249,40 +277,29 @@ def few_pictures(graph: FloatGraph, layers: int) -> int:
     return int(np.clip(_KEPT // values, 1, pictures))
 
 
-class _Network(Network):
-    """The float network on a few pictures."""
+def _sensitivity(network: Network, nodes: list[FloatNode], weight: np.ndarray) -> float:
+    """Squared relative error of all outputs, per squared error of layers with this weight.
 
-    def __init__(
-        self, graph: FloatGraph, inputs: Mapping[str, np.ndarray], batches: int, threads: int
-    ) -> None:
-        super().__init__(graph, inputs, batches, threads)
-        self.groups = groups_of(graph.outputs, self.outputs)
+    What a layer's bias can make up for, the mean error of a channel, is none.
+    """
+    error = 0.0
 
-    def sensitivity(self, nodes: list[FloatNode], weight: np.ndarray) -> float:
-        """Squared relative error of all outputs, per squared error of layers with this weight.
+    def change(
+        node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
+    ) -> np.ndarray | None:
+        nonlocal error
+        if node not in nodes:
+            return None
+        inputs = [rows(network.values[name]) for name in node.inputs]
+        exact = evaluator(inputs)
+        lost = evaluator(inputs, weight) - exact
+        lost -= lost.mean(axis=(2, 3)).mean(axis=0)[:, None, None]
+        # Of one position of the outputs.
+        error += lost.shape[1] * mean_square(lost)
+        # Of another node with this weight.
+        if any(values[name] is not network.values[name] for name in node.inputs):
+            exact = evaluator([rows(values[name]) for name in node.inputs])
+        return evaluator.finish(exact + lost)
 
-        What a layer's bias can make up for, the mean error of a channel, is none.
-        """
-        changed: dict[str, Value] = {}
-        values = ChainMap(changed, self.values)
-        error = 0.0
-        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
-            if node in nodes:
-                inputs = [rows(self.values[n]) for n in node.inputs]
-                exact = evaluator(inputs)
-                lost = evaluator(inputs, weight) - exact
-                lost -= lost.mean(axis=(2, 3)).mean(axis=0)[:, None, None]
-                # Of one position of the outputs.
-                error += lost.shape[1] * mean_square(lost)
-                if changed.keys() & set(node.inputs):  # of another node with this weight
-                    exact = evaluator([rows(values[n]) for n in node.inputs])
-                changed[node.output] = evaluator.finish(exact + lost)
-            elif changed.keys() & set(node.inputs):
-                changed.update(self.results(node, evaluator, values))
-        if error == 0.0:
-            return 0.0
-        total = 0.0
-        for name in changed.keys() & self.groups.of.keys():
-            noise = self.groups.noise(name, rows(self.values[name]), rows(changed[name]))
-            total += sum(noise.values())
-        return total / error
+    noise = network.noise(network.rerun(change))
+    return sum(noise.values()) / error if error else 0.0

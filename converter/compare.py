@@ -259,6 +259,10 @@ class OutputSums:
         return all(0 < n <= pixels <= _FINEST * n for n, pixels in sizes)
 
 
+# By output name and number of the group: squared error over squares of the float values.
+Noise = dict[tuple[str, int], float]
+
+
 @dataclass(frozen=True)
 class Groups:
     """Groups of channels of all outputs, with the squares of their values in the float network.
@@ -273,11 +277,9 @@ class Groups:
     of: dict[str, list[GroupError]]
     power: dict[tuple[str, int], float]
 
-    def noise(
-        self, name: str, exact: np.ndarray, found: np.ndarray
-    ) -> dict[tuple[str, int], float]:
+    def noise(self, name: str, exact: np.ndarray, found: np.ndarray) -> Noise:
         """Return the squared error of an output's groups, over their squares."""
-        noise = {}
+        noise: Noise = {}
         for number, group in enumerate(self.of[name]):
             if exact.shape == found.shape and (power := self.power[name, number]) > 0:
                 lost = group.part(exact) - group.part(found)

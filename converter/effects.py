@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from logshift.converter.compare import GroupError
+from logshift.converter.compare import GroupError, Noise
 from logshift.converter.evaluate import Network, Value, rows
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
@@ -52,7 +51,7 @@ class Effect:
     part: Literal["weights", "codes"]
     bits: int
     settled_by: tuple[str, ...]
-    noise: dict[tuple[str, int], float]
+    noise: Noise
 
     @property
     def worst(self) -> float:
@@ -152,14 +151,11 @@ class _Network(Network):
         for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
             self.results(node, evaluator, self.values)
         self.seconds = time.perf_counter() - start
-        self.packed, self.groups = packed, groups
+        self.packed, self.compared = packed, groups
         self.made: dict[str, Node] = {
             name: node for node in packed.nodes for name in node.outputs if name
         }
-        self.readers: dict[str, list[FloatNode]] = {}
-        for node in graph.nodes:
-            for name in node.inputs:
-                self.readers.setdefault(name, []).append(node)
+        self.readers = graph.readers()
 
     def parts(self) -> list[_Part]:
         """Return all parts that are quantized."""
@@ -185,23 +181,19 @@ class _Network(Network):
             exact, found = evaluator(inputs), evaluator(inputs, words.values())
             if self.packed.settings.get("bias_correction", True):
                 found -= (found - exact).mean(axis=(0, 2, 3), keepdims=True)
-            changed: dict[str, Value] = {node.output: evaluator.finish(found)}
+            made = evaluator.finish(found)
             bits, tensor = words.bits, self._packed(node).outputs[0]
         else:
             q = self.packed.quantization[node.output]
-            changed = {node.output: q.dequantize(q.quantize(rows(self.values[node.output])))}
+            made = q.dequantize(q.quantize(rows(self.values[node.output])))
             bits, tensor = q.bits, node.output
-        values = ChainMap(changed, self.values)
-        for later, own in zip(
-            self.graph.nodes[part.index + 1 :], self.evaluators[part.index + 1 :], strict=True
-        ):
-            if changed.keys() & set(later.inputs):
-                changed.update(self.results(later, own, values))
+        changed = self.rerun(lambda later, *_: made if later is node else None)
+        values = self.values | changed
         return Effect(
             node.name, node.op, tensor, part.of, bits, self._settled_by(part),
             {
                 (name, number): self._noise(group, self.values[name], values[name])
-                for name, groups in self.groups.items()
+                for name, groups in self.compared.items()
                 for number, group in enumerate(groups)
             },
         )  # fmt: skip
@@ -226,10 +218,7 @@ class _Network(Network):
         exact, found = rows(exact), rows(found)
         if exact.shape != found.shape or exact.dtype.kind != "f":
             return 0.0
-        if group.channels:
-            chosen = group.indices(exact.shape[group.axis])
-            exact, found = (x.take(chosen, group.axis) for x in (exact, found))
-        return _ratio(exact, found)
+        return _ratio(group.part(exact), group.part(found))
 
 
 def _ratio(exact: np.ndarray, found: np.ndarray) -> float:

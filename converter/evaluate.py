@@ -7,13 +7,16 @@ operators run as the runtime runs them, one batch of the model at a time.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
+from logshift.converter.compare import Groups, Noise, groups_of
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.layout import onnx_weight
 from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
@@ -217,6 +220,46 @@ class Network:
     ) -> dict[str, Value]:
         """Evaluate a node on `values`; returns its outputs by name."""
         return results(node, evaluator, values, self.graph.constants, self.batches)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Groups of channels of the outputs."""
+        return groups_of(self.graph.outputs, self.outputs)
+
+    def rerun(self, change: Change) -> dict[str, Value]:
+        """Run the network on with other tensors than it has made; it stays as it is.
+
+        Parameters
+        ----------
+        change : callable(node, evaluator, values) -> Value or None
+            Called for every node in turn; returns what its output is to be instead, None if it
+            stays. `values` has all tensors as they have become, this node's output as well.
+
+        Returns
+        -------
+        dict of tensor name to Value
+            Of those that are not what they were.
+        """
+        changed: dict[str, Value] = {}
+        values = ChainMap(changed, self.values)
+        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
+            if changed.keys() & set(node.inputs):
+                changed.update(self.results(node, evaluator, values))
+            if (y := change(node, evaluator, values)) is not None:
+                changed[node.output] = y
+        return changed
+
+    def noise(self, changed: Mapping[str, Value]) -> Noise:
+        """Return what `rerun` has made of the groups of outputs."""
+        noise: Noise = {}
+        for name in self.groups.of:
+            if name in changed:
+                noise |= self.groups.noise(name, rows(self.values[name]), rows(changed[name]))
+        return noise
+
+
+# See `Network.rerun`.
+Change = Callable[[FloatNode, Evaluator, Mapping[str, Value]], Value | None]
 
 
 class _NodeWriter(OnnxWriter):

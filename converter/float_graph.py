@@ -150,6 +150,14 @@ class FloatGraph:
         own = {f.name: copy(getattr(self, f.name)) for f in fields(self) if f.name != "nodes"}
         return FloatGraph(nodes, **own)
 
+    def readers(self) -> dict[str, list[FloatNode]]:
+        """Nodes by the tensors that they read, as often as they do."""
+        readers: dict[str, list[FloatNode]] = {}
+        for node in self.nodes:
+            for name in node.inputs:
+                readers.setdefault(name, []).append(node)
+        return readers
+
     def uses(self) -> Counter[str]:
         """How often each tensor is read, by nodes and as a result."""
         counts = Counter(name for node in self.nodes for name in node.inputs)

@@ -27,6 +27,15 @@ def back(steps: int) -> str:
     return f"<{steps}>"
 
 
+def fresh(name: str, taken: set[str]) -> str:
+    """Return a name that is not taken: `name`, if it can be had; it is taken from then on."""
+    chosen, number = name, 1
+    while chosen in taken:
+        chosen, number = f"{name}_{number}", number + 1
+    taken.add(chosen)
+    return chosen
+
+
 class OnnxWriter:
     """Nodes and initializers of an ONNX graph.
 
@@ -47,11 +56,7 @@ class OnnxWriter:
 
     def fresh(self, name: str) -> str:
         """Return a tensor name that nothing has yet: `name`, if it can be had."""
-        chosen, number = name, 1
-        while chosen in self.names:
-            chosen, number = f"{name}_{number}", number + 1
-        self.names.add(chosen)
-        return chosen
+        return fresh(name, self.names)
 
     def constant(self, name: str, value: Any, dtype: type[np.generic] = np.float32) -> str:
         """Add an initializer; returns its name."""

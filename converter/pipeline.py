@@ -233,8 +233,8 @@ def convert(
         data, batches, max(limit // size, 1), batches if chooses else max(MOST_SAMPLES // size, 1)
     )
 
-    implied = wanted is not None and validate is None
-    implied = implied and max_bytes is None and max_drop is None and min_snr is None
+    # What a target that was not given needs, old calls may not have.
+    implied = wanted is not None and (max_bytes, max_drop, min_snr, validate) == (None,) * 4
     if too_few := implied and divided.samples_held_back < auto.FEWEST:
         wanted = Target(min_snr=_FAITHFUL)
 

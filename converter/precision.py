@@ -3,23 +3,23 @@
 Each tensor of codes is rounded by itself, and the rest of the float network runs on what comes out:
 so it is measured what its codes cost the outputs, each group of channels by itself, and which range
 of them costs least. Where all of them together cost too much, those tensors stay float32 that give
-most for the time it takes; what is read as float32 anyway comes first.
+most for the time it takes.
 """
 
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
-from logshift.converter.budget import few_pictures
+from logshift.converter.budget import few_samples
 from logshift.converter.calibrate import RANGES, choose_quantization
-from logshift.converter.compare import Groups, groups_of
-from logshift.converter.evaluate import Network, Value, results, rows
+from logshift.converter.compare import Noise
+from logshift.converter.evaluate import Evaluator, Network, Value, results, rows
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
+from logshift.converter.samples import by_batch
 from logshift.converter.settings import AUTO, Settings
 from logshift.runtime.cores import default_threads
 from logshift.runtime.executor import spread
@@ -39,9 +39,6 @@ _PRODUCT = 3.0
 _VALUE = 12.0
 # The time of the whole network that may go to it, as a share of that of codes alone.
 _SHARES = {"speed": 0.0, "size": 0.08, None: 0.08, "accuracy": 1.0}
-
-Noise = dict[tuple[str, int], float]
-
 
 Place = Callable[[Collection[str]], FloatGraph]
 
@@ -82,7 +79,7 @@ def choose_precision(
     ranges = network.ranges(progress)
     # Errors that go together do not just add up.
     total = network.effect(ranges)
-    if floats := _Spending(lowered, network.noise, total, settings).run():
+    if floats := _Spending(lowered, network.costs, total, settings).run():
         graph = place(floats)
     if settings.activation_range == AUTO:
         # Where codes and float32 of a tensor are both there, these have its name.
@@ -113,28 +110,25 @@ class _Network(Network):
 
     Attributes
     ----------
-    noise : dict of tensor name to Noise
-        What the codes of each tensor do to the outputs.
+    costs : dict of tensor name to Noise
+        What the codes of each tensor do to the outputs; known after `ranges`.
     """
 
     def __init__(
         self, graph: FloatGraph, samples: Mapping[str, np.ndarray], batches: int, settings: Settings
     ) -> None:
         self.rounded, self.settings = _rounded(graph), settings
-        size = max(len(x) // batches for x in samples.values())
-        few = min(batches, max(1, min(few_pictures(graph, len(self.rounded)), _PICTURES) // size))
-        inputs = {name: x[: few * (len(x) // batches)] for name, x in samples.items()}
-        super().__init__(graph, inputs, few, 1)
+        few = few_samples(graph, samples, batches, len(self.rounded), _PICTURES)
+        super().__init__(graph, *few, 1)
         self.observed = self._observe(samples, batches)
-        self.groups: Groups = groups_of(graph.outputs, self.outputs)
-        self.noise: dict[str, Noise] = {}
+        self.costs: dict[str, Noise] = {}
 
     def _observe(self, samples: Mapping[str, np.ndarray], batches: int) -> dict[str, np.ndarray]:
         """Return some values of each tensor that is rounded, its least and its largest among them.
 
         Of all samples: an end that a few do not reach is one for those that do.
         """
-        split = {n: x.reshape(batches, len(x) // batches, *x.shape[1:]) for n, x in samples.items()}
+        split = by_batch(samples, batches)
         wanted = {node.output for node in self.rounded}
         last_use = {name: i for i, node in enumerate(self.graph.nodes) for name in node.inputs}
 
@@ -187,22 +181,19 @@ class _Network(Network):
             progress(begin, len(self.rounded), f"rounding {nodes[0].name}")
             for node, result in zip(nodes, spread(measure, nodes, threads), strict=True):
                 if result is not None:
-                    found[node.output], self.noise[node.output] = result
+                    found[node.output], self.costs[node.output] = result
         return found
 
     def effect(self, rounding: Mapping[str, Quantization]) -> Noise:
         """Return what it does to the outputs that these tensors are rounded."""
-        changed: dict[str, Value] = {}
-        values = ChainMap(changed, self.values)
-        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
-            if changed.keys() & set(node.inputs):
-                changed.update(self.results(node, evaluator, values))
-            if (q := rounding.get(node.output)) is not None:
-                changed[node.output] = q.dequantize(q.quantize(rows(values[node.output])))
-        noise: Noise = {}
-        for name in self.groups.of.keys() & changed.keys():
-            noise |= self.groups.noise(name, rows(self.values[name]), rows(changed[name]))
-        return noise
+
+        def change(
+            node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
+        ) -> np.ndarray | None:
+            q = rounding.get(node.output)
+            return None if q is None else q.dequantize(q.quantize(rows(values[node.output])))
+
+        return self.noise(self.rerun(change))
 
 
 def _worst(noise: Noise) -> float:
@@ -223,22 +214,19 @@ class _Spending:
             for name, of in noise.items()
         }
         self.producers = {node.output: node for node in graph.nodes}
-        self.readers: dict[str, list[FloatNode]] = {}
-        for node in graph.nodes:
-            for name in node.inputs:
-                self.readers.setdefault(name, []).append(node)
+        self.readers = graph.readers()
 
     def run(self) -> set[str]:
         """Return the outputs of the nodes that work on float32."""
         total = dict(self.total)
         regions = {name: found for name in self.noise if (found := self._region(name))}
-        whole = sum(self._products(node) + self._values(node) for node in self.graph.nodes)
+        whole = sum(self._products(node) + self._size(node.output) for node in self.graph.nodes)
         left = _SHARES[self.settings.prefer] * whole
         chosen: set[str] = set()
         while wanting := {key: value for key, value in total.items() if value > _ENOUGH}:
             best, most, price = "", 0.0, 0.0
             for name, region in regions.items():
-                cost = self._cost(region - chosen) + _VALUE * _size(self.graph, name)
+                cost = self._cost(region - chosen) + _VALUE * self._size(name)
                 gain = sum(self.noise[name].get(key, 0.0) / wanting[key] for key in wanting)
                 if gain > _TRIED and cost <= left and gain / cost > most:
                     best, most, price = name, gain / cost, cost
@@ -274,17 +262,13 @@ class _Spending:
         n, _, h, w = self.graph.shapes[positions]
         return float(node.weight.size * n * h * w)
 
-    def _values(self, node: FloatNode) -> float:
-        return float(_size(self.graph, node.output))
-
     def _cost(self, region: set[str]) -> float:
         """Return what it costs to have these nodes on float32."""
         cost = 0.0
         for name in region:
             node = self.producers[name]
-            cost += _PRODUCT * self._products(node) + _VALUE * self._values(node)
+            cost += _PRODUCT * self._products(node) + _VALUE * self._size(name)
         return cost
 
-
-def _size(graph: FloatGraph, tensor: str) -> int:
-    return math.prod(graph.shapes.get(tensor, ()))
+    def _size(self, tensor: str) -> int:
+        return math.prod(self.graph.shapes.get(tensor, ()))

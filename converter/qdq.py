@@ -17,6 +17,7 @@ from logshift.converter.clamp import clamp_twice, zero_side
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.function import Function, identity
 from logshift.converter.metadata import Metadata
+from logshift.converter.onnx_writer import fresh
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.graph import Quantization
 from logshift.runtime.operators import OPERATORS
@@ -194,7 +195,7 @@ class _Strip:
             )
         inputs = [tensor]
         for bound, side in zip(bounds, ("low", "high"), strict=True):
-            inputs.append(_fresh(f"{node.output[0]}/{side}", self.names))
+            inputs.append(fresh(f"{node.output[0]}/{side}", self.names))
             self.graph.initializer.append(
                 numpy_helper.from_array(np.array(bound, np.float32), inputs[-1])
             )
@@ -202,7 +203,7 @@ class _Strip:
 
     def _note(self, node: onnx.NodeProto, q: Quantization) -> str:
         """Note the quantization of a node; returns the name that only this node is to have."""
-        name = _fresh(node.name or node.output[0], self.node_names)
+        name = fresh(node.name or node.output[0], self.node_names)
         self.quantization[name] = q
         return name
 
@@ -232,7 +233,7 @@ class _Strip:
         low = (0 if zero is None else int(zero.reshape(-1)[0])) - q.zero_point
         table = table.reshape(channels, _TABLE)[:, np.clip(np.arange(_TABLE), low, low + q.top)]
         quantize.input[0] = tensor
-        gather.input[0] = _fresh(f"{gather.output[0]}/table", self.names)
+        gather.input[0] = fresh(f"{gather.output[0]}/table", self.names)
         tensor_proto = numpy_helper.from_array(table.reshape(-1), gather.input[0])
         self.constants[gather.input[0]] = tensor_proto
         self.graph.initializer.append(tensor_proto)
@@ -274,13 +275,6 @@ def _reading(
 def _offsets(channels: int, dtype: np.dtype) -> np.ndarray:
     """Return where the tables of channels begin."""
     return (_TABLE * np.arange(channels, dtype=dtype)).reshape(1, -1, 1, 1)
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:

@@ -124,6 +124,11 @@ class Division:
         return self.held_back * sum(len(next(iter(x.values()))) for x in self.measuring)
 
 
+def by_batch(data: Mapping[str, np.ndarray], batches: int) -> dict[str, np.ndarray]:
+    """Return data of so many batches as arrays (batches, pictures of one, ...)."""
+    return {n: x.reshape(batches, len(x) // batches, *x.shape[1:]) for n, x in data.items()}
+
+
 def divide(data: Mapping[str, np.ndarray], batches: int, fitting: int, most: int) -> Division:
     """Divide calibration data, both parts spread over all of it.
 
@@ -147,7 +152,7 @@ def divide(data: Mapping[str, np.ndarray], batches: int, fitting: int, most: int
     elif batches >= _HELD_BACK:
         every = np.arange(_HELD_BACK - 1, batches, _HELD_BACK)
         used[every[spread(len(every), most)]] = False
-    split = {n: x.reshape(batches, len(x) // batches, *x.shape[1:]) for n, x in data.items()}
+    split = by_batch(data, batches)
     rest = np.flatnonzero(~used)
     held_back = len(rest) > 0
     return Division(
@@ -176,10 +181,7 @@ def telling_first(
         Of the float network.
     """
     count = division.batches
-    split = {
-        name: x.reshape(count, len(x) // count, *x.shape[1:])
-        for name, x in division.calibration.items()
-    }
+    split = by_batch(division.calibration, count)
     seen = spread(count, _LOOKED_AT)
     peaks = np.stack([_peaks(run({name: x[i] for name, x in split.items()})) for i in seen])
     highest = peaks.max(axis=0)

@@ -73,11 +73,12 @@ def target(activation: Activation | None, scale: float, zero_point: int) -> Targ
     kind, origin, unit = ACTIVATIONS.index(activation.op) + 1, activation.origin, activation.unit
     if kind == PRELU:
         z_y = np.array([zero_point], np.float32)
-        return Target(scale, 0.0, kind, z_y, activation.coefficients)
+        return Target(scale, 0.0, kind, z_y, np.ascontiguousarray(activation.coefficients))
     if kind == HARD_SWISH:
         coefficients = np.array([unit / scale, origin / scale, zero_point], np.float32)
     else:
-        coefficients = np.roll(activation.coefficients, PIECES // 2, axis=1)
+        # In the order of its axes, whatever that of the memory is: kernels get the address.
+        coefficients = np.ascontiguousarray(np.roll(activation.coefficients, PIECES // 2, axis=1))
     return Target(unit, -origin / unit, kind, coefficients)
 
 

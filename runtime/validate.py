@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
@@ -119,9 +118,6 @@ def _lay_out(node: Node) -> None:
     for name in ("bias", "table", "float_weights"):
         if (array := getattr(node, name)) is not None:
             setattr(node, name, np.ascontiguousarray(array))
-    if (function := node.activation) is not None:
-        stored = np.ascontiguousarray(function.coefficients)
-        node.activation = replace(function, coefficients=stored)
 
 
 def _check_quantization(graph: Graph) -> None:

@@ -169,6 +169,7 @@ def test_peak_loop_runs():
     ("setting", "case", "weights"),
     [
         ("3:0.05", "3 bits + 5 %", {"weight_bits": 3, "residual_ratio": 0.05}),
+        ("4:auto", "4 bits", {"weight_bits": 4}),
         ("auto:max_bytes=9000", "auto, max_bytes 9000", {"weight_bits": "auto", "max_bytes": 9000}),
         ("auto:max_drop=0.5", "auto, max_drop 0.5", {"weight_bits": "auto", "max_drop": 0.5}),
         ("validate:max_drop=1", "validate, max_drop 1", {"validate": True, "max_drop": 1.0}),

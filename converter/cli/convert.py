@@ -157,14 +157,11 @@ def convert(
     data: Any = calibration if pictures else load_array(calibration)
     given = mean or std or resize or crop or bgr or interpolation is not BILINEAR
     settings = {name: v.value if isinstance(v, Enum) else v for name, v in settings.items()}
-    if settings["weight_bits"] is not None:
-        settings["weight_bits"] = _number(
-            "--bits", settings["weight_bits"], settings["weight_bits"], int
-        )
+    if (bits := settings["weight_bits"]) is not None:
+        settings["weight_bits"] = _number(f"--bits {bits!r}", bits, int)
     settings["activation_bits"] = _activation_bits(settings["activation_bits"])
-    settings["residual_ratio"] = _number(
-        "--residual-ratio", settings["residual_ratio"], settings["residual_ratio"], float
-    )
+    ratio = settings["residual_ratio"]
+    settings["residual_ratio"] = _number(f"--residual-ratio {ratio!r}", ratio, float)
     settings["keep_float"] = settings["keep_float"] or ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)  # the report has it
@@ -200,12 +197,12 @@ def _input_shapes(texts: list[str]) -> dict[str, tuple[int | str | None, ...]] |
     return shapes or None
 
 
-def _number(option: str, text: str, number: str, kind: type[_Number]) -> _Number | str:
+def _number(given: str, number: str, kind: type[_Number]) -> _Number | str:
     """Return the number that an option gives, or "auto"."""
     try:
         return number if number == AUTO else kind(number)
     except ValueError:
-        raise InputError(f"{option} {text!r}: give a number, or {AUTO}") from None
+        raise InputError(f"{given}: give a number, or {AUTO}") from None
 
 
 def _activation_bits(given: list[str]) -> int | str | dict[str, int | str]:
@@ -213,7 +210,7 @@ def _activation_bits(given: list[str]) -> int | str | dict[str, int | str]:
     bits: dict[str, int | str] = {}
     for text in given:
         name, _, number = text.rpartition("=")
-        bits[name or "*"] = _number("--activation-bits", text, number, int)
+        bits[name or "*"] = _number(f"--activation-bits {text!r}", number, int)
     rest = bits.pop("*", AUTO)
     return bits | {"*": rest} if bits else rest
 

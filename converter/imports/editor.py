@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from logshift.converter.onnx_writer import fresh
+
 STANDARD = ("", "ai.onnx")
 
 
@@ -166,19 +168,11 @@ class Editor:
 
     def fresh(self, base: str) -> str:
         """Return a name that no tensor has."""
-        name, count = base, 1
-        while name in self._names:
-            name, count = f"{base}_{count}", count + 1
-        self._names.add(name)
-        return name
+        return fresh(base, self._names)
 
     def fresh_node(self, base: str) -> str:
         """Return a name that no node has."""
-        name, count = base, 1
-        while name in self._node_names:
-            name, count = f"{base}_{count}", count + 1
-        self._node_names.add(name)
-        return name
+        return fresh(base, self._node_names)
 
     def shape(self, name: str) -> list[int | None] | None:
         """Return what shape inference says of a tensor, None where it says nothing."""

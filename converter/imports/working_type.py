@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from logshift.converter.imports.editor import all_graphs, constants_of, inferred_types
+from logshift.converter.onnx_writer import fresh
 from logshift.kernels.errors import ConversionError
 
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -123,7 +124,7 @@ def _keep_edges(graph: onnx.GraphProto, declared: dict[str, int]) -> None:
     """
     made = {name for node in graph.node for name in node.output}
     initializers = {tensor.name for tensor in graph.initializer}
-    names = {name: _fresh(f"{name}/float32", made) for name in declared if name not in initializers}
+    names = {name: fresh(f"{name}/float32", made) for name in declared if name not in initializers}
     _rename(graph, names)
     before, after = [], []
     for value in graph.input:
@@ -143,13 +144,6 @@ def _keep_edges(graph: onnx.GraphProto, declared: dict[str, int]) -> None:
 
 def _cast(x: str, y: str, kind: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [x], [y], f"{y}/Cast", to=kind)
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:

@@ -13,9 +13,8 @@ from html.parser import HTMLParser
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
 from PIL import Image
-from support.onnx_nets import Net, network, noise
+from support.onnx_nets import Net, network, noise, one_called
 
 from logshift import converter, runtime
 from logshift.converter import ConversionError, InputError, Preprocessing, verify
@@ -328,12 +327,7 @@ def test_verify_of_another_version_of_the_model(tmp_path):
 
 def test_hostile_names(tmp_path):
     name = '<script>alert("x")</script>\n"\'&{{ 7 * 7 }}$x^2$'
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 3, 16, 16))
-    y = helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 4, 14, 14))
-    weight = onnx.numpy_helper.from_array(noise(4, (3, 3, 3)), "w")
-    node = helper.make_node("Conv", ["x", "w"], [name], name=name)
-    graph = helper.make_graph([node], "net", [x], [y], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    model = one_called(name, 16)
     labels = [f"</td><img src=x onerror=alert({i})>" for i in range(4)]
     _, page = convert(model, tmp_path, weight_bits=2, residual_ratio=0.0, labels=labels)
     shown = " ".join(name.split())

@@ -7,10 +7,8 @@ import json
 import warnings
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
-from support.onnx_nets import Net, network, noise, reference
+from support.onnx_nets import Net, network, noise, one_called, reference
 
 from logshift import converter, runtime
 from logshift.converter import AccuracyWarning, ConversionError, compare, verdict, verify
@@ -330,12 +328,7 @@ def test_settings_that_mend(effects, settings, expected):
 
 def test_names_from_the_model_stay_on_their_line(path):
     name = 'two\nlines "and" <b>'
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 3, 8, 8))
-    y = helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 4, 6, 6))
-    weight = onnx.numpy_helper.from_array(noise(4, (3, 3, 3)), "w")
-    node = helper.make_node("Conv", ["x", "w"], [name], name=name)
-    graph = helper.make_graph([node], "net", [x], [y], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    model = one_called(name, 8)
     with pytest.warns(AccuracyWarning):
         report = converter.convert(model, path, calibration=noise(10, (3, 8, 8)), **COARSE)
     assert repr(name) in report.verdict.warning

@@ -116,5 +116,15 @@ def network(shape=("batch", 3, 16, 16), width=8, classes=5):
     return net.model(net.node("Gemm", x, net.random(width, classes), net.random(classes)))
 
 
+def one_called(name, size):
+    """A convolution of this name, as is its output."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 3, size, size))
+    y = helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 4, size - 2, size - 2))
+    weight = onnx.numpy_helper.from_array(noise(4, (3, 3, 3)), "w")
+    node = helper.make_node("Conv", ["x", "w"], [name], name=name)
+    graph = helper.make_graph([node], "net", [x], [y], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
 def noise(n=32, shape=(3, 16, 16), seed=0):
     return np.random.default_rng(seed).standard_normal((n, *shape)).astype(np.float32)
