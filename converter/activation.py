@@ -18,6 +18,7 @@ from logshift.runtime.graph import Quantization
 # to half a code, and somewhere its codes change at least as fast as those of its input.
 _WORST = 0.5
 _SAME = 1e-6  # relative: functions this near to each other are the same
+_PER_DECADE = 10  # points on which that is seen
 
 # What is beyond the values that were seen.
 _MARGIN = 0.25  # of their span, on both sides, where a fit has to be as good
@@ -64,13 +65,12 @@ def activation(
     Activation, or None if nothing comes near enough.
     """
     size = max(abs(low), abs(high)) or 1.0
-    if (found := _prelu(function, size)) is not None:
+    x = _around(max(min(size, q.scale), float(np.finfo(np.float32).tiny)), size)
+    if (found := _prelu(function, x)) is not None:
         return found
     if function.channels > 1:
         return None
-    return (
-        _hard_swish(function, size) or _written(function, q) or _fit(function, q, low, high, clamp)
-    )
+    return _hard_swish(function, x) or _written(function, q) or _fit(function, q, low, high, clamp)
 
 
 def rounded(found: Activation, q: Quantization, x: np.ndarray) -> np.ndarray:
@@ -100,14 +100,16 @@ def _round(v, kind, slope, coefficients):
 # --- functions with a formula of their own ------------------------------------------------------
 
 
-def _around(size: float) -> np.ndarray:
-    """Return points on both sides of zero, from far within `size` to far beyond it."""
-    points = np.concatenate([np.geomspace(1e-3, 1e3, 61) * size, np.linspace(0, 16, 257)])
+def _around(least: float, most: float) -> np.ndarray:
+    """Return points on both sides of zero, from far within `least` to far beyond `most`."""
+    first, last = np.log10([1e-3 * least, 1e3 * most])
+    far = np.logspace(first, last, int(_PER_DECADE * (last - first)) + 1)
+    points = np.concatenate([far, np.linspace(0, 16, 257)])
     return np.unique(np.concatenate([-points, points]))
 
 
-def _prelu(function: Function, size: float) -> Activation | None:
-    x = _around(size)
+def _prelu(function: Function, x: np.ndarray) -> Activation | None:
+    """Return the function if it is a straight line below zero and x above it, where it is seen."""
     y = np.atleast_2d(function.values(x))
     slopes = (y[:, 0] / x[0]).astype(np.float32)
     expected = np.where(x < 0, slopes[:, None] * x, x)
@@ -116,9 +118,8 @@ def _prelu(function: Function, size: float) -> Activation | None:
     return Activation("PRelu", 0.0, 1.0, slopes[:1] if (slopes == slopes[0]).all() else slopes)
 
 
-def _hard_swish(function: Function, size: float) -> Activation | None:
-    """Return the function if it is x * clamp((x - origin) / unit, 0, 1)."""
-    x = _around(size)
+def _hard_swish(function: Function, x: np.ndarray) -> Activation | None:
+    """Return the function if it is x * clamp((x - origin) / unit, 0, 1), where it is seen."""
     y = function.values(x)
     with np.errstate(divide="ignore", invalid="ignore"):
         closed, opened = (np.flatnonzero(part) for part in (y / x < 0.05, y / x > 0.95))
@@ -136,7 +137,8 @@ def _hard_swish(function: Function, size: float) -> Activation | None:
     origin = points[first] - gate[first] * unit
     if not unit > 0:
         return None
-    unit, origin = _plain(float(unit)), _plain(float(origin))
+    unit = _plain(float(unit))
+    origin = _plain(float(origin)) if abs(origin) > _SAME * unit else 0.0
     expected = x * np.clip((x - origin) / unit, 0, 1)
     if not (np.abs(y - expected) <= _SAME * np.abs(x)).all():
         return None

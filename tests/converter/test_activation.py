@@ -20,6 +20,7 @@ from logshift.converter.export import export  # noqa: E402
 from logshift.converter.function import Function  # noqa: E402
 from logshift.runtime import Session  # noqa: E402
 from logshift.runtime.file import format as packed_format  # noqa: E402
+from logshift.runtime.graph import Quantization  # noqa: E402
 
 RANGES = [(-0.5, 0.5), (-2, 1), (-3, 3), (-8, 8), (-1, 12), (-40, 20), (-100, 100), (-1000, 500)]
 
@@ -163,6 +164,14 @@ def test_hard_swish_is_recognised(f, origin, unit, size):
     found = activation(f, range_of(f, -size, size), -size, size)
     assert found.op == "HardSwish" and found.coefficients.shape == (0,)
     np.testing.assert_allclose([found.origin, found.unit], [origin, unit], rtol=1e-7)
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1e-3, 30.0])
+def test_what_bends_only_within_a_code_is_not_taken_for_a_relu(unit):
+    """Where inputs are far larger than the codes of the result."""
+    found = activation(hard_swish(0.0, unit), Quantization(1.5e-6, 0, 2), -0.2, 0.2)
+    assert (found.op, found.origin) == ("HardSwish", 0.0)
+    np.testing.assert_allclose(found.unit, unit, rtol=1e-6)
 
 
 # --- any function -------------------------------------------------------------------------------
