@@ -339,6 +339,16 @@ def encode(
     )
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _both(w, unit, fine, bound, levels):
+    """Codes of a weight and what these stand for with one word and with two, in real units."""
+    r0 = min(max(np.float32(w / unit), -bound), bound)
+    code0 = _nearest_code(r0, levels)
+    one = _level(code0, levels)
+    code1 = _nearest_code((r0 - one) * fine, levels)
+    return code0, code1, one * unit, (one + _level(code1, levels) / fine) * unit
+
+
 @njit(cache=True, nogil=True)
 def _round_columns(
     w, update, alpha, levels, residual_shift, clip, eligible, least, first, second, gain
@@ -351,13 +361,9 @@ def _round_columns(
         for o in range(w.shape[1]):
             unit = alpha[g, o] / top
             for j in range(w.shape[2]):
-                r0 = min(max(np.float32(w[g, o, j] / unit), -bound), bound)
-                code0 = _nearest_code(r0, levels)
-                one = _level(code0, levels)
-                code1 = _nearest_code((r0 - one) * fine, levels)
-                two = one + _level(code1, levels) / fine
-                one_error = (w[g, o, j] - one * unit) / update[g, j, j]
-                two_error = (w[g, o, j] - two * unit) / update[g, j, j]
+                code0, code1, one, two = _both(w[g, o, j], unit, fine, bound, levels)
+                one_error = (w[g, o, j] - one) / update[g, j, j]
+                two_error = (w[g, o, j] - two) / update[g, j, j]
                 gain[g, o, j] = one_error * one_error - two_error * two_error if code1 else 0.0
                 chosen = eligible[g, o, j] and gain[g, o, j] > least
                 first[g, o, j] = code0
@@ -371,7 +377,7 @@ def _round_columns(
 def round_in_turn(
     w: np.ndarray, update: np.ndarray, alpha: np.ndarray, bits: int, residual_shift: int,
     clip: int, eligible: np.ndarray, least: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Choose codes column by column, each error spread over the columns that follow.
 
     Parameters
@@ -392,6 +398,8 @@ def round_in_turn(
     first, second : uint8 arrays of shape (group, O, K)
     gain : float64 array of shape (group, O, K)
         What a second word takes, or would take, from the squared error, over update[j, j]^2.
+    lost : float64 array of shape (group, O)
+        The squared error of every output.
 
     Notes
     -----
@@ -399,6 +407,7 @@ def round_in_turn(
     """
     w, levels = w.copy(), exponent_levels(bits)
     first, second, gain = (np.empty(w.shape, t) for t in (np.uint8, np.uint8, np.float64))
+    lost = np.zeros(w.shape[:2])
     for begin in range(0, w.shape[2], _COLUMNS):
         part = slice(begin, end := begin + _COLUMNS)
         results = [np.empty(w[..., part].shape, x.dtype) for x in (first, second, gain)]
@@ -409,5 +418,51 @@ def round_in_turn(
         )  # fmt: skip
         for target, result in zip((first, second, gain), results, strict=True):
             target[..., part] = result
+        lost += np.square(errors).sum(axis=2)
         w[..., end:] -= errors @ update[:, part, end:]
-    return first, second, gain
+    return first, second, gain, lost
+
+
+@njit(cache=True, nogil=True)
+def round_again(
+    w, slope, moments, alpha, levels, residual_shift, clip, eligible, least, first, second, gain
+):
+    """Round each weight anew for what all others of its output lose: coordinate descent, in place.
+
+    Parameters
+    ----------
+    w : float64 array of shape (group, O, K)
+        What the codes stand for.
+    slope : float64 array of shape (group, O, K)
+        What these lose, times `moments`.
+    moments : float64 array of shape (group, K, K)
+        Symmetric.
+    alpha : float32 array of shape (group, O)
+    levels, residual_shift, clip : int
+    eligible : bool array of shape (group, O, K)
+        Which weights may have second words.
+    least : float
+        What a second word must gain more than.
+    first, second : uint8 arrays of shape (group, O, K)
+    gain : float64 array of shape (group, O, K)
+        Is set to what a second word takes, or would take, from the squared error of the output.
+    """
+    levels = np.int32(levels)
+    top = np.float32(1 << (levels - 1))
+    bound, fine = top * np.float32(clip), np.float32(1 << residual_shift)
+    for g in range(w.shape[0]):
+        for j in range(w.shape[2]):  # one row of moments serves all outputs
+            power = moments[g, j, j]
+            for o in range(w.shape[1]):
+                best = w[g, o, j] - slope[g, o, j] / power
+                code0, code1, one, two = _both(best, alpha[g, o] / top, fine, bound, levels)
+                taken = power * ((best - one) ** 2 - (best - two) ** 2) if code1 else 0.0
+                gain[g, o, j] = taken
+                chosen = eligible[g, o, j] and taken > least
+                first[g, o, j] = code0
+                second[g, o, j] = code1 if chosen else 0
+                moved = (two if chosen else one) - w[g, o, j]
+                if moved != 0.0:
+                    w[g, o, j] += moved
+                    for k in range(w.shape[2]):
+                        slope[g, o, k] += moved * moments[g, j, k]
