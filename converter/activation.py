@@ -73,8 +73,8 @@ def activation(
     return _hard_swish(function, x) or _written(function, q) or _fit(function, q, low, high, clamp)
 
 
-def rounded(found: Activation, q: Quantization, x: np.ndarray) -> np.ndarray:
-    """Return the codes that kernels make of values, before they are clamped; float32.
+def rounded(found: Activation, q: Quantization, x: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Return the codes that kernels make of values, uint8.
 
     Parameters
     ----------
@@ -83,18 +83,24 @@ def rounded(found: Activation, q: Quantization, x: np.ndarray) -> np.ndarray:
     q : Quantization
         Of the result.
     x : float32 array
+    low, high : int
+        Bounds of the codes.
     """
     to = target(found, q.scale, q.zero_point)
     slope = np.float32(0 if to.slopes is None else to.slopes[0])
-    v = np.ascontiguousarray(x).reshape(-1) / np.float32(to.unit) + np.float32(to.zero)
-    _round(v, to.kind, slope, to.coefficients.ctypes.data)
-    return v.reshape(x.shape)
+    codes = np.empty(x.shape, np.uint8)
+    _round(
+        x.reshape(-1), np.float32(to.unit), np.float32(to.zero), to.kind, slope,
+        to.coefficients.ctypes.data, np.float32(low), np.float32(high), codes.reshape(-1),
+    )  # fmt: skip
+    return codes
 
 
-@njit(cache=True, nogil=True)
-def _round(v, kind, slope, coefficients):
-    for i in range(v.size):
-        v[i] = np.rint(activated(v[i], kind, slope, coefficients))
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round(x, unit, zero, kind, slope, coefficients, low, high, codes):
+    for i in range(x.size):
+        code = np.rint(activated(x[i] / unit + zero, kind, slope, coefficients))
+        codes[i] = np.uint8(np.int32(min(max(code, low), high)))
 
 
 # --- functions with a formula of their own ------------------------------------------------------
