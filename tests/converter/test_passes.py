@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-
-from logshift.converter import passes  # noqa: E402
-from logshift.converter.evaluate import Evaluator, snr_db  # noqa: E402
-from logshift.converter.float_graph import FloatNode  # noqa: E402
-from logshift.runtime.graph import Quantization  # noqa: E402
+from logshift.converter import passes
+from logshift.converter.evaluate import Evaluator, snr_db
+from logshift.converter.float_graph import FloatNode
+from logshift.runtime.graph import Quantization
 
 
 def values(*shape):
