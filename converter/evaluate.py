@@ -133,12 +133,26 @@ class Evaluator:
         arguments = [*inputs, *parameters]
         return self.session.run(None, dict(zip(self.names, arguments, strict=True)))[0]
 
+    def _run_into(
+        self, inputs: list[np.ndarray], parameters: list[np.ndarray], out: np.ndarray
+    ) -> None:
+        """Do what `_run` does, without copies of the output."""
+        assert self.session is not None
+        arguments = [np.ascontiguousarray(x) for x in (*inputs, *parameters)]
+        binding = self.session.io_binding()
+        for name, x in zip(self.names, arguments, strict=True):
+            binding.bind_input(name, "cpu", 0, np.float32, x.shape, x.ctypes.data)
+        name = self.session.get_outputs()[0].name
+        binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        self.session.run_with_iobinding(binding)
+
     def sweep(
         self,
         fetch: Fetch,
         count: int,
         then: Callable[[slice, np.ndarray], _T],
         weight: np.ndarray | None = None,
+        out: np.ndarray | None = None,
     ) -> list[_T]:
         """Evaluate the node for `count` pictures, a few at a time, on all cores.
 
@@ -147,9 +161,11 @@ class Evaluator:
         fetch : Fetch
         count : int
         then : callable(rows, output)
-            Called with every part of the output while it is in a cache; the array is its own.
+            Called with every part of the output while it is in a cache; it may change that.
         weight : array, optional
             Replaces the node's own.
+        out : float32 array, contiguous, optional
+            Of a layer: what holds all of its output in the end.
 
         Returns
         -------
@@ -160,6 +176,9 @@ class Evaluator:
 
         def evaluate(part: slice) -> _T:
             inputs = fetch(part)
+            if out is not None:
+                self._run_into(inputs, parameters, out[part])
+                return then(part, out[part])
             y = self._run(inputs, parameters)
             return then(part, np.array(y, np.float32, order="C") if self.session is None else y)
 

@@ -7,6 +7,7 @@ quantization of everything before it has shifted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +24,6 @@ from logshift.converter.clamp import NO_CLAMP
 from logshift.converter.constant_words import encode_constant, rows_read
 from logshift.converter.evaluate import (
     Evaluator,
-    Fetch,
     Value,
     ratio_db,
     rows,
@@ -108,13 +108,14 @@ def bytes_per_picture(graph: FloatGraph) -> int:
     sizes = {name: int(np.prod(shape)) // batch for name, shape in graph.shapes.items()}
     last_use = _last_uses(graph)
     alive = {info.name for info in graph.inputs}
-    most = 0
+    most = largest = 0
     for index, node in enumerate(graph.nodes):
         alive.update(filter(None, node.outputs))
         own = max(sizes[name] for name in node.outputs if name)
-        most = max(most, sum(sizes[name] for name in alive) + 2 * own)
+        most = max(most, sum(sizes[name] for name in alive) + own)
+        largest = max(largest, own)
         alive -= {name for name in alive if last_use.get(name, index) <= index}
-    return max(most, 1) * _BYTES_PER_VALUE
+    return max(most + largest, 1) * _BYTES_PER_VALUE
 
 
 def quantize_graph(
@@ -179,6 +180,7 @@ class _Walk:
         self.ahead = shared.look_ahead(graph, samples, batches, settings)
         self.encoded: dict[int, LogWeights] = {}
         self.constant_words: dict[str, ConstantWords] = {}
+        self.scratch = np.empty(0, np.float32)  # see `_memory`
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
         with ThreadPoolExecutor(1) as self.helper:
@@ -322,8 +324,13 @@ class _Walk:
 
         fetch = self._quantized(node)
         if is_corrected:
-            shift, sums = _corrected(evaluator, fetch, count, values, shift, seen.means, settle)
+            before = self._memory(seen.values.shape)
+            found = evaluator.sweep(fetch, count, lambda _, y: _means(y), values, before)
+            if shift is None:
+                assert seen.means is not None
+                shift = seen.means - _mean(found)
             packed.bias = (node.bias + shift).astype(np.float32)
+            sums = _shifted(before, shift, settle)
         else:
             sums = evaluator.sweep(fetch, count, settle, values)
         self.streams[node.output] = _Streams(seen.values, made.values)
@@ -351,6 +358,17 @@ class _Walk:
             made.values, _outermost(before), _outermost(after),
             _mean(means) if node.is_quantized else None,
         )  # fmt: skip
+
+    def _memory(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a float32 array that is used until the next layer.
+
+        It is the same memory for all layers: new pages take as long as what is written to them.
+        """
+        size = math.prod(shape)
+        if size > self.scratch.size:
+            self.scratch = np.empty(0, np.float32)  # that goes first
+            self.scratch = np.empty(size, np.float32)
+        return self.scratch[:size].reshape(shape)
 
     def _codes(
         self, packed: Node, evaluator: Evaluator, before: np.ndarray, q: Quantization
@@ -438,38 +456,20 @@ class _Walk:
             packed.table = table.astype(np.uint8)
 
 
-def _corrected(
-    evaluator: Evaluator,
-    fetch: Fetch,
-    count: int,
-    weight: np.ndarray | None,
-    shift: np.ndarray | None,
-    means: np.ndarray | None,
+def _shifted(
+    y: np.ndarray,
+    shift: np.ndarray,
     settle: Callable[[slice, np.ndarray], tuple[float, float]],
-) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """Evaluate a layer whose bias makes up for what quantization has shifted.
-
-    By `shift`, or, if that is not known yet, by what its channels then lack of `means`. Returns
-    the shift, and what `settle` returned for the parts of the output with it.
-    """
-    before = _Rows(count)
-
-    def keep(part: slice, y: np.ndarray) -> np.ndarray:
-        before.put(part, y)
-        return _means(y)
-
-    found = evaluator.sweep(fetch, count, keep, weight)
-    if shift is None:
-        assert means is not None
-        shift = means - _mean(found)
+) -> list[tuple[float, float]]:
+    """Shift the channels of a tensor, and call `settle` with its parts."""
     added = shift.astype(np.float32).reshape(-1, 1, 1)
 
-    def correct(part: slice) -> tuple[float, float]:
-        y = before.values[part]
-        y += added
-        return settle(part, y)
+    def shifted(part: slice) -> tuple[float, float]:
+        rows = y[part]
+        rows += added
+        return settle(part, rows)
 
-    return shift, over_pictures(correct, count, max(1, PART // before.values[0].size))
+    return over_pictures(shifted, len(y), max(1, PART // y[0].size))
 
 
 def _bound(value: float | None, q: Quantization | None) -> Any:

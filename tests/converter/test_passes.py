@@ -73,6 +73,10 @@ def test_a_sweep_is_the_same_on_any_number_of_cores(size, count, monkeypatch):
         assert [part.start for part, _ in parts] == sorted(part.start for part, _ in parts)
         assert sum(len(y) for _, y in parts) == count
         np.testing.assert_array_equal(np.concatenate([y for _, y in parts]), whole)
+        out = np.full(whole.shape, np.nan, np.float32)
+        parts = evaluator.sweep(lambda part: [x[part]], count, lambda part, y: y, out=out)
+        np.testing.assert_array_equal(out, whole)
+        assert all(np.shares_memory(y, out) for y in parts)
 
 
 def test_what_is_only_handed_on_is_not_changed():
