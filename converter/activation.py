@@ -73,8 +73,8 @@ def activation(
     return _hard_swish(function, x) or _written(function, q) or _fit(function, q, low, high, clamp)
 
 
-def rounded(found: Activation, q: Quantization, x: np.ndarray) -> np.ndarray:
-    """Return the codes that kernels make of values, before they are clamped; float32.
+def rounded(found: Activation, q: Quantization, x: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Return the codes that kernels make of values, uint8.
 
     Parameters
     ----------
@@ -83,18 +83,24 @@ def rounded(found: Activation, q: Quantization, x: np.ndarray) -> np.ndarray:
     q : Quantization
         Of the result.
     x : float32 array
+    low, high : int
+        Bounds of the codes.
     """
     to = target(found, q.scale, q.zero_point)
     slope = np.float32(0 if to.slopes is None else to.slopes[0])
-    v = np.ascontiguousarray(x).reshape(-1) / np.float32(to.unit) + np.float32(to.zero)
-    _round(v, to.kind, slope, to.coefficients.ctypes.data)
-    return v.reshape(x.shape)
+    codes = np.empty(x.shape, np.uint8)
+    _round(
+        x.reshape(-1), np.float32(to.unit), np.float32(to.zero), to.kind, slope,
+        to.coefficients.ctypes.data, np.float32(low), np.float32(high), codes.reshape(-1),
+    )  # fmt: skip
+    return codes
 
 
-@njit(cache=True, nogil=True)
-def _round(v, kind, slope, coefficients):
-    for i in range(v.size):
-        v[i] = np.rint(activated(v[i], kind, slope, coefficients))
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round(x, unit, zero, kind, slope, coefficients, low, high, codes):
+    for i in range(x.size):
+        code = np.rint(activated(x[i] / unit + zero, kind, slope, coefficients))
+        codes[i] = np.uint8(np.int32(min(max(code, low), high)))
 
 
 # --- functions with a formula of their own ------------------------------------------------------
@@ -233,11 +239,11 @@ class _Fit:
         other, free = np.meshgrid(widths, np.linspace(self.low, self.high, _CENTRES))
         centre = np.concatenate([border * width, free]).ravel()
         first = _Candidates(self, centre, np.concatenate([width, other]).ravel())
-        chosen = np.argsort(first.cost(_FEW), kind="stable")[:_BEST, None]
+        chosen = np.argsort(first.cost(_FEW, _BEST), kind="stable")[:_BEST, None]
         centre, width = (values[chosen] * _FINER for values in (first.centre, first.width))
         second = _Candidates(self, centre.ravel(), width.ravel())
         second.improve()
-        return second.activation(int(second.cost(_MANY).argmin()))
+        return second.activation(int(second.cost(_MANY, 1).argmin()))
 
 
 class _Candidates:
@@ -307,16 +313,19 @@ class _Candidates:
         c[:, 1:] = c[:, 1:].clip(-_MOST, _MOST)
         return np.nan_to_num(c).astype(np.int32)
 
-    def cost(self, count: int) -> np.ndarray:
-        """Return what is wrong with each, on so many points and far beyond them."""
+    def cost(self, count: int, wanted: int) -> np.ndarray:
+        """Return what is wrong with each, on so many points and far beyond them.
+
+        It is infinite of those that are none of the so many best.
+        """
         fit = self.fit
         near, far = fit.near(count), fit.span * _FAR
         y = fit.codes(x := np.concatenate([near, fit.low - far, fit.high + far]))
         x, y = x[~np.isnan(y)], fit.inside(y[~np.isnan(y)])
         c = self._stored()
-        worst = _worst(c, self.centre, self.width / _STEP, x, y, len(near), fit.bottom, fit.top)
-        cost = np.maximum(worst[:, 0], _NOTHING) + _FAR_WEIGHT * worst[:, 1]
-        return np.where(np.abs(c[:, 1:]).sum(axis=1).max(axis=1) <= _MOST, cost, np.inf)
+        fits = np.abs(c[:, 1:]).sum(axis=1).max(axis=1) <= _MOST
+        unit = self.width / _STEP
+        return _cost(c, fits, self.centre, unit, x, y, len(near), fit.bottom, fit.top, wanted)
 
     def activation(self, index: int) -> Activation:
         """Return one of them."""
@@ -327,10 +336,14 @@ class _Candidates:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _worst(c, centre, unit, x, y, near, bottom, top):
-    """Return the largest error of every candidate on the first points and on those after them."""
-    worst = np.zeros((len(c), 2))
+def _cost(c, fits, centre, unit, x, y, near, bottom, top, wanted):
+    """Return the cost of every candidate: its largest errors on the first points and after them."""
+    cost = np.full(len(c), np.inf)
+    least = np.full(wanted, np.inf)  # costs of the best ones, in order
     for candidate in range(len(c)):
+        if not fits[candidate]:
+            continue
+        first = last = 0.0
         for i in range(x.size):
             k = np.rint((x[i] - centre[candidate]) / unit[candidate])
             k = np.int64(min(max(k, -(2.0**15)), 2.0**15 - 1))
@@ -339,14 +352,25 @@ def _worst(c, centre, unit, x, y, near, bottom, top):
             p = c[candidate, 0, piece] + ((p * f + 2**14) >> 15)
             code = min(max(p, -(2**15)), 2**15 - 1) / _UNIT
             error = abs(min(max(code, bottom), top) - y[i])
-            worst[candidate, int(i >= near)] = max(worst[candidate, int(i >= near)], error)
-    return worst
+            if i >= near:
+                last = max(last, error)
+            elif error > first:
+                first = error
+                if first > least[-1]:
+                    break
+        else:
+            cost[candidate] = max(first, _NOTHING) + _FAR_WEIGHT * last
+            place = np.searchsorted(least, cost[candidate])
+            if place < wanted:
+                least[place + 1 :] = least[place:-1].copy()
+                least[place] = cost[candidate]
+    return cost
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _improve(c, across, y, exact, known, bottom, top):
     """Improve the parabolas of all candidates (candidates, pieces, 3), in place."""
-    weight, moments, sums = np.empty(y.shape[2]), np.empty(5), np.empty(3)
+    weight = np.empty(y.shape[2])
     for candidate in range(y.shape[0]):
         for piece in range(y.shape[1]):
             x, best = across[candidate, piece], c[candidate, piece]
@@ -356,26 +380,30 @@ def _improve(c, across, y, exact, known, bottom, top):
             c0, c1, c2 = best[0], best[1], best[2]
             least = np.inf
             for _ in range(_STEPS):
-                worst = 0.0
+                worst = total = 0.0
                 for i in range(x.size):
                     error = min(max(c0 + (c1 + c2 * x[i]) * x[i], bottom), top) - bounded[i]
                     error = abs(error) if given[i] else 0.0
                     weight[i] = (weight[i] + 1e-3) * error
+                    total += weight[i]
                     worst = max(worst, error)
                 if worst < least:
                     least = worst
                     best[0], best[1], best[2] = c0, c1, c2
-                total = weight.sum() / max(worst, 1e-9) + 1e-9
-                moments[:], sums[:] = 0.0, 0.0
+                share = max(worst, 1e-9) * (total / max(worst, 1e-9) + 1e-9)
+                m0 = m1 = m2 = m3 = m4 = s0 = s1 = s2 = 0.0
                 for i in range(x.size):
-                    weight[i] /= max(worst, 1e-9) * total
-                    power = weight[i]
-                    for k in range(5):
-                        moments[k] += power
-                        if k < 3:
-                            sums[k] += power * target[i]
-                        power *= x[i]
-                c0, c1, c2 = _parabola(moments, sums)
+                    weight[i] /= share
+                    w1 = weight[i] * x[i]
+                    w2 = w1 * x[i]
+                    w3 = w2 * x[i]
+                    m0, m1, m2, m3, m4 = m0 + weight[i], m1 + w1, m2 + w2, m3 + w3, m4 + w3 * x[i]
+                    s0, s1, s2 = (
+                        s0 + weight[i] * target[i],
+                        s1 + w1 * target[i],
+                        s2 + w2 * target[i],
+                    )
+                c0, c1, c2 = _parabola((m0, m1, m2, m3, m4), (s0, s1, s2))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

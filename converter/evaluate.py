@@ -10,6 +10,7 @@ import math
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -22,12 +23,15 @@ from logshift.converter.layout import onnx_weight
 from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.registry import WRITINGS
 from logshift.converter.ort import session
+from logshift.converter.passes import PART, over_pictures, squares
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime.onnx_ops import numpy_ops
 
 _OPSET = 19
 _IR_VERSION = 8
-_BATCH_ELEMENTS = 2**22
+_PLACES = 64  # of a part, at least: weights are read from memory for every one
+
+_T = TypeVar("_T")
 
 # Takes rows (pictures) and returns the node's inputs for them.
 Fetch = Callable[[slice], list[np.ndarray]]
@@ -112,30 +116,76 @@ class Evaluator:
 
     def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:
         """Return the output for `inputs`; `weight` replaces the node's own."""
+        return self._run(inputs, self._parameters(weight))
+
+    def _parameters(self, weight: np.ndarray | None) -> list[np.ndarray]:
+        """Return what a layer's session gets after its inputs."""
+        if not self.node.is_conv:
+            return []
+        assert self.node.weight is not None and self.node.bias is not None
+        w = self.node.weight if weight is None else weight
+        return [onnx_weight(self.node.op, w, self.node.attributes["group"]), self.node.bias]
+
+    def _run(self, inputs: list[np.ndarray], parameters: list[np.ndarray]) -> np.ndarray:
         if self.session is None:
             x = inputs[0]
             return x.reshape(x.shape[:2]) if self.node.op == "Flatten" else x
-        arguments = list(inputs)
-        if self.node.is_conv:
-            assert self.node.weight is not None and self.node.bias is not None
-            w = self.node.weight if weight is None else weight
-            group = self.node.attributes["group"]
-            arguments += [onnx_weight(self.node.op, w, group), self.node.bias]
+        arguments = [*inputs, *parameters]
         return self.session.run(None, dict(zip(self.names, arguments, strict=True)))[0]
 
-    def sweep(self, fetch: Fetch, count: int, weight: np.ndarray | None = None) -> np.ndarray:
-        """Return the output for `count` pictures, evaluated a few at a time."""
-        size = max(x[0].size for x in fetch(slice(0, 1)))
-        step = max(1, _BATCH_ELEMENTS // size)
-        output: np.ndarray | None = None
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
-            part = self(fetch(rows), weight)
-            if output is None:
-                output = np.empty((count, *part.shape[1:]), np.float32)
-            output[rows] = part
-        assert output is not None
-        return output
+    def _run_into(
+        self, inputs: list[np.ndarray], parameters: list[np.ndarray], out: np.ndarray
+    ) -> None:
+        """Do what `_run` does, without copies of the output."""
+        assert self.session is not None
+        arguments = [np.ascontiguousarray(x) for x in (*inputs, *parameters)]
+        binding = self.session.io_binding()
+        for name, x in zip(self.names, arguments, strict=True):
+            binding.bind_input(name, "cpu", 0, np.float32, x.shape, x.ctypes.data)
+        name = self.session.get_outputs()[0].name
+        binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        self.session.run_with_iobinding(binding)
+
+    def sweep(
+        self,
+        fetch: Fetch,
+        count: int,
+        then: Callable[[slice, np.ndarray], _T],
+        weight: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+    ) -> list[_T]:
+        """Evaluate the node for `count` pictures, a few at a time, on all cores.
+
+        Parameters
+        ----------
+        fetch : Fetch
+        count : int
+        then : callable(rows, output)
+            Called with every part of the output while it is in a cache; it may change that.
+        weight : array, optional
+            Replaces the node's own.
+        out : float32 array, contiguous, optional
+            Of a layer: what holds all of its output in the end.
+
+        Returns
+        -------
+        list
+            What `then` returned, in the order of the pictures.
+        """
+        parameters = self._parameters(weight)
+
+        def evaluate(part: slice) -> _T:
+            inputs = fetch(part)
+            if out is not None:
+                self._run_into(inputs, parameters, out[part])
+                return then(part, out[part])
+            y = self._run(inputs, parameters)
+            return then(part, np.array(y, np.float32, order="C") if self.session is None else y)
+
+        first = fetch(slice(0, 1))
+        places = min(math.prod(x.shape[2:]) for x in first)
+        step = max(PART // max(x.size for x in first), _PLACES // max(places, 1), 1)
+        return over_pictures(evaluate, count, step)
 
     def finish(self, y: np.ndarray) -> np.ndarray:
         """Return the output for what the node computes before its function and its clamp.
@@ -144,7 +194,7 @@ class Evaluator:
         """
         if self.function is not None:
             assert self.node.function is not None
-            step = max(1, _BATCH_ELEMENTS // y[:1].size)
+            step = max(1, PART // y[:1].size)
             for start in range(0, len(y), step):
                 part = y[start : start + step]
                 part[...] = self.function.run(None, {self.node.function.input: part})[0]
@@ -293,9 +343,11 @@ class _NodeWriter(OnnxWriter):
 
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:
     """Signal-to-noise ratio in dB: infinite without noise, NaN without a (finite) signal."""
-    with np.errstate(invalid="ignore"):
-        error = signal - noisy
-    power, noise = float(np.vdot(signal, signal)), float(np.vdot(error, error))
+    return ratio_db(*squares(signal, noisy))
+
+
+def ratio_db(power: float, noise: float) -> float:
+    """Return the signal-to-noise ratio in dB of what `squares` returns."""
     if power == 0.0 or not math.isfinite(power):
         return math.nan
     return math.inf if noise == 0.0 else 10.0 * math.log10(power / noise)

@@ -7,9 +7,11 @@ quantization of everything before it has shifted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,13 @@ from logshift.converter.constant_words import encode_constant, rows_read
 from logshift.converter.evaluate import (
     Evaluator,
     Value,
+    ratio_db,
     rows,
     run_onnx,
     snr_db,
 )
 from logshift.converter.float_graph import FloatGraph, FloatNode
+from logshift.converter.passes import PART, bounds, over_pictures, squares, threads_of_part
 from logshift.converter.progress import Progress
 from logshift.converter.settings import AUTO, Settings
 from logshift.kernels.errors import ConversionError
@@ -64,19 +68,54 @@ class _Streams:
     quantized: Value
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a node makes in the float network.
+
+    Attributes
+    ----------
+    values : float32 array
+    before, bounds : (low, high)
+        Of what its function is computed of, and of the values.
+    means : float64 array (O,), optional
+        Of channels before the function; of a layer that is quantized.
+    """
+
+    values: np.ndarray
+    before: tuple[float, float]
+    bounds: tuple[float, float]
+    means: np.ndarray | None
+
+
+class _Rows:
+    """An array of all pictures that is put together from its parts, by several threads."""
+
+    def __init__(self, count: int) -> None:
+        self.values = np.empty(0)
+        self._count, self._is_made, self._lock = count, False, Lock()
+
+    def put(self, part: slice, y: np.ndarray) -> None:
+        with self._lock:
+            if not self._is_made:
+                self.values = np.empty((self._count, *y.shape[1:]), y.dtype)
+                self._is_made = True
+        self.values[part] = y
+
+
 def bytes_per_picture(graph: FloatGraph) -> int:
     """Return the most memory that `quantize_graph` holds at once, per calibration picture."""
     batch = next(iter(graph.inputs)).nominal[0]
     sizes = {name: int(np.prod(shape)) // batch for name, shape in graph.shapes.items()}
     last_use = _last_uses(graph)
     alive = {info.name for info in graph.inputs}
-    most = 0
+    most = largest = 0
     for index, node in enumerate(graph.nodes):
         alive.update(filter(None, node.outputs))
         own = max(sizes[name] for name in node.outputs if name)
-        most = max(most, sum(sizes[name] for name in alive) + 2 * own)
+        most = max(most, sum(sizes[name] for name in alive) + own)
+        largest = max(largest, own)
         alive -= {name for name in alive if last_use.get(name, index) <= index}
-    return max(most, 1) * _BYTES_PER_VALUE
+    return max(most + largest, 1) * _BYTES_PER_VALUE
 
 
 def quantize_graph(
@@ -141,6 +180,7 @@ class _Walk:
         self.ahead = shared.look_ahead(graph, samples, batches, settings)
         self.encoded: dict[int, LogWeights] = {}
         self.constant_words: dict[str, ConstantWords] = {}
+        self.scratch = np.empty(0, np.float32)  # see `_memory`
 
     def run(self, progress: Progress) -> tuple[Graph, list[LayerError]]:
         with ThreadPoolExecutor(1) as self.helper:
@@ -194,10 +234,7 @@ class _Walk:
         pairs = list(zip(exact[0], quantized[0], strict=True))
         if any(y.dtype.kind != "f" or y.shape != z.shape for y, z in pairs):
             return packed, LayerError(None, None)
-        signal, noisy = (
-            np.concatenate([y.ravel() for y in part]) for part in zip(*pairs, strict=True)
-        )
-        return packed, LayerError(None, snr_db(signal, noisy))
+        return packed, LayerError(None, _ratio([squares(y, z) for y, z in pairs]))
 
     def _encode_constants(self, node: FloatNode, outputs: list[list[np.ndarray]]) -> None:
         """Choose the words of the constants that are weights of a node, where nobody has yet."""
@@ -245,56 +282,93 @@ class _Walk:
                 stream.exact = rows(stream.exact)
                 stream.quantized = stream.exact if same else rows(stream.quantized)
         count = len(self.streams[node.inputs[0]].exact)
-        evaluator = Evaluator(node)
+        evaluator = Evaluator(node, threads_of_part(count))
         # What the words depend on is known: they are chosen while the float network goes on.
         words = self.helper.submit(self._encode, node) if node.is_quantized else None
-        exact = evaluator.sweep(self._exact(node), count)
-        self._check(node, exact)
+        seen = self._look(node, evaluator, count)
         packed = Node(node.op, node.name, list(node.inputs), [node.output], dict(node.attributes))
-        low, high = float(exact.min()), float(exact.max())
-        means = _channel_means(exact) if node.is_quantized else None
-        exact = evaluator.finish(exact)
-        self._check(node, exact)
+        q = None
         if node.output in self.code_tensors:
-            q = self._choose(node, exact)
+            self.quantization[node.output] = q = self._choose(node, seen)
             if node.function is not None and node.table is not None:
-                packed.activation = activation(node.function, q, low, high, node.clamp)
+                packed.activation = activation(node.function, q, *seen.before, node.clamp)
                 if packed.activation is None:
                     raise _NeedsTable
-            self.quantization[node.output] = q
-        weight_snr = None
+        values = weight_snr = shift = None
+        is_corrected = False
+        packed.bias = node.bias
         if node.is_conv and node.keeps_weight:
-            packed.float_weights, packed.bias = node.weight, node.bias
-            quantized = evaluator.sweep(self._quantized(node), count)
+            packed.float_weights = node.weight
         elif words is not None:
-            assert node.weight is not None and node.bias is not None
+            assert node.weight is not None
             packed.weights = words.result()
             values = packed.weights.values()
             weight_snr = snr_db(node.weight, values)
-            quantized = evaluator.sweep(self._quantized(node), count, values)
-            packed.bias = node.bias
-            if self.settings.bias_correction and not self._is_given(node):
-                ahead = self.ahead.get(id(node.weight))
-                if ahead is not None and ahead.has_one_bias:
-                    shift = ahead.shift(node.weight, values)
-                else:
-                    shift = means - _channel_means(quantized)
-                packed.bias = (node.bias + shift).astype(np.float32)
-                quantized += shift.astype(np.float32).reshape(-1, 1, 1)
-        else:
-            quantized = evaluator.sweep(self._quantized(node), count)
-        if node.output not in self.code_tensors:
-            quantized = evaluator.finish(quantized)
-            self.streams[node.output] = _Streams(exact, quantized)
-            error = snr_db(exact, quantized)
-        else:
+            is_corrected = self.settings.bias_correction and not self._is_given(node)
+            ahead = self.ahead.get(id(node.weight))
+            if is_corrected and ahead is not None and ahead.has_one_bias:
+                shift = ahead.shift(node.weight, values)
+        made = _Rows(count)
+
+        def settle(part: slice, y: np.ndarray) -> tuple[float, float]:
+            exact = seen.values[part]
+            if q is None:
+                y = evaluator.finish(y)
+                made.put(part, y)
+                return squares(exact, y)
+            codes = self._codes(packed, evaluator, y, q)
+            made.put(part, codes)
             if node.output in self.graph.quantization:
-                exact = np.clip(exact, *q.dequantize(np.array([0, q.top])))
-            codes = self._codes(packed, evaluator, quantized, q)
-            self.streams[node.output] = _Streams(exact, codes)
-            error = snr_db(exact, q.dequantize(codes))
+                np.clip(exact, *q.dequantize(np.array([0, q.top])), out=exact)
+            return squares(exact, q.dequantize(codes))
+
+        fetch = self._quantized(node)
+        if is_corrected:
+            before = self._memory(seen.values.shape)
+            found = evaluator.sweep(fetch, count, lambda _, y: _means(y), values, before)
+            if shift is None:
+                assert seen.means is not None
+                shift = seen.means - _mean(found)
+            packed.bias = (node.bias + shift).astype(np.float32)
+            sums = _shifted(before, shift, settle)
+        else:
+            sums = evaluator.sweep(fetch, count, settle, values)
+        self.streams[node.output] = _Streams(seen.values, made.values)
         self._fill_in(packed, node)
-        return packed, LayerError(weight_snr, error)
+        return packed, LayerError(weight_snr, _ratio(sums))
+
+    def _look(self, node: FloatNode, evaluator: Evaluator, count: int) -> _Seen:
+        """Evaluate a node in the float network."""
+        made = _Rows(count)
+
+        def look(part: slice, y: np.ndarray) -> tuple[Any, Any, np.ndarray | None]:
+            before, means = bounds(y), _means(y) if node.is_quantized else None
+            y = evaluator.finish(y)
+            made.put(part, y)
+            return before, bounds(y), means
+
+        before, after, means = zip(*evaluator.sweep(self._exact(node), count, look), strict=True)
+        if node.is_quantized or node.output in self.code_tensors:
+            if not np.isfinite([before, after]).all():
+                raise ConversionError(
+                    f"{node.op} {node.name!r}: the float model produces NaN or infinity here on the"
+                    " calibration data"
+                )
+        return _Seen(
+            made.values, _outermost(before), _outermost(after),
+            _mean(means) if node.is_quantized else None,
+        )  # fmt: skip
+
+    def _memory(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a float32 array that is used until the next layer.
+
+        It is the same memory for all layers: new pages take as long as what is written to them.
+        """
+        size = math.prod(shape)
+        if size > self.scratch.size:
+            self.scratch = np.empty(0, np.float32)  # that goes first
+            self.scratch = np.empty(size, np.float32)
+        return self.scratch[:size].reshape(shape)
 
     def _codes(
         self, packed: Node, evaluator: Evaluator, before: np.ndarray, q: Quantization
@@ -308,16 +382,7 @@ class _Walk:
         if found is None or found.op != "Piecewise":
             return q.quantize(evaluator.finish(before))
         low, high = (_bound(bound, q) for bound in evaluator.node.clamp)
-        codes = rounded(found, q, before)
-        return codes.clip(low or 0, q.top if high is None else high).astype(np.uint8)
-
-    def _check(self, node: FloatNode, exact: np.ndarray) -> None:
-        rounds = node.is_quantized or node.output in self.code_tensors
-        if rounds and not np.isfinite(exact).all():
-            raise ConversionError(
-                f"{node.op} {node.name!r}: the float model produces NaN or infinity here on the"
-                " calibration data"
-            )
+        return rounded(found, q, before, low or 0, q.top if high is None else high)
 
     def _exact(self, node: FloatNode) -> Callable[[slice], list[np.ndarray]]:
         return lambda part: [self.streams[name].exact[part] for name in node.inputs]  # type: ignore[misc]
@@ -362,7 +427,7 @@ class _Walk:
             None if ahead is None else ahead.moments,
         )
 
-    def _choose(self, node: FloatNode, exact: np.ndarray) -> Quantization:
+    def _choose(self, node: FloatNode, seen: _Seen) -> Quantization:
         if node.output in self.graph.quantization:
             return self.graph.quantization[node.output]
         if OPERATORS[node.op].keeps_quantization:
@@ -371,7 +436,8 @@ class _Walk:
             return self.graph.ranges[node.output]
         s = self.settings
         method = RANGES[0] if s.activation_range == AUTO else s.activation_range
-        return choose_quantization(exact, s.code_bits_of(node.name), method, s.percentile)
+        values = np.array(seen.bounds) if method == RANGES[0] else seen.values
+        return choose_quantization(values, s.code_bits_of(node.name), method, s.percentile)
 
     def _fill_in(self, packed: Node, node: FloatNode) -> None:
         """Add what depends on the quantization of inputs and output: clamp and table."""
@@ -390,6 +456,22 @@ class _Walk:
             packed.table = table.astype(np.uint8)
 
 
+def _shifted(
+    y: np.ndarray,
+    shift: np.ndarray,
+    settle: Callable[[slice, np.ndarray], tuple[float, float]],
+) -> list[tuple[float, float]]:
+    """Shift the channels of a tensor, and call `settle` with its parts."""
+    added = shift.astype(np.float32).reshape(-1, 1, 1)
+
+    def shifted(part: slice) -> tuple[float, float]:
+        rows = y[part]
+        rows += added
+        return settle(part, rows)
+
+    return over_pictures(shifted, len(y), max(1, PART // y[0].size))
+
+
 def _bound(value: float | None, q: Quantization | None) -> Any:
     """Return a clamp bound in codes, or in real units of a float32 output."""
     if value is None or q is None:
@@ -397,9 +479,28 @@ def _bound(value: float | None, q: Quantization | None) -> Any:
     return int(np.clip(np.rint(value / q.scale + q.zero_point), 0, q.top))
 
 
-def _channel_means(y: np.ndarray) -> np.ndarray:
-    # Pictures first: NumPy adds up what lies side by side much faster, and more exactly.
-    return y.mean(axis=(2, 3)).mean(axis=0, dtype=np.float64)
+def _means(y: np.ndarray) -> np.ndarray:
+    """Return the mean of every channel of every picture.
+
+    Pictures first: NumPy adds up what lies side by side much faster, and more exactly.
+    """
+    return y.mean(axis=(2, 3))
+
+
+def _mean(means: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of every channel, of what `_means` returned for parts of the pictures."""
+    return np.concatenate(means).mean(axis=0, dtype=np.float64)
+
+
+def _outermost(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the bounds of a tensor, of those of its parts."""
+    return min(low for low, _ in found), max(high for _, high in found)
+
+
+def _ratio(sums: Sequence[tuple[float, float]]) -> float:
+    """Return a signal-to-noise ratio in dB, of what `squares` returned for parts of a tensor."""
+    power, noise = (sum(part) for part in zip(*sums, strict=True))
+    return ratio_db(power, noise)
 
 
 def _last_uses(graph: FloatGraph) -> dict[str, int]:

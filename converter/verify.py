@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logshift.converter import ort
 from logshift.converter.compare import Sums
 from logshift.converter.extra import require
 from logshift.converter.progress import bar
@@ -22,8 +21,8 @@ from logshift.runtime.table import text_table
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
+    from logshift.converter.onnx_model import Model, Runner
 
 _SHOWN = 4  # batches that a page is about
 
@@ -121,21 +120,22 @@ def verify(
     Raises
     ------
     ConversionError
-        If the model is not readable, or has not the packed network's inputs and outputs.
+        If the model is none that can be converted, or has not the packed network's inputs and
+        outputs.
     InputError
         If an input does not fit, or there is none.
     """
-    require("verifying", "onnx", "onnxruntime")
+    require("verifying", "onnx", "onnxruntime", "onnxslim")
     path = None if isinstance(packed, Session) else Path(packed)
     if html is not None:
         if path is None:
             raise InputError("html: give the path of the packed file, not a session")
-        require("a report page", "onnxslim")
         from logshift.converter.page import check_target
 
         check_target("html", html, path)
     session = packed if isinstance(packed, Session) else load(packed)
-    reference, names = _reference(model, session)
+    loaded = _load(model, session)
+    reference, names = _reference(loaded, session)
     output = session.outputs[0].name
     sums: dict[str, Sums] = {}
     outputs = compare(session.inputs, session.outputs, session.labels)
@@ -146,7 +146,7 @@ def verify(
         arrays = {info.name: found[info.name] for info in session.inputs}
         if html is not None and len(batches) < _SHOWN:
             batches.append(arrays)
-        expected = dict(zip(names, _run(reference, names, arrays), strict=True))
+        expected = dict(zip(names, reference(arrays), strict=True))
         for name in names:
             x, y = expected[name], found.get(name)
             if y is not None and x.dtype.kind == "f" and x.shape == y.shape:
@@ -172,7 +172,7 @@ def verify(
 
         snr_db = {name: error.snr_db() for name, error in sums.items()}
         with bar("measuring") as show:
-            page = page_of_file(model, path, session.graph, verdict, snr_db, batches, show)
+            page = page_of_file(loaded, path, session.graph, verdict, snr_db, batches, show)
         write_page(page, html)
     return Verification(
         [TensorError(n, ops[n], s.snr_db(), s.cosine()) for n, s in sums.items()],
@@ -194,43 +194,52 @@ def _each(inputs: np.ndarray | Iterable[Any], session: Session) -> Iterator[Any]
         yield inputs[start : start + size]
 
 
-def _reference(
-    model: str | os.PathLike[str] | onnx.ModelProto, session: Session
-) -> tuple[onnxruntime.InferenceSession, list[str]]:
-    """ONNX session that returns every tensor of the packed network, and these tensors' names."""
+def _load(model: str | os.PathLike[str] | onnx.ModelProto, session: Session) -> Model:
+    """Load the model as `convert` has, with the sizes that it was told for the inputs."""
+    from logshift.converter.onnx_model import load
+
+    loaded = load(model)
+    packed = {info.name: info.shape for info in session.inputs}
+    shapes = {info.name: info.shape for info in loaded.inputs}
+    if missing := packed.keys() - shapes.keys():
+        raise _of_another(min(missing))
+    other = {n: shape for n, shape in packed.items() if shape != shapes[n]}
+    if any(len(shape) != len(shapes[n]) for n, shape in other.items()):
+        raise _of_another(min(other))
+    if not other:
+        return loaded
+    try:
+        return load(model, other)
+    except ConversionError as error:
+        raise ConversionError(
+            f"the packed file was made from another model, or this one cannot have its sizes:"
+            f" {error}"
+        ) from error
+
+
+def _reference(loaded: Model, session: Session) -> tuple[Runner, list[str]]:
+    """Return what computes every tensor of the packed network, and these tensors' names."""
     import onnx
 
-    try:
-        proto = onnx.ModelProto()
-        proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else onnx.load(os.fspath(model)))
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's own types, by version
-        raise ConversionError(f"{model}: not a readable ONNX model ({error})") from error
+    from logshift.converter.imports.declared import forget
+    from logshift.converter.onnx_model import Runner
+
+    proto = onnx.ModelProto()
+    proto.CopyFrom(loaded.given)
+    forget(proto)
     computed = {name for node in proto.graph.node for name in node.output}
-    missing = {info.name for info in session.inputs} - {value.name for value in proto.graph.input}
-    missing |= {info.name for info in session.outputs} - computed
-    if missing:
-        raise ConversionError(
-            f"the ONNX model has no input or output {min(missing)!r}: the packed file was made"
-            " from another model"
-        )
+    if missing := {info.name for info in session.outputs} - computed:
+        raise _of_another(min(missing))
     names = [
         name for node in session.graph.nodes for name in node.outputs if name and name in computed
     ]
-    declared = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in declared)
-    try:
-        reference = ort.session(proto)
-    except Exception as error:  # onnxruntime's exceptions share no useful base
-        raise ConversionError(f"onnxruntime cannot load the model: {error}") from error
-    return reference, names
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return Runner(proto), names
 
 
-def _run(
-    reference: onnxruntime.InferenceSession, names: list[str], arrays: dict[str, np.ndarray]
-) -> list[np.ndarray]:
-    try:
-        return list(reference.run(names, arrays))
-    except Exception as error:
-        raise ConversionError(f"onnxruntime cannot run the model: {error}") from error
+def _of_another(name: str) -> ConversionError:
+    return ConversionError(
+        f"the ONNX model has no such input or output {name!r}: the packed file was made from"
+        " another model"
+    )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from logshift.kernels.activation import Activation
+from logshift.kernels.codes import dequantize, quantize
 from logshift.kernels.stlq.codec import LogWeights
 
 Shape = tuple[int, ...]
@@ -51,16 +52,18 @@ class Quantization:
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
         """Return the codes of real values, uint8."""
-        codes = np.asarray(x / np.float32(self.scale))
-        np.rint(codes, out=codes)  # in place: these are the largest arrays of a conversion
-        codes += np.float32(self.zero_point)
-        return np.clip(codes, 0, self.top, out=codes).astype(np.uint8)
+        x = np.asarray(x, np.float32)
+        codes = np.empty(x.shape, np.uint8)
+        scale, zero, top = (np.float32(v) for v in (self.scale, self.zero_point, self.top))
+        quantize(x.reshape(-1), scale, zero, top, codes.reshape(-1))
+        return codes
 
     def dequantize(self, codes: np.ndarray) -> np.ndarray:
         """Return the real values of codes, float32."""
-        x = np.asarray(codes.astype(np.float32))
-        x -= np.float32(self.zero_point)
-        x *= np.float32(self.scale)
+        codes = np.asarray(codes)
+        x = np.empty(codes.shape, np.float32)
+        zero, scale = np.float32(self.zero_point), np.float32(self.scale)
+        dequantize(codes.reshape(-1), zero, scale, x.reshape(-1))
         return x
 
 

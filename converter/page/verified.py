@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from logshift.converter.evaluate import snr_db
 from logshift.converter.float_graph import FloatGraph
-from logshift.converter.onnx_model import Model, Runner, load
+from logshift.converter.onnx_model import Model, Runner
 from logshift.converter.page.content import Page, float_weights, gather
 from logshift.converter.pipeline import lowered, placed
 from logshift.converter.progress import Progress
@@ -27,7 +26,7 @@ from logshift.runtime.graph import Graph
 
 
 def page_of_file(
-    model: str | os.PathLike[str] | onnx.ModelProto,
+    loaded: Model,
     path: Path,
     packed: Graph,
     verdict: Verdict,
@@ -39,7 +38,7 @@ def page_of_file(
 
     Parameters
     ----------
-    model : path or onnx.ModelProto
+    loaded : Model
     path : path
         Of the packed file.
     packed : Graph
@@ -51,7 +50,6 @@ def page_of_file(
         Batches of the model.
     progress : callable(done, total, what)
     """
-    loaded = load(model)
     graph = _float_graph(loaded, packed, batches)
     exact = float_weights(graph)
     sizes = layer_bytes(path)

@@ -330,7 +330,7 @@ def test_verifying_another_model_is_refused(capsys, packed, onnx_model):
     array = packed.with_name("x.npy")
     np.save(array, np.zeros((1, 2, 6, 6), np.float32))
     assert call("verify", onnx_model, packed, array) == 1
-    assert "onnxruntime cannot run" in capsys.readouterr().err
+    assert "made from another model" in capsys.readouterr().err
     graph = make.classifier()
     graph.nodes[-1].outputs = ["z"]
     graph.outputs = [ValueInfo("z", *(getattr(graph.outputs[0], k) for k in ("shape", "nominal")))]
