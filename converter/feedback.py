@@ -10,9 +10,10 @@ they take from the error of outputs, not of weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +42,8 @@ _PASSES = 2  # the choice of second words and the errors it leaves depend on eac
 # Weights that make up for others outgrow the alpha that the float ones have.
 _LARGER = tuple(2 ** (eighth / 8) for eighth in range(9))
 _SUITABLE = 0.8, 1.25  # times an alpha, to suit its words
-# How often each weight is rounded again; until when second words are chosen anew.
-_AGAIN, _CHOSEN_UNTIL = 5, 3
+# How often each weight is rounded again with second words chosen anew, and then with the same.
+_CHOSEN_ANEW, _KEPT = 2, 2
 _PART = 2**15  # weights that are rounded at a time
 # Weights of an output: the memory of their covariance, and the time of its inverse, have an end.
 MOST_INPUTS = 8192
@@ -110,12 +111,10 @@ def covariance(
     taps = kh * kw if node.op == "Conv" else 1
     size, parts = taps * in_group, weight.shape[2] // (taps * in_group)
     first, count = groups.indices(group)[0], len(quantized.values)
+    channels = slice(first * in_group, (first + len(weight)) * in_group)
     wanted = max(min(_MANY_PER_INPUT * size, _MANY_SAMPLES), _SAMPLES_PER_INPUT * size)
     wanted = max(wanted, _FEWEST_SAMPLES)
     places = _Places(node, quantized.values.shape[2:], -(-wanted // count))
-
-    def columns_of(inputs: Inputs, picture: int) -> np.ndarray:
-        return places.columns(inputs, picture, slice(first, first + len(weight)), in_group)
 
     moments = np.zeros((len(weight), size, size), np.float32)
     lost = np.zeros((len(weight), weight.shape[1], parts, size))
@@ -123,34 +122,13 @@ def covariance(
     # Around the first picture's mean: what varies little, far from zero, would drown in rounding.
     origin = np.zeros((len(weight), 1, size), np.float32)
     if center:
-        origin = columns_of(quantized, 0).mean(axis=1, keepdims=True)
+        origin = places.columns(quantized, 0, channels, in_group).mean(axis=1, keepdims=True)
     of_taps = weight.reshape(len(weight), -1, size).transpose(0, 2, 1)
     samples = 0
-    threads = default_threads()
-
-    def gather(pictures: range) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return what weights are multiplied with, and what quantization took from it."""
-        shape = (len(weight), len(pictures), places.count, size)
-        columns, taken = np.empty(shape, np.float32), None
-        if exact is not None:
-            taken = np.empty(shape, np.float32)
-
-        def fill(index: int) -> None:
-            columns[:, index] = columns_of(quantized, pictures[index])
-            if taken is not None:
-                np.subtract(
-                    columns_of(exact, pictures[index]), columns[:, index], out=taken[:, index]
-                )
-            columns[:, index] -= origin
-
-        spread(fill, range(len(pictures)), threads)
-        flat = len(weight), -1, size
-        return columns.reshape(flat), None if taken is None else taken.reshape(flat)
-
-    parts_of_groups = _parts(len(weight))
     together = max(1, _ELEMENTS // (places.count * len(weight) * size))
     for begin in range(0, count, together):
-        columns, taken = gather(range(begin, min(begin + together, count)))
+        pictures = range(begin, min(begin + together, count))
+        columns, taken = places.gather(quantized, exact, pictures, channels, origin)
 
         def add_moments(part: slice, columns: np.ndarray = columns) -> None:
             for total, own in zip(moments[part], columns[part], strict=True):
@@ -169,8 +147,8 @@ def covariance(
 
         spread(
             lambda task: task[0](task[1]),
-            [(add, part) for part in parts_of_groups for add in (add_moments, add_lost)],
-            threads,
+            [(add, part) for part in _parts(len(weight)) for add in (add_moments, add_lost)],
+            default_threads(),
         )
         samples += columns.shape[1]
     moments /= samples
@@ -250,16 +228,45 @@ class _Places:
             self.extent = rows, columns
         self.count = min(most, self.extent[0] * self.extent[1])
 
-    def columns(self, inputs: Inputs, picture: int, groups: slice, in_group: int) -> np.ndarray:
+    def gather(
+        self,
+        quantized: Inputs,
+        exact: Inputs | None,
+        pictures: range,
+        channels: slice,
+        origin: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return what weights are multiplied with, less `origin`, and what was taken from it.
+
+        Both are float32 (groups, pictures * positions, taps * in_group).
+        """
+        groups, _, size = origin.shape
+        in_group = (channels.stop - channels.start) // groups
+        shape = (groups, len(pictures), self.count, size)
+        columns = np.empty(shape, np.float32)
+        taken = None if exact is None else np.empty(shape, np.float32)
+
+        def fill(index: int) -> None:
+            found = self.columns(quantized, pictures[index], channels, in_group)
+            if exact is not None and taken is not None:
+                whole = self.columns(exact, pictures[index], channels, in_group)
+                np.subtract(whole, found, out=taken[:, index])
+            np.subtract(found, origin, out=columns[:, index])
+
+        spread(fill, range(len(pictures)), default_threads())
+        flat = groups, -1, size
+        return columns.reshape(flat), None if taken is None else taken.reshape(flat)
+
+    def columns(self, inputs: Inputs, picture: int, channels: slice, in_group: int) -> np.ndarray:
         """Return what weights are multiplied with, float32 (groups, positions, taps * in_group)."""
         rng = np.random.default_rng(picture)
         chosen = rng.choice(self.extent[0] * self.extent[1], self.count, replace=False)
         rows, columns = np.divmod(chosen, self.extent[1])
         q = inputs.quantization
         zero, scale = (0.0, 1.0) if q is None else (q.zero_point, q.scale)
-        x = inputs.values[picture, groups.start * in_group : groups.stop * in_group]
+        x = inputs.values[picture, channels]
         kh, kw = self.kernel
-        found = np.empty((groups.stop - groups.start, self.count, kh * kw, in_group), np.float32)
+        found = np.empty((len(x) // in_group, self.count, kh * kw, in_group), np.float32)
         _gather(
             np.ascontiguousarray(x), rows * self.strides[0] - self.begin[0],
             columns * self.strides[1] - self.begin[1], kh, kw, self.dilations[0],
@@ -396,17 +403,17 @@ class _Rounding:
     ) -> None:
         self.settings, self.ratio = settings, ratio
         parts = _parts(len(moments))
-        self.plain, *found = spread(
-            lambda find: find(),
-            [
-                partial(encode_alone, weight, settings, ratio),
-                *(partial(_fit, moments[part], lost[part]) for part in parts),
-                *(partial(_updates, moments[part]) for part in parts),
-            ],
-            default_threads(),
-        )
+        tasks: list[Callable[[], Any]] = [
+            partial(encode_alone, weight, settings, ratio),
+            *(partial(_fit, moments[part], lost[part]) for part in parts),
+            *(partial(_updates, moments[part]) for part in parts),
+        ]
+        self.plain: LogWeights
+        self.plain, *found = spread(lambda find: find(), tasks, default_threads())
         fit = np.concatenate(found[: len(parts)])
-        order, self.update = map(np.concatenate, zip(*found[len(parts) :], strict=True))
+        order, self.update = (
+            np.concatenate(each) for each in zip(*found[len(parts) :], strict=True)
+        )
         plain, group = self.plain, len(moments)
         self.target = weight.reshape(group, -1, moments.shape[1]) + fit
         self.moments, self.order = _damped(moments, _DAMPING), order[:, None]
@@ -489,16 +496,7 @@ class _Rounding:
             slope[part] = w[part] @ moments - wanted
 
         spread(begin, self.parts, default_threads())
-        for step in range(_AGAIN):
-            if step == 0:  # the words that have been chosen
-                allowed, least = self.second != 0, 0.0
-            elif step < _CHOSEN_UNTIL:
-                allowed, least = _choice(self.gain, self.ratio, self.settings)
-            elif step == _CHOSEN_UNTIL:  # no more than the ratio allows
-                s = self.settings
-                matrix = self.gain.reshape(-1, self.gain.shape[2])
-                allowed = select(matrix, self.ratio, s.granularity, s.tile)
-                allowed, least = allowed.reshape(self.gain.shape), 0.0
+        for allowed, least in self._choices():
 
             def work(
                 part: tuple[slice, slice], allowed: np.ndarray = allowed, least: float = least
@@ -510,6 +508,18 @@ class _Rounding:
                 )  # fmt: skip
 
             spread(work, self.parts, default_threads())
+
+    def _choices(self) -> Iterator[tuple[np.ndarray, float]]:
+        """Yield which weights may have second words, and what these must gain, time after time."""
+        yield self.second != 0, 0.0
+        for _ in range(_CHOSEN_ANEW):
+            yield _choice(self.gain, self.ratio, self.settings)
+        # The gains that led to the choice were those of the time before: now there are no more.
+        matrix = self.gain.reshape(-1, self.gain.shape[-1])
+        s = self.settings
+        chosen = select(matrix, self.ratio, s.granularity, s.tile).reshape(self.gain.shape)
+        for _ in range(_KEPT):
+            yield chosen, 0.0
 
 
 def _fit(moments: np.ndarray, lost: np.ndarray) -> np.ndarray:
