@@ -427,7 +427,7 @@ class _Rounding:
             )
         )
         left = np.diagonal(self.update, axis1=1, axis2=2)
-        self.gain = gain / np.square(_back(left[:, None], self.order))
+        self.gain: np.ndarray = gain / np.square(_back(left[:, None], self.order))
         # Groups, or outputs of one group, that are worked on at the same time.
         axis = group if group > 1 else len(weight)
         step = max(1, _PART * axis // weight.size)
