@@ -9,18 +9,21 @@ most for the time it takes.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import numpy as np
 
 from logshift.converter.budget import few_samples
 from logshift.converter.calibrate import RANGES, choose_quantization
 from logshift.converter.compare import Noise
-from logshift.converter.evaluate import Evaluator, Network, Value, results, rows
+from logshift.converter.evaluate import AT_ONCE, Network, Value, rows
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.converter.samples import by_batch
 from logshift.converter.settings import AUTO, Settings
+from logshift.converter.stretches import Stretch
 from logshift.runtime.cores import default_threads
 from logshift.runtime.executor import spread
 from logshift.runtime.graph import Quantization
@@ -32,6 +35,8 @@ _PICTURES = 4  # that effects are measured on
 _ENOUGH = 5e-4
 _OBSERVED = 2**15  # values of a tensor that its range is chosen on
 _BETTER = 0.8  # times the noise of a range that clips less: a few samples do not show it all
+# Times its scale: noise falls with the square, and what more of it a few samples show is luck.
+_FINER = math.sqrt(_BETTER)
 _TRIED = 0.02  # of the noise that is enough: above it other ranges of a tensor are tried
 
 # What float32 costs, in products of codes: a product of float32, and to write or to round a value.
@@ -130,30 +135,39 @@ class _Network(Network):
         """
         split = by_batch(samples, batches)
         wanted = {node.output for node in self.rounded}
-        last_use = {name: i for i, node in enumerate(self.graph.nodes) for name in node.inputs}
+        last_use = {name: i for i, s in enumerate(self.stretches) for name in s.inputs}
 
         def look(batch: int) -> dict[str, np.ndarray]:
             values: dict[str, Value] = {name: x[batch] for name, x in split.items()}
             values |= self.graph.constants
             found: dict[str, np.ndarray] = {}
             rng = np.random.default_rng(batch)
-            for index, (node, evaluator) in enumerate(
-                zip(self.graph.nodes, self.evaluators, strict=True)
-            ):
-                values.update(results(node, evaluator, values, self.graph.constants, batches=1))
-                if (q := self.graph.quantization.get(node.output)) is not None:  # the model clips
-                    ends = q.dequantize(np.array([0, q.top]))
-                    values[node.output] = np.clip(rows(values[node.output]), *ends)
-                if node.output in wanted:
-                    flat = rows(values[node.output]).reshape(-1)
-                    some = flat[rng.integers(0, flat.size, max(_OBSERVED // batches, 64))]
-                    found[node.output] = np.append(some, [flat.min(), flat.max()])
+            for index, stretch in enumerate(self.stretches):
+                for name, y in self._clipped(stretch, values).items():
+                    values[name] = y
+                    if name in wanted:
+                        flat = rows(y).reshape(-1)
+                        some = flat[rng.integers(0, flat.size, max(_OBSERVED // batches, 64))]
+                        found[name] = np.append(some, [flat.min(), flat.max()])
                 for name in [n for n in values if last_use.get(n, index) <= index]:
                     del values[name]
             return found
 
         parts = spread(look, range(batches), default_threads())
         return {name: np.concatenate([part[name] for part in parts]) for name in wanted}
+
+    def _clipped(self, stretch: Stretch, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Evaluate a stretch for one batch, with the ends of ranges that the model gives."""
+        given = self.graph.quantization
+        if given.keys().isdisjoint(stretch.sources):
+            return self.run(stretch, values, 1)
+        found = ChainMap[str, Value]({}, values)  # type: ignore[arg-type]
+        for node in stretch.nodes:
+            found.update(self.results(node, found, 1))
+            if (q := given.get(node.output)) is not None:
+                ends = q.dequantize(np.array([0, q.top]))
+                found[node.output] = np.clip(rows(found[node.output]), *ends)
+        return dict(found.maps[0])
 
     def ranges(self, progress: Progress) -> dict[str, Quantization]:
         """Choose the range of each tensor, and note what its codes cost."""
@@ -168,6 +182,8 @@ class _Network(Network):
             for method in methods:
                 bits = self.settings.code_bits_of(node.name)
                 q = choose_quantization(observed, bits, method, self.settings.percentile)
+                if best is not None and q.scale > _FINER * best[0].scale:
+                    continue
                 noise = self.effect({node.output: q})
                 if best is None or _worst(noise) < _BETTER * _worst(best[1]):
                     best = q, noise
@@ -176,8 +192,8 @@ class _Network(Network):
             return best
 
         found: dict[str, Quantization] = {}
-        for begin in range(0, len(self.rounded), threads):
-            nodes = self.rounded[begin : begin + threads]
+        for begin in range(0, len(self.rounded), AT_ONCE * threads):
+            nodes = self.rounded[begin : begin + AT_ONCE * threads]
             progress(begin, len(self.rounded), f"rounding {nodes[0].name}")
             for node, result in zip(nodes, spread(measure, nodes, threads), strict=True):
                 if result is not None:
@@ -187,13 +203,11 @@ class _Network(Network):
     def effect(self, rounding: Mapping[str, Quantization]) -> Noise:
         """Return what it does to the outputs that these tensors are rounded."""
 
-        def change(
-            node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
-        ) -> np.ndarray | None:
-            q = rounding.get(node.output)
-            return None if q is None else q.dequantize(q.quantize(rows(values[node.output])))
+        def rounded(values: Mapping[str, Value], name: str, q: Quantization) -> np.ndarray:
+            return q.dequantize(q.quantize(rows(values[name])))
 
-        return self.noise(self.rerun(change))
+        changes = {name: partial(rounded, name=name, q=q) for name, q in rounding.items()}
+        return self.noise(self.rerun(changes))
 
 
 def _worst(noise: Noise) -> float:
