@@ -3,14 +3,14 @@
 Each tensor of codes is rounded by itself, and the rest of the float network runs on what comes out:
 so it is measured what its codes cost the outputs, each group of channels by itself, and which range
 of them costs least. Where all of them together cost too much, those tensors stay float32 that give
-most for the time it takes.
+most for the time it takes; where coarser codes save time and cost next to nothing, there are these.
 """
 
 from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -44,6 +44,11 @@ _PRODUCT = 3.0
 _VALUE = 12.0
 # The time of the whole network that may go to it, as a share of that of codes alone.
 _SHARES = {"speed": 0.0, "size": 0.08, None: 0.08, "accuracy": 1.0}
+
+# What coarser codes may add, all together, as a share of `_ENOUGH`.
+_COARSER = {"speed": 1.0, "size": 0.1, None: 0.1, "accuracy": 0.0}
+# Codes, words and channels with which 3x3 convolutions are faster as Winograd, on some machines.
+_WINOGRAD_CODES, _WINOGRAD_WORDS, _WINOGRAD_CHANNELS = 6, 3, 32
 
 Place = Callable[[Collection[str]], FloatGraph]
 
@@ -86,12 +91,52 @@ def choose_precision(
     total = network.effect(ranges)
     if floats := _Spending(lowered, network.costs, total, settings).run():
         graph = place(floats)
-    if settings.activation_range == AUTO:
-        # Where codes and float32 of a tensor are both there, these have its name.
-        named = {node.output: node.output for node in _rounded(graph)}
-        named |= {name: _plain(name) for name in named if name not in ranges}
-        graph.ranges = {name: ranges[own] for name, own in named.items() if own in ranges}
+    # Where codes and float32 of a tensor are both there, these have its name.
+    named = {node.output: node.output for node in _rounded(graph)}
+    named |= {name: _plain(name) for name in named if name not in ranges}
+    saved = {named[name]: value for name, value in _saved(graph, settings).items()}
+    coarser = network.coarser(saved, progress)
+    chosen = ranges | coarser if settings.activation_range == AUTO else coarser
+    graph.ranges = {name: chosen[own] for name, own in named.items() if own in chosen}
     return graph
+
+
+def _saved(graph: FloatGraph, settings: Settings) -> dict[str, float]:
+    """Return the tensors that coarser codes let be read faster, with the products in question."""
+    if settings.weight_bits > _WINOGRAD_WORDS or settings.residual_shift:
+        return {}
+    readers = graph.readers()
+    saved: dict[str, float] = {}
+    for node in _rounded(graph):
+        waiting, products = [node.output], 0.0
+        while waiting:
+            for reader in readers.get(waiting.pop(), ()):
+                if _is_for_winograd(reader):
+                    products += _products(graph, reader)
+                elif not reader.is_onnx and OPERATORS[reader.op].keeps_quantization:
+                    waiting.append(reader.output)
+        if products and settings.activation_bits_of(node.name) == AUTO:
+            saved[node.output] = products
+    return saved
+
+
+def _is_for_winograd(node: FloatNode) -> bool:
+    if node.op != "Conv" or not node.is_quantized or node.is_float:
+        return False
+    assert node.weight is not None
+    o, *kernel, channels = node.weight.shape
+    once = all(node.attributes[key] == [1, 1] for key in ("strides", "dilations"))
+    few = min(o, channels) < _WINOGRAD_CHANNELS
+    return kernel == [3, 3] and once and node.attributes["group"] == 1 and not few
+
+
+def _products(graph: FloatGraph, node: FloatNode) -> float:
+    if not node.is_conv:
+        return 0.0
+    assert node.weight is not None
+    positions = node.output if node.op == "Conv" else node.inputs[0]
+    n, _, h, w = graph.shapes[positions]
+    return float(node.weight.size * n * h * w)
 
 
 def _plain(name: str) -> str:
@@ -171,17 +216,54 @@ class _Network(Network):
 
     def ranges(self, progress: Progress) -> dict[str, Quantization]:
         """Choose the range of each tensor, and note what its codes cost."""
+        found: dict[str, Quantization] = {}
+        measured = self._measured(self.rounded, None, progress)
+        for node, result in zip(self.rounded, measured, strict=True):
+            if result is not None:
+                found[node.output], self.costs[node.output] = result
+        return found
+
+    def coarser(self, saved: Mapping[str, float], progress: Progress) -> dict[str, Quantization]:
+        """Choose tensors whose codes get fewer bits, of those that save so much; returns these."""
+        limit = _COARSER[self.settings.prefer] * _ENOUGH
+        nodes = [node for node in self.rounded if node.output in saved] if limit else []
+        measured = self._measured(nodes, _WINOGRAD_CODES, progress)
+        found = {
+            node.output: result
+            for node, result in zip(nodes, measured, strict=True)
+            if result is not None and _worst(result[1]) <= limit
+        }
+        order = sorted(found, key=lambda name: _worst(found[name][1]) / saved[name])
+        chosen: dict[str, Quantization] = {}
+        added: Noise = {}
+        for name in order:
+            q, noise = found[name]
+            more = {key: added.get(key, 0.0) + value for key, value in noise.items()}
+            if _worst(more) <= limit:
+                chosen[name], added = q, more
+        # Errors that go together do not just add up.
+        while chosen and _worst(self.effect(chosen)) > limit:
+            chosen.popitem()
+        return chosen
+
+    def _measured(
+        self, nodes: Sequence[FloatNode], bits: int | None, progress: Progress
+    ) -> list[tuple[Quantization, Noise] | None]:
+        """Choose the range of each node's codes, of so many bits; returns what they cost as well.
+
+        None where values are not finite, which the conversion itself refuses.
+        """
         given, threads = self.settings.activation_range, default_threads()
         methods = RANGES if given == AUTO else (given,)
 
         def measure(node: FloatNode) -> tuple[Quantization, Noise] | None:
             observed = self.observed[node.output]
-            if not np.isfinite(observed).all():  # which the conversion itself refuses
+            if not np.isfinite(observed).all():
                 return None
             best: tuple[Quantization, Noise] | None = None
             for method in methods:
-                bits = self.settings.code_bits_of(node.name)
-                q = choose_quantization(observed, bits, method, self.settings.percentile)
+                of_code = bits or self.settings.code_bits_of(node.name)
+                q = choose_quantization(observed, of_code, method, self.settings.percentile)
                 if best is not None and q.scale > _FINER * best[0].scale:
                     continue
                 noise = self.effect({node.output: q})
@@ -191,13 +273,11 @@ class _Network(Network):
                     break
             return best
 
-        found: dict[str, Quantization] = {}
-        for begin in range(0, len(self.rounded), AT_ONCE * threads):
-            nodes = self.rounded[begin : begin + AT_ONCE * threads]
-            progress(begin, len(self.rounded), f"rounding {nodes[0].name}")
-            for node, result in zip(nodes, spread(measure, nodes, threads), strict=True):
-                if result is not None:
-                    found[node.output], self.costs[node.output] = result
+        found: list[tuple[Quantization, Noise] | None] = []
+        for begin in range(0, len(nodes), AT_ONCE * threads):
+            some = nodes[begin : begin + AT_ONCE * threads]
+            progress(begin, len(nodes), f"rounding {some[0].name}")
+            found += spread(measure, some, threads)
         return found
 
     def effect(self, rounding: Mapping[str, Quantization]) -> Noise:
@@ -234,7 +314,9 @@ class _Spending:
         """Return the outputs of the nodes that work on float32."""
         total = dict(self.total)
         regions = {name: found for name in self.noise if (found := self._region(name))}
-        whole = sum(self._products(node) + self._size(node.output) for node in self.graph.nodes)
+        whole = sum(
+            _products(self.graph, node) + self._size(node.output) for node in self.graph.nodes
+        )
         left = _SHARES[self.settings.prefer] * whole
         chosen: set[str] = set()
         while wanting := {key: value for key, value in total.items() if value > _ENOUGH}:
@@ -268,20 +350,12 @@ class _Spending:
         of_choice = (self.settings.activation_bits_of(node.name) == AUTO for node in nodes.values())
         return set(nodes) if all(of_choice) else set()
 
-    def _products(self, node: FloatNode) -> float:
-        if not node.is_conv:
-            return 0.0
-        assert node.weight is not None
-        positions = node.output if node.op == "Conv" else node.inputs[0]
-        n, _, h, w = self.graph.shapes[positions]
-        return float(node.weight.size * n * h * w)
-
     def _cost(self, region: set[str]) -> float:
         """Return what it costs to have these nodes on float32."""
         cost = 0.0
         for name in region:
             node = self.producers[name]
-            cost += _PRODUCT * self._products(node) + _VALUE * self._size(name)
+            cost += _PRODUCT * _products(self.graph, node) + _VALUE * self._size(name)
         return cost
 
     def _size(self, tensor: str) -> int:
