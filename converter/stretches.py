@@ -65,7 +65,9 @@ class Stretch:
         """Return tensors that the nodes make of `values`."""
         opened = self._session
         if opened is None:
-            opened = self._session = session(_Writer(self).model(), self._threads)
+            # Of many sessions each would keep as much as it once took.
+            model = _Writer(self).model()
+            opened = self._session = session(model, self._threads, keeps_memory=False)
         return list(opened.run(wanted, {name: values[name] for name in self.inputs}))
 
 
