@@ -93,14 +93,19 @@ class Evaluator:
     node : FloatNode
     threads : int, optional
         Of every evaluation; by default as many as a session of logshift would have.
+    keeps_memory : bool
+        Whether what an evaluation has taken is kept for the next one.
     """
 
-    def __init__(self, node: FloatNode, threads: int | None = None) -> None:
+    def __init__(
+        self, node: FloatNode, threads: int | None = None, keeps_memory: bool = True
+    ) -> None:
         self.node = node
         self.session: onnxruntime.InferenceSession | None = None
         self.function: onnxruntime.InferenceSession | None = None
         if node.function is not None and node.table is not None:
-            self.function = session(node.function.model(np.float32), threads)
+            model = node.function.model(np.float32)
+            self.function = session(model, threads, keeps_memory=keeps_memory)
         if node.is_onnx or node.op in ("QuantizeLinear", "DequantizeLinear", "Flatten", "Clip"):
             return
         if node.op == "Lookup":
@@ -108,7 +113,7 @@ class Evaluator:
             model = node.function.model(np.float32)
         else:
             model = _NodeWriter(node).model()
-        self.session = opened = session(model, threads)
+        self.session = opened = session(model, threads, keeps_memory=keeps_memory)
         self.names = [value.name for value in opened.get_inputs()]
 
     def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:
@@ -216,7 +221,8 @@ class Network:
     def evaluator(self, node: FloatNode) -> Evaluator:
         """Return what evaluates a node by itself."""
         if (found := self._evaluators.get(node.output)) is None:
-            found = self._evaluators[node.output] = Evaluator(node, self._threads)
+            found = Evaluator(node, self._threads, keeps_memory=False)
+            self._evaluators[node.output] = found
         return found
 
     @property
