@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from logshift.converter.compare import mean_square
 from logshift.converter.encode import blocks, encode, gains, largest
-from logshift.converter.evaluate import Evaluator, Network, Value, rows
+from logshift.converter.evaluate import AT_ONCE, Network, Value, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
@@ -116,13 +117,17 @@ def fixed_plan(
 def _enough(worth: list[np.ndarray], sizes: list[int], settings: Settings) -> float:
     """Return the share of second words after which others have little left to take."""
     least, most, enough = _RATIOS[settings.prefer]
-    size = np.repeat(sizes, [len(part) for part in worth])
-    everything = np.concatenate(worth).astype(np.float64)
-    order = np.argsort(-everything, kind="stable")
+    everything = np.concatenate(worth)
+    if len(set(sizes)) == 1:  # sorting is much faster than finding out an order
+        size, everything = np.full(len(everything), sizes[0]), np.sort(everything)[::-1]
+    else:
+        order = np.argsort(-everything, kind="stable")
+        size = np.repeat(sizes, [len(part) for part in worth])[order]
+        everything = everything[order]
     # From units of the grid.
     levels = exponent_levels(settings.weight_bits) - 1 + settings.residual_shift
-    taken = np.cumsum((everything * size)[order]) / 4.0**levels
-    share = np.cumsum(size[order]) / size.sum()
+    taken = np.cumsum(everything.astype(np.float64) * size) / 4.0**levels
+    share = np.cumsum(size) / size.sum()
     first = np.searchsorted(taken, taken[-1] - enough)
     return float(np.clip(share[min(first, len(share) - 1)], least, most))
 
@@ -234,9 +239,9 @@ def _measured(
             sensitivity = _sensitivity(network, nodes, single.values())
             return nodes, single, np.nan_to_num(sensitivity * variance)
 
-    for begin in range(0, len(found), threads):
+    for begin in range(0, len(found), AT_ONCE * threads):
         progress(begin, len(found), f"measuring {found[begin][0].name}")
-        yield from spread(measure, found[begin : begin + threads], threads)
+        yield from spread(measure, found[begin : begin + AT_ONCE * threads], threads)
 
 
 def few_samples(
@@ -284,12 +289,9 @@ def _sensitivity(network: Network, nodes: list[FloatNode], weight: np.ndarray) -
     """
     error = 0.0
 
-    def change(
-        node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
-    ) -> np.ndarray | None:
+    def changed(values: Mapping[str, Value], node: FloatNode) -> np.ndarray:
         nonlocal error
-        if node not in nodes:
-            return None
+        evaluator = network.evaluator(node)
         inputs = [rows(network.values[name]) for name in node.inputs]
         exact = evaluator(inputs)
         lost = evaluator(inputs, weight) - exact
@@ -301,5 +303,6 @@ def _sensitivity(network: Network, nodes: list[FloatNode], weight: np.ndarray) -
             exact = evaluator([rows(values[name]) for name in node.inputs])
         return evaluator.finish(exact + lost)
 
-    noise = network.noise(network.rerun(change))
+    changes = {node.output: partial(changed, node=node) for node in nodes}
+    noise = network.noise(network.rerun(changes))
     return sum(noise.values()) / error if error else 0.0

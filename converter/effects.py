@@ -16,10 +16,12 @@ from typing import Literal
 import numpy as np
 
 from logshift.converter.compare import GroupError, Noise
-from logshift.converter.evaluate import Network, Value, rows
+from logshift.converter.evaluate import AT_ONCE, Network, Value, rows
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.progress import Progress
 from logshift.kernels.errors import ConversionError
+from logshift.runtime.cores import default_threads
+from logshift.runtime.executor import spread
 from logshift.runtime.graph import Graph, Node
 
 # Made by `place`: settings cannot name them.
@@ -91,21 +93,26 @@ def layer_effects(
         How many parts there are, measured or not.
     """
     network = _Network(graph, packed, batches[:1], groups)
-    parts = _in_turns(network.parts())
+    parts, threads = _in_turns(network.parts()), default_threads()
     # A part takes about half of what the network takes, for each batch.
-    expected = len(parts) * network.seconds / 2
+    expected = len(parts) * network.seconds / 2 / threads
     if (count := min(int(seconds / expected) if expected else 1, len(batches))) > 1:
         network = _Network(graph, packed, batches[:count], groups)
-    measured: list[tuple[int, Effect]] = []
     until = time.perf_counter() + seconds
-    for number, part in enumerate(parts):
+
+    def measure(part: _Part) -> tuple[int, Effect] | None:
+        try:
+            return part.index, network.effect(part)
+        except ConversionError:  # an ONNX operator takes only what the float network makes
+            return None
+
+    measured: list[tuple[int, Effect]] = []
+    for begin in range(0, len(parts), AT_ONCE * threads):
         if time.perf_counter() > until:
             break
-        progress(number, len(parts), f"measuring {part.node.name}")
-        try:
-            measured.append((part.index, network.effect(part)))
-        except ConversionError:  # an ONNX operator takes only what the float network makes
-            continue
+        progress(begin, len(parts), f"measuring {parts[begin].node.name}")
+        some = parts[begin : begin + AT_ONCE * threads]
+        measured += filter(None, spread(measure, some, threads))
     effects = [effect for _, effect in sorted(measured, key=lambda item: item[0])]
     return effects, len(parts)
 
@@ -146,10 +153,10 @@ class _Network(Network):
         groups: Mapping[str, Sequence[GroupError]],
     ) -> None:
         joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        super().__init__(graph, joined, len(batches))
+        super().__init__(graph, joined, len(batches), 1)
         start = time.perf_counter()
-        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
-            self.results(node, evaluator, self.values)
+        for stretch in self.stretches:
+            self.run(stretch, self.values, self.batches)
         self.seconds = time.perf_counter() - start
         self.packed, self.compared = packed, groups
         self.made: dict[str, Node] = {
@@ -173,7 +180,7 @@ class _Network(Network):
 
     def effect(self, part: _Part) -> Effect:
         """Return what a part does to the outputs."""
-        node, evaluator = part.node, self.evaluators[part.index]
+        node, evaluator = part.node, self.evaluator(part.node)
         if part.of == "weights":
             words = self._packed(node).weights
             assert words is not None
@@ -187,7 +194,7 @@ class _Network(Network):
             q = self.packed.quantization[node.output]
             made = q.dequantize(q.quantize(rows(self.values[node.output])))
             bits, tensor = q.bits, node.output
-        changed = self.rerun(lambda later, *_: made if later is node else None)
+        changed = self.rerun({node.output: lambda _: made})
         values = self.values | changed
         return Effect(
             node.name, node.op, tensor, part.of, bits, self._settled_by(part),

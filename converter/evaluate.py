@@ -24,12 +24,13 @@ from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
 from logshift.converter.operators.registry import WRITINGS
 from logshift.converter.ort import session
 from logshift.converter.passes import PART, over_pictures, squares
+from logshift.converter.stretches import IR_VERSION, OPSET, Stretch, stretches
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime.onnx_ops import numpy_ops
 
-_OPSET = 19
-_IR_VERSION = 8
 _PLACES = 64  # of a part, at least: weights are read from memory for every one
+# Tensors for each thread whose effects are measured before anything is said of progress.
+AT_ONCE = 4
 
 _T = TypeVar("_T")
 
@@ -96,14 +97,19 @@ class Evaluator:
     node : FloatNode
     threads : int, optional
         Of every evaluation; by default as many as a session of logshift would have.
+    keeps_memory : bool
+        Whether what an evaluation has taken is kept for the next one.
     """
 
-    def __init__(self, node: FloatNode, threads: int | None = None) -> None:
+    def __init__(
+        self, node: FloatNode, threads: int | None = None, keeps_memory: bool = True
+    ) -> None:
         self.node = node
         self.session: onnxruntime.InferenceSession | None = None
         self.function: onnxruntime.InferenceSession | None = None
         if node.function is not None and node.table is not None:
-            self.function = session(node.function.model(np.float32), threads)
+            model = node.function.model(np.float32)
+            self.function = session(model, threads, keeps_memory=keeps_memory)
         if node.is_onnx or node.op in ("QuantizeLinear", "DequantizeLinear", "Flatten", "Clip"):
             return
         if node.op == "Lookup":
@@ -111,7 +117,7 @@ class Evaluator:
             model = node.function.model(np.float32)
         else:
             model = _NodeWriter(node).model()
-        self.session = opened = session(model, threads)
+        self.session = opened = session(model, threads, keeps_memory=keeps_memory)
         self.names = [value.name for value in opened.get_inputs()]
 
     def __call__(self, inputs: list[np.ndarray], weight: np.ndarray | None = None) -> np.ndarray:
@@ -245,6 +251,7 @@ class Network:
     Attributes
     ----------
     values : dict of tensor name to Value
+    stretches : list of Stretch
     """
 
     def __init__(
@@ -256,9 +263,17 @@ class Network:
     ) -> None:
         self.graph, self.batches = graph, batches
         self.values: dict[str, Value] = {**inputs, **graph.constants}
-        self.evaluators = [Evaluator(node, threads) for node in graph.nodes]
-        for node, evaluator in zip(graph.nodes, self.evaluators, strict=True):
-            self.values.update(self.results(node, evaluator, self.values))
+        self.stretches = stretches(graph, threads)
+        self._threads, self._evaluators = threads, dict[str, Evaluator]()
+        for stretch in self.stretches:
+            self.values.update(self.run(stretch, self.values, batches))
+
+    def evaluator(self, node: FloatNode) -> Evaluator:
+        """Return what evaluates a node by itself."""
+        if (found := self._evaluators.get(node.output)) is None:
+            found = Evaluator(node, self._threads, keeps_memory=False)
+            self._evaluators[node.output] = found
+        return found
 
     @property
     def outputs(self) -> dict[str, np.ndarray]:
@@ -266,24 +281,32 @@ class Network:
         return {info.name: rows(self.values[info.name]) for info in self.graph.outputs}
 
     def results(
-        self, node: FloatNode, evaluator: Evaluator, values: Mapping[str, Value]
+        self, node: FloatNode, values: Mapping[str, Value], batches: int
     ) -> dict[str, Value]:
         """Evaluate a node on `values`; returns its outputs by name."""
-        return results(node, evaluator, values, self.graph.constants, self.batches)
+        return results(node, self.evaluator(node), values, self.graph.constants, batches)
+
+    def run(self, stretch: Stretch, values: Mapping[str, Value], batches: int) -> dict[str, Value]:
+        """Evaluate a stretch on `values`; returns all that it makes by name."""
+        if not stretch.is_written:
+            return self.results(stretch.nodes[0], values, batches)
+        inputs = {name: rows(values[name]) for name in stretch.inputs}
+        wanted = list(stretch.sources)
+        return dict(zip(wanted, stretch.run(inputs, wanted), strict=True))
 
     @cached_property
     def groups(self) -> Groups:
         """Groups of channels of the outputs."""
         return groups_of(self.graph.outputs, self.outputs)
 
-    def rerun(self, change: Change) -> dict[str, Value]:
+    def rerun(self, changes: Mapping[str, Change]) -> dict[str, Value]:
         """Run the network on with other tensors than it has made; it stays as it is.
 
         Parameters
         ----------
-        change : callable(node, evaluator, values) -> Value or None
-            Called for every node in turn; returns what its output is to be instead, None if it
-            stays. `values` has all tensors as they have become, this node's output as well.
+        changes : dict of the output of a node to callable(values) -> Value
+            What that is to be instead. `values` has all tensors as they have become, this one as
+            well.
 
         Returns
         -------
@@ -292,12 +315,38 @@ class Network:
         """
         changed: dict[str, Value] = {}
         values = ChainMap(changed, self.values)
-        for node, evaluator in zip(self.graph.nodes, self.evaluators, strict=True):
-            if changed.keys() & set(node.inputs):
-                changed.update(self.results(node, evaluator, values))
-            if (y := change(node, evaluator, values)) is not None:
-                changed[node.output] = y
+        for stretch in self.stretches:
+            if not changes.keys().isdisjoint(stretch.sources):
+                for node in stretch.nodes:
+                    if not changed.keys().isdisjoint(node.inputs):
+                        changed.update(self.results(node, values, self.batches))
+                    if (change := changes.get(node.output)) is not None:
+                        changed[node.output] = change(values)
+            elif not changed.keys().isdisjoint(stretch.inputs):
+                changed.update(self._changed(stretch, values, changed))
         return changed
+
+    def _changed(
+        self, stretch: Stretch, values: Mapping[str, Value], changed: Collection[str]
+    ) -> dict[str, Value]:
+        """Evaluate a stretch of which inputs have changed; returns what it makes others read."""
+        if not stretch.is_written:
+            found = self.results(stretch.nodes[0], values, self.batches)
+            # Sizes stay what they are.
+            return {n: y for n, y in found.items() if not _same_integers(y, self.values[n])}
+        inputs = {name: rows(values[name]) for name in stretch.inputs}
+        wanted = [
+            name
+            for name, sources in stretch.sources.items()
+            if name in self._read_elsewhere and not sources.isdisjoint(changed)
+        ]
+        return dict(zip(wanted, stretch.run(inputs, wanted), strict=True)) if wanted else {}
+
+    @cached_property
+    def _read_elsewhere(self) -> set[str]:
+        """Results, and what stretches read."""
+        results = {info.name for info in self.graph.outputs}
+        return results.union(*(stretch.inputs for stretch in self.stretches))
 
     def noise(self, changed: Mapping[str, Value]) -> Noise:
         """Return what `rerun` has made of the groups of outputs."""
@@ -309,14 +358,19 @@ class Network:
 
 
 # See `Network.rerun`.
-Change = Callable[[FloatNode, Evaluator, Mapping[str, Value]], Value | None]
+Change = Callable[[Mapping[str, Value]], Value]
+
+
+def _same_integers(y: Value, z: Value) -> bool:
+    y, z = rows(y), rows(z)
+    return y.dtype.kind != "f" and np.array_equal(y, z)
 
 
 class _NodeWriter(OnnxWriter):
     """Writes one node as a model whose inputs are the node's, and its weights."""
 
     def __init__(self, node: FloatNode) -> None:
-        super().__init__(_OPSET)
+        super().__init__(OPSET)
         self.names.update(node.outputs)
         self.inputs = [self.fresh(f"x{i}") for i in range(len(node.inputs))]
         self._parameters: list[str] = []
@@ -338,7 +392,7 @@ class _NodeWriter(OnnxWriter):
         )
         graph = helper.make_graph(self.nodes, "node", inputs, outputs, self.initializers)
         opset = helper.make_opsetid("", self.opset)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
+        return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
 
 
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:

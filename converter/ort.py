@@ -39,6 +39,7 @@ def session(
     threads: int | None = None,
     *,
     optimize: bool = True,
+    keeps_memory: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Return a session that lives beside others; see `session_options`.
 
@@ -48,10 +49,13 @@ def session(
     threads : int, optional
     optimize : bool
         Whether onnxruntime may change its graph.
+    keeps_memory : bool
+        Whether it keeps what a run has taken, for the next one.
     """
     import onnxruntime
 
     options = session_options(threads)
+    options.enable_cpu_mem_arena = keeps_memory
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, (str, os.PathLike)) else model.SerializeToString()

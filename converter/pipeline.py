@@ -122,8 +122,9 @@ def convert(
         of pictures for each class, called by label or index or in the order of the classes, or a
         file whose lines have a picture and its class, by label or index, apart by a comma.
     activation_bits : int, or "auto", or dict of pattern to these
-        2 to 8, or 32: activations stay float32, and only weights are quantized. "auto" is 8, and 32
-        for tensors whose codes would cost the outputs much. A dictionary gives the bits of nodes
+        2 to 8, or 32: activations stay float32, and only weights are quantized. "auto" is 8, 32
+        for tensors whose codes would cost the outputs much, and 6 where that is faster, with 3-bit
+        weights, and costs them next to nothing. A dictionary gives the bits of nodes
         whose ONNX names fit patterns (`*`, `?`); the first that fits counts, and nodes that fit
         none have 8.
     keep_float : list of str

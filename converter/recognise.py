@@ -43,9 +43,13 @@ def recognise(weight: np.ndarray, hint: WeightRecord | None = None) -> LogWeight
         alpha = np.array(hint.alpha, np.float32)
         if (words := _words(weight, alpha, *grid)) is not None:
             return words
+    # Very few values refuse float weights.
+    channels = np.abs(matrix)
+    few = channels[channels.any(axis=1)][:1, :_FEW]
+    grids = [grid for grid in _grids() if len(_units(few, _magnitudes(*grid)))]
     # Values are what float32 makes of them; but they may have been multiplied after that.
     for exact in (True, False):
-        for grid in _grids():
+        for grid in grids:
             if (found := _search(matrix, *grid, exact)) is not None:
                 return _words(weight, found, *grid)
     return None
@@ -121,7 +125,6 @@ def _search(matrix: np.ndarray, bits: int, shift: int, clip: int, exact: bool) -
     for o, row in enumerate(np.abs(matrix)):
         if not row.any():
             continue
-        # Very few values refuse a channel of float weights.
         if not len(_units(row[:_FEW], magnitudes)):
             return None
         values = np.unique(row[row > 0])
@@ -142,6 +145,8 @@ def _units(row: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
         return np.empty(0)
     units = values[-1] / magnitudes[::-1]
     for value in values[::-1]:
+        if not units.size:
+            break
         w = np.rint(value / units)
         place = np.minimum(np.searchsorted(magnitudes, w), len(magnitudes) - 1)
         fits = (magnitudes[place] == w) & (np.abs(w * units - value) <= 2 * _ROUNDING * value)

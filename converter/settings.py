@@ -99,9 +99,9 @@ class Settings:
     )
     activation_bits: int | str | Mapping[str, int | str] = _setting(
         AUTO,
-        "Bits of activations, 2 to 8; 32 quantizes weights alone; 'auto': 8, and float32 for those"
-        " that need it. NAME=N is for nodes, by names or patterns; may be given several times, and"
-        " the first that fits counts.",
+        "Bits of activations, 2 to 8; 32 quantizes weights alone; 'auto': 8, float32 for those that"
+        " need it, and 6 where that is faster and costs nothing. NAME=N is for nodes, by names or"
+        " patterns; may be given several times, and the first that fits counts.",
         metavar="N|auto|NAME=N",
         shown_default=AUTO,
         kind=list[str],

@@ -65,6 +65,31 @@ def test_nothing_is_float32_that_costs_nothing_as_codes(tmp_path):
     assert session.graph.settings["float_tensors"] == []
 
 
+def bits_of_tensors(path, **settings):
+    """Bits of the codes that 3x3 convolutions of 32 channels read, and of all others."""
+    net = Net(shape=("batch", *SIZE))
+    x = "x"
+    for channels, out in ((3, 32), (32, 32), (32, 16), (16, 32)):
+        x = net.node("Relu", net.conv(x, channels, out))
+    graph = packed(net.model(net.conv(x, 32, 4)), path, noise(12, SIZE), **settings).graph
+    read = {
+        node.inputs[0] for node in graph.nodes
+        if node.weights is not None and min(node.weights.shape[0], node.weights.shape[3]) == 32
+    }  # fmt: skip
+    bits = {name: q.bits for name, q in graph.quantization.items()}
+    return {bits[name] for name in read}, {bits[name] for name in bits.keys() - read}
+
+
+def test_six_bits_where_they_are_faster_and_cost_nothing(tmp_path):
+    given = {"weight_bits": 3, "prefer": "speed"}
+    assert bits_of_tensors(tmp_path / "net.stlq", **given) == ({6}, {8})
+    for other in (
+        {"weight_bits": 4}, {"prefer": "accuracy"}, {"activation_bits": 8}, {"residual_shift": 1}
+    ):  # fmt: skip
+        read, others = bits_of_tensors(tmp_path / "net.stlq", **(given | other))
+        assert 6 not in read | others, other
+
+
 def boxes_and_scores():
     """Boxes of hundreds of pixels beside logits of which a sigmoid makes scores."""
     net = Net(shape=("batch", *SIZE))
