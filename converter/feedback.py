@@ -36,8 +36,6 @@ from logshift.runtime.graph import Quantization
 # Of the mean variance: covariances are those of some pictures. With 0.1 to 1 EfficientNet-Lite0
 # keeps 17.6 dB on others, with 0.01, which suits those that calibrate better, 16.7.
 _DAMPING = 0.5
-# Of the mean variance, in the fit to what the float network computes: few samples must not rule.
-_CAUTION = 0.3
 _PASSES = 2  # the choice of second words and the errors it leaves depend on each other
 # Weights that make up for others outgrow the alpha that the float ones have.
 _LARGER = tuple(2 ** (eighth / 8) for eighth in range(9))
@@ -105,70 +103,69 @@ def covariance(
     """
     assert node.weight is not None
     _, kh, kw, in_group = node.weight.shape
-    group = node.attributes["group"]
+    group, count = node.attributes["group"], len(quantized.values)
     weight = node.weight.reshape(group, -1, kh * kw * in_group)[groups]
     # Of a ConvTranspose, what goes together does at one tap.
     taps = kh * kw if node.op == "Conv" else 1
-    size, parts = taps * in_group, weight.shape[2] // (taps * in_group)
-    first, count = groups.indices(group)[0], len(quantized.values)
-    channels = slice(first * in_group, (first + len(weight)) * in_group)
+    size, repeats = taps * in_group, weight.shape[2] // (taps * in_group)
     wanted = max(min(_MANY_PER_INPUT * size, _MANY_SAMPLES), _SAMPLES_PER_INPUT * size)
-    wanted = max(wanted, _FEWEST_SAMPLES)
-    places = _Places(node, quantized.values.shape[2:], -(-wanted // count))
+    places = _Places(node, quantized.values.shape[2:], -(-max(wanted, _FEWEST_SAMPLES) // count))
+    of_taps = weight.reshape(len(weight), -1, size).transpose(0, 2, 1)
 
     moments = np.zeros((len(weight), size, size), np.float32)
-    lost = np.zeros((len(weight), weight.shape[1], parts, size))
+    lost = np.zeros((len(weight), weight.shape[1], repeats, size))
     mean, mean_lost = np.zeros((len(weight), size)), np.zeros(lost.shape[:3])
     # Around the first picture's mean: what varies little, far from zero, would drown in rounding.
     origin = np.zeros((len(weight), 1, size), np.float32)
-    if center:
-        origin = places.columns(quantized, 0, channels, in_group).mean(axis=1, keepdims=True)
-    of_taps = weight.reshape(len(weight), -1, size).transpose(0, 2, 1)
-    samples = 0
-    together = max(1, _ELEMENTS // (places.count * len(weight) * size))
-    for begin in range(0, count, together):
-        pictures = range(begin, min(begin + together, count))
-        columns, taken = places.gather(quantized, exact, pictures, channels, origin)
+    parts = _parts(len(weight), _ELEMENTS // (places.count * count * size))
+    threads = default_threads() if len(parts) == 1 else 1
 
-        def add_moments(part: slice, columns: np.ndarray = columns) -> None:
-            for total, own in zip(moments[part], columns[part], strict=True):
-                total += own.T @ own  # one at a time: BLAS knows that it is symmetric
-            mean[part] += columns[part].sum(axis=1, dtype=np.float64)
+    def add(part: slice) -> None:
+        first = groups.indices(group)[0]
+        channels = slice((first + part.start) * in_group, (first + part.stop) * in_group)
+        if center:
+            of_first = places.columns(quantized, 0, channels, in_group)
+            origin[part] = of_first.mean(axis=1, keepdims=True)
+        together = max(1, _ELEMENTS // (places.count * len(weight[part]) * size))
+        for begin in range(0, count, together):
+            pictures = range(begin, min(begin + together, count))
+            columns, taken = places.gather(
+                quantized, exact, pictures, channels, origin[part], threads
+            )
 
-        def add_lost(
-            part: slice, columns: np.ndarray = columns, taken: np.ndarray | None = taken
-        ) -> None:
-            if taken is not None:
-                outputs = taken[part] @ of_taps[part]
-                found = outputs.transpose(0, 2, 1) @ columns[part]
-                lost[part] += found.reshape(lost[part].shape)
-                total = outputs.sum(axis=1, dtype=np.float64)
-                mean_lost[part] += total.reshape(mean_lost[part].shape)
+            def add_moments(columns: np.ndarray = columns) -> None:
+                for total, own in zip(moments[part], columns, strict=True):
+                    total += own.T @ own  # one at a time: BLAS knows that it is symmetric
+                mean[part] += columns.sum(axis=1, dtype=np.float64)
 
-        spread(
-            lambda task: task[0](task[1]),
-            [(add, part) for part in _parts(len(weight)) for add in (add_moments, add_lost)],
-            default_threads(),
-        )
-        samples += columns.shape[1]
-    moments /= samples
-    for total in (lost, mean, mean_lost):
-        total /= samples
+            def add_lost(columns: np.ndarray = columns, taken: np.ndarray | None = taken) -> None:
+                if taken is not None:
+                    outputs = taken @ of_taps[part]
+                    found = outputs.transpose(0, 2, 1) @ columns
+                    lost[part] += found.reshape(lost[part].shape)
+                    total = outputs.sum(axis=1, dtype=np.float64)
+                    mean_lost[part] += total.reshape(mean_lost[part].shape)
+
+            spread(lambda each: each(), [add_moments, add_lost], threads)
+
+    spread(add, parts, default_threads())
+    for total in (moments, lost, mean, mean_lost):
+        total /= places.count * count
     if center:
         moments -= mean[:, :, None] * mean[:, None, :]
         lost -= mean_lost[..., None] * mean[:, None, None, :]
         mean += origin[:, 0]
     return Covariance(
-        _independent(moments, parts),
+        _independent(moments, repeats),
         lost.reshape(weight.shape),
-        np.tile(mean, (1, parts)),
+        np.tile(mean, (1, repeats)),
     )
 
 
-def _parts(groups: int) -> list[slice]:
-    """Return groups that are worked on at the same time."""
-    step = -(-groups // _PARTS)
-    return [slice(begin, begin + step) for begin in range(0, groups, step)]
+def _parts(groups: int, most: int) -> list[slice]:
+    """Return groups that are worked on together, at least one and at most so many."""
+    step = max(1, min(most, -(-groups // _PARTS)))
+    return [slice(begin, min(begin + step, groups)) for begin in range(0, groups, step)]
 
 
 def is_followed(node: FloatNode) -> bool:
@@ -227,6 +224,7 @@ class _Places:
             )  # fmt: skip
             self.extent = rows, columns
         self.count = min(most, self.extent[0] * self.extent[1])
+        self._begins: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def gather(
         self,
@@ -235,6 +233,7 @@ class _Places:
         pictures: range,
         channels: slice,
         origin: np.ndarray,
+        threads: int,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Return what weights are multiplied with, less `origin`, and what was taken from it.
 
@@ -253,26 +252,35 @@ class _Places:
                 np.subtract(whole, found, out=taken[:, index])
             np.subtract(found, origin, out=columns[:, index])
 
-        spread(fill, range(len(pictures)), default_threads())
+        spread(fill, range(len(pictures)), threads)
         flat = groups, -1, size
         return columns.reshape(flat), None if taken is None else taken.reshape(flat)
 
     def columns(self, inputs: Inputs, picture: int, channels: slice, in_group: int) -> np.ndarray:
         """Return what weights are multiplied with, float32 (groups, positions, taps * in_group)."""
-        rng = np.random.default_rng(picture)
-        chosen = rng.choice(self.extent[0] * self.extent[1], self.count, replace=False)
-        rows, columns = np.divmod(chosen, self.extent[1])
+        rows, columns = self._chosen(picture)
         q = inputs.quantization
         zero, scale = (0.0, 1.0) if q is None else (q.zero_point, q.scale)
         x = inputs.values[picture, channels]
         kh, kw = self.kernel
         found = np.empty((len(x) // in_group, self.count, kh * kw, in_group), np.float32)
         _gather(
-            np.ascontiguousarray(x), rows * self.strides[0] - self.begin[0],
-            columns * self.strides[1] - self.begin[1], kh, kw, self.dilations[0],
-            self.dilations[1], np.float32(zero), np.float32(scale), found,
+            np.ascontiguousarray(x), rows, columns, kh, kw, self.dilations[0], self.dilations[1],
+            np.float32(zero), np.float32(scale), found,
         )  # fmt: skip
         return found.reshape(len(found), self.count, -1)
+
+    def _chosen(self, picture: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the windows of a picture begin, the same for all groups."""
+        if (found := self._begins.get(picture)) is None:
+            rng = np.random.default_rng(picture)
+            chosen = rng.choice(self.extent[0] * self.extent[1], self.count, replace=False)
+            rows, columns = np.divmod(chosen, self.extent[1])
+            found = self._begins[picture] = (
+                rows * self.strides[0] - self.begin[0],
+                columns * self.strides[1] - self.begin[1],
+            )
+        return found
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -402,21 +410,21 @@ class _Rounding:
         ratio: float,
     ) -> None:
         self.settings, self.ratio = settings, ratio
-        parts = _parts(len(moments))
+        parts = _parts(len(moments), len(moments))
         tasks: list[Callable[[], Any]] = [
             partial(encode_alone, weight, settings, ratio),
-            *(partial(_fit, moments[part], lost[part]) for part in parts),
             *(partial(_updates, moments[part]) for part in parts),
         ]
         self.plain: LogWeights
         self.plain, *found = spread(lambda find: find(), tasks, default_threads())
-        fit = np.concatenate(found[: len(parts)])
-        order, self.update = (
-            np.concatenate(each) for each in zip(*found[len(parts) :], strict=True)
-        )
+        order, self.update = (np.concatenate(each) for each in zip(*found, strict=True))
         plain, group = self.plain, len(moments)
-        self.target = weight.reshape(group, -1, moments.shape[1]) + fit
         self.moments, self.order = _damped(moments, _DAMPING), order[:, None]
+        self.target = weight.reshape(group, -1, moments.shape[1]).astype(np.float64)
+        if lost.any():
+            made_up_for = np.take_along_axis(lost, self.order, axis=2)
+            made_up_for = made_up_for @ self.update.transpose(0, 2, 1) @ self.update
+            self.target += _back(made_up_for, self.order)
         self.alpha = plain.alpha.reshape(group, -1)
         self.first, self.second, gain = (
             values.reshape(self.target.shape)
@@ -520,13 +528,6 @@ class _Rounding:
         chosen = select(matrix, self.ratio, s.granularity, s.tile).reshape(self.gain.shape)
         for _ in range(_KEPT):
             yield chosen, 0.0
-
-
-def _fit(moments: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """Return what makes up for the errors of inputs, (group, O / group, K)."""
-    if not lost.any():
-        return np.zeros(lost.shape)
-    return np.linalg.solve(_damped(moments, _CAUTION), lost.transpose(0, 2, 1)).transpose(0, 2, 1)
 
 
 def _back(values: np.ndarray, order: np.ndarray) -> np.ndarray:
