@@ -887,22 +887,58 @@ def _quantize(arguments, first_part, end_part, parts, slot):
             q += count * step
 
 
-@register("dequantize", "portable", DEQUANTIZE)
+@njit(error_model="numpy")
+def _separate(x, p, step, part, part_size, count, channels):
+    """Do the opposite of `_interleave`: rows of channels' codes of pixels from p on."""
+    lanes = np.uintp(LANES)
+    if channels >= lanes and count >= lanes:
+        at, to = np.int64(x.ctypes.data), np.int64(part.ctypes.data)
+        for j in range(np.uintp(0), count, lanes):
+            pixel = min(j, count - lanes)  # the last ones overlap others
+            for k in range(np.uintp(0), channels, lanes):
+                c = min(k, channels - lanes)
+                transpose_bytes(
+                    at + np.int64(p + pixel * step + c), np.int64(step),
+                    to + np.int64(c * part_size + pixel), np.int64(part_size),
+                )  # fmt: skip
+        return
+    for k in range(count):
+        for c in range(channels):
+            part[c * part_size + k] = x[p + k * step + c]
+
+
+@register(
+    "dequantize", "portable", DEQUANTIZE, scratch=lambda record: _ROW_PART * record["channels"]
+)
 def _dequantize(arguments, first_part, end_part, parts, slot):
     a = carray(arguments, 1)[0]
     x = codes(a.x).ravel()
     y = carray(as_pointer(a.y.data), a.n * a.channels * a.height * a.width, np.float32)
+    size, part_size = a.scratch_size, np.uintp(_ROW_PART)
+    part = carray(as_pointer(a.scratch + np.uintp(slot * size)), size, np.uint8)
     plane, channels = np.uintp(a.height * a.width), np.uintp(a.channels)
+    step = np.uintp(a.x.c)
     scale, zero_point = a.scale, np.int32(a.zero_point)
-    begin, end = share(a.n * a.height, first_part, end_part, parts)
+    across, down = stretches(a, a.x)
+    begin, end = share(a.n * down, first_part, end_part, parts)
+    if plane == 1:
+        for n in range(begin, end):
+            p, q = pixel_at(a.x, n, a.x.top, a.x.left), np.uintp(n) * channels
+            for c in range(channels):
+                y[q + c] = np.float32(np.int32(x[p + c]) - zero_point) * scale
+        return
     for item in range(begin, end):
-        n, i = item // a.height, item % a.height
-        p = pixel_at(a.x, n, a.x.top + i, a.x.left)
-        q = np.uintp(n) * channels * plane + np.uintp(i * a.width)
-        for c in range(channels):
-            for j in range(np.uintp(a.width)):
-                code = np.int32(x[p + j * channels + c]) - zero_point
-                y[q + c * plane + j] = np.float32(code) * scale
+        n, i, j, width = stretch(a, across, down, item)
+        p = pixel_at(a.x, n, a.x.top + i, a.x.left + j)
+        q = np.uintp(n) * channels * plane + np.uintp(i * a.width + j)
+        for done in range(np.uintp(0), np.uintp(width), part_size):
+            count = min(part_size, np.uintp(width) - done)
+            _separate(x, p, step, part, part_size, count, channels)
+            for c in range(channels):
+                for k in range(count):
+                    code = np.int32(part[c * part_size + k]) - zero_point
+                    y[q + c * plane + done + k] = np.float32(code) * scale
+            p += count * step
 
 
 @register("to_channels_first", "portable", TO_CHANNELS_FIRST)

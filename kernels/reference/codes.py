@@ -398,7 +398,7 @@ def _quantize(arguments, first_part, end_part, parts, slot):
 
 
 # Codes to float32 (N, C, H, W).
-DEQUANTIZE = record(**OUTPUT, scale=FLOAT, zero_point=INT)
+DEQUANTIZE = record(**OUTPUT, scale=FLOAT, zero_point=INT, **SCRATCH)
 
 
 @register("dequantize", "reference", DEQUANTIZE)

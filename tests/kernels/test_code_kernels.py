@@ -12,7 +12,7 @@ from support.graphs import GRAPHS, build, concatenations, random_inputs, random_
 from logshift.kernels import registry
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime import Session
-from logshift.runtime.graph import Node, Quantization
+from logshift.runtime.graph import Node, Quantization, ValueInfo
 
 FAST = ("portable", "dot", "shift")
 KINDS = GRAPHS | {"Concat": concatenations()}
@@ -67,6 +67,29 @@ def test_columns_are_quantized_as_rows_are(size, channels, pads):
         session = Session(graph, threads=threads, kernels="portable")
         assert_same(expected, session.trace_codes(inputs), threads)
         np.testing.assert_array_equal(session.run(inputs), expected["y"])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 15), (5, 16), (130, 1), (3, 67), (20, 20)])
+@pytest.mark.parametrize("channels", [1, 3, 15, 16, 21, 64, 70])
+@pytest.mark.parametrize("pads", [[0, 0, 0, 0], [1, 1, 1, 1]])
+def test_codes_become_values_in_planes(size, channels, pads):
+    """Those that a convolution with a border reads as well, and others."""
+    weights = random_weights(np.random.default_rng(0), (4, 3, 3, channels), 4, 0.15, 0)
+    nodes = [
+        Node("QuantizeLinear", "q", ["input"], ["x"]),
+        Node("MaxPool", "p", ["x"], ["y"], {"kernel_shape": [1, 1]}),
+        Node("DequantizeLinear", "d", ["y"], ["z"]),
+        Node("Conv", "conv", ["y"], ["v"], {"pads": [1, 1, 1, 1]}, weights),
+    ][: 4 if any(pads) else 3]
+    q = {name: Quantization(0.1, 100, 8) for name in "xy"}
+    graph = build(nodes, q, {"input": (2, channels, *size)}, "v" if any(pads) else "z")
+    if any(pads):
+        graph.outputs.append(ValueInfo("z", (2, channels, *size), (2, channels, *size)))
+    inputs = random_inputs(graph)
+    expected = Session(graph, threads=1, kernels="reference").run(inputs)
+    for threads in (1, 2):
+        found = Session(graph, threads=threads, kernels="portable").run(inputs)
+        np.testing.assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("channels", [3, 15, 16, 21, 63, 64, 70, 133])
