@@ -133,11 +133,14 @@ def covariance(
                 quantized, exact, pictures, channels, origin[part], threads
             )
 
+            # Sums that are not finite are seen later. Threads do not have the caller's `errstate`.
+            @np.errstate(over="ignore", invalid="ignore")
             def add_moments(columns: np.ndarray = columns) -> None:
                 for total, own in zip(moments[part], columns, strict=True):
                     total += own.T @ own  # one at a time: BLAS knows that it is symmetric
                 mean[part] += columns.sum(axis=1, dtype=np.float64)
 
+            @np.errstate(over="ignore", invalid="ignore")
             def add_lost(columns: np.ndarray = columns, taken: np.ndarray | None = taken) -> None:
                 if taken is not None:
                     outputs = taken @ of_taps[part]
@@ -551,10 +554,12 @@ def _choice(
 
 def _damped(moments: np.ndarray, share: float) -> np.ndarray:
     """Add a share of the mean variance to all variances: then there is an inverse."""
-    mean = np.maximum(np.diagonal(moments, axis1=1, axis2=2).mean(axis=1, dtype=np.float64), 0)
+    # Of what hardly varies rounding makes some negative.
+    variances = np.maximum(np.diagonal(moments, axis1=1, axis2=2), 0)
+    mean = variances.mean(axis=1, dtype=np.float64)
     mean[mean == 0] = 1
     damped = moments.astype(np.float64)
-    np.einsum("gkk->gk", damped)[...] += share * mean[:, None]
+    np.einsum("gkk->gk", damped)[...] = variances + share * mean[:, None]
     return damped
 
 

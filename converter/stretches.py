@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -135,10 +136,15 @@ class _Writer(OnnxWriter):
         for node in function.nodes:
             names.update((name, self.fresh(name)) for name in node.output)
             copy = onnx.NodeProto.FromString(node.SerializeToString())
+            copy.name = ""
             copy.input[:] = [names.get(name, name) for name in node.input]
             copy.output[:] = [names[name] for name in node.output]
             self.nodes.append(copy)
         return names[function.output]
+
+    def node(self, op: str, name: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        """Add a node without a name: several nodes here may be of one of the model."""
+        super().node(op, "", inputs, output, **attributes)
 
     def parameters(self, node: AnyNode) -> list[str]:
         assert isinstance(node, FloatNode) and node.weight is not None

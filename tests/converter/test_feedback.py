@@ -162,6 +162,26 @@ def test_inputs_that_never_vary():
         assert np.isfinite(words.values()).all()
 
 
+def test_variances_that_rounding_has_made_negative_count_as_none():
+    weight = np.random.default_rng(0).laplace(0, 0.1, (8, 1, 1, 10)).astype(np.float32)
+    lost, words = np.zeros((1, 8, 10)), []
+    for least in (0.0, -4e-9):
+        moments = np.diag([1e-9] * 9 + [least])[None].astype(np.float32)
+        words.append(feedback.encode_with_feedback(weight, moments, lost, Settings(4), 0.0))
+    errors = [np.abs(each.values() - weight)[..., -1].max() for each in words]
+    assert errors[1] <= errors[0] * 1.01
+
+
+@pytest.mark.filterwarnings("error")
+def test_inputs_whose_squares_are_beyond_float32():
+    node = convolution(3, 6, 1, {"pads": [1, 1, 1, 1]}, out=8)
+    x = feedback.Inputs(1e25 * inputs(6))
+    words = feedback.encode_layer(node, x, feedback.Inputs(x.values * 2), Settings(4), 0.15)
+    assert np.array_equal(
+        words.values(), feedback.encode_alone(node.weight, Settings(4), 0.15).values()
+    )
+
+
 def test_fit_makes_up_for_what_inputs_have_lost():
     node = convolution(3, 6, 1, {"pads": [1, 1, 1, 1]}, out=8)
     exact = inputs(6)

@@ -92,3 +92,31 @@ def test_heads_are_apart():
     tanh = next(n for n in graph.nodes if n.is_conv and n.weight.shape[0] == 5)
     changed = network.rerun({tanh.output: lambda values: rows(values[tanh.output]) * 2})
     assert not any(n.output in changed for n in graph.nodes if n.op == "GlobalAveragePool")
+
+
+def test_one_node_may_be_several():
+    """Of a node that is fused into one reader, and by itself for others, both have its name."""
+    net = Net(shape=("batch", *SIZE))
+    x = net.conv("x", 3, 8)
+    y = net.node("Mul", x, net.node("Sigmoid", x))
+    relu = net.node("Relu", x)
+    model = net.model(x, y, relu, net.node("Add", relu, relu))
+    x = noise(2, SIZE)
+    graph = float_graph(model, x)
+    network, expected = Network(graph, {"x": x}, 1), one_by_one(graph, {"x": x})
+    assert all(close(y, network.values[name]) for name, y in expected.items())
+
+
+def test_batches_in_which_more_is_found_than_in_others():
+    net = Net(shape=(1, *SIZE))
+    x = net.node("Relu", net.conv("x", 3, 4))
+    found = net.node("NonZero", net.node("Greater", x, net.constant(1.0)))
+    picked = net.node("GatherND", x, net.node("Transpose", found, perm=[1, 0]))
+    x = noise(3, SIZE)
+    graph = float_graph(net.model(picked), x)
+    network = Network(graph, {"x": x}, 3)
+    first = next(node for node in graph.nodes if node.is_conv)
+    assert len({y.shape for y in network.values[found]}) > 1
+    for factor, is_other in ((1, False), (2, True)):
+        other = network.values[first.output] * np.float32(factor)
+        assert (found in network.rerun({first.output: lambda _, y=other: y})) == is_other
