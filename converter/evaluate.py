@@ -42,10 +42,15 @@ Value = np.ndarray | list[np.ndarray]
 
 
 def rows(value: Value) -> np.ndarray:
-    """Return a tensor of all pictures in one array."""
+    """Return a tensor of all pictures in one array, flat if the data decide on its other sizes."""
     if isinstance(value, np.ndarray):
         return value
-    return value[0] if len(value) == 1 else np.concatenate([np.atleast_1d(y) for y in value])
+    if len(value) == 1:
+        return value[0]
+    parts = [np.atleast_1d(y) for y in value]
+    if len({y.shape[1:] for y in parts}) > 1:
+        parts = [y.reshape(-1) for y in parts]
+    return np.concatenate(parts)
 
 
 def run_onnx(

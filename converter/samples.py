@@ -183,7 +183,10 @@ def telling_first(
     count = division.batches
     split = by_batch(division.calibration, count)
     seen = spread(count, _LOOKED_AT)
-    peaks = np.stack([_peaks(run({name: x[i] for name, x in split.items()})) for i in seen])
+    found = [_peaks(run({name: x[i] for name, x in split.items()})) for i in seen]
+    # Where the data decide on sizes there are no channels to compare.
+    alike = [parts for parts in zip(*found, strict=True) if len({len(p) for p in parts}) == 1]
+    peaks = np.concatenate([np.stack(parts) / len(parts[0]) for parts in alike], axis=1)
     highest = peaks.max(axis=0)
     peaks = np.divide(peaks, highest, out=np.zeros(peaks.shape), where=highest > 0)
     reached = np.zeros(peaks.shape[1])
@@ -199,16 +202,16 @@ def telling_first(
     return replace(division, calibration=ordered)
 
 
-def _peaks(outputs: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the largest sizes along the axes in which channels may lie."""
+def _peaks(outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the largest sizes along each axis in which channels may lie."""
     found = [np.zeros(1)]
     for y in outputs:
-        if y.dtype.kind == "f" and y.ndim > 1 and y.size:
+        if y.dtype.kind == "f" and y.ndim > 1:
             size = np.abs(np.nan_to_num(y.astype(np.float64)))
             for axis in {1, y.ndim - 1} if y.ndim != 4 else {1}:
-                found.append(size.max(axis=tuple(a for a in range(y.ndim) if a != axis)))
-    shapes = [len(part) for part in found]
-    return np.concatenate([part / length for part, length in zip(found, shapes, strict=True)])
+                others = tuple(a for a in range(y.ndim) if a != axis)
+                found.append(size.max(axis=others, initial=0.0))
+    return found
 
 
 # --- pictures -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from support.onnx_nets import Net, noise
 
 pytest.importorskip("onnxruntime")
 
+from logshift import converter, runtime  # noqa: E402
 from logshift.converter.evaluate import Evaluator, Network, results, rows  # noqa: E402
 from logshift.converter.onnx_model import load  # noqa: E402
 from logshift.converter.pipeline import lowered, placed  # noqa: E402
@@ -120,3 +121,20 @@ def test_batches_in_which_more_is_found_than_in_others():
     for factor, is_other in ((1, False), (2, True)):
         other = network.values[first.output] * np.float32(factor)
         assert (found in network.rerun({first.output: lambda _, y=other: y})) == is_other
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_outputs_whose_sizes_the_data_decide(axis, tmp_path):
+    """As those of a detector that picks its boxes itself: more in one batch than in another."""
+    net = Net(shape=(1, *SIZE))
+    scores = net.node("Relu", net.conv("x", 3, 4))
+    found = net.node("NonZero", net.node("Greater", scores, net.constant(2.5)))
+    picked = net.node("GatherND", scores, net.node("Transpose", found, perm=[1, 0]))
+    picked = net.node("Unsqueeze", picked, net.constant([1 - axis], np.int64))
+    model, x = net.model(picked, scores), noise(6, SIZE)
+    report = converter.convert(model, tmp_path / "net.stlq", calibration=x)
+    session = runtime.load(tmp_path / "net.stlq")
+    for one in x:
+        y = session.run({"x": one[None]})
+        assert (y[picked].size, y[picked].ndim) == ((y[scores] > 2.5).sum(), 2)
+    assert report.verdict.samples > 0
