@@ -19,6 +19,7 @@ from support.onnx_nets import Net, network, noise, reference
 from logshift import converter
 from logshift.converter import ConversionError, InputError, Preprocessing, convert
 from logshift.converter.calibrate import choose_quantization
+from logshift.converter.evaluate import AT_ONCE
 from logshift.converter.verify import verify
 from logshift.runtime import cores
 from logshift.runtime.file import format as packed_format
@@ -274,8 +275,9 @@ def test_progress_is_called_for_every_node(path):
     calls = [call for call in calls if call not in compared + rounded]
     measured = [call for call in calls if call[2].startswith("measuring")]
     walked = [call for call in calls if call not in measured]
-    # As many at once as there are threads.
-    assert [done for done, _, _ in measured] == list(range(0, weighted, cores.default_threads()))
+    # Some for every thread at once.
+    together = AT_ONCE * cores.default_threads()
+    assert [done for done, _, _ in measured] == list(range(0, weighted, together))
     assert {total for _, total, _ in measured} == {weighted}
     assert [done for done, _, _ in walked] == list(range(count + 1))
     assert {total for _, total, _ in walked} == {count}
