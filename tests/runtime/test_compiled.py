@@ -704,7 +704,7 @@ def test_depths_and_spaces(mode):
 @settings(max_examples=30)
 @given(SHAPES, SEEDS, st.data())
 def test_pad(shape, seed, data):
-    pads = [data.draw(st.integers(-(n - 1) // 2 if n > 2 else 0, 3)) for n in (*shape, *shape)]
+    pads = [data.draw(st.integers(-((n - 1) // 2), 3)) for n in (*shape, *shape)]
     check("Pad", floats(shape, seed), ints(*pads), mode="constant")
     axes = data.draw(st.sets(st.integers(0, len(shape) - 1), min_size=1))
     chosen = [pads[axis + more] for more in (0, len(shape)) for axis in axes]
