@@ -68,14 +68,14 @@ def test_convolutions(path):
 def test_codes_of_freed_sizes(path):
     net = net_of()
     model = net.model(net.conv(net.node("Relu", net.conv("x"))))
-    feed = feed_of(*SHAPE)
+    feeds = [feed_of(*SHAPE, seed=seed) for seed in range(8)]  # that reach what others do
     converter.convert(
-        model, path, calibration=[feed], input_shapes=FREE, weight_bits=5, residual_ratio=1.0
+        model, path, calibration=feeds, input_shapes=FREE, weight_bits=5, residual_ratio=1.0
     )
     other = feed_of(2, 4, 32, 20)
     (expected,) = reference(freed(model), other).values()
     found = runtime.load(path).run(other)
-    assert np.square(found - expected).sum() < 0.01 * np.square(expected).sum()
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 
 def build(net, op):
