@@ -224,10 +224,8 @@ def _measured(
     The last is an array (group, K).
     """
     found = layers(graph)
-    network, threads = (
-        Network(graph, *few_samples(graph, samples, batches, len(found)), 1),
-        default_threads(),
-    )
+    network = Network(graph, *few_samples(graph, samples, batches, len(found)), 1)
+    threads = default_threads()
 
     def measure(nodes: list[FloatNode]) -> tuple[list[FloatNode], LogWeights, np.ndarray]:
         single = encode(weight_of(nodes), settings.weight_bits, 0.0)

@@ -18,6 +18,7 @@ import numpy as np
 from logshift.converter.compare import GroupError, Noise
 from logshift.converter.evaluate import AT_ONCE, Network, Value, rows
 from logshift.converter.float_graph import FloatGraph, FloatNode
+from logshift.converter.passes import squares
 from logshift.converter.progress import Progress
 from logshift.kernels.errors import ConversionError
 from logshift.runtime.cores import default_threads
@@ -230,7 +231,5 @@ class _Network(Network):
 
 def _ratio(exact: np.ndarray, found: np.ndarray) -> float:
     """Return squared error over squares, 0 where there is nothing, or nothing that is finite."""
-    power = float(np.square(exact, dtype=np.float64).sum())
-    with np.errstate(invalid="ignore"):
-        error = float(np.square(exact - found, dtype=np.float64).sum())
+    power, error = squares(exact, found)
     return error / power if power > 0 and math.isfinite(error) else 0.0

@@ -62,13 +62,18 @@ def _level(code, levels):
     return -magnitude if negative else magnitude
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _grid(levels, residual_shift, clip):
+    """L, the largest level, the bound of two words, and how much finer the second one is."""
+    levels = np.int32(levels)
+    top = np.float32(1 << (levels - 1))
+    return levels, top, top * np.float32(clip), np.float32(1 << residual_shift)
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def _two_words(w, alpha, levels, residual_shift, clip, first, second, r1, r2):
     """Section 2 for rows of w [O, K]: both codes, the residual r1 and what is left after q1."""
-    levels = np.int32(levels)
-    top = np.float32(1 << (levels - 1))
-    fine = np.float32(1 << residual_shift)
-    bound = top * np.float32(clip)
+    levels, top, bound, fine = _grid(levels, residual_shift, clip)
     for o in range(w.shape[0]):
         unit = alpha[o]
         for i in range(np.uintp(w.shape[1])):
@@ -203,9 +208,8 @@ def _nearest_level(r, top):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _errors(w, alpha, levels, residual_shift, clip, one, gain):
     """Squared error of each weight of rows [O, K] in one word, and what a second takes from it."""
-    top, fine = np.float32(1 << (levels - 1)), np.float32(1 << residual_shift)
-    coarse = np.float32(1) / fine  # exact, as all powers of two
-    bound, zero = top * np.float32(clip), np.float32(0)
+    _, top, bound, fine = _grid(levels, residual_shift, clip)
+    coarse, zero = np.float32(1) / fine, np.float32(0)  # exact, as all powers of two
     for o in range(w.shape[0]):
         unit = alpha[o]
         for i in range(np.uintp(w.shape[1])):
@@ -354,9 +358,7 @@ def _round_columns(
     w, update, alpha, levels, residual_shift, clip, eligible, least, first, second, gain
 ):
     """Round the columns of w one by one; leaves in w their errors, over the update's diagonal."""
-    levels = np.int32(levels)
-    top = np.float32(1 << (levels - 1))
-    bound, fine = top * np.float32(clip), np.float32(1 << residual_shift)
+    levels, top, bound, fine = _grid(levels, residual_shift, clip)
     for g in range(w.shape[0]):
         for o in range(w.shape[1]):
             unit = alpha[g, o] / top
@@ -447,9 +449,7 @@ def round_again(
     gain : float64 array of shape (group, O, K)
         Is set to what a second word takes, or would take, from the squared error of the output.
     """
-    levels = np.int32(levels)
-    top = np.float32(1 << (levels - 1))
-    bound, fine = top * np.float32(clip), np.float32(1 << residual_shift)
+    levels, top, bound, fine = _grid(levels, residual_shift, clip)
     for g in range(w.shape[0]):
         for j in range(w.shape[2]):  # one row of moments serves all outputs
             power = moments[g, j, j]

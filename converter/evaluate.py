@@ -13,18 +13,16 @@ from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
-import onnx
 import onnxruntime
-from onnx import TensorProto, helper
 
 from logshift.converter.compare import Groups, Noise, groups_of
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.layout import onnx_weight
-from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
+from logshift.converter.onnx_writer import OPSET, AnyNode, FloatWriter
 from logshift.converter.operators.registry import WRITINGS
 from logshift.converter.ort import session
 from logshift.converter.passes import PART, over_pictures, squares
-from logshift.converter.stretches import IR_VERSION, OPSET, Stretch, stretches
+from logshift.converter.stretches import Stretch, stretches
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime.onnx_ops import numpy_ops
 
@@ -121,7 +119,8 @@ class Evaluator:
             assert node.function is not None
             model = node.function.model(np.float32)
         else:
-            model = _NodeWriter(node).model()
+            writer = _NodeWriter(node)
+            model = writer.model(writer.inputs, [writer.output])
         self.session = opened = session(model, threads, keeps_memory=keeps_memory)
         self.names = [value.name for value in opened.get_inputs()]
 
@@ -373,7 +372,7 @@ def _same_integers(y: Value, z: Value) -> bool:
     )
 
 
-class _NodeWriter(OnnxWriter):
+class _NodeWriter(FloatWriter):
     """Writes one node as a model whose inputs are the node's, and its weights."""
 
     def __init__(self, node: FloatNode) -> None:
@@ -388,18 +387,6 @@ class _NodeWriter(OnnxWriter):
     def parameters(self, node: AnyNode) -> list[str]:
         self._parameters = [self.fresh("weight"), self.fresh("bias")]
         return self._parameters
-
-    def finish(self, node: AnyNode) -> list[Step]:
-        return []
-
-    def model(self) -> onnx.ModelProto:
-        inputs, outputs = (
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-            for names in (self.inputs, [self.output])
-        )
-        graph = helper.make_graph(self.nodes, "node", inputs, outputs, self.initializers)
-        opset = helper.make_opsetid("", self.opset)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
 
 
 def snr_db(signal: np.ndarray, noisy: np.ndarray) -> float:

@@ -120,6 +120,20 @@ def covariance(
     parts = _parts(len(weight), _ELEMENTS // (places.count * count * size))
     threads = default_threads() if len(parts) == 1 else 1
 
+    # Sums that are not finite are seen later. Threads do not have the caller's `errstate`.
+    @np.errstate(over="ignore", invalid="ignore")
+    def add_moments(part: slice, columns: np.ndarray) -> None:
+        for total, own in zip(moments[part], columns, strict=True):
+            total += own.T @ own  # one at a time: BLAS knows that it is symmetric
+        mean[part] += columns.sum(axis=1, dtype=np.float64)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def add_lost(part: slice, columns: np.ndarray, taken: np.ndarray) -> None:
+        outputs = taken @ of_taps[part]
+        lost[part] += (outputs.transpose(0, 2, 1) @ columns).reshape(lost[part].shape)
+        total = outputs.sum(axis=1, dtype=np.float64)
+        mean_lost[part] += total.reshape(mean_lost[part].shape)
+
     def add(part: slice) -> None:
         first = groups.indices(group)[0]
         channels = slice((first + part.start) * in_group, (first + part.stop) * in_group)
@@ -132,24 +146,10 @@ def covariance(
             columns, taken = places.gather(
                 quantized, exact, pictures, channels, origin[part], threads
             )
-
-            # Sums that are not finite are seen later. Threads do not have the caller's `errstate`.
-            @np.errstate(over="ignore", invalid="ignore")
-            def add_moments(columns: np.ndarray = columns) -> None:
-                for total, own in zip(moments[part], columns, strict=True):
-                    total += own.T @ own  # one at a time: BLAS knows that it is symmetric
-                mean[part] += columns.sum(axis=1, dtype=np.float64)
-
-            @np.errstate(over="ignore", invalid="ignore")
-            def add_lost(columns: np.ndarray = columns, taken: np.ndarray | None = taken) -> None:
-                if taken is not None:
-                    outputs = taken @ of_taps[part]
-                    found = outputs.transpose(0, 2, 1) @ columns
-                    lost[part] += found.reshape(lost[part].shape)
-                    total = outputs.sum(axis=1, dtype=np.float64)
-                    mean_lost[part] += total.reshape(mean_lost[part].shape)
-
-            spread(lambda each: each(), [add_moments, add_lost], threads)
+            tasks = [partial(add_moments, part, columns)]
+            if taken is not None:
+                tasks.append(partial(add_lost, part, columns, taken))
+            spread(lambda task: task(), tasks, threads)
 
     spread(add, parts, default_threads())
     for total in (moments, lost, mean, mean_lost):
@@ -506,19 +506,16 @@ class _Rounding:
             w[part] = integers[part] * (self.alpha[part] * unit)[..., None]
             slope[part] = w[part] @ moments - wanted
 
+        def work(allowed: np.ndarray, least: float, part: tuple[slice, slice]) -> None:
+            round_again(
+                w[part], slope[part], self.moments[part[0]], self.alpha[part], levels,
+                plain.residual_shift, plain.clip, allowed[part], least, self.first[part],
+                self.second[part], self.gain[part],
+            )  # fmt: skip
+
         spread(begin, self.parts, default_threads())
         for allowed, least in self._choices():
-
-            def work(
-                part: tuple[slice, slice], allowed: np.ndarray = allowed, least: float = least
-            ) -> None:
-                round_again(
-                    w[part], slope[part], self.moments[part[0]], self.alpha[part], levels,
-                    plain.residual_shift, plain.clip, allowed[part], least, self.first[part],
-                    self.second[part], self.gain[part],
-                )  # fmt: skip
-
-            spread(work, self.parts, default_threads())
+            spread(partial(work, allowed, least), self.parts, default_threads())
 
     def _choices(self) -> Iterator[tuple[np.ndarray, float]]:
         """Yield which weights may have second words, and what these must gain, time after time."""

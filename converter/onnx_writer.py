@@ -1,4 +1,4 @@
-"""An ONNX graph that is being written: what `export` and `evaluate` have in common.
+"""An ONNX graph that is being written: what `export`, `evaluate` and `stretches` have in common.
 
 Packed operators become *steps*, see `operators.registry.writes`; the two differ in what they write
 around these: weights, bounds and the rounding to codes.
@@ -6,16 +6,21 @@ around these: weights, bounds and the rounding to codes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from logshift.converter.float_graph import FloatNode
 from logshift.runtime.graph import Node, Quantization
 
 AnyNode = Node | FloatNode
+
+# In which nodes of the float network are written, where nothing asks for another version.
+OPSET = 19
+_IR_VERSION = 8
 
 # Operator, inputs (which may be what steps before make), attributes.
 Step = tuple[str, list[str], dict[str, Any]]
@@ -107,3 +112,21 @@ class OnnxWriter:
     def quantization(self, tensor: str) -> Quantization:
         """Return the quantization of a tensor of codes."""
         raise NotImplementedError
+
+
+class FloatWriter(OnnxWriter):
+    """Nodes of the float network, for onnxruntime: without functions and clamps of their own."""
+
+    def finish(self, node: AnyNode) -> list[Step]:
+        """Return no steps: whoever runs the model does these."""
+        return []
+
+    def model(self, inputs: Iterable[str], outputs: Iterable[str]) -> onnx.ModelProto:
+        """Return what has been written, as a model on float32 tensors."""
+        reads, makes = (
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+            for names in (inputs, outputs)
+        )
+        graph = helper.make_graph(self.nodes, "nodes", reads, makes, self.initializers)
+        opset = helper.make_opsetid("", self.opset)
+        return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)

@@ -13,17 +13,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
 
 from logshift.converter.float_graph import FloatGraph, FloatNode
 from logshift.converter.function import Function
 from logshift.converter.layout import onnx_weight
-from logshift.converter.onnx_writer import AnyNode, OnnxWriter, Step
+from logshift.converter.onnx_writer import OPSET, AnyNode, FloatWriter
 from logshift.converter.operators.registry import WRITINGS
 from logshift.converter.ort import session
 
-OPSET = 19
-IR_VERSION = 8
 _OLDEST_OPSET = 11  # in which operators have their inputs as they are written here
 _MOST_NODES = 6
 _PASSED = ("QuantizeLinear", "DequantizeLinear", "Clip", "Lookup")  # all that they do comes after
@@ -67,7 +64,7 @@ class Stretch:
         opened = self._session
         if opened is None:
             # Of many sessions each would keep as much as it once took.
-            model = _Writer(self).model()
+            model = _Writer(self).model(sorted(self.inputs), self.sources)
             opened = self._session = session(model, self._threads, keeps_memory=False)
         return list(opened.run(wanted, {name: values[name] for name in self.inputs}))
 
@@ -103,13 +100,12 @@ def _is_written(node: FloatNode, opset: int) -> bool:
     return node.function is None or node.function.opset == opset
 
 
-class _Writer(OnnxWriter):
+class _Writer(FloatWriter):
     """Writes a stretch as a model whose inputs and outputs are all that it reads and makes."""
 
     def __init__(self, stretch: Stretch) -> None:
         functions = [node.function for node in stretch.nodes if node.function is not None]
         super().__init__(functions[0].opset if functions else OPSET)
-        self._stretch = stretch
         self.names.update(stretch.inputs, stretch.sources)
         for node in stretch.nodes:
             self._write(node)
@@ -150,15 +146,3 @@ class _Writer(OnnxWriter):
         assert isinstance(node, FloatNode) and node.weight is not None
         weight = onnx_weight(node.op, node.weight, node.attributes["group"])
         return [self.constant("weight", weight), self.constant("bias", node.bias)]
-
-    def finish(self, node: AnyNode) -> list[Step]:
-        return []
-
-    def model(self) -> onnx.ModelProto:
-        inputs, outputs = (
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-            for names in (sorted(self._stretch.inputs), self._stretch.sources)
-        )
-        graph = helper.make_graph(self.nodes, "stretch", inputs, outputs, self.initializers)
-        opset = helper.make_opsetid("", self.opset)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
