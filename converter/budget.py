@@ -107,7 +107,8 @@ def fixed_plan(
         s, group = settings, nodes[0].attributes["group"]
         blocks = Blocks(weight.shape, s.granularity, tile_of(s.granularity, s.tile), group)
         summed = blocks.sums(gain.reshape(weight.shape)).astype(np.float32)
-        worth.append((summed / blocks.size).astype(np.float32))
+        # Within a layer tiles are chosen by what they gain as a whole, also small ones at edges.
+        worth.append(summed / np.float32(np.max(blocks.size)))
         sizes.append(blocks.size)
     if isinstance(ratio, str):
         ratio = _enough(worth, sizes, settings)
@@ -124,14 +125,16 @@ def _enough(worth: list[np.ndarray], sizes: _Sizes, settings: Settings) -> float
     least, most, enough = _RATIOS[settings.prefer]
     everything = np.concatenate(worth)
     if (common := _common(sizes)) is not None:  # sorting is much faster than finding out an order
-        size, everything = np.full(len(everything), common), np.sort(everything)[::-1]
+        size = whole = np.full(len(everything), common)
+        everything = np.sort(everything)[::-1]
     else:
         order = np.argsort(-everything, kind="stable")
         size = _of_each(worth, sizes)[order]
+        whole = _of_each(worth, [int(np.max(of_layer)) for of_layer in sizes])[order]
         everything = everything[order]
     # From units of the grid.
     levels = exponent_levels(settings.weight_bits) - 1 + settings.residual_shift
-    taken = np.cumsum(everything.astype(np.float64) * size) / 4.0**levels
+    taken = np.cumsum(everything.astype(np.float64) * whole) / 4.0**levels
     share = np.cumsum(size) / size.sum()
     first = np.searchsorted(taken, taken[-1] - enough)
     return float(np.clip(share[min(first, len(share) - 1)], least, most))
