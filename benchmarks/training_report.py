@@ -344,17 +344,19 @@ def table(head: list[str], lines: list[str]) -> str:
 
 
 def table_of_strengths() -> str:
-    """Return the table of what lambda decides, at the learning rate of v that the default has."""
+    """Return the table of what lambda decides: with the rate of v that follows it, and without."""
     lines = []
-    for factor in STRENGTHS:
-        name = f"lambda/{factor}"
-        if (summary := load(name, "summary.json")) is None:
-            continue
-        log = iterations(name)
-        cells = [f"{factor} times the default", f"{log['v_mean'][-1]:.3f}"]
-        cells += [f"{100 * log['nzr'][-1]:.2f}", f"{100 * summary['nzr']:.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{100 * summary['top1']:.2f}"]) + " |")
-    return table(["lambda", "mean of v at the end", "NZR % then", "once it is cut", "top-1"], lines)
+    for suffix, label in (("", "that of the default rule"), ("-rate-kept", "that of lambda = 1")):
+        for factor in STRENGTHS:
+            name = f"lambda/{factor}{suffix}"
+            if (summary := load(name, "summary.json")) is None:
+                continue
+            log = iterations(name)
+            cells = [f"{factor:g}", label, f"{log['v_mean'][-1]:.3f}"]
+            cells += [f"{100 * log['nzr'][-1]:.2f}", f"{100 * summary['nzr']:.2f}"]
+            lines.append("| " + " | ".join([*cells, f"{100 * summary['top1']:.2f}"]) + " |")
+    head = ["lambda over the default", "learning rate of v", "mean of v at the end", "NZR % then"]
+    return table([*head, "NZR % once it is cut", "top-1"], lines)
 
 
 def table_of_claims() -> str:

@@ -23,9 +23,7 @@ from logshift.trainer.models import MODELS
 
 ROUNDS, STEPS = 8, 2
 CASES = {
-    "residual penalty": trainer.Config(
-        method="residual_penalty", weight_bits=4, activation_bits=4, regularisation=1e-3
-    ),
+    "residual penalty": trainer.Config(method="residual_penalty", weight_bits=4, activation_bits=4),
     "published": trainer.Config(weight_bits=4, activation_bits=4),
     "published, tiles": trainer.Config(weight_bits=4, activation_bits=4, granularity="tile"),
     "float": None,
@@ -59,7 +57,7 @@ class Case:
         with torch.autocast("cpu", self.precision, enabled=self.precision != torch.float32):
             loss = F.cross_entropy(self.network(self.x), self.target)
             if self.config is not None:
-                loss = loss + self.config.strength * trainer.regulariser(self.network)
+                loss = loss + self.config.regularisation * trainer.regulariser(self.network)
         loss.backward()
         for optimiser in self.optimisers:
             optimiser.step()
@@ -88,8 +86,8 @@ def main() -> None:
             ratios = np.percentile(times / times[:, :1], [25, 50, 75], axis=0).T
             for name, (low, middle, high) in zip(CASES, ratios, strict=True):
                 console.print(
-                    f"{precision}, {threads} threads, {name}: {middle:.3f} ({low:.3f} to {high:.3f})"
-                    " of the residual penalty"
+                    f"{precision}, {threads} threads, {name}: {middle:.3f} times the residual "
+                    f"penalty ({low:.3f} to {high:.3f})"
                 )
 
 

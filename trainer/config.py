@@ -16,8 +16,6 @@ Method = Literal[
 ]  # fmt: skip
 Side = Annotated[int, Field(ge=1, le=2**16)]
 
-REGULARISATION = {"stlq": 1e-4, "without_select": 1e-4}  # of other methods 1e-3
-
 
 class LayerConfig(BaseModel):
     """What one layer has different from the others; what is left out is as for the others."""
@@ -59,9 +57,9 @@ class Config(BaseModel):
         A, 2 to 8, or 32: activations stay float32.
     input_bits : int
         Least A of the network's inputs, and of outputs that are codes.
-    regularisation : float, optional
-        lambda: of ||v||^2, by default 1e-4; of "residual_penalty" and "flightnn" that of the sum of
-        the layers' l2 norms of r1, by default 1e-3.
+    regularisation : float
+        lambda: of ||v||^2; of "residual_penalty" and "flightnn" that of the sum of the layers' l2
+        norms of r1.
     v_lr : float, optional
         Highest learning rate of v. By default the one with which v fades in the first 60 % of a
         run, whatever the length of the run, its optimiser, its learning rate and lambda.
@@ -85,19 +83,12 @@ class Config(BaseModel):
     residual_shift: int = Field(default=0, ge=0, le=4)
     activation_bits: Literal[2, 3, 4, 5, 6, 7, 8, 32] = 8
     input_bits: int = Field(default=8, ge=2, le=8)
-    regularisation: float | None = Field(default=None, ge=0)
+    regularisation: float = Field(default=1e-3, ge=0)
     v_lr: float | None = Field(default=None, gt=0)
     refresh: int = Field(default=100, ge=1)
     first: LayerConfig = LayerConfig()
     last: LayerConfig = LayerConfig()
     layers: dict[str, LayerConfig] = {}
-
-    @property
-    def strength(self) -> float:
-        """Return lambda, the method's own if none is given."""
-        if self.regularisation is not None:
-            return self.regularisation
-        return REGULARISATION.get(self.method, 1e-3)
 
     def of_layer(self, name: str, number: int, count: int) -> LayerConfig:
         """Return what holds for layer `number` of `count`: patterns, then first and last."""

@@ -272,7 +272,7 @@ class _Run:
                 total[task.learning] += float(task.measure(output.detach(), target)) / parts
                 if quantization is not None:
                     pull = quantize.regulariser(self.network)
-                    loss = loss + quantization.strength * pull
+                    loss = loss + quantization.regularisation * pull
                     total["regulariser"] += float(pull.detach()) / parts
                     total["nzr"] += quantize.non_zero_ratio(self.network) / parts
                 fabric.backward(loss / parts)
@@ -431,7 +431,7 @@ def make_optimisers(
     if v:
         assert quantization is not None
         factors = [learning_rate(step / steps, training) / training.lr for step in range(steps)]
-        rate = quantization.v_lr or fading_rate(max(quantization.strength, 1e-12), factors)
+        rate = quantization.v_lr or fading_rate(max(quantization.regularisation, 1e-12), factors)
         optimisers.append(torch.optim.SGD(v, rate))
     return optimisers
 

@@ -188,7 +188,7 @@ def test_v_fades_in_sixty_percent_of_any_run(optimiser, strength, steps, lr):
         group["lr"] = highest * learning_rate(step / steps, training) / lr
         made.zero_grad()
         network(torch.ones(1, 3, 8, 8))
-        (quantization.strength * regulariser(network)).backward()
+        (quantization.regularisation * regulariser(network)).backward()
         made.step()
         fade(network)
         ended = step if fading(network).any() else ended
