@@ -89,7 +89,8 @@ class ShuffleNetV2(nn.Module):
     def __init__(self, classes: int = 1000, width: float = 1.0) -> None:
         super().__init__()
         if width not in _CHANNELS:
-            raise ValueError(f"width is {width}; it must be one of {', '.join(map(str, _CHANNELS))}")
+            there = ", ".join(map(str, _CHANNELS))
+            raise ValueError(f"width is {width}; it must be one of {there}")
         first, *stages, last = _CHANNELS[width]
         self.conv1 = nn.Sequential(*_conv_bn_relu(3, first, 3, 2))
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
