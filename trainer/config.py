@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from logshift.trainer import stlq
+from logshift.trainer.blocks import MAX_RUN, Granularity
 
-Method = Literal["stlq", "without_select", "log", "flightnn", "apot", "uniform"]
+Method = Literal[
+    "stlq", "without_select", "residual_penalty", "residual_penalty_without_select", "log",
+    "flightnn", "apot", "uniform",
+]  # fmt: skip
+Side = Annotated[int, Field(ge=1, le=2**16)]
+
+REGULARISATION = {"stlq": 1e-4, "without_select": 1e-4}  # of other methods 1e-3
 
 
 class LayerConfig(BaseModel):
@@ -27,18 +34,23 @@ class Config(BaseModel):
 
     Attributes
     ----------
-    method : {"stlq", "without_select", "log", "flightnn", "apot", "uniform"}
-        STLQ, or what it is compared with: second words wherever they are not zero and all errors
-        regularised; no second words; second words for whole filters, those with the largest errors;
-        additive powers of two; integers.
+    method : {"stlq", "without_select", "residual_penalty", ...}
+        "stlq": the published one; second words of weights that are not selected fade out.
+        "without_select": the same with nothing selected; all second words fade.
+        "residual_penalty": selection anew every `refresh` steps, and errors of all other weights
+        driven to the grid; "residual_penalty_without_select": errors of all.
+        "log": no second words. "flightnn": "residual_penalty" for whole filters.
+        "apot": additive powers of two. "uniform": integers.
     weight_bits : int
         b, 2 to 5.
     residual_ratio : float
-        Share of the weights of each layer that may have a second word.
+        Share of the weights (tiles, filters) of each layer that have second words.
     granularity : {"element", "tile", "filter"}
-        What is selected.
-    tile : int
-        Weights per tile, 1 to 256.
+        What is selected: `blocks.Blocks`.
+    tile : (int, int) or int
+        Input and output channels of a tile at one kernel position; or 1 to 256 consecutive weights.
+    scale : {"channel", "layer"}
+        What has an alpha.
     clip : int, optional
         Bound of |W| in units of alpha, 1 or 2; by default 2 below 4 bits, else 1.
     residual_shift : int
@@ -47,10 +59,14 @@ class Config(BaseModel):
         A, 2 to 8, or 32: activations stay float32.
     input_bits : int
         Least A of the network's inputs, and of outputs that are codes.
-    regularisation : float
-        lambda, the factor of the sum of the layers' l2 norms of r1.
+    regularisation : float, optional
+        lambda: of ||v||^2, by default 1e-4; of "residual_penalty" and "flightnn" that of the sum of
+        the layers' l2 norms of r1, by default 1e-3.
+    v_lr : float, optional
+        Highest learning rate of v. By default the one with which v fades in the first 60 % of a
+        run, whatever the length of the run, its optimiser, its learning rate and lambda.
     refresh : int
-        Iterations after which the weights with a second word are chosen anew.
+        Iterations after which "residual_penalty" and "flightnn" select anew.
     first, last : LayerConfig
         What the first and the last layer have different.
     layers : dict
@@ -62,17 +78,26 @@ class Config(BaseModel):
     method: Method = "stlq"
     weight_bits: int = Field(default=4, ge=stlq.MIN_BITS, le=stlq.MAX_BITS)
     residual_ratio: float = Field(default=0.15, ge=0, le=1)
-    granularity: Literal["element", "tile", "filter"] = "element"
-    tile: int = Field(default=16, ge=1, le=stlq.MAX_TILE)
+    granularity: Granularity = "element"
+    tile: Annotated[int, Field(ge=1, le=MAX_RUN)] | tuple[Side, Side] = (16, 16)
+    scale: Literal["channel", "layer"] = "channel"
     clip: Literal[1, 2] | None = None
     residual_shift: int = Field(default=0, ge=0, le=4)
     activation_bits: Literal[2, 3, 4, 5, 6, 7, 8, 32] = 8
     input_bits: int = Field(default=8, ge=2, le=8)
-    regularisation: float = Field(default=1e-3, ge=0)
+    regularisation: float | None = Field(default=None, ge=0)
+    v_lr: float | None = Field(default=None, gt=0)
     refresh: int = Field(default=100, ge=1)
     first: LayerConfig = LayerConfig()
     last: LayerConfig = LayerConfig()
     layers: dict[str, LayerConfig] = {}
+
+    @property
+    def strength(self) -> float:
+        """Return lambda, the method's own if none is given."""
+        if self.regularisation is not None:
+            return self.regularisation
+        return REGULARISATION.get(self.method, 1e-3)
 
     def of_layer(self, name: str, number: int, count: int) -> LayerConfig:
         """Return what holds for layer `number` of `count`: patterns, then first and last."""

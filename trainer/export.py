@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from logshift.trainer.activations import ActivationQuantizer
-from logshift.trainer.quantize import non_zero_ratio, quantizable, weight_quantizers
+from logshift.trainer.quantize import cut, non_zero_ratio, quantizable, weight_quantizers
 from logshift.trainer.stlq import NEGLIGIBLE, exponent_levels
 from logshift.trainer.weights import Layout, LogQuantizer, WeightQuantizer
 
@@ -122,6 +122,7 @@ def deployed(network: nn.Module) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if not isinstance(network, fx.GraphModule):
         return network, {}
+    cut(network)
     grids = _fold(network)
     for name, module in list(network.named_modules()):
         if isinstance(module, ActivationQuantizer):
@@ -157,7 +158,7 @@ def grid(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _scale(quantizer: LogQuantizer) -> float:
     """Return 2^(L-1+s)."""
-    return 2.0 ** (exponent_levels(quantizer.bits) - 1 + quantizer.shift)
+    return 2.0 ** (exponent_levels(quantizer.bits) - 1 + quantizer.words.shift)
 
 
 @torch.no_grad()
@@ -192,14 +193,16 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
         integers = torch.where(negligible, 0.0, integers)
         alpha = torch.where(negligible, 1.0, alpha).float()
         if isinstance(quantizer, LogQuantizer):
-            unit = alpha.double() / _scale(quantizer)
+            words, unit = quantizer.words, alpha.double() / _scale(quantizer)
             grids[f"{name}.weight"] = {
-                "bits": quantizer.bits,
-                "residual_shift": quantizer.shift,
-                "clip": quantizer.clip,
+                "bits": words.bits,
+                "residual_shift": words.shift,
+                "clip": words.clip,
                 "alpha": [float(a) for a in alpha.flatten()],
-                "granularity": quantizer.granularity,
+                "granularity": words.granularity,
             }
+            if words.granularity == "tile" and not isinstance(words.tile, int):
+                grids[f"{name}.weight"]["tile"] = list(words.tile)
         else:
             unit = alpha.double()
         plain = _plain(layer, layout.weight((integers * unit).float()), bias)
@@ -256,11 +259,17 @@ def _remove(network: fx.GraphModule, name: str) -> None:
 def stored_bits(quantizer: WeightQuantizer) -> float:
     """Return bits per weight of a layer as a packed file stores it (`docs/quantization.md` 5).
 
-    Positions take the fewer of 8 bits for each second word and one bit for each weight.
+    Positions take the fewer of 8 bits for each second word and one bit for each weight; or one bit
+    for each tile, with words for all weights of the tiles that are selected.
     """
-    channels, size = len(quantizer.alpha), quantizer.layout.shape.numel()
+    channels, size = len(quantizer.magnitude()), quantizer.layout.shape.numel()
     nzr = float(quantizer.second_words) / size
     words = nzr * quantizer.bits + min(8 * nzr, 1.0)
+    if isinstance(quantizer, LogQuantizer) and not isinstance(quantizer.words.tile, int):
+        if quantizer.words.granularity == "tile":
+            chosen = float(quantizer.blocks.spread(quantizer.selected).sum())
+            dense = (chosen * quantizer.bits + quantizer.selected.numel()) / size
+            words = min(words, dense)
     return quantizer.bits + words + 32 * channels / size
 
 

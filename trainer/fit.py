@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from logshift.trainer import quantize
+from logshift.trainer.config import Config
 from logshift.trainer.data import DataSet
 from logshift.trainer.export import export_onnx, report
 from logshift.trainer.log import Log
 from logshift.trainer.models import MODELS, load_weights
 from logshift.trainer.settings import Settings, Training
 from logshift.trainer.tasks import TASKS, Task
+from logshift.trainer.weights import FadingQuantizer
 
 CHECKPOINT = "checkpoint.pt"
+FADED = 0.6  # the part of a run in which second words fade, so that weights have the rest to settle
 
 
 class RunError(ValueError):
@@ -162,18 +165,20 @@ class _Run:
             inputs = data.calibration(training.calibration)
             quantize.calibrate(self.network, inputs.split(min(training.batch, 64)))
         self.network = self.network.to(fabric.device)
-        optimiser = make_optimiser(self.network, training)
+        steps = training.epochs * max(data.steps(training.batch), 1)
+        optimisers = make_optimisers(self.network, training, quantization, steps)
+        self.highest = [optimiser.defaults["lr"] for optimiser in optimisers]
         if going_on:
-            self._load(optimiser)
+            self._load(optimisers)
         elif self.writes:
             (out / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n")
         self.model: Any
-        self.optimiser: Any
-        self.model, self.optimiser = fabric.setup(self.network, optimiser)
+        self.optimisers: list[Any]
+        self.model, *self.optimisers = fabric.setup(self.network, *optimisers)
         reached = self.state["iteration"], self.state["epoch"]
         self.log = Log(out, *reached) if self.writes else None
 
-    def _load(self, optimiser: torch.optim.Optimizer) -> None:
+    def _load(self, optimisers: list[torch.optim.Optimizer]) -> None:
         """Go on from the checkpoint of a run with the same settings."""
         checkpoint = self.out / CHECKPOINT
         try:
@@ -186,7 +191,8 @@ class _Run:
                 f"settings in {self.out / 'settings.json'}"
             )
         self.network.load_state_dict(saved["network"])
-        optimiser.load_state_dict(saved["optimiser"])
+        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         self.state = saved["state"]
         self.console.print(f"going on from step {self.state['iteration']}")
@@ -201,7 +207,7 @@ class _Run:
             {
                 "settings": _comparable(self.settings),
                 "network": self.network.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "state": self.state,
             },
@@ -229,8 +235,9 @@ class _Run:
             # Random numbers inside the network are those of an uninterrupted run.
             torch.manual_seed(training.seed * 1_000_003 + iteration * 101 + fabric.global_rank)
             lr = learning_rate(iteration / (training.epochs * steps), training)
-            for group in self.optimiser.param_groups:
-                group["lr"] = lr
+            for optimiser, highest in zip(self.optimisers, self.highest, strict=True):
+                for group in optimiser.param_groups:
+                    group["lr"] = lr * highest / training.lr
             if quantization is not None and iteration % quantization.refresh == 0:
                 quantize.refresh(self.network)
             values = self._step(batches)
@@ -244,6 +251,8 @@ class _Run:
                 self.log.add("iteration", iteration + 1, values | {"lr": lr}, iteration + 1)
             yield values
         state["epoch"] += 1
+        if state["epoch"] == training.epochs:
+            quantize.cut(self.network)
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Make one step of the optimiser; returns what is logged of it, means over all devices."""
@@ -252,7 +261,8 @@ class _Run:
         total = {"loss": 0.0, task.learning: 0.0}
         if quantization is not None:
             total |= {"regulariser": 0.0, "nzr": 0.0}
-        self.optimiser.zero_grad()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
         for part in range(parts):
             x, target = (fabric.to_device(t) for t in next(batches))
             with fabric.no_backward_sync(self.model, enabled=part < parts - 1):
@@ -262,15 +272,18 @@ class _Run:
                 total[task.learning] += float(task.measure(output.detach(), target)) / parts
                 if quantization is not None:
                     pull = quantize.regulariser(self.network)
-                    loss = loss + quantization.regularisation * pull
+                    loss = loss + quantization.strength * pull
                     total["regulariser"] += float(pull.detach()) / parts
                     total["nzr"] += quantize.non_zero_ratio(self.network) / parts
                 fabric.backward(loss / parts)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
+        if quantization is not None:
+            quantize.fade(self.network)
         if fabric.world_size > 1:
             means: Any = fabric.all_reduce(torch.tensor(list(total.values())), reduce_op="mean")
             total = dict(zip(total, means.tolist(), strict=True))
-        return total
+        return total | _distribution(quantize.fading(self.network))
 
     def measure(self) -> None:
         """Measure the network after an epoch, and say so."""
@@ -350,22 +363,88 @@ def set_training(model: nn.Module, training: Training) -> None:
                 module.eval()
 
 
-def make_optimiser(network: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """Return the optimiser; weights decay, everything else does not."""
+def parameter_groups(
+    network: nn.Module, weight_decay: float = 0.0
+) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
+    """Return what an optimiser is made of, and v apart.
+
+    Parameters
+    ----------
+    network : nn.Module
+        From `prepare`, or a float one.
+    weight_decay : float
+        Of weights; alpha, scales, biases and normalisation do not decay.
+
+    Returns
+    -------
+    groups : list of dict
+        All parameters but v, for an optimiser.
+    v : list of Parameter
+        For plain SGD without momentum, see `fading_rate`; empty but for method "stlq".
+    """
     weights: list[Tensor] = []
     others: list[Tensor] = []
+    v = [m.v for m in network.modules() if isinstance(m, FadingQuantizer)]
+    apart = {id(parameter) for parameter in v}
     for name, parameter in network.named_parameters():
         decays = parameter.ndim >= 2 and not name.endswith(".alpha")
-        (weights if decays else others).append(parameter)
-    groups = [
-        {"params": weights, "weight_decay": training.weight_decay},
+        if id(parameter) not in apart:
+            (weights if decays else others).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    return groups, v
+
+
+def fading_rate(strength: float, factors: Sequence[float]) -> float:
+    """Return the highest learning rate of v with which it fades by itself in 60 % of a run.
+
+    Steps of SGD take 2 lambda lr of v, so that it falls exponentially: from 1 to epsilon when these
+    sum up to ln(1 / epsilon). The rate of the weights would not do: recipes have from 1e-5 to 0.05,
+    and runs from a thousand steps to a million.
+
+    Parameters
+    ----------
+    strength : float
+        lambda, positive.
+    factors : sequence of float
+        The learning rate of each step of the run over the highest one.
+    """
+    ahead = sum(factors[: math.ceil(FADED * len(factors))])
+    return -math.log(FadingQuantizer.EPSILON) / (2 * strength * ahead)
+
+
+def make_optimisers(
+    network: nn.Module, training: Training, quantization: Config | None, steps: int
+) -> list[torch.optim.Optimizer]:
+    """Return the optimiser for a run of so many steps, and that of v if there is one."""
+    groups, v = parameter_groups(network, training.weight_decay)
+    optimisers: list[torch.optim.Optimizer] = []
     if training.optimiser == "adam":
-        return torch.optim.Adam(groups, lr=training.lr)
-    return torch.optim.SGD(
-        groups, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0
-    )
+        optimisers.append(torch.optim.Adam(groups, lr=training.lr))
+    else:
+        nesterov = training.momentum > 0
+        optimisers.append(
+            torch.optim.SGD(groups, training.lr, training.momentum, nesterov=nesterov)
+        )
+    if v:
+        assert quantization is not None
+        factors = [learning_rate(step / steps, training) / training.lr for step in range(steps)]
+        rate = quantization.v_lr or fading_rate(max(quantization.strength, 1e-12), factors)
+        optimisers.append(torch.optim.SGD(v, rate))
+    return optimisers
+
+
+def _distribution(v: Tensor) -> dict[str, float]:
+    """Return what is logged of v, of 4,096 elements at most: mean and quantiles."""
+    if not len(v):
+        return {}
+    v = v[:: -(-len(v) // 4096)]
+    percents = [5, 25, 50, 75, 95]
+    quantiles = v.quantile(torch.tensor(percents, device=v.device) / 100).tolist()
+    names = [f"v_{percent}" for percent in percents]
+    return {"v_mean": float(v.mean())} | dict(zip(names, quantiles, strict=True))
 
 
 def learning_rate(done: float, training: Training) -> float:

@@ -30,10 +30,13 @@ from logshift.trainer.activations import ActivationQuantizer
 from logshift.trainer.config import Config, LayerConfig
 from logshift.trainer.weights import (
     LAYERS,
+    FadingQuantizer,
     Layer,
     LevelQuantizer,
     LogQuantizer,
+    PenaltyQuantizer,
     WeightQuantizer,
+    Words,
     apot_levels,
     uniform_levels,
 )
@@ -152,13 +155,42 @@ def calibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def refresh(network: nn.Module) -> None:
-    """Choose anew, in all layers, the weights that may have a second word."""
+    """Choose anew, in all layers of method "residual_penalty", which weights have second words."""
     for _, layer, quantizer in weight_quantizers(network):
-        quantizer.refresh(layer.parametrizations["weight"].original)
+        if isinstance(quantizer, PenaltyQuantizer):
+            quantizer.refresh(layer.parametrizations["weight"].original)
+
+
+def fade(network: nn.Module) -> None:
+    """Set v to 0 where it is below epsilon, after each step of the optimiser (method "stlq")."""
+    for quantizer in _fading(network):
+        quantizer.fade()
+
+
+def cut(network: nn.Module) -> None:
+    """Set to 0 what is left of v at the end of training (method "stlq").
+
+    `export_onnx` does so by itself with its copy of the network.
+    """
+    for quantizer in _fading(network):
+        quantizer.cut()
+
+
+def fading(network: nn.Module) -> Tensor:
+    """Return v of all blocks that are not selected, one-dimensional; empty for other methods."""
+    found = [q.v.detach()[~q.selected] for q in _fading(network)]
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def _fading(network: nn.Module) -> list[FadingQuantizer]:
+    return [q for _, _, q in weight_quantizers(network) if isinstance(q, FadingQuantizer)]
 
 
 def regulariser(network: nn.Module) -> Tensor:
-    """Return the sum over layers of the l2 norms of r1 in the last forward pass."""
+    """Return what lambda multiplies in the loss, after a forward pass.
+
+    ||v||^2; for method "residual_penalty" the sum over layers of the l2 norms of r1.
+    """
     return torch.stack([q.regulariser for _, _, q in weight_quantizers(network)]).sum()
 
 
@@ -218,18 +250,19 @@ def _weight_quantizer(layer: Layer, config: Config, special: LayerConfig) -> Wei
         return LevelQuantizer(layer, bits, uniform_levels(bits))
     if config.method == "apot":
         return LevelQuantizer(layer, bits, apot_levels(bits))
-    ratio, granularity, regular = {
-        "stlq": (ratio, config.granularity, "rest"),
-        "flightnn": (ratio, "filter", "rest"),
-        "without_select": (1.0, "element", "all"),
-        "log": (0.0, "element", "none"),
-    }[config.method]
+    if config.method == "log":
+        ratio = 0.0
     clip = config.clip or stlq.default_clip(bits)
-    if ratio == 0:  # nothing reaches past alpha
-        clip = 1
-    return LogQuantizer(
-        layer, bits, ratio, granularity, config.tile, clip, config.residual_shift, regular
-    )
+    if ratio == 0 and config.method != "residual_penalty_without_select":
+        clip = 1  # nothing reaches past alpha in the end
+    granularity = "filter" if config.method == "flightnn" else config.granularity
+    words = Words(bits, ratio, granularity, config.tile, clip, config.residual_shift, config.scale)
+    select = not config.method.endswith("without_select")
+    if config.method in ("stlq", "without_select"):
+        return FadingQuantizer(layer, words, select)
+    if config.method == "log":
+        return LogQuantizer(layer, words)
+    return PenaltyQuantizer(layer, words, select)
 
 
 class Placement:

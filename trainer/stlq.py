@@ -7,7 +7,6 @@ Weights are matrices of shape (O, K), one output channel a row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 5
-MAX_TILE = 256
 NEGLIGIBLE = 2.0**-100  # a channel whose largest weight is less counts as zeros (section 1)
 
 # alpha candidates are max|w| * 2^-g: one octave moves every level onto the next, the rest of the
@@ -80,10 +78,11 @@ def split(
 
 
 class TwoWords(torch.autograd.Function):
-    """Quantized weights, the l2 norm of the regularised r1, and the number of second words.
+    """Quantized weights, the l2 norm of the penalised r1, and the number of second words.
 
-    Gradients are straight-through: W's is that of w where w is not clipped. That of the norm takes
-    q0 and alpha for constants, so that it pulls w to the grid.
+    The weight is that of the paper, w~ = LogQ(w) + LogQ(r1 * share). Gradients are
+    straight-through: W's is that of w where w is not clipped, and that of a share is r1's.
+    The gradient of the norm takes q0 and alpha for constants, so that it pulls w to the grid.
 
     The norm is that of alpha * r1 / 2^(L-1), in units of the layer's root mean square alpha. In
     units of each channel's own grid, channels that training has given up, whose alpha is next to
@@ -96,67 +95,51 @@ class TwoWords(torch.autograd.Function):
         ctx: Any,
         w: Tensor,
         alpha: Tensor,
-        second: Tensor,
-        regular: Tensor,
+        share: Tensor,
+        penalised: Tensor | None,
         bits: int,
         clip: int,
         shift: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return w_hat (O, K), the norm of r1 where `regular`, and count(S * q1 != 0)."""
+        """Return w~ (O, K), the norm of r1 where `penalised`, and count(q1 != 0).
+
+        `share`, (O, K), is how much of its second word each weight has, C + v.
+        """
         relative, r0, q0, r1 = split(w, alpha, bits, clip, shift)
-        q1 = torch.where(second, nearest_level(r1, bits), 0.0)
-        ctx.top, ctx.fine = 2.0 ** (exponent_levels(bits) - 1), 2.0**shift
-        ctx.mean = alpha.square().mean().sqrt()
-        pulled = torch.where(regular, r0 - q0, 0.0) * (alpha / (ctx.top * ctx.mean))
-        norm = pulled.norm()
-        integer = q0 * ctx.fine + q1
-        ctx.save_for_backward(relative, r0, alpha, integer, pulled, norm)
+        q1 = nearest_level(r1 * share, bits)
+        top, fine = 2.0 ** (exponent_levels(bits) - 1), 2.0**shift
+        integer = q0 * fine + q1
+        saved = [relative, r0, alpha, integer]
+        norm = w.new_zeros(())
+        ctx.top, ctx.fine = top, fine
+        if penalised is not None:
+            ctx.mean = alpha.square().mean().sqrt()
+            pulled = torch.where(penalised, r0 - q0, 0.0) * (alpha / (top * ctx.mean))
+            norm = pulled.norm()
+            saved += [pulled, norm]
+        elif ctx.needs_input_grad[2]:
+            saved += [q0]
+        ctx.save_for_backward(*saved)
         count = q1.count_nonzero()
         ctx.mark_non_differentiable(count)
-        return integer * (alpha / (ctx.top * ctx.fine)), norm, count
+        return integer * (alpha / (top * fine)), norm, count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_norm: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of w and alpha."""
-        relative, r0, alpha, integer, pulled, norm = ctx.saved_tensors
+        """Return the gradients of w, alpha and share."""
+        relative, r0, alpha, integer, *others = ctx.saved_tensors
         inside = relative == r0
         unclipped = torch.where(inside, r0, 0.0)
         grad_alpha = grad * ((integer / ctx.fine - unclipped) / ctx.top)
-        pull = pulled * (grad_norm / (norm.clamp_min(1e-12) * ctx.mean))
-        grad_w = torch.where(inside, grad + pull, 0.0)
-        return grad_w, grad_alpha.sum(1, keepdim=True), None, None, None, None, None
-
-
-def select(
-    error: Tensor, ratio: float, granularity: str = "element", tile: int = MAX_TILE
-) -> Tensor:
-    """Choose the weights that may have a second word: those with the largest errors.
-
-    Parameters
-    ----------
-    error : float32 Tensor of shape (O, K)
-        alpha * r1; K runs over kh, kw, C / group.
-    ratio : float
-        `residual_ratio`, the share of weights (of tiles, of filters) that are chosen.
-    granularity : {"element", "tile", "filter"}
-        Whether weights, tiles of consecutive weights, or output channels are chosen; a tile's score
-        is the energy of its errors, a filter's likewise.
-    tile : int
-        Weights per tile, 1 to 256.
-
-    Returns
-    -------
-    bool Tensor of shape (O, K)
-        The select tensor S.
-    """
-    size = {"element": 1, "tile": tile, "filter": error.shape[1]}[granularity]
-    energy = error.double().square().flatten()
-    padded = torch.nn.functional.pad(energy, (0, -len(energy) % size))
-    score = padded.view(-1, size).sum(1)
-    count = math.floor(ratio * len(score) + 1e-9)
-    chosen = torch.zeros_like(score, dtype=torch.bool)
-    chosen[score.argsort(descending=True, stable=True)[:count]] = True
-    return chosen.repeat_interleave(size)[: error.numel()].view(error.shape)
+        grad_w, grad_share = torch.where(inside, grad, 0.0), None
+        if ctx.needs_input_grad[2]:
+            (q0,) = others
+            grad_share = grad * ((r0 - q0) * (alpha / ctx.top))
+        elif others:
+            pulled, norm = others
+            pull = pulled * (grad_norm / (norm.clamp_min(1e-12) * ctx.mean))
+            grad_w = grad_w + torch.where(inside, pull, 0.0)
+        return grad_w, grad_alpha.sum(1, keepdim=True), grad_share, None, None, None, None
 
 
 def search_alpha(w: Tensor, bits: int, clip: int, shift: int, ratio: float) -> Tensor:

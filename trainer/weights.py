@@ -1,18 +1,23 @@
 """Weight quantizers: parametrizations of a layer's weight, all of one interface.
 
-`LogQuantizer` is STLQ and its relatives in log-exponent words (without select, one word, per-filter
-selection); `LevelQuantizer` rounds to any other table of levels (uniform, APoT), to compare with.
+`LogQuantizer` has log-exponent words, all second words that it selects and no others;
+`FadingQuantizer` is STLQ, which fades the others out; `PenaltyQuantizer` drives their errors to the
+grid instead, to compare with, as `LevelQuantizer` is, which rounds to any other table of levels
+(uniform, APoT).
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from logshift.trainer import stlq
+from logshift.trainer.blocks import Blocks, Granularity
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
@@ -32,6 +37,15 @@ class Layout:
     def __init__(self, layer: Layer) -> None:
         self.shape = layer.weight.shape
         self.groups = layer.groups if isinstance(layer, nn.ConvTranspose2d) else 0
+        self._conv_groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+
+    def blocks(self, granularity: Granularity, tile: int | tuple[int, int]) -> Blocks:
+        """Return the blocks of the layer's weights."""
+        outputs, inputs, *kernel = self.shape
+        if self.groups:
+            outputs, inputs = self.groups * inputs, outputs // self.groups
+        positions = math.prod(kernel)
+        return Blocks(outputs, positions, inputs, self._conv_groups, granularity, tile)
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return the weight as a matrix (O, K)."""
@@ -56,10 +70,10 @@ class WeightQuantizer(nn.Module):
 
     Attributes
     ----------
-    alpha : Parameter of shape (O, 1)
-        Real value of the largest level of a word, per output channel, learned; see `magnitude`.
+    alpha : Parameter of shape (O, 1), or (1, 1) if the layer has one scale
+        Real value of the largest level of a word, learned; see `magnitude`.
     regulariser : float32 Tensor
-        l2 norm of the errors that are to shrink, in the last forward pass; see `stlq.TwoWords`.
+        What lambda multiplies in the loss, in the last forward pass.
     second_words : int64 Tensor
         Number of weights that had a second word then.
     """
@@ -81,71 +95,177 @@ class WeightQuantizer(nn.Module):
         """Return what is copied: not the graph behind the regulariser."""
         return self.__dict__ | {"regulariser": self.regulariser.detach()}
 
-    def refresh(self, weight: Tensor) -> None:
-        """Choose anew which weights may have a second word; `weight` is the float weight."""
 
+@dataclass(frozen=True)
+class Words:
+    """How a layer is written in words: `docs/quantization.md` section 2.
 
-class LogQuantizer(WeightQuantizer):
-    """Log-exponent words: `docs/quantization.md` section 2.
-
-    Parameters
+    Attributes
     ----------
-    layer : nn.Conv2d, nn.ConvTranspose2d or nn.Linear
     bits : int
         Width b of a word, 2 to 5.
     ratio : float
-        `residual_ratio`, the share of weights that may have a second word.
+        `residual_ratio`, the share of blocks that have second words.
     granularity : {"element", "tile", "filter"}
-    tile : int
-        Weights per tile.
+        What a block is.
+    tile : int or (int, int)
+        Of `blocks.Blocks`.
     clip : int
         Bound of |W| in units of alpha, 1 or 2.
     shift : int
         `residual_shift` s.
-    regular : {"rest", "all", "none"}
-        Which r1 the regulariser pulls to the grid: those without a second word, all, or none.
+    scale : {"channel", "layer"}
+        Whether each output channel has an alpha, or the layer.
     """
 
-    second: Tensor
+    bits: int
+    ratio: float
+    granularity: Granularity = "element"
+    tile: int | tuple[int, int] = (16, 16)
+    clip: int = 1
+    shift: int = 0
+    scale: Literal["channel", "layer"] = "channel"
 
-    def __init__(
-        self,
-        layer: Layer,
-        bits: int,
-        ratio: float,
-        granularity: str,
-        tile: int,
-        clip: int,
-        shift: int,
-        regular: str,
-    ) -> None:
-        super().__init__(layer, bits)
-        self.ratio, self.granularity, self.tile = ratio, granularity, tile
-        self.clip, self.shift, self.regular = clip, shift, regular
-        rows = self.layout.rows(layer.weight.detach())
-        self.alpha = nn.Parameter(stlq.search_alpha(rows, bits, clip, shift, ratio))
-        self.register_buffer("second", torch.zeros_like(rows, dtype=torch.bool))
-        self.refresh(layer.weight)
+
+class LogQuantizer(WeightQuantizer):
+    """Log-exponent words, second ones where they are selected.
+
+    Parameters
+    ----------
+    layer : nn.Conv2d, nn.ConvTranspose2d or nn.Linear
+    words : Words
+
+    Attributes
+    ----------
+    selected : bool Tensor, of the shape of the blocks
+        The selection tensor C.
+    """
+
+    selected: Tensor
+
+    def __init__(self, layer: Layer, words: Words) -> None:
+        super().__init__(layer, words.bits)
+        self.words = words
+        self.blocks = self.layout.blocks(words.granularity, words.tile)
+        rows = self.layout.rows(layer.weight.detach().float())
+        scaled = rows if words.scale == "channel" else rows.reshape(1, -1)
+        self.alpha = nn.Parameter(
+            stlq.search_alpha(scaled, words.bits, words.clip, words.shift, words.ratio)
+        )
+        self.register_buffer("selected", self.blocks.select(self.error(rows), words.ratio))
+
+    def magnitude(self) -> Tensor:
+        """Return |alpha| of every output channel, (O, 1)."""
+        return super().magnitude().expand(self.blocks.rows[0], 1)
 
     @torch.no_grad()
-    def refresh(self, weight: Tensor) -> None:
-        """Choose the weights with the largest |alpha * r1|."""
-        rows = self.layout.rows(weight)
-        alpha = self.magnitude()
-        error = stlq.split(rows, alpha, self.bits, self.clip, self.shift)[3] * alpha
-        self.second.copy_(stlq.select(error, self.ratio, self.granularity, self.tile))
+    def error(self, rows: Tensor) -> Tensor:
+        """Return alpha * r1 of weights (O, K)."""
+        words, alpha = self.words, self.magnitude()
+        return stlq.split(rows, alpha, words.bits, words.clip, words.shift)[3] * alpha
+
+    def share(self) -> Tensor:
+        """Return how much of its second word each block has, 0 to 1."""
+        return self.selected.float()
+
+    def penalised(self) -> Tensor | None:
+        """Return the weights whose errors the regulariser is the norm of, bool (O, K), if any."""
+        return None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the quantized weight, of the shape of `weight`."""
-        if self.regular == "rest":
-            regular = ~self.second
-        else:
-            regular = torch.full_like(self.second, self.regular == "all")
+        words = self.words
         rows = self.layout.rows(weight.float())
+        share, penalised = self.blocks.spread(self.share()), self.penalised()
         quantized, self.regulariser, self.second_words = stlq.TwoWords.apply(
-            rows, self.magnitude(), self.second, regular, self.bits, self.clip, self.shift
+            rows, self.magnitude(), share, penalised, words.bits, words.clip, words.shift
         )
         return self.layout.weight(quantized)
+
+
+class FadingQuantizer(LogQuantizer):
+    """STLQ as published (Oh, Sim, Lee, Lee, CVPR 2021, section 4).
+
+    C is chosen once, from the float weights. Blocks that are not selected keep a part of their
+    second words, v, which is trained with the weights: w~ = LogQ(w) + LogQ(r1 * (C + v)). The
+    regulariser is the square of its norm.
+
+    Parameters
+    ----------
+    layer : nn.Conv2d, nn.ConvTranspose2d or nn.Linear
+    words : Words
+    select : bool
+        Whether anything is selected: without, all second words fade, and lambda decides how many
+        there are in the end.
+
+    Attributes
+    ----------
+    v : Parameter, of the shape of the blocks
+        0 where C is set.
+    """
+
+    EPSILON = 0.001  # what is less is 0 after a step
+
+    def __init__(self, layer: Layer, words: Words, select: bool = True) -> None:
+        super().__init__(layer, words)
+        self.cuts = select
+        if not select:
+            self.selected.zero_()
+        rows = self.layout.rows(layer.weight.detach().float())
+        # The norm of r1 in units of the layer's root mean square alpha; the paper's has one scale.
+        mean = self.magnitude().detach().square().mean().sqrt()
+        top = 2.0 ** (stlq.exponent_levels(words.bits) - 1 + words.shift)
+        score = self.blocks.sum((self.error(rows) / (top * mean)).square()).sqrt()
+        score = torch.where(self.selected, -torch.inf, score)
+        self.v = nn.Parameter((score - score.max()).exp().nan_to_num(0.0))
+
+    def share(self) -> Tensor:
+        """Return C + v."""
+        return self.selected + self.v
+
+    @torch.no_grad()
+    def fade(self) -> None:
+        """Set v to 0 where it is below epsilon, and where C is set."""
+        self.v.masked_fill_(self.selected | (self.v < self.EPSILON), 0.0)
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Set what is left of v to 0, if there is a selection."""
+        if self.cuts:
+            self.v.zero_()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the quantized weight, of the shape of `weight`."""
+        quantized = super().forward(weight)
+        self.regulariser = self.v.square().sum()
+        return quantized
+
+
+class PenaltyQuantizer(LogQuantizer):
+    """Drive errors without a second word to the grid: the regulariser is the l2 norm of these r1.
+
+    Parameters
+    ----------
+    layer : nn.Conv2d, nn.ConvTranspose2d or nn.Linear
+    words : Words
+    select : bool
+        Without, all weights have second words and all errors are driven to the grid.
+    """
+
+    def __init__(self, layer: Layer, words: Words, select: bool = True) -> None:
+        super().__init__(layer, words if select else replace(words, ratio=1.0))
+        self.select = select
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Choose anew which weights may have a second word; `weight` is the float weight."""
+        error = self.error(self.layout.rows(weight))
+        self.selected.copy_(self.blocks.select(error, self.words.ratio))
+
+    def penalised(self) -> Tensor:
+        """Return those that are not selected, or all."""
+        selected = self.blocks.spread(self.selected)
+        return ~selected if self.select else torch.ones_like(selected)
 
 
 class _Nearest(torch.autograd.Function):

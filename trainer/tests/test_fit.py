@@ -29,7 +29,7 @@ from logshift.trainer.settings import RECIPES, Settings, SettingsError, read, re
 
 def settings(**changes):
     training = {"epochs": 3, "batch": 16, "lr": 0.05, "calibration": 16, "threads": 1}
-    quantization = {"weight_bits": 3, "activation_bits": 4, "refresh": 3}
+    quantization = {"weight_bits": 3, "activation_bits": 4}
     values = {"task": "classification", "model": "small", "data": "blobs"}
     values |= {
         "training": training | changes.pop("training", {}),
@@ -54,8 +54,13 @@ def test_a_run_learns_and_leaves_everything(blobs, models, tmp_path):
     assert [int(r["iteration"]) for r in iterations] == list(range(1, 13))
     assert [int(r["epoch"]) for r in epochs] == [1, 2, 3]
     assert float(epochs[-1]["top1"]) == pytest.approx(summary["top1"])
-    assert set(iterations[0]) == {"iteration", "loss", "top1", "regulariser", "nzr", "lr"}
-    assert all(0.05 < float(r["nzr"]) <= 0.15 for r in iterations)
+    ours = {"regulariser", "nzr", *(f"v_{part}" for part in ("mean", 5, 25, 50, 75, 95))}
+    assert set(iterations[0]) == {"iteration", "loss", "top1", "lr", *ours}
+    nzr = [float(r["nzr"]) for r in iterations]
+    assert nzr[0] > 0.2 and 0.05 < nzr[-1] <= 0.15
+    assert 0.05 < summary["nzr"] <= 0.15
+    assert 0.5 < float(iterations[0]["v_5"]) <= float(iterations[0]["v_95"]) <= 1
+    assert float(iterations[-1]["v_mean"]) == 0
     assert float(iterations[-1]["loss"]) < float(iterations[0]["loss"])
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -121,18 +126,29 @@ class Stopped(Exception):
 def test_lambda_pulls_errors_to_the_grid(blobs, models, tmp_path):
     left = []
     for strength in (0, 0.1):
-        fit(settings(quantization={"regularisation": strength}), blobs, tmp_path / str(strength))
+        penalty = {"method": "residual_penalty", "regularisation": strength, "refresh": 3}
+        fit(settings(quantization=penalty), blobs, tmp_path / str(strength))
         left.append(float(rows(tmp_path / str(strength) / "iterations.csv")[-1]["regulariser"]))
     assert left[1] < 0.5 * left[0]
 
 
-def test_second_words_are_chosen_anew(blobs, models, tmp_path):
+def test_the_penalty_selects_anew(blobs, models, tmp_path):
     found = []
     for refresh in (1, 100):
-        fit(settings(quantization={"refresh": refresh}), blobs, tmp_path / str(refresh))
+        penalty = {"method": "residual_penalty", "refresh": refresh}
+        fit(settings(quantization=penalty), blobs, tmp_path / str(refresh))
         state = parameters(tmp_path / str(refresh))
-        found.append([value for name, value in state.items() if name.endswith(".second")])
-    assert not all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        found.append([value for name, value in state.items() if name.endswith(".selected")])
+    assert found[0] and not all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1e-2, 10.0])
+def test_the_ratio_asked_for_is_reached_whatever_lambda(blobs, models, tmp_path, strength):
+    wanted = {"weight_bits": 5, "residual_ratio": 0.2, "regularisation": strength, "v_lr": 0.05}
+    summary = fit(settings(quantization=wanted), blobs, tmp_path)
+    assert 0.17 < summary["nzr"] <= 0.2
+    left = float(rows(tmp_path / "iterations.csv")[-1]["v_mean"])
+    assert (left > 0.5) == (strength < 10)
 
 
 @pytest.mark.parametrize("after, every", [(2, 1), (5, 1), (7, 3), (7, 100)])
@@ -151,7 +167,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(blobs, models, tmp_path
         fit(chosen, Stopping(), tmp_path / "parts")
     # A row of a step that no checkpoint has, as after a crash.
     with (tmp_path / "parts/iterations.csv").open("a") as file:
-        file.write(f"{after + 1},9,9,9,9,9\r\n{after + 2},9")
+        file.write(f"{after + 1}{11 * ',9'}\r\n{after + 2},9")
     with pytest.raises(RunError, match="--resume"):
         fit(chosen, blobs, tmp_path / "parts")
     fit(chosen, blobs, tmp_path / "parts", resume=True)

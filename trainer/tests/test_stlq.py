@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from logshift.trainer import stlq
+from logshift.trainer.blocks import Blocks
 
 VECTORS = Path(__file__).parents[2] / "tests/vectors/stlq.json"
 
@@ -21,8 +22,7 @@ def test_words_are_those_of_the_shared_vectors(case):
     q1 = stlq.nearest_level(r1, bits)
     assert q1[0].tolist() == case["q1"]
 
-    everything = torch.ones_like(w, dtype=torch.bool)
-    value, _, count = stlq.TwoWords.apply(w, alpha, everything, everything, bits, clip, shift)
+    value, _, count = stlq.TwoWords.apply(w, alpha, torch.ones_like(w), None, bits, clip, shift)
     unit = alpha.double() / 2 ** (stlq.exponent_levels(bits) - 1 + shift)
     integers = torch.tensor([case["q0"]]) * 2**shift + torch.tensor([case["q1"]])
     assert torch.equal(value, (integers * unit).float())
@@ -36,9 +36,8 @@ def draw(seed, *shape):
 def test_gradients_are_straight_through_and_follow_alpha():
     w = (draw(1, 3, 50) * 0.6).requires_grad_()
     alpha = torch.tensor([[0.5], [1.0], [2.0]], requires_grad=True)
-    second = draw(2, 3, 50) > 0
-    regular = ~second
-    value, norm, _ = stlq.TwoWords.apply(w, alpha, second, regular, 4, 1, 0)
+    share = (draw(2, 3, 50).clamp(0, 1)).requires_grad_()
+    value, _, _ = stlq.TwoWords.apply(w, alpha, share, None, 4, 1, 0)
     weights = draw(3, 3, 50)
     (value * weights).sum().backward()
     inside = w.abs() <= alpha
@@ -48,14 +47,30 @@ def test_gradients_are_straight_through_and_follow_alpha():
     slope = torch.where(inside, value - w, value) / alpha
     expected = (weights * slope).sum(1, keepdim=True)
     torch.testing.assert_close(alpha.grad, expected, rtol=1e-4, atol=1e-5)
+    # value = LogQ(w) + LogQ(r1 * share), both straight-through: that of a share is r1.
+    _, r0, q0, _ = stlq.split(w.detach(), alpha.detach(), 4, 1, 0)
+    r1 = (r0 - q0) * alpha.detach() / 64
+    torch.testing.assert_close(share.grad, weights * r1)
+    torch.testing.assert_close(r1, w.detach().clamp(-alpha, alpha).detach() - q0 * alpha / 64)
+
+
+def test_a_share_of_a_second_word_is_a_smaller_second_word():
+    w, alpha = draw(7, 2, 200) * 0.4, torch.tensor([[1.0], [0.5]])
+    _, _, q0, r1 = stlq.split(w, alpha, 4, 1, 1)
+    for share in (0.0, 0.3, 1.0):
+        value, _, count = stlq.TwoWords.apply(w, alpha, torch.full_like(w, share), None, 4, 1, 1)
+        q1 = stlq.nearest_level(r1 * share, 4)
+        torch.testing.assert_close(value, (2 * q0 + q1) * alpha / 128, rtol=0, atol=0)
+        assert count == q1.count_nonzero()
+    assert count > 300
 
 
 def test_the_regulariser_pulls_errors_without_a_second_word_to_the_grid_and_no_others():
     w = (draw(4, 4, 60) * 0.3).requires_grad_()
     alpha = torch.tensor([[1.0], [0.8], [0.001], [1.2]])
     _, r0, q0, r1 = stlq.split(w.detach(), alpha, 4, 1, 0)
-    second = stlq.select(r1, 0.25)
-    _, norm, _ = stlq.TwoWords.apply(w, alpha, second, ~second, 4, 1, 0)
+    second = Blocks(4, 1, 60).select(r1, 0.25)
+    _, norm, _ = stlq.TwoWords.apply(w, alpha, second.float(), ~second, 4, 1, 0)
     mean = alpha.square().mean().sqrt()
     error = torch.where(second, 0.0, (r0 - q0) * alpha / 64)
     torch.testing.assert_close(norm, error.norm() / mean)
@@ -67,22 +82,6 @@ def test_the_regulariser_pulls_errors_without_a_second_word_to_the_grid_and_no_o
     torch.testing.assert_close(w.grad, expected)
     closer = stlq.split(w.detach() - 1e-3 * w.grad, alpha, 4, 1, 0)[3]
     assert (closer * alpha)[~second].norm() < (r1 * alpha)[~second].norm()
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5, 1.0])
-@pytest.mark.parametrize("granularity", ("element", "tile", "filter"))
-def test_selection_takes_the_largest_and_keeps_the_ratio(ratio, granularity):
-    r1 = draw(5, 10, 37)
-    chosen = stlq.select(r1, ratio, granularity, tile=8)
-    size = {"element": 1, "tile": 8, "filter": 37}[granularity]
-    flat = torch.nn.functional.pad(chosen.flatten().float(), (0, -370 % size)).view(-1, size)
-    energy = torch.nn.functional.pad(r1.flatten().square(), (0, -370 % size)).view(-1, size).sum(1)
-    marked = flat[:, 0] > 0
-    whole = flat[:-1].all(1) | ~flat[:-1].any(1)
-    assert whole.all()
-    assert int(marked.sum()) == int(ratio * len(flat) + 1e-9)
-    if 0 < ratio < 1:
-        assert energy[marked].min() >= energy[~marked].max()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
@@ -104,8 +103,8 @@ def test_searched_alpha_is_the_best_of_the_candidates(bits):
 def test_a_channel_of_zeros_stays_zero():
     w = torch.zeros(1, 9)
     alpha = stlq.search_alpha(w, 4, 1, 0, 0.15)
-    everything = torch.ones_like(w, dtype=torch.bool)
-    value, norm, count = stlq.TwoWords.apply(w, alpha, everything, everything, 4, 1, 0)
+    everything = torch.ones_like(w)
+    value, norm, count = stlq.TwoWords.apply(w, alpha, everything, everything > 0, 4, 1, 0)
     assert alpha.item() == 1 and not value.any() and norm == 0 and count == 0
 
 

@@ -11,15 +11,21 @@ from torch.nn.utils import parametrize
 
 from logshift.trainer import stlq
 from logshift.trainer.config import Config, LayerConfig, Method
+from logshift.trainer.export import grid
+from logshift.trainer.fit import learning_rate, make_optimisers, parameter_groups
 from logshift.trainer.quantize import (
     PrepareError,
+    cut,
+    fade,
+    fading,
     non_zero_ratio,
     prepare,
     refresh,
     regulariser,
     weight_quantizers,
 )
-from logshift.trainer.weights import Layout, apot_levels, uniform_levels
+from logshift.trainer.settings import Training
+from logshift.trainer.weights import FadingQuantizer, Layout, apot_levels, uniform_levels
 
 LAYERS = [
     nn.Conv2d(6, 8, (3, 2)),
@@ -77,36 +83,154 @@ def test_every_method_trains(method, bits):
     "config, ratio",
     [
         (Config(residual_ratio=0.3), 0.3),
-        (Config(residual_ratio=0.3, granularity="tile", tile=8), 0.3),
+        (Config(residual_ratio=0.3, granularity="tile", tile=(4, 2)), 0.3),
+        (Config(residual_ratio=0.3, granularity="filter"), 0.3),
+        (Config(method="residual_penalty", residual_ratio=0.3), 0.3),
+        (Config(method="residual_penalty", residual_ratio=0.3, granularity="tile", tile=8), 0.3),
         (Config(method="flightnn", residual_ratio=0.25), 0.25),
-        (Config(method="without_select", residual_ratio=0.3), 1.0),
+        (Config(method="residual_penalty_without_select", residual_ratio=0.3), 1.0),
+        (Config(method="without_select", residual_ratio=0.3), 0.0),
         (Config(method="log", residual_ratio=0.3), 0.0),
     ],
 )
 def test_second_words_are_where_the_method_allows_them(config, ratio):
     network = prepare(small(), config.model_copy(update={"activation_bits": 32}))
+    for _, _, quantizer in weight_quantizers(network):
+        if isinstance(quantizer, FadingQuantizer):
+            with torch.no_grad():
+                quantizer.v.zero_()
     network(torch.randn(1, 3, 8, 8))
     counted = total = 0
     for _, layer, quantizer in weight_quantizers(network):
         rows = quantizer.layout.rows(layer.parametrizations.weight.original)
-        _, _, _, r1 = stlq.split(rows, quantizer.alpha, 4, 1, 0)
-        second = (stlq.nearest_level(r1, 4) != 0) & quantizer.second
+        _, _, _, r1 = stlq.split(rows, quantizer.magnitude(), 4, 1, 0)
+        allowed = quantizer.blocks.spread(quantizer.selected)
+        second = (stlq.nearest_level(r1, 4) != 0) & allowed
         counted, total = counted + int(second.sum()), total + rows.numel()
-        assert quantizer.second.float().mean() <= ratio
+        blocks = quantizer.selected.numel()
+        assert int(quantizer.selected.sum()) == int(ratio * blocks + 1e-9)
     assert non_zero_ratio(network) == pytest.approx(counted / total)
-    assert (float(regulariser(network).detach()) == 0) == (config.method == "log")
+    penalised = config.method in ("residual_penalty", "flightnn", "residual_penalty_without_select")
+    assert (float(regulariser(network).detach()) > 0) == penalised
+
+
+@pytest.mark.parametrize("granularity, tile", [("element", 16), ("tile", (2, 4)), ("filter", 16)])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_v_begins_as_published(granularity, tile, bits):
+    config = Config(
+        weight_bits=bits, residual_ratio=0.2, granularity=granularity, tile=tile, activation_bits=32
+    )
+    network = prepare(small(), config)
+    for _, layer, quantizer in weight_quantizers(network):
+        rows = quantizer.layout.rows(layer.parametrizations.weight.original.detach())
+        alpha = quantizer.alpha.detach()
+        _, r0, q0, _ = stlq.split(rows, alpha, bits, quantizer.words.clip, 0)
+        r1 = (r0 - q0) * alpha / 2 ** (stlq.exponent_levels(bits) - 1)
+        norms = quantizer.blocks.sum((r1 / alpha.square().mean().sqrt()).square()).sqrt()
+        rest = ~quantizer.selected
+        v = quantizer.v.detach()
+        softmax = norms[rest].softmax(0)
+        torch.testing.assert_close(v[rest], softmax / softmax.max())
+        assert v.max() == 1 and v[rest].min() > 0 and not v[quantizer.selected].any()
+        if granularity == "element" and alpha.max() < 1.5 * alpha.min():
+            assert v[rest].min() > 0.7  # small ones only a little below
+
+
+def test_v_fades_is_set_to_zero_below_epsilon_and_is_cut():
+    network = prepare(small(), Config(residual_ratio=0.25, activation_bits=32))
+    x = torch.randn(1, 3, 8, 8)
+    groups, v = parameter_groups(network)
+    assert sum(len(group["params"]) for group in groups) + len(v) == len([*network.parameters()])
+    optimiser = torch.optim.SGD(v, lr=0.1)
+    ratios, total = [], 1 - 0.25
+    network(x)
+    ratios.append(non_zero_ratio(network))
+    for _ in range(60):
+        optimiser.zero_grad()
+        (network(x).sum() * 1e-6 + regulariser(network)).backward()
+        optimiser.step()
+        fade(network)
+        ratios.append(non_zero_ratio(network))
+        v = fading(network)
+        assert ((v == 0) | (v >= 0.001)).all()
+    # Each step takes 2 * lambda * lr = 0.2 of it: 0.8^31 is 0.001.
+    assert not v.any() and ratios[0] > ratios[5] > ratios[-1]
+    assert ratios[0] > 0.5 and ratios[-1] <= 0.25
+    for _, _, quantizer in weight_quantizers(network):
+        assert quantizer.selected.float().mean() == pytest.approx(0.25, abs=0.02)
+        with torch.no_grad():
+            quantizer.v.copy_(torch.where(quantizer.selected, 0.0, 0.5))
+    network(x)
+    assert non_zero_ratio(network) > ratios[-1]
+    cut(network)
+    network(x)
+    assert not fading(network).any() and non_zero_ratio(network) == ratios[-1]
+    assert len(v) == pytest.approx(total * (27 * 8 + 72 * 8 + 32), abs=3)
+
+
+def test_without_select_nothing_is_selected_and_nothing_cut():
+    network = prepare(small(), Config(method="without_select", activation_bits=32))
+    before = fading(network)
+    cut(network)
+    assert len(before) == 27 * 8 + 72 * 8 + 32 and torch.equal(fading(network), before)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("strength, steps, lr", [(1e-4, 500, 0.01), (0.1, 300, 1e-5)])
+def test_v_fades_in_sixty_percent_of_any_run(optimiser, strength, steps, lr):
+    training = Training(optimiser=optimiser, lr=lr)
+    quantization = Config(regularisation=strength, activation_bits=32)
+    network = prepare(small(), quantization)
+    *_, made = make_optimisers(network, training, quantization, steps)
+    (group,) = made.param_groups
+    highest, ended = group["lr"], 0
+    for step in range(steps):
+        group["lr"] = highest * learning_rate(step / steps, training) / lr
+        made.zero_grad()
+        network(torch.ones(1, 3, 8, 8))
+        (quantization.strength * regulariser(network)).backward()
+        made.step()
+        fade(network)
+        ended = step if fading(network).any() else ended
+    assert 0.5 * steps < ended < 0.66 * steps
+
+
+def test_selection_of_the_published_method_is_never_changed():
+    network = prepare(small(), Config(activation_bits=32))
+    before = [q.selected.clone() for _, _, q in weight_quantizers(network)]
+    with torch.no_grad():
+        for _, layer, _ in weight_quantizers(network):
+            layer.parametrizations.weight.original.normal_()
+    refresh(network)
+    network(torch.randn(1, 3, 8, 8))
+    found = [q.selected for _, _, q in weight_quantizers(network)]
+    assert all(torch.equal(a, b) for a, b in zip(before, found, strict=True))
 
 
 def test_refreshing_follows_the_weights():
-    network = prepare(small(), Config(activation_bits=32))
+    network = prepare(small(), Config(method="residual_penalty", activation_bits=32))
     _, layer, quantizer = next(weight_quantizers(network))
-    before = quantizer.second.clone()
+    before = quantizer.selected.clone()
     with torch.no_grad():
         layer.parametrizations.weight.original.copy_(torch.randn(8, 3, 3, 3))
-    assert torch.equal(quantizer.second, before)
+    assert torch.equal(quantizer.selected, before)
     refresh(network)
-    assert not torch.equal(quantizer.second, before)
-    assert quantizer.second.sum() == before.sum()
+    assert not torch.equal(quantizer.selected, before)
+    assert quantizer.selected.sum() == before.sum()
+
+
+def test_a_layer_may_have_one_scale():
+    network = prepare(small(), Config(scale="layer", activation_bits=32))
+    for _, layer, quantizer in weight_quantizers(network):
+        assert quantizer.alpha.shape == (1, 1)
+        original = layer.parametrizations.weight.original
+        rows = quantizer.layout.rows(original.detach()).reshape(1, -1)
+        searched = stlq.search_alpha(rows, 4, 1, 0, 0.15)
+        assert torch.equal(quantizer.alpha, searched)
+        layer.weight.sum().backward()
+        assert quantizer.alpha.grad.shape == (1, 1)
+        integers, alpha = grid(layer)
+        assert (alpha == alpha[0]).all() and len(alpha) == len(integers)
 
 
 def test_levels_to_compare_with():
@@ -141,7 +265,9 @@ def test_layers_may_differ():
         layers={"2": LayerConfig(weight_bits=3)},
     )
     network = prepare(small(), config)
-    found = {name: (q.bits, q.ratio, q.clip) for name, _, q in weight_quantizers(network)}
+    found = {
+        name: (q.bits, q.words.ratio, q.words.clip) for name, _, q in weight_quantizers(network)
+    }
     assert found == {"0": (5, 1.0, 1), "2": (3, 0.15, 2)}
     assert not parametrize.is_parametrized(network.get_submodule("6"))
 
