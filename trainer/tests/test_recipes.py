@@ -72,6 +72,7 @@ def test_settings_are_those_of_the_paper(name):
     if name in FLIGHTNN:
         assert chosen.quantization.residual_ratio == 0.05
         assert chosen.quantization.granularity == "tile"
+        assert chosen.quantization.tile == (16, 16)
 
 
 def test_measured_figures_are_in_the_results():
