@@ -169,5 +169,5 @@ def test_recipes_take_a_step(recipe, make, tmp_path):
     assert summary["iterations"] >= 1
     if chosen.quantization is not None:
         ratio = chosen.quantization.residual_ratio
-        assert 0.5 * ratio < summary["nzr"] <= ratio
+        assert 0.3 * ratio < summary["nzr"] <= ratio  # some second words are zero
     onnx.checker.check_model(onnx.load(tmp_path / "out/model.onnx"), full_check=True)
