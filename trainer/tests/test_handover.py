@@ -14,7 +14,7 @@ from logshift.trainer.activations import ActivationQuantizer
 from logshift.trainer.config import Config, LayerConfig
 from logshift.trainer.export import export_onnx, grid
 from logshift.trainer.models import MODELS
-from logshift.trainer.quantize import prepare, weight_quantizers
+from logshift.trainer.quantize import cut, prepare, weight_quantizers
 from logshift.trainer.reference import reference
 
 converter = pytest.importorskip("logshift.converter", reason="needs the package logshift")
@@ -81,7 +81,7 @@ CONFIGS = {
 PAPER = {
     "w5a5": Config(weight_bits=5, activation_bits=5),
     "w3a6": Config(weight_bits=3, activation_bits=6, residual_ratio=0.5),
-    "w4a8-tile": Config(residual_ratio=0.05, granularity="tile", tile=(16, 16)),
+    "w4a8-tile": Config(residual_ratio=0.05, granularity="tile", tile=256),
 }
 
 
@@ -106,6 +106,7 @@ def handed_over(request, tmp_path_factory):
     shape, options = NETWORKS[name]
     chosen = (CONFIGS | PAPER)[config]
     network = trained_looking(prepare((MODELS | OTHERS)[name](**options), chosen), shape)
+    cut(network)
     folder = tmp_path_factory.mktemp(name)
     export_onnx(network, folder / "a.onnx", torch.zeros(1, *shape))
     x = torch.randn(4, *shape)
@@ -209,6 +210,7 @@ def test_layers_that_are_kept_stay_float(tmp_path):
     kept = LayerConfig(keep_float=True)
     network = prepare(MODELS["resnet20_cifar"](), Config(first=kept, layers={"layer2.0.*": kept}))
     network = trained_looking(network, (3, 32, 32))
+    cut(network)
     export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 32, 32))
     x = torch.randn(4, 3, 32, 32)
     converter.convert(
