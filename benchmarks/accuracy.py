@@ -35,6 +35,7 @@ from benchmarks.models import SUITE
 from logshift import converter, runtime
 from logshift.converter.drop import expected_drop
 from logshift.runtime import Preprocessing
+from logshift.runtime.cost import cost
 
 BATCH = 20
 DEFAULT_SETTINGS = ["4:0.15", "3:0.15", "4:1.0", "4:0.0"]
@@ -129,10 +130,12 @@ def measure(
             model, path, calibration=data.calibration, preprocessing=data.preprocessing, **settings
         )
         seconds = time.perf_counter() - start
-        found = outputs(runtime.load(path).run, data)
+        session = runtime.load(path)
+        found = outputs(session.run, data)
     row = {
         "top1": top1(found, data), "bytes": report.file_bytes, "ratio": report.ratio,
         "bits_per_weight": report.bits_per_weight, "nzr": report.nzr, "seconds": seconds,
+        "cycle_ratio": cost(session.graph).to_dict()["cycle_ratio"],
     }  # fmt: skip
     if report.search is not None:
         row["search"] = asdict(report.search)
@@ -144,7 +147,7 @@ def measure(
 
 def parsed(setting: str) -> tuple[str, dict[str, Any]]:
     """Return what a setting of the command line is called, and what `convert` takes for it."""
-    bits, value = setting.split(":")
+    bits, value, *tile = setting.split(":")
     if bits in ("auto", "validate"):
         name, limit = value.split("=")
         number = int(limit) if name == "max_bytes" else float(limit)
@@ -153,7 +156,13 @@ def parsed(setting: str) -> tuple[str, dict[str, Any]]:
     if value == "auto":
         return f"{bits} bits", {"weight_bits": int(bits)}
     ratio = float(value)
-    return f"{bits} bits + {100 * ratio:g} %", {"weight_bits": int(bits), "residual_ratio": ratio}
+    case = f"{bits} bits + {100 * ratio:g} %"
+    how: dict[str, Any] = {"weight_bits": int(bits), "residual_ratio": ratio}
+    if not tile:
+        return case, how
+    sides = [int(side) for side in tile[0].split("x")]
+    how |= {"granularity": "tile", "tile": tuple(sides) if len(sides) > 1 else sides[0]}
+    return f"{case} by tiles of {tile[0]}", how
 
 
 def main() -> None:
@@ -163,7 +172,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument(
         "--settings", nargs="+", default=DEFAULT_SETTINGS,
-        help="weight_bits:residual_ratio, auto:target=value, validate:max_drop=value ...",
+        help="weight_bits:residual_ratio[:tile], auto:target=value, validate:max_drop=value ...",
     )  # fmt: skip
     parser.add_argument("--activation-bits", type=int, help="by default chosen for each tensor")
     parser.add_argument("--calibration", type=int, default=512, help="training pictures used")
@@ -190,7 +199,9 @@ def main() -> None:
             f"{case}: top-1 {row['top1']:.2f}, {row['lost']:.2f} lost"
             f" (expected {row['expected_drop']:.2f}), {row['bytes']} bytes,"
             f" 1/{row['ratio']:.2f} of the ONNX file,"
-            f" {row['bits_per_weight']:.2f} bits per weight, converted in {row['seconds']:.0f} s"
+            f" {row['bits_per_weight']:.2f} bits per weight, NZR {100 * row['nzr']:.1f} %,"
+            f" {row['cycle_ratio']:.2f} times the cycles of single words,"
+            f" converted in {row['seconds']:.0f} s"
         )
         for trial in row.get("search", {"trials": ()})["trials"]:
             print(f"  tried: {trial['file_bytes']} bytes, {trial['figure']}")

@@ -168,11 +168,12 @@ def mutated(data: bytes, rng: random.Random, gently: bool) -> bytes:
                 mutate_manifest(manifest, rng)
             else:
                 mutate_tensors(tensors, rng)
-    if manifest.get("format_version") != 4 or rng.random() < 0.7:
+    version = manifest.get("format_version")
+    if version not in (4, 5) or rng.random() < 0.7:
         return make.sign(json.dumps(manifest), tensors)
-    # What only a file of version 4 has: the index, and what its metadata say.
+    # What only files from version 4 on have: the index, and what their metadata say.
     manifest["index"], together = make.put_together(tensors)
-    outer: dict[str, Any] = {"format_version": 4}
+    outer: dict[str, Any] = {"format_version": version}
     if rng.random() < 0.5:
         outer["data_bytes"] = together.size
         together = np.frombuffer(zlib.compress(together.tobytes()), np.uint8)
@@ -196,7 +197,7 @@ def _deflated(data: bytes) -> bytes:
     return make.sign(json.dumps(manifest), tensors)
 
 
-NETWORKS = (make.classifier, make.upscaler, make.mixed, make.activated, make.bundled)
+NETWORKS = (make.classifier, make.upscaler, make.mixed, make.activated, make.bundled, make.tiled)
 
 
 def files(count: int, seed: int) -> Iterator[bytes]:

@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,7 +26,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 from benchmarks import training_panels  # noqa: E402
-from benchmarks.training_runs import LONGER, SEEDS  # noqa: E402
+from benchmarks.training_runs import (  # noqa: E402
+    LIGHT_RATIOS,
+    LONGER,
+    RATIOS,
+    SEEDS,
+    STRENGTHS,
+)
 from logshift.trainer.data.camvid import CamVid  # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -36,12 +41,23 @@ PAGE = DOCS / "training.md"
 TOGETHER = 20
 
 METHODS = {
-    "": "STLQ, 15 %",
-    "-without_select": "without select",
+    "": "residual penalty, 15 %",
+    "-without_select": "residual penalty, without select",
     "-flightnn": "per-filter selection (as FLightNN), 15 %",
     "-log": "plain log",
     "-apot": "APoT",
     "-uniform": "uniform (LSQ)",
+}
+SELECTED = {"": "select, 15 %", "-tile": "select per tile, 15 %", "-without": "without select"}
+PICTURES = {"float": "-float"} | {
+    f"W3A6 + {percent} %": f"/w3a6-{percent}" for percent in (15, 10, 5)
+} | {
+    f"residual penalty, W{bits}A8 + 15 %": f"/w{bits}a8" for bits in (4, 3)
+}  # fmt: skip
+COMPARED = {
+    "stlq": "STLQ, 15 %",
+    "scale": "STLQ, 15 %, one scale for a layer",
+    "residual_penalty": "residual penalty, 15 %",
 }
 
 
@@ -71,8 +87,8 @@ def archive(runs: Path) -> None:
 
 
 def seeds(case: str) -> list[str]:
-    """Return the runs of a case of the compared ones."""
-    return [f"table/{case}/seed{seed}" for seed in SEEDS]
+    """Return the runs of a case, such as "ratio/w3a6-5", that there may be."""
+    return [f"{case}/seed{seed}" for seed in SEEDS]
 
 
 def load(name: str, file: str) -> dict[str, Any] | None:
@@ -106,11 +122,15 @@ def smooth(values: list[float]) -> list[float]:
     return [mean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
 
 
-def figure(path: Path, cases: Callable[[int], dict[str, str]]) -> None:
-    """Draw a figure of one panel for 5 bits and one for 4, of those runs that are there."""
+def figure(path: Path, group: str, cases: dict[str, str]) -> None:
+    """Draw a figure of one panel for 5 bits and one for 4, of those runs that are there.
+
+    `cases` are suffixes of runs, by label.
+    """
     panels = {}
     for bits in (5, 4):
-        found = {k: n for k, n in cases(bits).items() if (LOGS / n / "summary.json").exists()}
+        names = {label: f"{group}/w{bits}a{bits}{suffix}" for label, suffix in cases.items()}
+        found = {label: n for label, n in names.items() if load(n, "summary.json")}
         if len(found) > 1:
             panels[bits] = found
     if not panels:
@@ -119,8 +139,76 @@ def figure(path: Path, cases: Callable[[int], dict[str, str]]) -> None:
     drawn, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
     for axis, (bits, found) in zip(axes[0], panels.items(), strict=True):
         curves(found, f"W{bits}A{bits}, ResNet-20, CIFAR-10", mean(float_log), axis)
+    save(drawn, path)
+
+
+def save(drawn: Any, path: Path) -> None:
+    """Write a figure, the same for the same logs."""
     drawn.tight_layout()
     drawn.savefig(path, metadata={"Date": None})
+    pyplot.close(drawn)
+
+
+def fading(path: Path, name: str) -> None:
+    """Draw the distribution of v and the non-zero ratio of a run against iterations."""
+    if load(name, "summary.json") is None:
+        return
+    log = iterations(name)
+    drawn, axis = pyplot.subplots(figsize=(6, 4))
+    for low, high, alpha in (("v_5", "v_95", 0.2), ("v_25", "v_75", 0.4)):
+        label = f"v, {low[2:]} to {high[2:]} % of it"
+        axis.fill_between(
+            log["iteration"], log[low], log[high], alpha=alpha, color="C0", label=label
+        )
+    axis.plot(log["iteration"], log["v_50"], color="C0", label="v, median")
+    axis.plot(log["iteration"], log["nzr"], color="C1", linestyle=":", label="non-zero ratio")
+    axis.set(xlabel="iteration", ylim=(0, None), title="How second words fade")
+    axis.legend(fontsize="small")
+    save(drawn, path)
+
+
+def accuracy_against_operations(path: Path) -> None:
+    """Draw accuracy against FixOPS of W3 with more and more second words, APoT and uniform."""
+    drawn, axis = pyplot.subplots(figsize=(6, 4))
+    lines = {
+        "STLQ, W3A6, by share of second words": [f"ratio/w3a6-{percent}" for percent in RATIOS],
+        "APoT, W3A6 and W4A6": ["operations/w3a6-apot", "operations/w4a6-apot"],
+        "uniform, W3A6": ["operations/w3a6-uniform"],
+    }
+    for label, names in lines.items():
+        points = []
+        for name in names:
+            found = [s for run in seeds(name) if (s := load(run, "summary.json")) is not None]
+            if found:
+                top1 = [100 * summary["top1"] for summary in found]
+                deviation = stdev(top1) if len(top1) > 1 else 0.0
+                points.append((operations(seeds(name)[0], found), mean(top1), deviation))
+        if points:
+            x, y, deviation = zip(*points, strict=True)
+            axis.errorbar(x, y, deviation, marker="o", capsize=3, label=label)
+    if not axis.lines:
+        return
+    axis.set(xlabel="FixOPS of a product, 1 being that of 8 by 8 bits", ylabel="top-1 %")
+    axis.legend(fontsize="small")
+    save(drawn, path)
+
+
+def operations(name: str, summaries: list[dict[str, Any]]) -> float:
+    """Return FixOPS of a multiplication, on average over the weights of a case.
+
+    One is a product of 8 by 8 bits, 64 operations on bits (Li, Dong, Wang, 2020). A power of two
+    times A bits is an addition of A bits; APoT with 4 bits adds two, with 3 bits it has one.
+    """
+    settings = load(name, "settings.json")
+    assert settings is not None
+    config = settings["quantization"]
+    bits, activation_bits = config["weight_bits"], config["activation_bits"]
+    if config["method"] == "uniform":
+        return bits * activation_bits / 64
+    words = 1 + mean([summary.get("nzr", 0.0) for summary in summaries])
+    if config["method"] == "apot":
+        words = {3: 1, 4: 2}[bits]
+    return words * activation_bits / 64
 
 
 def spread(values: list[float], factor: float = 100) -> str:
@@ -129,8 +217,11 @@ def spread(values: list[float], factor: float = 100) -> str:
     return text if len(values) == 1 else f"{text} ± {factor * stdev(values):.2f}"
 
 
-def row(label: str, names: list[str]) -> str | None:
-    """Return a row of a table of CIFAR-10 for those of a case's runs that are there, if any."""
+def row(label: str, names: list[str], cycles: bool = False) -> str | None:
+    """Return a row of a table of CIFAR-10 for those of a case's runs that are there, if any.
+
+    `cycles`: with those of an array, which runs of the residual penalty were not measured for.
+    """
     found = {name: summary for name in names if (summary := load(name, "summary.json")) is not None}
     if not found:
         return None
@@ -140,7 +231,7 @@ def row(label: str, names: list[str]) -> str | None:
     cells += [f"{mean([s['bits_per_weight'] for s in summaries]):.2f}"]
     packed = [p for name in names if (p := load(name, "runtime.json")) is not None]
     if len(packed) < len(names):
-        return "| " + " | ".join([*cells, "", "", "", "", "", ""]) + " |"
+        return "| " + " | ".join([*cells, *[""] * (6 + cycles)]) + " |"
 
     def share(part: str, whole: str) -> str:
         return f"{sum(p[part] for p in packed):,} of {sum(p[whole] for p in packed):,}"
@@ -152,6 +243,8 @@ def row(label: str, names: list[str]) -> str | None:
         f"{mean([p['bytes'] for p in packed]):,.0f}",
         *faster(packed),
     ]
+    if cycles:
+        cells.append(f"{mean([p['cycle_ratio'] for p in packed]):.2f}")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -161,27 +254,62 @@ def faster(packed: list[dict[str, Any]]) -> list[str]:
     return [f"{mean(values):.1f}" if values else "" for values in ratios]
 
 
-HEADER = (
-    "| case | top-1 | NZR % | bits per weight | in the runtime | other class than PyTorch"
-    " | than the reference | bytes | times as fast as PyTorch, 1 thread | 2 threads |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
-)
+HEADER = [
+    "case", "top-1", "NZR %", "bits per weight", "in the runtime", "other class than PyTorch",
+    "than the reference", "bytes", "times as fast as PyTorch, 1 thread", "2 threads",
+]  # fmt: skip
 
 
 def tables() -> dict[str, str]:
     """Return the tables by name."""
-    cases = {
+    wide = {"w3a6": "W3A6", "w3a3": "W3A3", "w4a8": "W4A8", "w4a4": "W4A4", "w3a5": "W3A5"}
+    published = {
+        "figures": [
+            (f"W{bits}A{bits}, {label}", [f"figure/w{bits}a{bits}{suffix}"])
+            for bits in (5, 4)
+            for suffix, label in SELECTED.items()
+        ],
+        "ratio": [
+            (f"{wide[case]} + {percent} %", seeds(f"ratio/{case}-{percent}"))
+            for case in ("w3a6", "w3a3")
+            for percent in RATIOS
+        ],
+        "blocks": [
+            (
+                f"{wide[case]} + 5 % of {kind}s",
+                seeds(
+                    f"ratio/{case}-5"
+                    if kind == "element" and case != "w4a8"
+                    else f"blocks/{case}-{kind}"
+                ),
+            )
+            for case in ("w4a8", "w3a6", "w3a3")
+            for kind in ("element", "tile", "filter")
+        ],
+        "compared": [
+            (f"{wide[case]}, {label}", seeds(f"methods/{case}-{method}"))
+            for case in ("w4a4", "w3a5")
+            for method, label in COMPARED.items()
+        ],
+        "light": [(f"W3A6 + {percent} %", [f"light/w3a6-{percent}"]) for percent in LIGHT_RATIOS],
+    }
+    penalty = {
+        "penalty-figures": [
+            (f"W{bits}A{bits}, {label}", [f"penalty/w{bits}a{bits}{suffix}"])
+            for bits in (5, 4)
+            for suffix, label in SELECTED.items()
+        ],
         "bits": [
-            (f"W{bits}A{activation_bits} + 15 %", seeds(f"w{bits}a{activation_bits}"))
+            (f"W{bits}A{activation_bits} + 15 %", seeds(f"table/w{bits}a{activation_bits}"))
             for bits in (5, 4, 3)
             for activation_bits in (8, 5)
         ],
         "ratios": [
-            (f"W4A8 + {ratio} %", seeds("w4a8" + ("" if ratio == 15 else f"-{ratio}")))
+            (f"W4A8 + {ratio} %", seeds("table/w4a8" + ("" if ratio == 15 else f"-{ratio}")))
             for ratio in (0, 5, 15, 30, 100)
         ],
         "methods": [
-            (f"W{bits}A5, {label}", seeds(f"w{bits}a5{suffix}"))
+            (f"W{bits}A5, {label}", seeds(f"table/w{bits}a5{suffix}"))
             for bits in (4, 3)
             for suffix, label in METHODS.items()
         ],
@@ -189,20 +317,14 @@ def tables() -> dict[str, str]:
             (f"{case.upper()} + 15 %, {epochs} epochs", [f"longer/{case}-{epochs}"])
             for case, epochs in LONGER
         ],
-        "figures": [
-            (f"W{bits}A{bits}, {label}", [f"figure/w{bits}a{bits}{suffix}"])
-            for bits in (5, 4)
-            for suffix, label in (
-                ("", "select, 15 %"),
-                ("-tile", "select per tile, 15 %"),
-                ("-without", "without select"),
-            )
-        ],
     }
     found = {}
-    for name, rows in cases.items():
-        lines = [line for label, runs in rows if (line := row(label, runs)) is not None]
-        found[name] = HEADER + "\n".join(lines) + "\n" if lines else "Not run yet.\n"
+    for group, cycles in ((published, True), (penalty, False)):
+        head = [*HEADER, "cycles"] if cycles else HEADER
+        for name, rows in group.items():
+            lines = [line for label, runs in rows if (line := row(label, runs, cycles)) is not None]
+            found[name] = table(head, lines)
+    found["lambda"] = table_of_strengths()
     found["camvid"] = table_of_pictures(
         "camvid", {"miou": ("mIoU %", 100), "pixels": ("pixels %", 100)}
     )
@@ -214,27 +336,60 @@ def tables() -> dict[str, str]:
     return found
 
 
+def table(head: list[str], lines: list[str]) -> str:
+    """Return a table with these rows."""
+    if not lines:
+        return "Not run yet.\n"
+    return "\n".join(["| " + " | ".join(head) + " |", "| --- " * len(head) + "|", *lines]) + "\n"
+
+
+def table_of_strengths() -> str:
+    """Return the table of what lambda decides, at the learning rate of v that the default has."""
+    lines = []
+    for factor in STRENGTHS:
+        name = f"lambda/{factor}"
+        if (summary := load(name, "summary.json")) is None:
+            continue
+        log = iterations(name)
+        cells = [f"{factor} times the default", f"{log['v_mean'][-1]:.3f}"]
+        cells += [f"{100 * log['nzr'][-1]:.2f}", f"{100 * summary['nzr']:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{100 * summary['top1']:.2f}"]) + " |")
+    return table(["lambda", "mean of v at the end", "NZR % then", "once it is cut", "top-1"], lines)
+
+
 def table_of_claims() -> str:
     """Return the table of targets and what was measured, in points of each measure."""
-    select, w4 = "with select above without", "W4A8 + 15 % below float"
+    select = "with select above without"
     claims: list[tuple[str, str, list[tuple[str, str]]]] = []  # with the runs that are compared
+    for group, prefix in (("figure", ""), ("penalty", "residual penalty, ")):
+        for bits in (5, 4):
+            run, name = f"{group}/w{bits}a{bits}", f"{prefix}W{bits}A{bits}"
+            tile = f"{name}, per tile below per element"
+            claims.append((f"{name}, {select}", "at least 0.5", [(run, f"{run}-without")]))
+            claims.append((tile, "at most 1.0", [(run, f"{run}-tile")]))
+    for case, percent, target in (("w3a6", 5, "at most 0.5"), ("w3a3", 5, "-")):
+        pairs = zip(seeds(f"ratio/{case}-100"), seeds(f"ratio/{case}-{percent}"), strict=True)
+        claims.append((f"{case.upper()}, {percent} % below 100 %", target, list(pairs)))
+    pairs = [("cifar10-float", run) for run in seeds("ratio/w3a3-15")]
+    claims.append(("W3A3 + 15 % below float", "at most 1.5", pairs))
+    for case in ("w4a4", "w3a5"):
+        both = (seeds(f"methods/{case}-{method}") for method in ("stlq", "residual_penalty"))
+        label = f"{case.upper()} + 15 %, published method above residual penalty"
+        claims.append((label, "at least 0", list(zip(*both, strict=True))))
     for case, target in (("w4a8", "at most 0.2"), ("w4a5", "at most 0.5"), ("w3a5", "at most 1.0")):
         longer = [[f"longer/{case}-{epochs}"] for name, epochs in LONGER if name == case]
-        for runs in (seeds(case), *longer):
-            label = f"{case.upper()} + 15 % below float, top-1"
+        for runs in (seeds(f"table/{case}"), *longer):
+            label = f"residual penalty, {case.upper()} + 15 % below float"
             claims.append((label, target, [("cifar10-float", run) for run in runs]))
-    for bits in (5, 4):
-        run, name = f"figure/w{bits}a{bits}", f"W{bits}A{bits}"
-        tile = f"{name}, per tile below per element, top-1"
-        claims.append((f"{name}, {select}, top-1", "at least 0.5", [(run, f"{run}-without")]))
-        claims.append((tile, "at most 1.0", [(run, f"{run}-tile")]))
     for case in ("w4a5", "w3a5"):
-        pairs = list(zip(seeds(case), seeds(f"{case}-without_select"), strict=True))
-        claims.append((f"{case.upper()}, {select}, top-1", "at least 0.5", pairs))
-    claims += [
-        (f"CamVid, {w4}, mIoU", "at most 1.0", [("camvid-float", "camvid/w4a8")]),
-        (f"low light, {w4}, dB", "at most 0.3", [("low-light-float", "low-light/w4a8")]),
-    ]
+        names = seeds(f"table/{case}"), seeds(f"table/{case}-without_select")
+        label = f"residual penalty, {case.upper()}, {select}"
+        claims.append((label, "at least 0.5", list(zip(*names, strict=True))))
+    for task, unit, target in (("camvid", "mIoU", 1.0), ("low-light", "dB", 0.3)):
+        for case, label in PICTURES.items():
+            if case != "float":
+                pair = (f"{task}-float", f"{task}{label}")
+                claims.append((f"{task}, {case} below float, {unit}", f"at most {target}", [pair]))
     lines = ["| | target | measured | epochs | runs | NZR % |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for label, target, names in claims:
@@ -268,16 +423,13 @@ def table_of_time() -> str:
     return "\n".join(lines) + "\n"
 
 
-PICTURES = {"float": "-float", "W4A8 + 15 %": "/w4a8", "W3A8 + 15 %": "/w3a8"}
-
-
 def table_of_pictures(task: str, measures: dict[str, tuple[str, float]]) -> str:
     """Return the table of segmentation or low light."""
     names = [name for name, _ in measures.values()]
     head = ["case", *names, "NZR %", *(f"{name}, runtime" for name in names)]
     head += ["codes within one %", "PyTorch in float64 %", "furthest from the reference", "bytes"]
     head += ["times as fast as PyTorch, 1 thread", "2 threads"]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    lines = []
     for label, suffix in PICTURES.items():
         summary, packed = load(task + suffix, "summary.json"), load(task + suffix, "runtime.json")
         if summary is None:
@@ -293,7 +445,7 @@ def table_of_pictures(task: str, measures: dict[str, tuple[str, float]]) -> str:
             cells += [f"{packed['furthest_from_reference']:g}", f"{packed['bytes']:,}"]
             cells += faster([packed])
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" if len(lines) > 2 else "Not run yet.\n"
+    return table(head, lines)
 
 
 def main() -> None:
@@ -304,20 +456,13 @@ def main() -> None:
     if options.archive:
         archive(options.archive)
     pyplot.rcParams["svg.hashsalt"] = "logshift"  # the same names in every run
-    figure(
-        LOGS / "select.svg",
-        lambda bits: {
-            "with select, 15 %": f"figure/w{bits}a{bits}",
-            "without select": f"figure/w{bits}a{bits}-without",
-        },
-    )
-    figure(
-        LOGS / "tile.svg",
-        lambda bits: {
-            "per element": f"figure/w{bits}a{bits}",
-            "per tile of 16": f"figure/w{bits}a{bits}-tile",
-        },
-    )
+    with_and_without = {"with select, 15 %": "", "without select": "-without"}
+    figure(LOGS / "select.svg", "figure", with_and_without)
+    figure(LOGS / "tile.svg", "figure", {"per element": "", "per tile of 16x16": "-tile"})
+    figure(LOGS / "penalty-select.svg", "penalty", with_and_without)
+    figure(LOGS / "penalty-tile.svg", "penalty", {"per element": "", "per run of 16": "-tile"})
+    fading(LOGS / "fading.svg", "figure/w4a4")
+    accuracy_against_operations(LOGS / "operations.svg")
     for task, labels in (("camvid", CamVid.labels), ("low-light", ())):
         folders = {label: LOGS / f"{task}{suffix}" for label, suffix in PICTURES.items()}
         there = {k: f for k, f in folders.items() if (f / training_panels.PANELS).exists()}

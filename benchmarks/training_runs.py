@@ -47,12 +47,17 @@ def _cifar(
 
 
 # lambda that is to bring the non-zero ratio down to about 0.15 when nothing is selected, by bits
-# and epochs. With 3 and 4 bits the ratio falls with lambda times the sum of learning rates. With
-# 5 bits, whose steps are fine, it stays above 0.7 while the learning rate is high, then collapses:
-# 0.012 ends at 0.85, 0.036 at 0.47.
-WITHOUT_SELECT = {(3, 1): 0.008, (4, 1): 0.03, (4, 10): 0.0048, (5, 10): 0.036}
+# and epochs, of the residual penalty. With 3 and 4 bits the ratio falls with lambda times the sum
+# of learning rates. With 5 bits, whose steps are fine, it stays above 0.7 while the learning rate
+# is high, then collapses: 0.012 ends at 0.85, 0.036 at 0.47.
+PENALTY_WITHOUT_SELECT = {(3, 1): 0.008, (4, 1): 0.03, (4, 10): 0.0048, (5, 10): 0.036}
 LONGER = (("w4a8", 3), ("w4a8", 10), ("w4a5", 3))  # cases and epochs
 SEEDS = (1, 2, 3)
+EPOCHS = 3  # of the tables of the published method
+RATIOS = (0, 5, 10, 15, 50, 100)  # percent
+LIGHT_RATIOS = (15, 35, 50, 100)
+STRENGTHS = (0.01, 0.1, 1, 10)  # lambda over the default one
+PENALTY = {"method": "residual_penalty"}
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait spin otherwise, and take other runs' cores
     # glibc keeps memory that is freed instead of getting large tensors from the kernel each time.
@@ -62,46 +67,102 @@ ENVIRONMENT = {
 
 
 def compared() -> dict[str, dict[str, Any]]:
-    """Return the cases of the table, by name: what each has in its quantization."""
+    """Return the cases of the tables of one epoch: what each has in its quantization."""
     found: dict[str, dict[str, Any]] = {}
     for bits in (5, 4, 3):
         for activation_bits in (8, 5):
-            found[f"w{bits}a{activation_bits}"] = {
+            found[f"w{bits}a{activation_bits}"] = PENALTY | {
                 "weight_bits": bits,
                 "activation_bits": activation_bits,
             }
     for percent in (0, 5, 30, 100):
-        found[f"w4a8-{percent}"] = {"residual_ratio": percent / 100}
+        found[f"w4a8-{percent}"] = PENALTY | {"residual_ratio": percent / 100}
     for bits in (4, 3):
         for method in ("without_select", "log", "flightnn", "apot", "uniform"):
             case: dict[str, Any] = {"weight_bits": bits, "activation_bits": 5, "method": method}
             if method == "without_select":
-                case |= {"regularisation": WITHOUT_SELECT[bits, 1]}
+                case |= {
+                    "method": "residual_penalty_without_select",
+                    "regularisation": PENALTY_WITHOUT_SELECT[bits, 1],
+                }
             found[f"w{bits}a5-{method}"] = case
+    return found
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """Return the cases of the tables of `EPOCHS` epochs, by group and name."""
+    found: dict[str, dict[str, Any]] = {}
+    for activation_bits in (6, 3):
+        words = {"weight_bits": 3, "activation_bits": activation_bits}
+        for percent in RATIOS:
+            found[f"ratio/w3a{activation_bits}-{percent}"] = words | {
+                "residual_ratio": percent / 100
+            }
+    for bits, activation_bits in ((4, 8), (3, 6), (3, 3)):
+        words = {"weight_bits": bits, "activation_bits": activation_bits, "residual_ratio": 0.05}
+        for granularity in ("element", "tile", "filter"):
+            if bits == 4 or granularity != "element":  # those are among the ratios
+                name = f"blocks/w{bits}a{activation_bits}-{granularity}"
+                found[name] = words | {"granularity": granularity}
+    for bits, activation_bits in ((4, 4), (3, 5)):
+        words = {"weight_bits": bits, "activation_bits": activation_bits}
+        name = f"methods/w{bits}a{activation_bits}"
+        found[f"{name}-stlq"] = words
+        found[f"{name}-scale"] = words | {"scale": "layer"}
+        found[f"{name}-residual_penalty"] = words | PENALTY
+    for bits, method in ((3, "apot"), (4, "apot"), (3, "uniform")):
+        words = {"weight_bits": bits, "activation_bits": 6}
+        found[f"operations/w{bits}a6-{method}"] = words | {"method": method}
     return found
 
 
 def cases() -> list[Run]:
     """Return all runs, those that others begin with first."""
     found = [Run("cifar10-float", "resnet20-cifar10-float", begins="resnet20-cifar10.safetensors")]
+    for bits in (5, 4):
+        words = {"weight_bits": bits, "activation_bits": bits}
+        name = f"figure/w{bits}a{bits}"
+        found += [
+            _cifar(name, 10, **words),
+            _cifar(f"{name}-without", 10, method="without_select", **words),
+            _cifar(f"{name}-tile", 10, granularity="tile", **words),
+        ]
+        name = f"penalty/w{bits}a{bits}"
+        without = PENALTY | {
+            "method": "residual_penalty_without_select",
+            "regularisation": PENALTY_WITHOUT_SELECT[bits, 10],
+        }
+        found += [
+            _cifar(name, 10, **PENALTY, **words),
+            _cifar(f"{name}-without", 10, **without, **words),
+            _cifar(f"{name}-tile", 10, **PENALTY, granularity="tile", tile=16, **words),
+        ]
+    for name, case in published().items():
+        found += [_cifar(f"{name}/seed{seed}", EPOCHS, seed, **case) for seed in SEEDS]
+    for factor in STRENGTHS:
+        words = {"weight_bits": 4, "activation_bits": 4, "v_lr": V_LR}
+        strength = factor * REGULARISATION["stlq"]
+        found.append(_cifar(f"lambda/{factor}", EPOCHS, regularisation=strength, **words))
+    found.append(Run("light-float", "mobilenetv2-cifar10-float"))
+    for percent in LIGHT_RATIOS:
+        change = (f"quantization.residual_ratio={percent / 100}",)
+        found.append(Run(f"light/w3a6-{percent}", "mobilenetv2-cifar10", change, "light-float"))
     for recipe, name in (("deeplab-camvid", "camvid"), ("sid-low-light", "low-light")):
         found.append(Run(f"{name}-float", f"{recipe}-float"))
+        method = "quantization.method=residual_penalty"
         for bits in (4, 3):
-            change = (f"quantization.weight_bits={bits}",)
+            change = (f"quantization.weight_bits={bits}", method)
             found.append(Run(f"{name}/w{bits}a8", recipe, change, f"{name}-float"))
+        for percent in (5, 10, 15):
+            change = (
+                "quantization.weight_bits=3",
+                "quantization.activation_bits=6",
+                f"quantization.residual_ratio={percent / 100}",
+            )
+            found.append(Run(f"{name}/w3a6-{percent}", recipe, change, f"{name}-float"))
     for name, epochs in LONGER:
         run = f"longer/{name}-{epochs}"
         found.append(_cifar(run, epochs, precision="32-true", **compared()[name]))
-    for bits in (4, 5):
-        words = {"weight_bits": bits, "activation_bits": bits}
-        found += [
-            _cifar(f"figure/w{bits}a{bits}", 10, **words),
-            _cifar(
-                f"figure/w{bits}a{bits}-without", 10, method="without_select",
-                regularisation=WITHOUT_SELECT[bits, 10], **words,
-            ),
-            _cifar(f"figure/w{bits}a{bits}-tile", 10, granularity="tile", **words),
-        ]  # fmt: skip
     for seed in SEEDS:
         found += [
             _cifar(f"table/{name}/seed{seed}", 1, seed, **case) for name, case in compared().items()

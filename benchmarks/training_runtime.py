@@ -31,6 +31,7 @@ from benchmarks import training_panels
 from benchmarks.machine import describe
 from benchmarks.training_runs import SEEDS, data_of
 from logshift import converter, runtime
+from logshift.runtime.cost import cost
 from logshift.trainer.activations import ActivationQuantizer
 from logshift.trainer.data import DataSet, open_data
 from logshift.trainer.fit import build
@@ -74,6 +75,7 @@ def measure(folder: Path, root: Path) -> dict[str, Any]:
     result = {
         "bytes": report.file_bytes,
         "bits_per_weight": report.bits_per_weight,
+        "cycle_ratio": cost(session.graph).to_dict()["cycle_ratio"],  # tiles of 16x16
         **compare(
             trained(folder, settings, data),
             in_float64(trained(folder, settings, data)),

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from logshift.converter.compare import mean_square
-from logshift.converter.encode import blocks, encode, gains, largest
+from logshift.converter.encode import Blocks, encode, gains, largest, tile_of
 from logshift.converter.evaluate import AT_ONCE, Network, Value, rows
 from logshift.converter.feedback import encode_alone, input_variance
 from logshift.converter.float_graph import FloatGraph, FloatNode
@@ -50,6 +50,9 @@ class Share:
     bits: int
     ratio: float
 
+
+# Weights of the blocks of every layer: of all, or of each.
+_Sizes = list[int | np.ndarray]
 
 # By the output name of a layer with weights.
 Plan = dict[str, Share]
@@ -96,14 +99,17 @@ def fixed_plan(
     if ratio in (0.0, 1.0) or not found or (len(found) == 1 and not isinstance(ratio, str)):
         return {node.output: Share(bits, float(ratio)) for nodes in found for node in nodes}
     worth: list[np.ndarray] = []
-    sizes: list[int] = []
+    sizes: _Sizes = []
     for nodes, single, variance in _measured(graph, samples, batches, settings, progress):
         weight = weight_of(nodes)
         gain = gains(weight, single.alpha, bits, settings.residual_shift, single.clip)
         gain *= np.repeat(variance, len(gain) // len(variance), axis=0)
-        summed, size = blocks(gain, settings.granularity, settings.tile)
-        worth.append(summed.astype(np.float32) / size)
-        sizes.append(size)
+        s, group = settings, nodes[0].attributes["group"]
+        blocks = Blocks(weight.shape, s.granularity, tile_of(s.granularity, s.tile), group)
+        summed = blocks.sums(gain.reshape(weight.shape)).astype(np.float32)
+        # Within a layer tiles are chosen by what they gain as a whole, also small ones at edges.
+        worth.append(summed / np.float32(np.max(blocks.size)))
+        sizes.append(blocks.size)
     if isinstance(ratio, str):
         ratio = _enough(worth, sizes, settings)
     bought = _bought(worth, sizes, ratio * sum(weight_of(nodes).size for nodes in found))
@@ -114,32 +120,46 @@ def fixed_plan(
     }
 
 
-def _enough(worth: list[np.ndarray], sizes: list[int], settings: Settings) -> float:
+def _enough(worth: list[np.ndarray], sizes: _Sizes, settings: Settings) -> float:
     """Return the share of second words after which others have little left to take."""
     least, most, enough = _RATIOS[settings.prefer]
     everything = np.concatenate(worth)
-    if len(set(sizes)) == 1:  # sorting is much faster than finding out an order
-        size, everything = np.full(len(everything), sizes[0]), np.sort(everything)[::-1]
+    if (common := _common(sizes)) is not None:  # sorting is much faster than finding out an order
+        size = whole = np.full(len(everything), common)
+        everything = np.sort(everything)[::-1]
     else:
         order = np.argsort(-everything, kind="stable")
-        size = np.repeat(sizes, [len(part) for part in worth])[order]
+        size = _of_each(worth, sizes)[order]
+        whole = _of_each(worth, [int(np.max(of_layer)) for of_layer in sizes])[order]
         everything = everything[order]
     # From units of the grid.
     levels = exponent_levels(settings.weight_bits) - 1 + settings.residual_shift
-    taken = np.cumsum(everything.astype(np.float64) * size) / 4.0**levels
+    taken = np.cumsum(everything.astype(np.float64) * whole) / 4.0**levels
     share = np.cumsum(size) / size.sum()
     first = np.searchsorted(taken, taken[-1] - enough)
     return float(np.clip(share[min(first, len(share) - 1)], least, most))
 
 
-def _bought(worth: list[np.ndarray], sizes: list[int], budget: float) -> list[np.ndarray]:
+def _common(sizes: _Sizes) -> int | None:
+    """Return the size that all blocks have, None if they differ."""
+    numbers = {size for size in sizes if isinstance(size, int)}
+    return numbers.pop() if len(numbers) == 1 and all(isinstance(n, int) for n in sizes) else None
+
+
+def _of_each(worth: list[np.ndarray], sizes: _Sizes) -> np.ndarray:
+    """Return the size of each block."""
+    parts = zip(worth, sizes, strict=True)
+    return np.concatenate([np.broadcast_to(size, part.shape) for part, size in parts])
+
+
+def _bought(worth: list[np.ndarray], sizes: _Sizes, budget: float) -> list[np.ndarray]:
     """Mark what the budget is spent on, by layers: what is worth most per weight comes first."""
     everything = np.concatenate(worth)
-    if len(set(sizes)) == 1:
-        chosen = largest(everything, min(int(budget // sizes[0]), len(everything)))
+    if (common := _common(sizes)) is not None:
+        chosen = largest(everything, min(int(budget // common), len(everything)))
     else:
         best = np.argsort(-everything, kind="stable")
-        spent = np.cumsum(np.repeat(sizes, [len(part) for part in worth])[best])
+        spent = np.cumsum(_of_each(worth, sizes)[best])
         chosen = np.zeros(len(everything), bool)
         chosen[best[spent <= budget]] = True
     return np.split(chosen, np.cumsum([len(part) for part in worth])[:-1])
@@ -159,7 +179,7 @@ def best_plans(
     else; `bits` are those that its words may have.
     """
     tried = [
-        (nodes, _cases(weight_of(nodes), variance, settings, bits))
+        (nodes, _cases(nodes, variance, settings, bits))
         for nodes, _, variance in _measured(graph, samples, batches, settings, progress)
     ]
     plans: dict[float, Priced] = {}
@@ -174,23 +194,42 @@ def best_plans(
 
 
 def _cases(
-    whole: np.ndarray, variance: np.ndarray, settings: Settings, tried: Sequence[int]
+    nodes: list[FloatNode], variance: np.ndarray, settings: Settings, tried: Sequence[int]
 ) -> list[_Case]:
     """Try bits and ratios on a weight, on some of its output channels if it has many."""
-    step = -(-len(whole) // _ROWS)
-    weight = whole[::step]
-    of_rows = np.repeat(variance, len(whole) // len(variance), axis=0)[::step]
+    whole = weight_of(nodes)
+    rows, group = _some_rows(whole.shape, nodes[0].attributes["group"], settings)
+    weight = whole[rows]
+    of_rows = np.repeat(variance, len(whole) // len(variance), axis=0)[rows]
     scale = whole.size / weight.size
     cases = []
     for bits in tried:
         for ratio in _AUTO_RATIOS:
-            words = encode_alone(weight, replace(settings, weight_bits=bits), ratio)
+            words = encode_alone(weight, replace(settings, weight_bits=bits), ratio, group)
             error = np.square(words.values() - weight, dtype=np.float64).reshape(of_rows.shape)
             size = weight.size * (_entropy(words.first) + _entropy(words.second))
             cases.append(
                 _Case(Share(bits, ratio), scale * size, scale * float((error * of_rows).sum()))
             )
     return cases
+
+
+def _some_rows(shape: tuple[int, ...], group: int, settings: Settings) -> tuple[np.ndarray, int]:
+    """Return about `_ROWS` output channels, those of whole tiles, and of how many groups these are.
+
+    Tiles of the rows, cut by so many groups, are tiles of the weight.
+    """
+    outputs, together = shape[0], 1
+    if isinstance(settings.tile, tuple):
+        # Outputs that a tile may have in common, as `Tiling` has it; short ones at ends are left.
+        most = outputs if shape[3] == 1 else outputs // group
+        together = min(settings.tile[1], most)
+        begins = np.arange(0, outputs, most)[:, None] + np.arange(most // together) * together
+    else:
+        begins = np.arange(outputs)
+    begins = begins.ravel()
+    begins = begins[:: -(-len(begins) * together // _ROWS)]
+    return (begins[:, None] + np.arange(together)).ravel(), len(begins)
 
 
 def _entropy(codes: np.ndarray) -> float:

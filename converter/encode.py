@@ -7,6 +7,7 @@ Sections and symbols (`alpha`, `L`, `q0`, `q1`, `r0`, `r1`, `S`, `W`) are those 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,12 @@ from logshift.kernels.stlq.codec import (
     LogWeights,
     exponent_levels,
 )
+from logshift.kernels.stlq.tiling import ARRAY_TILE, Tiling
 
 GRANULARITIES = ("element", "tile", "filter")
+
+# Consecutive weights of the flattened matrix, or inputs and outputs of an array's tile.
+Tile = int | tuple[int, int]
 
 # A channel whose largest weight is less counts as zeros. What W = 1 stands for is then never less
 # than 2^-120, so every quantized weight is a normal float32 number.
@@ -109,42 +114,78 @@ def nearest_codes(r: np.ndarray, bits: int) -> np.ndarray:
     return first.reshape(np.shape(r))
 
 
+def tile_of(granularity: str, tile: Tile | None) -> Tile:
+    """Return the tile that is meant: `tile` if it is given, else what `granularity` has.
+
+    Raises
+    ------
+    InputError
+        If a size is out of range, or sides are given where no tiles are chosen.
+    """
+    if tile is None:
+        return ARRAY_TILE if granularity == "tile" else MAX_TILE
+    pair = isinstance(tile, (tuple, list))
+    sides: Any = tile if pair else (tile,)
+    if len(sides) != 1 + pair or not all(type(n) is int and 1 <= n <= MAX_TILE for n in sides):
+        raise InputError(
+            f"tile is {tile!r}; it must be an integer from 1 to {MAX_TILE}, or two of them, input"
+            " by output channels like (16, 16)"
+        )
+    if not pair:
+        return int(sides[0])
+    if granularity != "tile":
+        raise InputError(
+            f"tile is {tile!r}, input by output channels: that needs granularity 'tile', not"
+            f" {granularity!r}"
+        )
+    return sides[0], sides[1]
+
+
 def select(
-    gain: np.ndarray, ratio: float, granularity: str = "element", tile: int = MAX_TILE
+    gain: np.ndarray,
+    ratio: float,
+    granularity: str = "element",
+    tile: Tile | None = None,
+    group: int = 1,
 ) -> np.ndarray:
     """Choose which weights get a second word: the select tensor S.
 
     Parameters
     ----------
-    gain : float array of shape (O, K)
+    gain : float array of shape (O, kh, kw, C / group)
         What a second word is worth at each weight; 0 where the second word would be zero.
     ratio : float
         `residual_ratio`, the share of weights that may have a second word.
     granularity : {"element", "tile", "filter"}
-        Whether weights, tiles of the flattened matrix, or output channels are chosen.
-    tile : int
-        Weights per tile, at most 256.
+        Whether weights, tiles, or output channels are chosen.
+    tile : int or (Tn, Tm), optional
+        Consecutive weights of the flattened matrix, at most 256; or input by output channels at
+        one kernel position, see `tiling.Tiling`. By default (16, 16).
+    group : int
+        Groups of the convolution.
 
     Returns
     -------
-    bool array of shape (O, K).
+    bool array of the same shape.
     """
-    return eligible(gain, ratio, granularity, tile) & (gain > 0)
+    return eligible(gain, ratio, granularity, tile, group) & (gain > 0)
 
 
 def eligible(
-    gain: np.ndarray, ratio: float, granularity: str = "element", tile: int = MAX_TILE
+    gain: np.ndarray,
+    ratio: float,
+    granularity: str = "element",
+    tile: Tile | None = None,
+    group: int = 1,
 ) -> np.ndarray:
     """Choose as `select` does; weights that gain nothing are chosen as well."""
     if granularity not in GRANULARITIES:
         raise InputError(f"granularity {granularity!r} is not one of {', '.join(GRANULARITIES)}")
     if not 0.0 <= ratio <= 1.0:
         raise InputError(f"residual_ratio is {ratio}; it must be from 0 to 1")
-    if not 1 <= tile <= MAX_TILE:
-        raise InputError(f"tile is {tile}; it must be from 1 to {MAX_TILE}")
-    score, block = blocks(gain, granularity, tile)
-    picked = largest(score, int(math.floor(ratio * len(score) + 1e-9)))
-    return np.repeat(picked, block)[: gain.size].reshape(gain.shape)
+    blocks = Blocks(gain.shape, granularity, tile_of(granularity, tile), group)
+    score = blocks.sums(gain)
+    return blocks.spread(largest(score, int(math.floor(ratio * len(score) + 1e-9))))
 
 
 def largest(score: np.ndarray, count: int) -> np.ndarray:
@@ -157,12 +198,46 @@ def largest(score: np.ndarray, count: int) -> np.ndarray:
     return picked
 
 
-def blocks(gain: np.ndarray, granularity: str, tile: int) -> tuple[np.ndarray, int]:
-    """Sum the gains (O, K) of what is chosen together; returns also how many weights that is."""
-    block = {"element": 1, "tile": tile, "filter": gain.shape[1]}[granularity]
-    padded = np.zeros(-(-gain.size // block) * block, np.float64)
-    padded[: gain.size] = gain.ravel()
-    return padded.reshape(-1, block).sum(axis=1), block
+class Blocks:
+    """The weights of a layer as what is chosen together: weights, tiles or filters.
+
+    Parameters
+    ----------
+    shape : (O, kh, kw, C / group)
+    granularity, tile, group : as of `select`
+    """
+
+    def __init__(self, shape: tuple[int, ...], granularity: str, tile: Tile, group: int) -> None:
+        self._shape, self._run = shape, 1
+        self._tiling: Tiling | None = None
+        if isinstance(tile, tuple):
+            outputs, kh, kw, inputs = shape
+            self._tiling = Tiling((outputs, kh, kw, inputs), tile, group)
+        elif granularity != "element":
+            self._run = tile if granularity == "tile" else math.prod(shape[1:])
+
+    @property
+    def size(self) -> int | np.ndarray:
+        """Weights of a block, or of each, int64 (blocks,), if that is not the same for all.
+
+        A run of consecutive weights that the end cuts short counts as whole.
+        """
+        return self._run if self._tiling is None else self._tiling.sizes()
+
+    def sums(self, gain: np.ndarray) -> np.ndarray:
+        """Add up the gains of each block, float64 (blocks,)."""
+        if self._tiling is not None:
+            return self._tiling.sums(gain)
+        padded = np.zeros(-(-gain.size // self._run) * self._run, np.float64)
+        padded[: gain.size] = gain.ravel()
+        return padded.reshape(-1, self._run).sum(axis=1)
+
+    def spread(self, chosen: np.ndarray) -> np.ndarray:
+        """Mark all weights of the chosen blocks."""
+        if self._tiling is not None:
+            return self._tiling.spread(chosen)
+        count = math.prod(self._shape)
+        return np.repeat(chosen, self._run)[:count].reshape(self._shape)
 
 
 def gains(
@@ -286,10 +361,11 @@ def encode(
     residual_ratio: float = 0.15,
     *,
     granularity: str = "element",
-    tile: int = MAX_TILE,
+    tile: Tile | None = None,
     residual_shift: int = 0,
     clip: int | None = None,
     alpha: np.ndarray | None = None,
+    group: int = 1,
 ) -> LogWeights:
     """Quantize the float weights of one layer to STLQ codes (sections 1 and 2).
 
@@ -302,13 +378,16 @@ def encode(
     residual_ratio : float
         NZR asked for, 0 to 1.
     granularity : {"element", "tile", "filter"}
-    tile : int
+    tile : int or (Tn, Tm), optional
+        See `select`.
     residual_shift : int
         s, 0 to 4.
     clip : int, optional
         1 or 2; by default 2 below 4 bits, else 1.
     alpha : float32 array of shape (O,), optional
         Given, it is used as it is; otherwise it is searched.
+    group : int
+        Groups of the convolution; tiles of an array are cut by them.
 
     Returns
     -------
@@ -336,11 +415,13 @@ def encode(
             w, bits, residual_ratio=residual_ratio, residual_shift=residual_shift, clip=clip
         )
     alpha = np.ascontiguousarray(alpha, np.float32)
-    first, second, gain = _words(w, alpha, bits, residual_shift, clip)
-    second[~select(gain, residual_ratio, granularity, tile)] = 0
-    return LogWeights(
-        first.reshape(w.shape), second.reshape(w.shape), alpha, bits, residual_shift, clip
+    first, second, gain = (
+        values.reshape(w.shape) for values in _words(w, alpha, bits, residual_shift, clip)
     )
+    tile = tile_of(granularity, tile)
+    second[~select(gain, residual_ratio, granularity, tile, group)] = 0
+    sides = tile if isinstance(tile, tuple) else None
+    return LogWeights(first, second, alpha, bits, residual_shift, clip, sides)
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from logshift.converter.encode import tile_of
 from logshift.converter.metadata import Metadata, WeightRecord
 from logshift.kernels.activation import PIECES, Activation
-from logshift.kernels.errors import ConversionError
+from logshift.kernels.errors import ConversionError, InputError
+from logshift.kernels.stlq.codec import MAX_TILE, LogWeights
 from logshift.runtime.file import files, format
 from logshift.runtime.graph import Graph, Node, Quantization, ValueInfo
 from logshift.runtime.picture import Preprocessing
@@ -92,7 +94,7 @@ class _Export(OnnxWriter):
             self.initializers.append(numpy_helper.from_array(array, name))
             if name in self.graph.constant_words:
                 words = self.graph.constant_words[name].weights
-                self.weights[name] = WeightRecord.of(words, self._granularity)
+                self.weights[name] = self._record(words)
             elif name in weights:
                 self.keep_float.add(name)
         for node in self.graph.nodes:
@@ -115,9 +117,9 @@ class _Export(OnnxWriter):
         self._metadata().write(model)
         return model
 
-    @property
-    def _granularity(self) -> str:
-        return self.graph.settings.get("granularity", "element")
+    def _record(self, words: LogWeights) -> WeightRecord:
+        """Describe the grid of words, and by what their second ones were chosen."""
+        return WeightRecord.of(words, *_chosen_by(self.graph.settings))
 
     def _metadata(self) -> Metadata:
         preprocessing = self.graph.preprocessing
@@ -186,7 +188,7 @@ class _Export(OnnxWriter):
         array = onnx_weight(node.op, values, node.attributes["group"])
         weight = self._parameter(f"{out}/weight", array, kept=node.weights is None)
         if node.weights is not None:
-            self.weights[weight] = WeightRecord.of(node.weights, self._granularity)
+            self.weights[weight] = self._record(node.weights)
         else:
             self.keep_float.add(weight)
         return [weight, self._parameter(f"{out}/bias", node.bias)]
@@ -276,6 +278,16 @@ class _Export(OnnxWriter):
 
     def quantization(self, tensor: str) -> Quantization:
         return self.graph.quantization[tensor]
+
+
+def _chosen_by(settings: dict[str, Any]) -> tuple[str, tuple[int, int] | None]:
+    """Return the granularity of a file's settings, which may be anything, and an array's tile."""
+    granularity = settings.get("granularity", "element")
+    try:
+        tile = tile_of(granularity, settings.get("tile", MAX_TILE))
+    except InputError:
+        return granularity, None
+    return granularity, tile if isinstance(tile, tuple) else None
 
 
 def _opset(graph: Graph) -> int:

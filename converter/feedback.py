@@ -10,6 +10,7 @@ they take from the error of outputs, not of weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -308,11 +309,13 @@ def _gather(x, rows, columns, kh, kw, dilation_h, dilation_w, zero, scale, found
                         tap += np.uintp(1)
 
 
-def encode_alone(weight: np.ndarray, settings: Settings, ratio: float) -> LogWeights:
+def encode_alone(
+    weight: np.ndarray, settings: Settings, ratio: float, group: int = 1
+) -> LogWeights:
     """Quantize the weights of one layer, each by itself."""
     return encode(
         weight, settings.weight_bits, ratio, granularity=settings.granularity,
-        tile=settings.tile, residual_shift=settings.residual_shift,
+        tile=settings.tile, residual_shift=settings.residual_shift, group=group,
     )  # fmt: skip
 
 
@@ -343,9 +346,12 @@ def encode_layer(
     """
     assert node.weight is not None
     size, group = node.weight[0].size, node.attributes["group"]
-    if not settings.error_feedback or size > MOST_INPUTS:
-        return encode_alone(node.weight, settings, ratio)
-    together = group if more is not None else max(1, _TOGETHER // size**2)
+    together = group if more is not None else min(group, max(1, _TOGETHER // size**2))
+    if together < group and node.weight.shape[3] == 1 and isinstance(settings.tile, tuple):
+        # A tile has outputs of several groups.
+        together -= together % _groups_of_tiles(settings.tile, len(node.weight) // group)
+    if not settings.error_feedback or size > MOST_INPUTS or not together:
+        return encode_alone(node.weight, settings, ratio, group)
     parts = []
     for begin in range(0, group, together):
         groups = slice(begin, min(begin + together, group))
@@ -353,7 +359,8 @@ def encode_layer(
         moments = found.moments if more is None else found.moments + more[groups]
         weight = node.weight.reshape(group, -1, *node.weight.shape[1:])[groups]
         weight = weight.reshape(-1, *weight.shape[2:])
-        parts.append(encode_with_feedback(weight, moments, found.lost, settings, ratio))
+        count = len(moments)
+        parts.append(encode_with_feedback(weight, moments, found.lost, settings, ratio, count))
     if len(parts) == 1:
         return parts[0]
     first, second, alpha = (
@@ -363,8 +370,18 @@ def encode_layer(
     return replace(parts[0], first=first, second=second, alpha=alpha)
 
 
+def _groups_of_tiles(tile: tuple[int, int], outputs: int) -> int:
+    """Return how many groups of so many outputs are whole tiles, of one input for each output."""
+    return tile[1] // math.gcd(tile[1], outputs)
+
+
 def encode_with_feedback(
-    weight: np.ndarray, moments: np.ndarray, lost: np.ndarray, settings: Settings, ratio: float
+    weight: np.ndarray,
+    moments: np.ndarray,
+    lost: np.ndarray,
+    settings: Settings,
+    ratio: float,
+    group: int = 1,
 ) -> LogWeights:
     """Quantize the weights of one layer.
 
@@ -381,14 +398,16 @@ def encode_with_feedback(
     settings : Settings
     ratio : float
         `residual_ratio` of this layer.
+    group : int
+        Groups that no tile of an array straddles; a constant has one, whatever reads it.
 
     Returns
     -------
     LogWeights
     """
     if not (np.isfinite(moments).all() and np.isfinite(lost).all()):
-        return encode_alone(weight, settings, ratio)
-    return _Rounding(weight, moments, lost, settings, ratio).run()
+        return encode_alone(weight, settings, ratio, group)
+    return _Rounding(weight, moments, lost, settings, ratio, group).run()
 
 
 class _Rounding:
@@ -411,11 +430,12 @@ class _Rounding:
         lost: np.ndarray,
         settings: Settings,
         ratio: float,
+        group_of_tiles: int,
     ) -> None:
-        self.settings, self.ratio = settings, ratio
+        self.settings, self.ratio, self.group_of_tiles = settings, ratio, group_of_tiles
         parts = _parts(len(moments), len(moments))
         tasks: list[Callable[[], Any]] = [
-            partial(encode_alone, weight, settings, ratio),
+            partial(encode_alone, weight, settings, ratio, group_of_tiles),
             *(partial(_updates, moments[part]) for part in parts),
         ]
         self.plain: LogWeights
@@ -461,7 +481,7 @@ class _Rounding:
 
     def _in_turn(self, factors: Sequence[float]) -> None:
         """Round column by column, with the best of some multiples of alpha for every output."""
-        allowed, least = _choice(self.gain, self.ratio, self.settings)
+        allowed, least = self._choice()
         first, second, gain = (np.empty_like(x) for x in (self.first, self.second, self.gain))
         alpha, plain = self.alpha.copy(), self.plain
 
@@ -521,13 +541,25 @@ class _Rounding:
         """Yield which weights may have second words, and what these must gain, time after time."""
         yield self.second != 0, 0.0
         for _ in range(_CHOSEN_ANEW):
-            yield _choice(self.gain, self.ratio, self.settings)
+            yield self._choice()
         # The gains that led to the choice were those of the time before: now there are no more.
-        matrix = self.gain.reshape(-1, self.gain.shape[-1])
-        s = self.settings
-        chosen = select(matrix, self.ratio, s.granularity, s.tile).reshape(self.gain.shape)
+        chosen = self._blocks(select)
         for _ in range(_KEPT):
             yield chosen, 0.0
+
+    def _choice(self) -> tuple[np.ndarray, float]:
+        """Say which weights may have second words, and the least gain for as many as allowed."""
+        allowed = self._blocks(eligible)
+        if self.settings.granularity != "element":
+            return allowed, 0.0
+        some = np.full(allowed.shape, self.ratio > 0)
+        return some, float(self.gain[~allowed].max(initial=0.0))
+
+    def _blocks(self, choose: Callable[..., np.ndarray]) -> np.ndarray:
+        """Choose by what second words gain now."""
+        s, gain = self.settings, self.gain.reshape(self.plain.shape)
+        chosen = choose(gain, self.ratio, s.granularity, s.tile, self.group_of_tiles)
+        return chosen.reshape(self.gain.shape)
 
 
 def _back(values: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -535,18 +567,6 @@ def _back(values: np.ndarray, order: np.ndarray) -> np.ndarray:
     result = np.empty_like(values)
     np.put_along_axis(result, order, values, axis=-1)
     return result
-
-
-def _choice(
-    gain: np.ndarray, residual_ratio: float, settings: Settings
-) -> tuple[np.ndarray, float]:
-    """Say which weights may have second words, and what these must gain for as many as allowed."""
-    matrix = gain.reshape(-1, gain.shape[-1])
-    allowed = eligible(matrix, residual_ratio, settings.granularity, settings.tile)
-    if settings.granularity != "element":
-        return allowed.reshape(gain.shape), 0.0
-    some = np.full(gain.shape, residual_ratio > 0)
-    return some, float(matrix[~allowed].max(initial=0.0))
 
 
 def _damped(moments: np.ndarray, share: float) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logshift.converter.encode import tile_of
 from logshift.kernels.errors import ConversionError, LogshiftError
 from logshift.kernels.stlq import codec
 from logshift.kernels.stlq.codec import LogWeights
@@ -34,6 +35,8 @@ class WeightRecord:
     alpha : list of float, one per output channel
     granularity : str
         How second words were selected; for the reader's eye only.
+    tile : list of two int, optional
+        Inputs and outputs of the tiles of an array by which they were.
     """
 
     bits: int
@@ -41,6 +44,7 @@ class WeightRecord:
     clip: int
     alpha: list[float]
     granularity: str = "element"
+    tile: list[int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no grid."""
@@ -53,12 +57,33 @@ class WeightRecord:
         alpha = np.asarray(self.alpha, np.float32)
         if alpha.ndim != 1 or not (np.isfinite(alpha).all() and (alpha > 0).all()):
             raise ValueError("alpha must be a list of positive numbers")
+        if self.tile is not None:
+            if not isinstance(self.tile, list) or len(self.tile) != 2:
+                raise ValueError(f"tile is {self.tile}; it must be a list of two numbers")
+            tile_of(self.granularity, (self.tile[0], self.tile[1]))
 
     @classmethod
-    def of(cls, weights: LogWeights, granularity: str) -> WeightRecord:
-        """Describe the grid of packed weights."""
+    def of(
+        cls, weights: LogWeights, granularity: str, tile: tuple[int, int] | None = None
+    ) -> WeightRecord:
+        """Describe the grid of packed weights.
+
+        How second words were selected is what the weights know, else what is given.
+        """
+        if weights.tile is not None:
+            granularity, tile = "tile", weights.tile
         alpha = [float(a) for a in weights.alpha]
-        return cls(weights.bits, weights.residual_shift, weights.clip, alpha, granularity)
+        sides = None if tile is None else list(tile)
+        return cls(weights.bits, weights.residual_shift, weights.clip, alpha, granularity, sides)
+
+    @property
+    def array_tile(self) -> tuple[int, int] | None:
+        """Inputs and outputs of the tiles of an array."""
+        return None if self.tile is None else (self.tile[0], self.tile[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON types, without what there is none of."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -125,7 +150,7 @@ class Metadata:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON types."""
         record: dict[str, Any] = {
-            "weights": {name: asdict(weight) for name, weight in self.weights.items()},
+            "weights": {name: weight.to_json() for name, weight in self.weights.items()},
             "scales": self.scales,
         }
         if self.keep_float:

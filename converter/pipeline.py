@@ -64,7 +64,7 @@ def convert(
     activation_bits: int | Literal["auto"] | Mapping[str, int | str] = "auto",
     keep_float: Sequence[str] = (),
     granularity: str = "element",
-    tile: int = 256,
+    tile: int | tuple[int, int] | None = None,
     residual_shift: int = 0,
     activation_range: str = "auto",
     percentile: float = 99.99,
@@ -131,8 +131,11 @@ def convert(
         Names of ONNX nodes, or patterns (`*`, `?`), that are not quantized at all.
     granularity : {"element", "tile", "filter"}
         What gets second words: single weights, tiles, or output channels.
-    tile : int
-        Weights per tile, 1 to 256.
+    tile : (int, int), or int, optional
+        With "tile": input by output channels at one kernel position, 1 to 256 each, as an array of
+        an accelerator takes at once; see `docs/quantization.md` section 2. By default (16, 16). A
+        single number is so many consecutive weights instead, and for other granularities what a
+        list of places is cut into in the file, by default 256.
     residual_shift : int
         The second word's grid is 2^residual_shift times finer, 0 to 4.
     activation_range : {"auto", "mse", "minmax", "percentile"}

@@ -7,6 +7,7 @@ within the rounding of float32, or they are not recognised.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -42,7 +43,7 @@ def recognise(weight: np.ndarray, hint: WeightRecord | None = None) -> LogWeight
         grid = (hint.bits, hint.residual_shift, hint.clip)
         alpha = np.array(hint.alpha, np.float32)
         if (words := _words(weight, alpha, *grid)) is not None:
-            return words
+            return replace(words, tile=hint.array_tile)
     # Very few values refuse float weights.
     channels = np.abs(matrix)
     few = channels[channels.any(axis=1)][:1, :_FEW]
@@ -72,7 +73,7 @@ def scaled(words: LogWeights, factor: np.ndarray) -> LogWeights:
     alpha = np.where(kept, alpha, 1).astype(np.float32)
     codes = _codes(w, words.bits, words.residual_shift)
     assert codes is not None  # those of -W are those of W with other signs
-    return LogWeights(*codes, alpha, words.bits, words.residual_shift, words.clip)
+    return replace(words, first=codes[0], second=codes[1], alpha=alpha)
 
 
 def _grids() -> Iterator[tuple[int, int, int]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from logshift.converter.encode import GRANULARITIES
+from logshift.converter.encode import GRANULARITIES, Tile, tile_of
 from logshift.kernels.errors import InputError
 from logshift.kernels.stlq import codec
 
@@ -111,7 +111,14 @@ class Settings:
         "What gets second words: weights, tiles or whole filters.",
         choices=GRANULARITIES,
     )
-    tile: int = _setting(codec.MAX_TILE, "Weights per tile, 1 to 256.", range=(1, codec.MAX_TILE))
+    tile: Tile | None = _setting(
+        None,
+        "Tiles of --granularity tile: input by output channels at one kernel position; or N"
+        " consecutive weights, 1 to 256.",
+        metavar="TnxTm|N",
+        shown_default="16x16",
+        kind=str,
+    )
     residual_shift: int = _setting(
         0,
         "Second words on a grid 2^N times finer, 0 to 4.",
@@ -153,6 +160,7 @@ class Settings:
         """Refuse what cannot be done, naming the setting."""
         for name, declaration in declared(Settings).items():
             declaration.check(name, getattr(self, name))
+        object.__setattr__(self, "tile", tile_of(self.granularity, self.tile))
         if isinstance(self.activation_bits, Mapping):
             for pattern, bits in self.activation_bits.items():
                 _check_activation_bits(f"activation_bits[{pattern!r}]", bits)

@@ -15,6 +15,7 @@ import numpy as np
 
 from logshift.kernels.errors import InputError
 from logshift.kernels.stlq.codec import MAX_TILE, LogWeights
+from logshift.kernels.stlq.tiling import Tiling
 from logshift.runtime.graph import Graph, Node, Shape
 from logshift.runtime.infer import nominal_shapes
 from logshift.runtime.operators.conv import weight_uses
@@ -29,7 +30,7 @@ MULTIPLY_FLOAT32 = 3.7
 
 _COUNTS = (
     "macs", "first", "skipped", "second", "weights", "weight_bits", "activations",
-    "activation_bits", "cycles_first", "cycles", "cycles_all",
+    "activation_bits", "cycles_first", "cycles", "cycles_element", "cycles_all",
 )  # fmt: skip
 
 
@@ -51,8 +52,8 @@ class LayerCost:
         Number of weights.
     weight_bits : int
         First words, second words and the places of second words as the file packs them before
-        compression: a bitmap, or a list of a byte each and 16 bits per 256 weights, whichever is
-        smaller.
+        compression: a bitmap, or a list of a byte each and 16 bits per 256 weights; or, if they are
+        stored by tiles of an array, a bit for each of these and all words of those that have one.
     activations : int
         Elements of all inputs and of the output, each counted once.
     activation_bits : int
@@ -60,6 +61,9 @@ class LayerCost:
     cycles_first, cycles, cycles_all : int
         Cycles of the tiled array with first words alone, with the second words that there are, and
         if every tile had one.
+    cycles_element : float
+        Expected cycles with as many second words at places that are drawn at random from the
+        layer's: what choosing them one by one comes to.
     """
 
     name: str
@@ -75,6 +79,7 @@ class LayerCost:
     activation_bits: int
     cycles_first: int
     cycles: int
+    cycles_element: float
     cycles_all: int
 
 
@@ -86,14 +91,14 @@ class Cost:
     ----------
     layers : list of LayerCost, in execution order
     tile : (P, Q)
-        Output channels and inputs of a tile.
+        Output and input channels of a tile.
     """
 
     layers: list[LayerCost]
     tile: tuple[int, int]
 
     @property
-    def total(self) -> dict[str, int]:
+    def total(self) -> dict[str, Any]:
         """Every count of `LayerCost`, summed over the layers."""
         return {name: sum(getattr(layer, name) for layer in self.layers) for name in _COUNTS}
 
@@ -116,13 +121,14 @@ class Cost:
             "weight_bits": _bits(total["weight_bits"], total["weights"]),
             "activation_bits": _bits(total["activation_bits"], total["activations"]),
             "cycle_ratio": total["cycles"] / max(total["cycles_first"], 1),
+            "cycle_ratio_element": total["cycles_element"] / max(total["cycles_first"], 1),
         }
 
     def __str__(self) -> str:
         """Return a table of the layers, then the totals."""
         rows: list[tuple[str, ...]] = [(
             "node", "op", "weights", "MMAC", "first", "skipped", "second", "W Mbit", "A Mbit",
-            "kcycles 1", "kcycles", "ratio",
+            "kcycles 1", "kcycles", "ratio", "by element",
         )]  # fmt: skip
         for layer in self.layers:
             rows.append((
@@ -133,6 +139,7 @@ class Cost:
                 )),
                 f"{layer.cycles_first / 1e3:.1f}", f"{layer.cycles / 1e3:.1f}",
                 f"{layer.cycles / layer.cycles_first:.2f}",
+                f"{layer.cycles_element / layer.cycles_first:.2f}",
             ))  # fmt: skip
         record = self.to_dict()
         total = record["total"]
@@ -148,8 +155,9 @@ class Cost:
             f"activations: {_compared(record['activation_bits'], 'Mbit')}",
             f"tiles of {self.tile[0]}x{self.tile[1]}: {total['cycles_first'] / 1e3:.1f} kcycles"
             f" with first words alone, {total['cycles'] / 1e3:.1f} with the second words there are"
-            f" ({record['cycle_ratio']:.2f} times), {total['cycles_all'] / 1e3:.1f} if every tile"
-            " had one",
+            f" ({record['cycle_ratio']:.2f} times), {total['cycles_element'] / 1e3:.1f} expected if"
+            f" as many were chosen one by one ({record['cycle_ratio_element']:.2f} times),"
+            f" {total['cycles_all'] / 1e3:.1f} if every tile had one",
         ]
         return "\n".join(lines)
 
@@ -174,8 +182,8 @@ def cost(graph: Graph, tile: tuple[int, int] = (16, 16)) -> Cost:
     ----------
     graph : Graph
     tile : (P, Q)
-        The array multiplies a tile of P output channels and Q inputs of the [O, K] weight matrix
-        per cycle, and needs one cycle more if the tile has any second word.
+        The array multiplies a tile of P output channels and Q input channels at one kernel position
+        per cycle, see `tiling.Tiling`, and needs one cycle more if the tile has any second word.
 
     Returns
     -------
@@ -204,13 +212,14 @@ def _layer_cost(
     uses = weight_uses(node, shapes)
     count = math.prod(weights.shape)
     nonzero = int(np.count_nonzero(weights.first))
-    second = weights.second.reshape(weights.shape[0], -1) != 0
+    second = weights.second != 0
     selected = int(np.count_nonzero(second))
-    places = min(count, 8 * selected + 16 * -(-count // MAX_TILE)) if selected else 0
+    group = node.attributes["group"]
+    tiling = Tiling(weights.shape, (tile[1], tile[0]), group)
+    two_word_tiles = int(np.count_nonzero(tiling.any(second)))
     tensors = [*node.inputs, *node.outputs]
     elements = [math.prod(shapes[name]) for name in tensors]
     widths = [q.bits if (q := graph.quantization.get(name)) else 32 for name in tensors]
-    tiles, two_word_tiles = _tiles(second, tile)
     return LayerCost(
         name=node.name,
         op=node.op,
@@ -220,19 +229,44 @@ def _layer_cost(
         skipped=uses * (count - nonzero),
         second=uses * selected,
         weights=count,
-        weight_bits=weights.bits * (count + selected) + places,
+        weight_bits=weights.bits * count + _second_bits(weights, second, selected, group),
         activations=sum(elements),
         activation_bits=sum(map(operator.mul, elements, widths)),
-        cycles_first=uses * tiles,
-        cycles=uses * (tiles + two_word_tiles),
-        cycles_all=uses * 2 * tiles,
+        cycles_first=uses * tiling.count,
+        cycles=uses * (tiling.count + two_word_tiles),
+        cycles_element=uses * (tiling.count + _expected_tiles(tiling.sizes(), selected)),
+        cycles_all=uses * 2 * tiling.count,
     )
 
 
-def _tiles(second: np.ndarray, tile: tuple[int, int]) -> tuple[int, int]:
-    """Return the tiles of a matrix, smaller ones at its edges included, and those with any True."""
-    rows, columns = (
-        list(range(0, size, side)) for size, side in zip(second.shape, tile, strict=True)
-    )
-    any_second = np.logical_or.reduceat(np.logical_or.reduceat(second, columns, axis=1), rows)
-    return any_second.size, int(np.count_nonzero(any_second))
+def _second_bits(weights: LogWeights, second: np.ndarray, selected: int, group: int) -> int:
+    """Return what second words and their places take; of tiles as the file has them, or would."""
+    count = second.size
+    if not selected:
+        return 0
+    places = min(count, 8 * selected + 16 * -(-count // MAX_TILE))
+    bits = weights.bits * selected + places
+    if weights.tile is None:
+        return bits
+    tiling = Tiling(weights.shape, weights.tile, group)
+    inside = int(tiling.sizes()[tiling.any(second)].sum())
+    return min(bits, weights.bits * inside + tiling.count)
+
+
+def _expected_tiles(sizes: np.ndarray, selected: int) -> float:
+    """Return the mean number of tiles with any of so many weights, drawn from those of all tiles.
+
+    A tile of n of N weights has none with probability C(N - n, k) / C(N, k).
+    """
+    total = int(sizes.sum())
+    expected = 0.0
+    for size, count in zip(*np.unique(sizes, return_counts=True), strict=True):
+        left = total - int(size)
+        none = 0.0
+        if left >= selected:
+            none = math.exp(
+                math.lgamma(left + 1) - math.lgamma(left - selected + 1)
+                - math.lgamma(total + 1) + math.lgamma(total - selected + 1)
+            )  # fmt: skip
+        expected += int(count) * (1 - none)
+    return expected

@@ -170,6 +170,16 @@ def test_peak_loop_runs():
     [
         ("3:0.05", "3 bits + 5 %", {"weight_bits": 3, "residual_ratio": 0.05}),
         ("4:auto", "4 bits", {"weight_bits": 4}),
+        (
+            "4:0.15:16x8",
+            "4 bits + 15 % by tiles of 16x8",
+            {"weight_bits": 4, "residual_ratio": 0.15, "granularity": "tile", "tile": (16, 8)},
+        ),
+        (
+            "4:0.15:64",
+            "4 bits + 15 % by tiles of 64",
+            {"weight_bits": 4, "residual_ratio": 0.15, "granularity": "tile", "tile": 64},
+        ),
         ("auto:max_bytes=9000", "auto, max_bytes 9000", {"weight_bits": "auto", "max_bytes": 9000}),
         ("auto:max_drop=0.5", "auto, max_drop 0.5", {"weight_bits": "auto", "max_drop": 0.5}),
         ("validate:max_drop=1", "validate, max_drop 1", {"validate": True, "max_drop": 1.0}),

@@ -151,6 +151,8 @@ def convert(
 
     - `logshift convert net.onnx net.stlq --calibration photos/ --validate labelled/ --max-drop 0.5`
 
+    - `logshift convert net.onnx net.stlq --calibration photos/ --granularity tile --tile 16x16`
+
     - `logshift convert net.onnx net.stlq --calibration photos/ --report net.html`
     """
     pictures = calibration.suffix != ".npy"
@@ -163,6 +165,8 @@ def convert(
     ratio = settings["residual_ratio"]
     settings["residual_ratio"] = _number(f"--residual-ratio {ratio!r}", ratio, float)
     settings["keep_float"] = settings["keep_float"] or ()
+    if (tile := settings["tile"]) is not None:
+        settings["tile"] = _tile(tile)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccuracyWarning)  # the report has it
         made = converter.convert(
@@ -203,6 +207,17 @@ def _number(given: str, number: str, kind: type[_Number]) -> _Number | str:
         return number if number == AUTO else kind(number)
     except ValueError:
         raise InputError(f"{given}: give a number, or {AUTO}") from None
+
+
+def _tile(text: str) -> int | tuple[int, ...]:
+    """Return the weights of a tile, or its sides."""
+    try:
+        sides = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise InputError(
+            f"--tile {text!r}: give input and output channels like 16x16, or a number of weights"
+        ) from None
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _activation_bits(given: list[str]) -> int | str | dict[str, int | str]:

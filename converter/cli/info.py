@@ -25,7 +25,9 @@ def info(
     tile: Annotated[
         str,
         typer.Option(
-            metavar="PxQ", help="Output channels and inputs per cycle of the array of --cost."
+            metavar="PxQ",
+            help="Output and input channels, at one kernel position, that the array of --cost"
+            " multiplies per cycle.",
         ),
     ] = "16x16",
     as_json: Json = False,
@@ -65,7 +67,7 @@ def _tile(text: str) -> tuple[int, int]:
     try:
         outputs, inputs = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise InputError(f"--tile {text!r}: give output channels and inputs like 16x16") from None
+        raise InputError(f"--tile {text!r}: give output and input channels like 16x16") from None
     return outputs, inputs
 
 
@@ -96,7 +98,9 @@ def _description(record: dict[str, Any]) -> str:
         lines.append(f"labels: {len(labels)}: {shown}")
     if record["settings"]:
         lines.append(f"settings: {pairs(record['settings'])}")
-    rows = [("node", "op", "runs", "weights", "bits", "NZR %", "bytes")]
+    rows: list[tuple[str, ...]] = [
+        ("node", "op", "runs", "weights", "bits", "NZR %", "tiles %", "bytes")
+    ]
     for node in record["nodes"]:
         rows.append(
             (
@@ -106,9 +110,15 @@ def _description(record: dict[str, Any]) -> str:
                 "x".join(map(str, node.get("weight_shape", ()))),
                 str(node.get("bits", "")),
                 f"{100 * node['nzr']:.1f}" if "nzr" in node else "",
+                f"{100 * node['tiles']:.1f}" if "tiles" in node else "",
                 f"{node['bytes']:,}" if node["bytes"] else "",
             )
         )
+    if any("tiles" in node for node in record["nodes"]):
+        tiles = {"x".join(map(str, node["tile"])) for node in record["nodes"] if "tile" in node}
+        lines.append(f"second words by tiles of an array: {', '.join(sorted(tiles))}")
+    else:
+        rows = [(*row[:6], *row[7:]) for row in rows]
     lines += ["", text_table(rows, left=4), ""]
     lines.append(
         f"{record['weights']:,} weights, {record['bits_per_weight']:.2f} bits per weight,"

@@ -58,6 +58,8 @@ class LogWeights:
         s: the second word lies on a grid 2^s times finer.
     clip : int
         Bound of |W| in units of alpha: 1 or 2.
+    tile : (Tn, Tm), optional
+        Second words were chosen by tiles of an array, so many inputs by outputs; see `tiling`.
     """
 
     first: np.ndarray
@@ -66,6 +68,7 @@ class LogWeights:
     bits: int
     residual_shift: int = 0
     clip: int = 1
+    tile: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

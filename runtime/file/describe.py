@@ -1,4 +1,4 @@
-"""What a packed file holds, told from its header and the counts of second words alone."""
+"""What a packed file holds, told from its header and what counts second words alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from logshift.kernels.errors import FormatError
+from logshift.kernels.stlq import bitpack
+from logshift.kernels.stlq.tiling import Tiling
 from logshift.runtime.file import format
+from logshift.runtime.file.manifest import TILES
 from logshift.runtime.onnx_ops import compiled
 from logshift.runtime.session import numpy_name
 
@@ -86,20 +89,40 @@ def _describe_node(
         if "bits" in weight:
             result["bits"] = weight["bits"]
             result["nzr"] = _second_words(index, weight, count, layout) / count
+        if weight.get("positions") == TILES:
+            group = node.get("attributes", {}).get("group", 1)
+            tiling = Tiling(tuple(weight["shape"]), tuple(weight["tile"]), group)
+            chosen = _bits_set(index, weight, tiling.count, layout)
+            result |= {"tile": weight["tile"], "tiles": chosen / tiling.count}
     return result
 
 
 def _second_words(index: int, weight: dict[str, Any], count: int, layout: format.Layout) -> int:
-    """Count the second words of a layer by its tile counts or bitmap."""
+    """Count the second words of a layer by its tile counts or bitmap, else one by one."""
     if weight["positions"] == "none":
         return 0
-    name = "count" if weight["positions"] == "list" else "position"
-    raw = layout.read(f"{index}.{name}")
-    if name in weight["zlib"]:
-        raw = zlib.decompressobj().decompress(raw, 2 * count)
-    if name == "count":
-        return int(np.frombuffer(raw, "<u2").sum(dtype=np.int64))
-    return int(np.unpackbits(np.frombuffer(raw, np.uint8)).sum(dtype=np.int64))
+    if weight["positions"] == "bitmap":
+        return _bits_set(index, weight, count, layout)
+    if weight["positions"] == "list":
+        raw = _stream(f"{index}.count", weight, 2 * count, layout)
+        return int(raw.view("<u2").sum(dtype=np.int64))
+    bits = weight["bits"]
+    raw = _stream(f"{index}.second", weight, bitpack.packed_size(count, bits), layout)
+    chosen = 8 * raw.size // bits
+    return int(np.count_nonzero(bitpack.unpack(raw, bits, chosen)))
+
+
+def _bits_set(index: int, weight: dict[str, Any], count: int, layout: format.Layout) -> int:
+    raw = _stream(f"{index}.position", weight, bitpack.packed_size(count, 1), layout)
+    return int(np.unpackbits(raw).sum(dtype=np.int64))
+
+
+def _stream(name: str, weight: dict[str, Any], most: int, layout: format.Layout) -> np.ndarray:
+    """Return the bytes of a stream."""
+    raw = layout.read(name)
+    if name.rpartition(".")[2] in weight["zlib"]:
+        raw = zlib.decompressobj().decompress(raw, most)
+    return np.frombuffer(raw, np.uint8)
 
 
 def layer_bytes(path: Path) -> Counter[int]:

@@ -77,7 +77,7 @@ def serialize(graph: Graph) -> bytes:
     """
     validate(graph)
     content, tensors = _parts(graph)
-    if content["format_version"] == manifest.BUNDLED:
+    if content["format_version"] >= manifest.BUNDLED:
         return _bundled(content, tensors)
     plain = _signed(_text(content), tensors)
     smaller = _bundled(content, tensors)
@@ -88,12 +88,13 @@ def serialize(graph: Graph) -> bytes:
 def _parts(graph: Graph) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the manifest and the tensors of a graph by their names."""
     content = manifest.of(graph)
-    packed: dict[int, weights.Streams] = {}  # of weights that several nodes have
+    packed: dict[tuple[int, int], weights.Streams] = {}  # of weights that several nodes have
 
-    def pack(words: LogWeights, where: str) -> weights.Streams:
-        if id(words) not in packed:
-            packed[id(words)] = weights.pack(words, where, graph.settings)
-        return packed[id(words)]
+    def pack(words: LogWeights, where: str, group: int = 1) -> weights.Streams:
+        key = id(words), group
+        if key not in packed:
+            packed[key] = weights.pack(words, where, graph.settings, group)
+        return packed[key]
 
     tensors: dict[str, np.ndarray] = {}
     for index, (node, record) in enumerate(zip(graph.nodes, content["nodes"], strict=True)):
@@ -111,16 +112,18 @@ def _parts(graph: Graph) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             tensors |= {f"constant.{index}.{key}": part for key, part in streams.tensors.items()}
         else:
             tensors[f"constant.{index}"] = np.array(array, order="C")
+    if any(streams.positions == manifest.TILES for streams in packed.values()):
+        content["format_version"] = manifest.TILED
     return content, tensors
 
 
 def _node_tensors(
-    node: Node, record: dict[str, Any], pack: Callable[[LogWeights, str], weights.Streams]
+    node: Node, record: dict[str, Any], pack: Callable[[LogWeights, str, int], weights.Streams]
 ) -> dict[str, np.ndarray]:
     """Return the tensors of a node by their names; `record` gets what is to be said of weights."""
     tensors: dict[str, np.ndarray] = {}
     if node.weights is not None:
-        streams = pack(node.weights, _label(node))
+        streams = pack(node.weights, _label(node), node.attributes["group"])
         record["weight"] = manifest.WORDS.write(streams)
         tensors |= streams.tensors
     elif node.float_weights is not None:
@@ -142,7 +145,7 @@ def _label(node: Node) -> str:
 def _bundled(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> bytes:
     """Return a file whose tensors are all in one."""
     index, data = bundle.bundle(tensors)
-    version = {"format_version": manifest.BUNDLED}
+    version = {"format_version": max(content["format_version"], manifest.BUNDLED)}
     sizes, packed = bundle.pack(_text(content | version | {bundle.INDEX_KEY: index}), data)
     return _signed(_text(version | sizes), packed)
 
@@ -215,7 +218,10 @@ def deserialize(data: bytes, *, threads: int = 1, keep_decoded: bool = False) ->
     content = manifest.parse(text)
     if content["format_version"] >= manifest.BUNDLED:
         if tensors.keys() != {bundle.MANIFEST, bundle.DATA}:
-            raise FormatError(f"tensors are {sorted(tensors)}: version 4 has 'manifest' and 'data'")
+            raise FormatError(
+                f"tensors are {sorted(tensors)}: version {content['format_version']} has"
+                " 'manifest' and 'data'"
+            )
         both = _Tensors(tensors)
         stored = both.vector(bundle.DATA, np.uint8)
         outer, content = content, _inner(content, both.vector(bundle.MANIFEST, np.uint8).tobytes())
@@ -450,14 +456,28 @@ def _identity(streams: weights.Streams) -> tuple[Any, ...]:
     tensors = tuple(
         (name, hashlib.sha256(array.data).digest()) for name, array in streams.tensors.items()
     )
-    said = streams.shape, streams.bits, streams.residual_shift, streams.clip
+    said = streams.shape, streams.bits, streams.residual_shift, streams.clip, streams.group
     return tensors, said, streams.positions, streams.tile, streams.zlib
 
 
-def _streams(key: str, record: Any, where: str, tensors: _Tensors) -> weights.Streams:
-    """Take the streams of words of which a manifest says `record`."""
+def _streams(
+    key: str, record: Any, where: str, tensors: _Tensors, group: Any = 1
+) -> weights.Streams:
+    """Take the streams of words of which a manifest says `record`; `group` is not validated."""
     found = manifest.WORDS.read(record, where)
     _count(found["shape"], where)
+    if found["positions"] == manifest.TILES:
+        if not isinstance(found["tile"], tuple):
+            raise FormatError(f"{where}: tile is {found['tile']}, tiles of an array have two sides")
+        if type(group) is not int or group < 1 or found["shape"][0] % group:
+            raise FormatError(
+                f"{where}: group is {group!r}, which does not divide {found['shape'][0]} channels"
+            )
+        found["group"] = group
+    elif isinstance(found["tile"], tuple):
+        raise FormatError(
+            f"{where}: tile has two sides, which positions {found['positions']!r} do not know"
+        )
     parts = {
         name: tensors.vector(f"{key}.{name}", np.uint8)
         for name in ("first", *manifest.POSITIONS[found["positions"]])
@@ -490,7 +510,8 @@ def _node(index: int, record: Any, tensors: _Tensors) -> tuple[Node, weights.Str
             values = tensors.vector(f"{index}.weight", np.float32, count)
             node.float_weights = values.reshape(shape)
         else:
-            streams = _streams(str(index), record, where, tensors)
+            group = node.attributes.get("group", 1)
+            streams = _streams(str(index), record, where, tensors, group)
     elif stores == "table":
         table = tensors.vector(f"{index}.table", np.uint8)
         if table.size == 0 or table.size % 256:

@@ -18,10 +18,11 @@ from logshift.kernels.errors import FormatError
 from logshift.kernels.stlq import codec
 from logshift.runtime.graph import NEWEST_OPSET, Graph, Quantization, ValueInfo
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
-# The first versions with fused activation functions, and with words as constants in one tensor.
-ACTIVATED, BUNDLED = 3, 4
+# The first versions with fused activation functions, with words as constants in one tensor, and
+# with second words by tiles of an array.
+ACTIVATED, BUNDLED, TILED = 3, 4, 5
 
 _REQUIRED = object()
 
@@ -141,6 +142,9 @@ def _between(low: int, high: int) -> Reader:
     return read
 
 
+_side = _between(1, codec.MAX_TILE)
+
+
 def _weight_shape(value: Any, where: str, key: str) -> tuple[int, ...]:
     shape = _list(value, where, key)
     if len(shape) != 4 or not all(type(d) is int and 1 <= d <= MAX_WEIGHTS for d in shape):
@@ -152,6 +156,15 @@ def _positions(value: Any, where: str, key: str) -> str:
     if _text(value, where, key) not in POSITIONS:
         raise FormatError(f"{where}: unknown encoding of positions {value!r}")
     return value
+
+
+def _tile(value: Any, where: str, key: str) -> int | tuple[int, int]:
+    """Read the weights of a tile, or the inputs and outputs of an array's."""
+    if not isinstance(value, list):
+        return _side(value, where, key)
+    if len(value) != 2:
+        raise FormatError(f"{where}: {key} has {len(value)} sides, allowed are 2")
+    return _side(value[0], where, key), _side(value[1], where, key)
 
 
 def _float_type(value: Any, where: str, key: str) -> str:
@@ -188,11 +201,14 @@ def _activation(value: Any, where: str, key: str) -> Activation:
 
 MAX_WEIGHTS = 2**31 - 1  # of a layer
 
+TILES = "tiles"  # the encoding of positions that needs the sides of a tile
+
 # Streams of each encoding of the positions of second words, and these words.
 POSITIONS = {
     "none": (),
     "bitmap": ("position", "second"),
     "list": ("count", "position", "second"),
+    TILES: ("position", "second"),
 }
 
 VALUE = Form(
@@ -232,7 +248,7 @@ WORDS = Form(
     Field("residual_shift", _between(0, codec.MAX_RESIDUAL_SHIFT)),
     Field("clip", _between(1, 2)),
     Field("positions", _positions),
-    Field("tile", _between(1, codec.MAX_TILE)),
+    Field("tile", _tile, lambda tile: list(tile) if isinstance(tile, tuple) else tile),
     Field("zlib", _made(frozenset, _strings), sorted),
 )
 CONSTANT = Form(

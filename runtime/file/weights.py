@@ -12,7 +12,9 @@ from logshift.kernels.errors import FormatError, InputError
 from logshift.kernels.machine.memory import arena
 from logshift.kernels.stlq import bitpack, codec
 from logshift.kernels.stlq.codec import LogWeights
+from logshift.kernels.stlq.tiling import Tiling
 from logshift.runtime.file.deflate import deflate, inflate
+from logshift.runtime.file.manifest import TILES
 
 _SPARE = 8  # bytes behind a stream that `codec.join_words` may read
 
@@ -28,6 +30,8 @@ class Streams:
     tensors : dict of name to array
         "alpha", "first", and what `manifest.POSITIONS` names.
     shape, bits, ... : what the manifest says, see `manifest.WORDS`
+    group : int
+        Groups of the convolution, which tiles of an array are cut by; 1 of other encodings.
     """
 
     where: str
@@ -37,13 +41,25 @@ class Streams:
     residual_shift: int
     clip: int
     positions: str
-    tile: int
+    tile: int | tuple[int, int]
     zlib: frozenset[str]
+    group: int = 1
 
     @property
     def count(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+    @property
+    def array_tile(self) -> tuple[int, int] | None:
+        """Inputs and outputs of an array's tiles, if second words are stored by these."""
+        return self.tile if isinstance(self.tile, tuple) else None
+
+    @property
+    def tiling(self) -> Tiling:
+        """These tiles."""
+        assert isinstance(self.tile, tuple)
+        return Tiling(self.shape, self.tile, self.group)
 
     def words(self) -> LogWeights:
         """Return the words themselves."""
@@ -56,7 +72,7 @@ class Streams:
             words[1, chosen] = bitpack.unpack(second, self.bits, int(np.count_nonzero(chosen)))
         return LogWeights(
             words[0].reshape(self.shape), words[1].reshape(self.shape), self.tensors["alpha"],
-            self.bits, self.residual_shift, self.clip,
+            self.bits, self.residual_shift, self.clip, self.array_tile,
         )  # fmt: skip
 
     def integers(self) -> tuple[np.ndarray, int, int]:
@@ -84,6 +100,11 @@ class Streams:
             return first, nothing, nothing
         if self.positions == "bitmap":
             mask = self._stream("position", count, 1)
+        elif isinstance(self.tile, tuple):
+            tiling = self.tiling
+            bits = self._stream("position", tiling.count, 1)
+            chosen = np.unpackbits(bits, count=tiling.count, bitorder="little").view(bool)
+            mask = np.packbits(tiling.spread(chosen), bitorder="little")
         else:
             tiles = -(-count // self.tile)
             counts = self._stream("count", 2 * tiles, 8).view("<u2")
@@ -92,7 +113,7 @@ class Streams:
                 chosen = bitpack.mask_from_positions(counts, positions, self.tile, count)
             except InputError as error:
                 raise FormatError(f"{self.where}: {error}") from None
-            mask = bitpack.pack(chosen.view(np.uint8), 1)
+            mask = np.packbits(chosen, bitorder="little")
         selected = int(_BITS_SET[mask].sum(dtype=np.int64))
         return first, mask, self._stream("second", selected, self.bits)
 
@@ -120,31 +141,48 @@ def _padded(stream: np.ndarray) -> np.ndarray:
     return padded
 
 
-def pack(weights: LogWeights, where: str, settings: dict[str, Any]) -> Streams:
-    """Return weights as they are to lie in a file, positions in whichever form is smaller."""
+def pack(weights: LogWeights, where: str, settings: dict[str, Any], group: int = 1) -> Streams:
+    """Return weights as they are to lie in a file, second words in whichever form is smallest.
+
+    `group` is the convolution's, which tiles of an array are cut by.
+    """
     if isinstance(weights, StoredWeights):  # as it lies in the file: packing takes seconds
-        return weights.streams
-    tile = int(settings.get("tile", codec.MAX_TILE))
-    mask = weights.second.ravel() != 0
-    counts, positions = bitpack.tile_positions(mask, tile)
-    choices = {
-        "list": _deflate({"count": counts.view(np.uint8), "position": positions}),
-        "bitmap": _deflate({"position": bitpack.pack(mask.astype(np.uint8), 1)}),
-    }
-    encoding = min(choices, key=lambda name: sum(a.size for a, _ in choices[name].values()))
-    streams = choices[encoding]
-    if not mask.any():
-        encoding, streams = "none", {}
+        if weights.tile is None or weights.streams.group == group:
+            return weights.streams
+        weights = weights.words()
+    given = settings.get("tile")
+    run = given if type(given) is int else codec.MAX_TILE
+    encoding, streams = "none", dict[str, tuple[np.ndarray, bool]]()
+    mask, second = weights.second.ravel() != 0, weights.second.ravel()
+    if mask.any():
+        counts, positions = bitpack.tile_positions(mask, run)
+        codes = _deflate({"second": bitpack.pack(second[mask], weights.bits)})
+        choices = {
+            "list": _deflate({"count": counts.view(np.uint8), "position": positions}) | codes,
+            "bitmap": _deflate({"position": bitpack.pack(mask.astype(np.uint8), 1)}) | codes,
+        }
+        if weights.tile is not None:
+            tiling = Tiling(weights.shape, weights.tile, group)
+            chosen = tiling.any(mask.reshape(weights.shape))
+            inside = tiling.spread(chosen).ravel()
+            choices[TILES] = _deflate({
+                "position": bitpack.pack(chosen.view(np.uint8), 1),
+                "second": bitpack.pack(second[inside], weights.bits),
+            })  # fmt: skip
+        encoding = min(choices, key=lambda name: sum(a.size for a, _ in choices[name].values()))
+        streams = choices[encoding]
+    tile: int | tuple[int, int] = run
+    if weights.tile is None or encoding != TILES:
+        group = 1  # other encodings are the same whatever it is
     else:
-        second = weights.second.ravel()[mask]
-        streams |= _deflate({"second": bitpack.pack(second, weights.bits)})
+        tile = weights.tile
     streams |= _deflate({"first": bitpack.pack(weights.first.ravel(), weights.bits)})
     tensors = {name: array for name, (array, _) in streams.items()}
     tensors["alpha"] = np.ascontiguousarray(weights.alpha, np.float32)
     deflated = frozenset(name for name, (_, deflated) in streams.items() if deflated)
     return Streams(
         where, tensors, weights.shape, weights.bits, weights.residual_shift, weights.clip,
-        encoding, tile, deflated,
+        encoding, tile, deflated, group,
     )  # fmt: skip
 
 
@@ -188,8 +226,8 @@ class StoredWeights(LogWeights):
         vars(self).update(
             alpha=streams.tensors["alpha"], bits=streams.bits, clip=streams.clip,
             residual_shift=streams.residual_shift, streams=streams, _largest=largest,
-            _nzr=nonzero / w.size, _sums=sums, _integers=w if keep else None,
-            _keep=keep,
+            tile=streams.array_tile, _nzr=nonzero / w.size, _sums=sums,
+            _integers=w if keep else None, _keep=keep,
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:

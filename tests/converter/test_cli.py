@@ -164,6 +164,30 @@ def test_info_counts_second_words_in_deflated_streams(capsys, packed, ratio, enc
     assert record["nodes"][make.DENSE]["nzr"] == pytest.approx(nzr) and nzr > 0
 
 
+def test_convert_by_tiles_of_an_array(capsys, tmp_path, onnx_model):
+    path = tmp_path / "net.stlq"
+    np.save(tmp_path / "x.npy", noise(10))
+    arguments = ("convert", onnx_model, path, "--calibration", tmp_path / "x.npy")
+    options = ("--granularity", "tile", "--residual-ratio", "0.3")
+    for given, expected in (((), [16, 16]), (("--tile", "2X4"), [2, 4]), (("--tile", "8"), 8)):
+        output(capsys, *arguments, *options, *given)
+        assert packed_format.read(path).settings["tile"] == expected
+    for tile, message in (("4x", "like 16x16"), ("a", "like 16x16"), ("4x4x4", "two of them")):
+        assert call(*arguments, *options, "--tile", tile) == 1
+        assert message in capsys.readouterr().err
+    assert call(*arguments, "--tile", "4x4") == 1
+    assert "needs granularity 'tile'" in capsys.readouterr().err
+
+
+def test_info_shows_tiles(capsys, packed):
+    assert "by tiles" not in output(capsys, "info", packed)
+    packed_format.write(make.tiled(), packed)
+    text = output(capsys, "info", packed)
+    assert "second words by tiles of an array: 16x4, 4x4, 8x8" in text and "tiles %" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("dense ")]
+    assert line.split()[6] == "19.8"  # 16 of 81
+
+
 def test_info_shows_kernels(capsys, packed):
     summary = load(packed).summary()
     record = json.loads(output(capsys, "info", packed, "--kernels", "--json"))

@@ -15,8 +15,9 @@ from onnx import TensorProto, helper
 from PIL import Image
 from support import oracle
 from support.onnx_nets import Net, network, noise, reference
+from support.tiles import tile_numbers
 
-from logshift import converter
+from logshift import converter, runtime
 from logshift.converter import ConversionError, InputError, Preprocessing, convert
 from logshift.converter.calibrate import choose_quantization
 from logshift.converter.evaluate import AT_ONCE
@@ -244,6 +245,88 @@ def test_more_bits_and_residuals_are_closer(path):
     assert error(granularity="filter") > error(granularity="element")
 
 
+def layers_of_every_kind():
+    """Of few channels, dense, grouped, depthwise, transposed, and a matrix of an ONNX operator."""
+    net = Net(shape=("batch", 3, 12, 12))
+    x = net.node("Relu", net.conv("x", 3, 20))
+    x = net.node("Relu", net.conv(x, 20, 24))
+    x = net.node("Relu", net.conv(x, 24, 24, group=2))
+    x = net.node("Relu", net.conv(x, 24, 24, group=24))
+    up = net.random(24, 20, 2, 2)
+    x = net.node("Relu", net.node("ConvTranspose", x, up, strides=[2, 2]))
+    x = net.node("Reshape", x, net.constant([0, 20, 2, 12, 24], np.int64))
+    return net.model(net.node("MatMul", x, net.random(24, 60)))
+
+
+def used_and_all(words, tile, group=1):
+    """Weights in tiles that have a second word, all weights; so many tiles, and all."""
+    numbers = tile_numbers(words.shape, tile, group)
+    used = set(numbers[words.words().second != 0])
+    return np.isin(numbers, list(used)).sum(), numbers.size, len(used), numbers.max() + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual_ratio": 0.3},
+        {"residual_ratio": 0.3, "error_feedback": False},
+        {"residual_ratio": "auto"},
+        {"residual_ratio": 1.0},
+        {"weight_bits": "auto", "min_snr": 14.0},
+        {"weight_bits": "auto", "max_bytes": 20_000},
+    ],
+)
+@pytest.mark.parametrize("tile", [(4, 8), (16, 16)])
+def test_second_words_by_tiles_of_an_array(options, tile, path):
+    x = noise(8, (3, 12, 12))
+    report = convert(
+        layers_of_every_kind(), path, calibration=x, granularity="tile", tile=tile, **options
+    )
+    graph = packed_format.read(path)
+    assert graph.settings["tile"] == list(tile) and graph.settings["granularity"] == "tile"
+    found = [
+        used_and_all(node.weights, tile, node.attributes["group"])
+        for node in graph.nodes
+        if node.weights is not None
+    ]
+    (matrix,) = graph.constant_words.values()
+    found.append(used_and_all(matrix.weights, tile))
+    assert len(found) == 6
+    inside, total = np.sum(found, axis=0)[:2]
+    ratio = options.get("residual_ratio")
+    if ratio == 0.3:  # tiles at edges are smaller than those that the budget counts
+        assert 0.25 * total < inside <= 0.32 * total and 0.1 < report.nzr <= 0.3
+    else:
+        assert inside > 0
+    # What runs is what the file says, whatever form its second words have.
+    expected = oracle.evaluate(graph, {"x": x})
+    session = runtime.load(path)
+    assert np.array_equal(session.run(x), expected[session.outputs[0].name])
+
+
+def test_tiles_are_exactly_as_many_as_asked_for_of_a_single_layer(path):
+    net = Net(shape=("batch", 20, 6, 6))
+    model = net.model(net.conv("x", 20, 40))
+    for tile, total in (((16, 16), 3 * 9 * 2), ((4, 8), 5 * 9 * 5)):
+        convert(model, path, calibration=noise(8, (20, 6, 6)), granularity="tile", tile=tile,
+                residual_ratio=0.15)  # fmt: skip
+        (words,) = (node.weights for node in packed_format.read(path).nodes if node.weights)
+        assert used_and_all(words, tile)[2:] == (int(0.15 * total), total)
+
+
+def test_a_tile_that_is_a_number_is_consecutive_weights_as_ever(path):
+    x = noise(8, (3, 12, 12))
+    convert(layers_of_every_kind(), path, calibration=x, granularity="tile", tile=16,
+            residual_ratio=0.2)  # fmt: skip
+    graph = packed_format.read(path)
+    assert packed_format.read_manifest(path)["format_version"] == 4
+    for node in graph.nodes:
+        if node.weights is not None:
+            second = node.weights.words().second.ravel()
+            used = set(np.flatnonzero(second) // 16)
+            assert node.weights.tile is None and len(used) < second.size / 16
+
+
 def test_report(path):
     model = network()
     report = convert(model, path, calibration=noise())
@@ -302,6 +385,8 @@ def test_progress_bar_needs_a_terminal(path, capsys):
         ({"keep_float": "x"}, "keep_float must be a list"),
         ({"granularity": "row"}, "granularity is 'row'"),
         ({"tile": 0}, "tile is 0"),
+        ({"tile": (16, 16)}, "tile is .16, 16., .* needs granularity 'tile'"),
+        ({"tile": (16, 257), "granularity": "tile"}, "tile is .16, 257."),
         ({"residual_shift": 5}, "residual_shift is 5"),
         ({"activation_range": "kl"}, "activation_range is 'kl'"),
         ({"labels": "cat"}, "labels must be a list"),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from support.tiles import tile_numbers, tilings
 
 from logshift.converter import encode
 from logshift.kernels.errors import InputError
@@ -48,6 +49,13 @@ def nearest(r, bits):
     return table[best[np.argmin(np.abs(table[best]))]]
 
 
+def numbers_of(shape, tile):
+    """Number of the block of every weight, flattened."""
+    if isinstance(tile, tuple):
+        return tile_numbers(shape, tile, 1).ravel()
+    return np.arange(np.prod(shape)) // tile
+
+
 @st.composite
 def encoded(draw):
     """Weights, and what `encode` made of them under any settings."""
@@ -55,6 +63,8 @@ def encoded(draw):
     ratio = draw(st.sampled_from([0.0, 0.15, 0.5, 1.0]) | st.floats(0, 1))
     granularity = draw(st.sampled_from(encode.GRANULARITIES))
     tile = draw(st.integers(1, codec.MAX_TILE))
+    if granularity == "tile" and draw(st.booleans()):
+        tile = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     code = encode.encode(
         w, draw(BITS), ratio, granularity=granularity, tile=tile,
         residual_shift=draw(st.integers(0, codec.MAX_RESIDUAL_SHIFT)),
@@ -142,8 +152,9 @@ def test_second_words_keep_to_ratio_and_granularity(case):
     if granularity == "element":
         assert np.count_nonzero(flat) <= ratio * flat.size + 1e-6
     elif granularity == "tile":
-        used = {i // tile for i in np.flatnonzero(flat)}
-        assert len(used) <= ratio * -(-flat.size // tile) + 1e-6
+        numbers = numbers_of(w.shape, tile)
+        used = set(numbers[flat != 0])
+        assert len(used) <= ratio * (numbers.max() + 1) + 1e-6
     else:
         assert np.count_nonzero(rows.any(axis=1)) <= ratio * len(rows) + 1e-6
     if ratio == 0:
@@ -160,11 +171,44 @@ def test_selected_blocks_are_complete(case):
     assert np.array_equal(full.first, code.first)
     if granularity == "element":
         return
-    block = tile if granularity == "tile" else w[0].size
-    for start in range(0, w.size, block):
-        part = code.second.reshape(-1)[start : start + block]
+    numbers = numbers_of(w.shape, tile if granularity == "tile" else w[0].size)
+    for number in range(numbers.max() + 1):
+        part = code.second.reshape(-1)[numbers == number]
         if part.any():
-            assert np.array_equal(part, full.second.reshape(-1)[start : start + block])
+            assert np.array_equal(part, full.second.reshape(-1)[numbers == number])
+
+
+@given(
+    case=tilings(), ratio=st.sampled_from([0.0, 0.15, 0.5, 1.0]) | st.floats(0, 1),
+    ties=st.booleans(), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_tiles_of_an_array_are_chosen_by_what_is_gained_inside(case, ratio, ties, seed):
+    """Tile by tile: the best come first, of equal ones those of the least number."""
+    shape, tile, group = case
+    rng = np.random.default_rng(seed)
+    gain = rng.integers(0, 2, shape).astype(float) if ties else rng.random(shape)
+    numbers = tile_numbers(*case)
+    sums = [gain[numbers == number].sum() for number in range(numbers.max() + 1)]
+    if not ties and len(sums) > 1:  # sums in another order must not decide
+        assume(np.diff(np.sort(sums)).min() > 1e-9)
+    best = sorted(range(len(sums)), key=lambda number: -sums[number])
+    chosen = best[: int(np.floor(ratio * len(sums) + 1e-9))]
+    expected = np.isin(numbers, chosen)
+    found = encode.eligible(gain, ratio, "tile", tile, group)
+    assert np.array_equal(found, expected)
+    assert np.array_equal(encode.select(gain, ratio, "tile", tile, group), expected & (gain > 0))
+
+
+def test_the_tile_of_an_array_is_the_default():
+    w = np.random.default_rng(0).standard_normal((20, 3, 3, 18)).astype(np.float32)
+    code = encode.encode(w, 4, 0.3, granularity="tile")
+    assert code.tile == (16, 16)
+    assert np.array_equal(
+        code.second, encode.encode(w, 4, 0.3, granularity="tile", tile=(16, 16)).second
+    )
+    runs = encode.encode(w, 4, 0.3, granularity="tile", tile=256)
+    assert runs.tile is None and not np.array_equal(code.second, runs.second)
+    assert encode.encode(w, 4, 0.3).tile is None
 
 
 @given(w=WEIGHTS, bits=BITS, ratio=st.sampled_from([0.1, 0.3, 0.7]))
@@ -313,6 +357,17 @@ def test_five_bits_on_normal_weights_are_about_as_good_as_four():
         ({"granularity": "row"}, "granularity"),
         ({"tile": 0}, "tile"),
         ({"tile": 257}, "tile"),
+        ({"tile": True}, "tile"),
+        ({"granularity": "tile", "tile": (16, 0)}, "tile is .16, 0."),
+        ({"granularity": "tile", "tile": (257, 16)}, "tile is .257, 16."),
+        ({"granularity": "tile", "tile": (4, 4, 4)}, "tile is .4, 4, 4."),
+        ({"granularity": "tile", "tile": (4,)}, "tile is .4,."),
+        ({"granularity": "tile", "tile": ()}, "tile is .."),
+        ({"granularity": "tile", "tile": (4.0, 4)}, "tile is .4.0, 4."),
+        ({"granularity": "tile", "tile": "16x16"}, "tile is '16x16'"),
+        ({"tile": (16, 16)}, "needs granularity 'tile', not 'element'"),
+        ({"granularity": "filter", "tile": (16, 16)}, "not 'filter'"),
+        ({"granularity": "tile", "group": 2}, "2 groups do not divide 1 output"),
         ({"residual_shift": 5}, "residual_shift"),
         ({"clip": 3}, "clip"),
     ],

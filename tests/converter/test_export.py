@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from support.scripts import make
 onnx = pytest.importorskip("onnx", reason="needs the extra `converter`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `converter`")
 from logshift.converter import ConversionError, Preprocessing, convert  # noqa: E402
+from logshift.converter.encode import encode  # noqa: E402
 from logshift.converter.export import export  # noqa: E402
 from logshift.converter.metadata import KEY, Metadata, WeightRecord  # noqa: E402
 from logshift.runtime import load  # noqa: E402
@@ -121,7 +123,17 @@ def test_metadata_and_free_dimensions(tmp_path):
             np.testing.assert_array_equal(np.float32(record.alpha), node.weights.alpha)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"weights": {"w": {"bits": 4}}}', '{"labels": [1]}'])
+def of_tile(tile, granularity="tile"):
+    """Metadata of a weight of these tiles."""
+    grid = {"bits": 4, "residual_shift": 0, "clip": 1, "alpha": [1.0]}
+    return json.dumps({"weights": {"w": grid | {"granularity": granularity, "tile": tile}}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", '{"weights": {"w": {"bits": 4}}}', '{"labels": [1]}', of_tile(16), of_tile([16]),
+     of_tile([16, 0]), of_tile([16, 16.0]), of_tile([4, 4, 4]), of_tile([16, 16], "element")],
+)  # fmt: skip
 def test_metadata_of_others_is_refused(text):
     model = onnx.ModelProto()
     assert Metadata.read(model) == Metadata()
@@ -136,7 +148,8 @@ def test_metadata_of_the_vectors_shared_with_the_trainer(name):
     model = onnx.ModelProto()
     onnx.helper.set_model_props(model, {KEY: json.dumps(record)})
     found = Metadata.read(model)
-    assert {key: vars(grid) for key, grid in found.weights.items()} == record.get("weights", {})
+    grids = {key: grid.to_json() for key, grid in found.weights.items()}
+    assert grids == record.get("weights", {})
     assert found.keep_float == set(record.get("keep_float", ()))
     assert found.labels == record.get("labels")
     written = onnx.ModelProto()
@@ -165,6 +178,62 @@ def test_layers_on_float32_stay_so_when_converted_again(kept, tmp_path):
 def _parameters(node):
     words = node.weights and node.weights.integers()
     return [x for x in (node.float_weights, words, node.bias) if x is not None]
+
+
+def with_tiles(graph, network):
+    """Metadata of the weights of a graph, as it is exported."""
+    export(graph, network)
+    found = Metadata.read(onnx.load(network)).weights
+    return [found[f"{node.outputs[0]}/weight"] for node in graph.nodes if node.weights is not None]
+
+
+def test_tiles_of_an_array_come_back(tmp_path):
+    graph, names = make.tiled(), [tmp_path / "net.onnx", tmp_path / "net.stlq"]
+    records = with_tiles(graph, names[0])
+    tiles = [[16, 4], [8, 8], [4, 4], [16, 4]]
+    assert [(r.granularity, r.tile) for r in records] == [("tile", tile) for tile in tiles]
+    convert(names[0], names[1], calibration=np.zeros((2, 2, 4, 4), np.float32))
+    again = packed_format.read(names[1])
+    pairs = [
+        (one.weights, two.weights)
+        for one, two in zip(graph.nodes, again.nodes, strict=True)
+        if one.weights is not None
+    ]
+    for one, two in pairs:
+        assert two.tile == one.tile and two.streams.positions == "tiles"
+        np.testing.assert_array_equal(two.integers(), one.integers())
+    assert with_tiles(again, names[0]) == records
+
+
+def test_tiles_that_would_not_be_smallest_are_not_stored(tmp_path):
+    """Second words were trained by tiles, or so it says, and lie everywhere."""
+    graph, names = make.tiled(), [tmp_path / "net.onnx", tmp_path / "net.stlq"]
+    w = np.random.default_rng(0).standard_normal((18, 3, 3, 18))
+    scattered = replace(encode(w, 4, 0.1), tile=(8, 8))
+    graph.nodes[make.WHOLE].weights = scattered
+    with_tiles(graph, names[0])
+    convert(names[0], names[1], calibration=np.zeros((2, 2, 4, 4), np.float32))
+    found = packed_format.read(names[1]).nodes[make.WHOLE].weights
+    assert found.tile is None and found.streams.positions == "bitmap"
+    np.testing.assert_array_equal(found.integers(), scattered.integers())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"granularity": "tile", "tile": [16, 8]}, ("tile", [16, 8])),
+        ({"granularity": "tile", "tile": 256}, ("tile", None)),
+        ({"granularity": "tile", "tile": [16, "x"]}, ("tile", None)),
+        ({"granularity": "element", "tile": [16, 8]}, ("element", None)),
+        ({"granularity": "filter"}, ("filter", None)),
+        ({}, ("element", None)),
+    ],
+)
+def test_of_what_is_not_stored_by_tiles_the_settings_tell_the_tile(settings, expected, tmp_path):
+    graph = make.classifier()
+    graph.settings = settings
+    for record in with_tiles(graph, tmp_path / "net.onnx"):
+        assert (record.granularity, record.tile) == expected
 
 
 def test_failure_leaves_the_old_file(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.onnx_nets import Net
+from support.tiles import tile_numbers, tilings
 
 from logshift.converter import budget, convert, feedback
 from logshift.converter.encode import GRANULARITIES, encode
@@ -94,21 +95,27 @@ def output_error(weight, words, moments):
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(
+    ("granularity", "tile"), [*((g, 4) for g in GRANULARITIES), ("tile", (2, 3))]
+)
 @pytest.mark.parametrize("bits", [3, 4])
-def test_feedback_keeps_outputs_better_for_as_many_words(kind, granularity, bits):
+def test_feedback_keeps_outputs_better_for_as_many_words(kind, granularity, tile, bits):
     kernel, channels, group, attributes = CONVOLUTIONS[kind]
     node = convolution(kernel, channels, group, attributes, out=8 * group)
     x = inputs(channels)
     moments, lost = covariance(node, x, True)
-    settings = Settings(bits, granularity=granularity, tile=4)
-    words = feedback.encode_with_feedback(node.weight, moments, lost, settings, 0.25)
-    plain = encode(node.weight, bits, 0.25, granularity=granularity, tile=4)
+    settings = Settings(bits, granularity=granularity, tile=tile)
+    words = feedback.encode_with_feedback(node.weight, moments, lost, settings, 0.25, group)
+    plain = encode(node.weight, bits, 0.25, granularity=granularity, tile=tile, group=group)
     errors = [output_error(node.weight, w, moments) for w in (words, plain)]
     assert errors[0] < errors[1]
     chosen = (words.second & (2 ** (bits - 1) - 1)) != 0
     if granularity == "element":
         assert chosen.mean() <= 0.25
+    elif tile == (2, 3):
+        assert words.tile == tile
+        numbers = tile_numbers(chosen.shape, tile, group)
+        assert 0 < len(set(numbers[chosen])) <= 0.25 * (numbers.max() + 1)
     else:
         block = 4 if granularity == "tile" else chosen[0].size
         blocks = chosen.reshape(-1)[: chosen.size // block * block].reshape(-1, block)
@@ -230,6 +237,27 @@ def test_groups_are_quantized_some_at_a_time(monkeypatch):
         assert same if together else np.count_nonzero(parts.second) <= 0.25 * node.weight.size
 
 
+@pytest.mark.parametrize(("most", "parts"), [(5, [8] * 3), (3, [4] * 6), (1, [])])
+def test_tiles_are_whole_where_groups_are_quantized_some_at_a_time(most, parts, monkeypatch):
+    """Of a depthwise layer a tile has outputs of several groups."""
+    node = convolution(3, 12, 12, {"pads": [1, 1, 1, 1]}, out=24)
+    x, settings = feedback.Inputs(inputs(12)), Settings(4, granularity="tile", tile=(16, 4))
+    numbers = tile_numbers(node.weight.shape, (16, 4), 12)
+    monkeypatch.setattr(feedback, "_TOGETHER", most * 9**2)
+    seen, rounded = [], feedback.encode_with_feedback
+    monkeypatch.setattr(
+        feedback, "encode_with_feedback",
+        lambda weight, *rest: seen.append(len(weight)) or rounded(weight, *rest),
+    )  # fmt: skip
+    words = feedback.encode_layer(node, x, x, settings, 0.25)
+    assert seen == parts  # two groups have the four outputs of a tile
+    assert words.shape == node.weight.shape and words.tile == (16, 4)
+    assert 0 < len(set(numbers[words.second != 0])) <= 0.25 * (numbers.max() + 1)
+    if not parts:  # each weight by itself
+        alone = feedback.encode_alone(node.weight, settings, 0.25, 12)
+        assert np.array_equal(words.integers(), alone.integers())
+
+
 def test_budget_goes_where_outputs_gain(tmp_path):
     net = Net(shape=("batch", 4, 8, 8))
     kept = net.conv("x", 4, 16)
@@ -243,12 +271,14 @@ def test_budget_goes_where_outputs_gain(tmp_path):
     assert 0.19 < report.nzr <= 0.2
 
 
-@pytest.mark.parametrize("granularity", ["tile", "filter"])
-def test_budget_is_kept_by_blocks(granularity, tmp_path):
+@pytest.mark.parametrize(
+    ("granularity", "tile"), [("tile", 8), ("filter", 8), ("tile", (3, 8)), ("tile", None)]
+)
+def test_budget_is_kept_by_blocks(granularity, tile, tmp_path):
     net = Net(shape=("batch", 4, 8, 8))
     model = net.model(net.conv(net.node("Relu", net.conv("x", 4, 32)), 32, 12))
     x = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
-    settings = {"granularity": granularity, "tile": 8, "residual_ratio": 0.3}
+    settings = {"granularity": granularity, "tile": tile, "residual_ratio": 0.3}
     report = convert(model, tmp_path / "net.stlq", calibration=x, **settings)
     assert 0.05 < report.nzr <= 0.3
 
@@ -279,12 +309,20 @@ def test_layers_of_too_many_inputs_are_rounded_as_they_are(tmp_path, monkeypatch
 def test_what_the_budget_buys(worth, share, data):
     worth = [np.array(part, np.float32) for part in worth]
     size = st.integers(1, 4)
-    sizes = [data.draw(size)] * len(worth) if data.draw(st.booleans()) else [
-        data.draw(size) for _ in worth
-    ]  # fmt: skip
-    left = share * sum(len(part) * size for part, size in zip(worth, sizes, strict=True))
+    kind = data.draw(st.sampled_from(["same", "of layers", "of blocks"]))
+    sizes = [data.draw(size)] * len(worth)
+    if kind == "of layers":
+        sizes = [data.draw(size) for _ in worth]
+    elif kind == "of blocks":  # of some layers
+        sizes = [
+            np.array([data.draw(size) for _ in part]) if data.draw(st.booleans()) else each
+            for part, each in zip(worth, sizes, strict=True)
+        ]
+    parts = zip(worth, sizes, strict=True)
+    costs = np.concatenate([np.full(len(part), size) for part, size in parts])
+    left = share * costs.sum()
     found = np.concatenate(budget._bought(worth, sizes, left))
-    everything, costs = np.concatenate(worth), np.repeat(sizes, [len(part) for part in worth])
+    everything = np.concatenate(worth)
     expected = np.zeros(len(everything), bool)
     for index in sorted(range(len(everything)), key=lambda i: -everything[i]):
         left -= costs[index]
@@ -292,3 +330,19 @@ def test_what_the_budget_buys(worth, share, data):
             break
         expected[index] = True
     np.testing.assert_array_equal(found, expected)
+
+
+@given(case=tilings(30))
+def test_tiles_of_some_rows_are_tiles_of_the_weight(case):
+    """Whole ones, so that their second words are worth as much; all of them, if rows are few."""
+    shape, tile, group = case
+    settings = Settings(granularity="tile", tile=tile)
+    rows, groups = budget._some_rows(shape, group, settings)
+    assert len(set(rows)) == len(rows) < budget._ROWS + min(tile[1], shape[0])
+    numbers = tile_numbers(shape, tile, group)[rows]
+    own = tile_numbers((len(rows), *shape[1:]), tile, groups)
+    pairs = set(zip(numbers.ravel(), own.ravel(), strict=True))
+    assert len(pairs) == len(set(numbers.ravel())) == own.max() + 1
+    most = shape[0] if shape[3] == 1 else shape[0] // group
+    if shape[0] <= budget._ROWS and most % min(tile[1], most) == 0:
+        assert len(rows) == shape[0]

@@ -305,8 +305,10 @@ def test_float_weights_are_not(seed):
 
 
 def test_scaling_channels_changes_alpha_and_signs_only():
-    words = encode(np.random.default_rng(0).standard_normal((3, 3, 3, 2)), 4, 0.3)
+    w = np.random.default_rng(0).standard_normal((3, 3, 3, 2))
+    words = encode(w, 4, 0.3, granularity="tile", tile=(1, 2))
     found = scaled(words, np.array([2.5, -0.3, 0.0]))
+    assert found.tile == (1, 2)
     w = words.integers()
     np.testing.assert_array_equal(found.integers(), np.stack([w[0], -w[1], 0 * w[2]]))
     np.testing.assert_array_equal(

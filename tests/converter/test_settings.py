@@ -45,6 +45,24 @@ def test_ranges_and_their_help(name):
             Settings(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, 256),
+        ({"tile": 100}, 100),
+        ({"granularity": "tile"}, (16, 16)),
+        ({"granularity": "tile", "tile": 100}, 100),
+        ({"granularity": "tile", "tile": (3, 256)}, (3, 256)),
+        ({"granularity": "tile", "tile": [3, 256]}, (3, 256)),
+        ({"granularity": "filter"}, 256),
+    ],
+)
+def test_what_a_tile_is(given, expected):
+    settings = Settings(**given)
+    assert settings.tile == expected
+    assert dataclasses.replace(settings, weight_bits=3).tile == expected
+
+
 def test_the_command_line_has_an_option_for_every_setting():
     pytest.importorskip("typer", reason="needs the extra `cli`")
     from logshift.converter.cli.convert import convert as command

@@ -174,6 +174,30 @@ def bundled() -> Graph:
     )  # fmt: skip
 
 
+def tiled() -> Graph:
+    """Second words by tiles of an array: what only version 5 knows."""
+
+    def words(shape: tuple[int, ...], tile: tuple[int, int], group: int = 1) -> LogWeights:
+        w = np.random.default_rng(sum(shape)).uniform(-1, 1, shape)
+        return encode(w, 4, 0.2, granularity="tile", tile=tile, group=group)
+
+    pads = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        Node("QuantizeLinear", "quantize", ["x"], ["x_q"]),
+        Node("Conv", "few", ["x_q"], ["a"], {}, words((18, 1, 1, 2), (16, 4))),
+        Node("Conv", "dense", ["a"], ["b"], dict(pads), words((18, 3, 3, 18), (8, 8))),
+        Node("Conv", "grouped", ["b"], ["c"], pads | {"group": 3},
+             words((18, 3, 3, 6), (4, 4), 3)),
+        Node("Conv", "depthwise", ["c"], ["d"], pads | {"group": 18},
+             words((18, 3, 3, 1), (16, 4), 18)),
+        Node("DequantizeLinear", "dequantize", ["d"], ["y"]),
+    ]  # fmt: skip
+    return _finish(
+        nodes, {"x_q": Quantization(0.02, 114, 8)} | dict.fromkeys("abcd", Quantization(0.1, 9, 8)),
+        4,
+    )  # fmt: skip
+
+
 # --- taking files apart -------------------------------------------------------------------------
 
 
@@ -210,14 +234,15 @@ def sign(text: str, tensors: Tensors) -> bytes:
         manifest = json.loads(text)
     except (ValueError, RecursionError):
         manifest = None
-    if not (isinstance(manifest, dict) and manifest.get("format_version") == 4):
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version not in (4, 5):
         return _signed(text, tensors)
     manifest["index"], data = put_together(tensors)
-    return sign_bundle({"format_version": 4}, manifest, {"data": data})
+    return sign_bundle({"format_version": version}, manifest, {"data": data})
 
 
 def sign_bundle(outer: Manifest, manifest: Manifest, tensors: Tensors) -> bytes:
-    """A file of version 4, of what its metadata say, its manifest and its tensors."""
+    """A file of version 4 or 5, of what its metadata say, its manifest and its tensors."""
     text = json.dumps(manifest).encode()
     packed = np.frombuffer(zlib.compress(text, 9), np.uint8)
     return _signed(
@@ -255,6 +280,7 @@ def weights(manifest: Manifest) -> dict[str, dict[str, Any]]:
 FILES: dict[str, tuple[str, str, Callable[[], bytes]]] = {}
 SPARSE, DENSE, LOOKUP, POOL, PLAIN = 1, 2, 3, 4, 5  # nodes of `classifier`
 SLOPES, GATE, PIECES, MAX = 1, 2, 3, 4  # nodes of `activated`
+FEW, WHOLE, GROUPED, DEPTHWISE = 1, 2, 3, 4  # nodes of `tiled`
 
 
 def fault(
@@ -1133,6 +1159,86 @@ def words_short(manifest, tensors):
 @fault("a constant that is a negative zero", "negative zero", bundled)
 def words_negative_zero(manifest, tensors):
     tensors["constant.2.first"][0] = 16
+
+
+@fault("tiles of an array with one side", "tiles of an array have two sides", tiled)
+def tiles_of_one_side(manifest, tensors):
+    weight(manifest, WHOLE)["tile"] = 8
+
+
+@fault("tiles of an array with three sides", "tile has 3 sides", tiled)
+def tiles_of_three_sides(manifest, tensors):
+    weight(manifest, WHOLE)["tile"] = [8, 8, 8]
+
+
+@fault("tiles of no input", "tile is 0", tiled)
+def tiles_of_no_input(manifest, tensors):
+    weight(manifest, WHOLE)["tile"] = [0, 8]
+
+
+@fault("tiles of 257 outputs", "tile is 257", tiled)
+def tiles_too_large(manifest, tensors):
+    weight(manifest, WHOLE)["tile"] = [8, 257]
+
+
+@fault("tiles with a side that is a fraction", "'tile' must be an integer", tiled)
+def tiles_of_a_fraction(manifest, tensors):
+    weight(manifest, WHOLE)["tile"] = [8, 7.5]
+
+
+@fault("a bitmap with tiles of two sides", "has two sides, which", tiled)
+def tiles_of_a_bitmap(manifest, tensors):
+    weight(manifest, WHOLE)["positions"] = "bitmap"
+
+
+@fault("a list with tiles of two sides", "has two sides, which")
+def tiles_of_a_list(manifest, tensors):
+    weight(manifest, SPARSE)["tile"] = [8, 8]
+
+
+@fault("bits for other tiles", "position has 11 bytes, expected 17", tiled)
+def tiles_of_another_size(manifest, tensors):
+    weight(manifest, WHOLE)["tile"] = [4, 8]
+
+
+@fault("a bit behind the last tile", "beyond the last value", tiled)
+def tiles_stray_bit(manifest, tensors):
+    tensors[f"{WHOLE}.position"][-1] |= 0x80
+
+
+@fault("second words for fewer weights than tiles have", "second has", tiled)
+def tiles_short(manifest, tensors):
+    tensors[f"{WHOLE}.second"] = tensors[f"{WHOLE}.second"][:-1].copy()
+
+
+@fault("second words for more weights than tiles have", "second has", tiled)
+def tiles_long(manifest, tensors):
+    tensors[f"{DEPTHWISE}.second"] = np.append(tensors[f"{DEPTHWISE}.second"], np.uint8(0))
+
+
+@fault("a negative zero in a tile", "negative zero", tiled)
+def tiles_negative_zero(manifest, tensors):
+    tensors[f"{GROUPED}.second"][0] = 0x18
+
+
+@fault("counts beside tiles", "belongs to no node", tiled)
+def tiles_and_counts(manifest, tensors):
+    tensors[f"{WHOLE}.count"] = np.zeros(2, np.uint8)
+
+
+@fault("tiles of groups that are a string", "group is '3', which does not divide", tiled)
+def tiles_of_a_string(manifest, tensors):
+    manifest["nodes"][GROUPED]["attributes"]["group"] = "3"
+
+
+@fault("tiles of groups that do not divide the outputs", "group is 4, which", tiled)
+def tiles_of_wrong_groups(manifest, tensors):
+    manifest["nodes"][GROUPED]["attributes"]["group"] = 4
+
+
+@fault("tiles of 2^60 groups", "group is 1152921504606846976, which", tiled)
+def tiles_of_many_groups(manifest, tensors):
+    manifest["nodes"][GROUPED]["attributes"]["group"] = 2**60
 
 
 def table() -> str:

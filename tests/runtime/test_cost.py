@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.graphs import build
 from support.scripts import make
+from support.tiles import tile_numbers, tilings
 
 from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime import InputError, Session
@@ -67,6 +73,8 @@ def test_every_count_of_a_convolution():
         activation_bits=8 * 2 * 4 * 5 + 5 * 3 * 4 * 4,
         cycles_first=16 * 4,
         cycles=16 * (4 + 2),
+        # Of 12 weights two have a second word: two tiles of 4, two of 2.
+        cycles_element=pytest.approx(16 * (4 + 2 * (1 - 28 / 66) + 2 * (1 - 45 / 66))),
         cycles_all=16 * 8,
     )
 
@@ -75,13 +83,13 @@ def test_every_count_of_a_convolution():
     ("tile", "tiles", "two_word_tiles"),
     [
         ((1, 1), 12, 2),
-        ((1, 4), 3, 2),
+        ((1, 4), 6, 2),
         ((3, 1), 4, 2),
         ((2, 2), 4, 2),
-        ((1, 3), 6, 2),
-        ((3, 4), 1, 1),
-        ((16, 16), 1, 1),
-        ((10**30, 10**30), 1, 1),
+        ((1, 2), 6, 2),
+        ((3, 4), 2, 2),
+        ((16, 16), 2, 2),
+        ((10**30, 10**30), 2, 2),
     ],
 )
 def test_tiles_at_the_edges_are_tiles(tile, tiles, two_word_tiles):
@@ -108,7 +116,8 @@ def test_a_grouped_convolution_with_padding_a_batch_and_a_residual():
     assert layer.weight_bits == 3 * 73 + 16 + 8
     assert layer.activations == 3 * positions * 4
     assert layer.activation_bits == (8 + 8 + 5) * positions * 4
-    assert (layer.cycles_first, layer.cycles) == (4 * positions, 5 * positions)
+    # Two outputs of each group at nine kernel positions.
+    assert (layer.cycles_first, layer.cycles) == (18 * positions, 19 * positions)
 
 
 def test_a_transposed_convolution_uses_its_weights_once_per_input_position():
@@ -121,7 +130,7 @@ def test_a_transposed_convolution_uses_its_weights_once_per_input_position():
     assert layer.macs == layer.first == 20 * 24
     assert layer.activations == 3 * 20 + 2 * 80
     assert layer.weight_bits == 4 * 24
-    assert layer.cycles == layer.cycles_first == 20
+    assert layer.cycles == layer.cycles_first == layer.cycles_element == 20 * 4
 
 
 def test_a_float32_output_has_32_bits():
@@ -164,6 +173,51 @@ def test_a_network_without_convolutions_costs_nothing():
     assert "0.00 MMAC" in str(counted)
 
 
+@given(
+    case=tilings(6), share=st.sampled_from([0.0, 0.05, 0.5, 1.0]), seed=st.integers(0, 2**32 - 1)
+)
+def test_cycles_are_those_of_the_twin(case, share, seed):
+    shape, (inputs, outputs), group = case
+    numbers = tile_numbers(shape, (inputs, outputs), group)
+    second = (np.random.default_rng(seed).random(shape) < share).astype(np.uint8)
+    code = weights(np.ones(shape), second, shape)
+    conv = Node("Conv", "conv", ["x"], ["y"], {"group": group}, code)
+    layer = only(network(conv, shape[3] * group, *shape[1:3]), tile=(outputs, inputs))
+    tiles, total, chosen = numbers.max() + 1, second.size, int(second.sum())
+    assert layer.cycles_first == tiles and layer.cycles_all == 2 * tiles
+    assert layer.cycles == tiles + len(set(numbers[second != 0]))
+    # Of all ways to choose as many, those that leave a tile without.
+    without = sum(
+        Fraction(math.comb(total - size, chosen), math.comb(total, chosen))
+        for size in map(int, np.bincount(numbers.ravel()))
+    )
+    assert layer.cycles_element == pytest.approx(2 * tiles - float(without))
+
+
+def test_expected_cycles_of_a_large_layer():
+    """Where tiles are few of all weights it is nearly the binomial's 1 - (1 - p)^n."""
+    shape = (512, 3, 3, 512)
+    second = np.random.default_rng(0).random(shape) < 0.01
+    code = weights(np.ones(shape), second, shape)
+    layer = only(network(Node("Conv", "conv", ["x"], ["y"], {}, code), 512, 3, 3))
+    two_word = layer.cycles_element / layer.cycles_first - 1
+    assert two_word == pytest.approx(1 - (1 - code.nzr) ** 256, abs=1e-4)
+    assert layer.cycles == pytest.approx(layer.cycles_element, rel=0.01)  # it was drawn at random
+
+
+def test_words_of_tiles_have_a_bit_for_each_tile():
+    second = np.zeros((4, 1, 1, 8), np.uint8)
+    second[2:, ..., :4] = 1
+    second[2, ..., 0] = 0
+    code = weights(np.ones(second.shape), second, second.shape)
+    layers = [
+        only(network(Node("Conv", "conv", ["x"], ["y"], {}, each), 8, 2, 2))
+        for each in (code, replace(code, tile=(4, 2)), replace(code, tile=(8, 4)))
+    ]
+    # A bitmap; four tiles and all eight words of one; one tile and all words are more than a map.
+    assert [layer.weight_bits - 4 * 32 for layer in layers] == [28 + 32, 4 + 4 * 8, 28 + 32]
+
+
 @pytest.mark.parametrize("tile", [(0, 16), (16, -1)])
 def test_a_tile_has_sides(tile):
     with pytest.raises(InputError, match="at least 1"):
@@ -198,7 +252,7 @@ def test_info_counts(capsys, packed):
     assert not call("info", packed, "--cost")
     text = capsys.readouterr().out
     assert text == f"{cost(dense())}\n"
-    for part in ("3x1x2x2", "tiles of 16x16", "not measured on this CPU"):
+    for part in ("3x1x2x2", "tiles of 16x16", "by element", "not measured on this CPU"):
         assert part in text
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import GRAPHS, build, random_weights
 from support.scripts import HOSTILE, make, script
+from support.tiles import tile_numbers, tilings
 
 from logshift import runtime
 from logshift.converter.encode import encode
 from logshift.kernels.errors import FormatError
 from logshift.kernels.stlq import codec
+from logshift.kernels.stlq.codec import LogWeights
 from logshift.runtime.file import format as packed_format
 from logshift.runtime.file.describe import describe
 from logshift.runtime.graph import Node
+
+NETWORKS = [make.classifier, make.upscaler, make.mixed, make.bundled, make.tiled]
 
 
 def hostile_table():
@@ -78,7 +83,7 @@ def test_graphs_round_trip(kind):
     check()
 
 
-@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed, make.bundled])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))]
 )
@@ -89,11 +94,12 @@ def test_graphs_are_copied_and_pickled(network, duplicate):
         assert_same(graph, again)
         assert packed_format.serialize(again) == data
     stored = packed_format.deserialize(data)
-    if network is not make.bundled:  # whose manifest is larger than the file, which deflates it
+    # Of others the manifest is larger than the file, which deflates it.
+    if network not in (make.bundled, make.tiled):
         assert len(pickle.dumps(stored)) < 1.1 * len(data)
 
 
-@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed, make.bundled])
+@pytest.mark.parametrize("network", NETWORKS)
 def test_optional_parts_round_trip(network):
     graph = network()
     graph.settings = {"tile": 100, "note": "ä 漢 😀", "nested": [1, 2.5, None, {"a": True}]}
@@ -131,11 +137,119 @@ def test_streams_decode_to_the_integers_of_their_words(bits, shift, ratio):
             assert (again.largest, again.nzr) == (weights.largest, weights.nzr)
 
 
-def conv_of(weights):
+def conv_of(weights, group=1, **settings):
     """Return a graph of one convolution of float32 with quantized weights."""
     o, kh, kw, c = weights.shape
-    node = Node("Conv", "c", ["x"], ["y"], {}, weights, np.zeros(o, np.float32))
-    return build([node], {}, {"x": (1, c, kh, kw)}, "y")
+    node = Node("Conv", "c", ["x"], ["y"], {"group": group}, weights, np.zeros(o, np.float32))
+    return build([node], {}, {"x": (1, c * group, kh, kw)}, "y", settings)
+
+
+def bits_of(stream, width, count):
+    """Values of a stream, one after the other, as the format has them."""
+    number = int.from_bytes(stream.tobytes(), "little")
+    return [number >> i * width & (1 << width) - 1 for i in range(count)]
+
+
+@given(
+    case=tilings(), bits=st.integers(codec.MIN_BITS, codec.MAX_BITS),
+    share=st.sampled_from([0.0, 0.1, 0.3, 1.0]), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_tiles_of_an_array_round_trip(case, bits, share, seed):
+    """Stored by tiles only where that is smallest: then bits and words are as the twin's."""
+    shape, tile, group = case
+    rng, numbers = np.random.default_rng(seed), tile_numbers(*case)
+    chosen = rng.random(numbers.max() + 1) < share
+    second = np.where(chosen[numbers], rng.integers(0, 2 ** (bits - 1), shape), 0)
+    first = np.zeros(shape, np.uint8)
+    alpha = np.ones(shape[0], np.float32)
+    weights = LogWeights(first, second.astype(np.uint8), alpha, bits, clip=2, tile=tile)
+    graph = conv_of(weights, group)
+    data = packed_format.serialize(graph)
+    manifest, tensors = make.take_apart(data)
+    make.inflated(manifest, tensors)
+    record = manifest["nodes"][0]["weight"]
+    is_tiled = record["positions"] == "tiles"
+    assert record["tile"] == (list(tile) if is_tiled else 256)
+    assert (manifest["format_version"] == 5) == is_tiled
+    if is_tiled:
+        used = np.unique(numbers[second != 0])
+        assert bits_of(tensors["0.position"], 1, numbers.max() + 1) == [
+            int(number in used) for number in range(numbers.max() + 1)
+        ]
+        inside = second.ravel()[np.isin(numbers.ravel(), used)]
+        assert bits_of(tensors["0.second"], bits, inside.size) == inside.tolist()
+    again = packed_format.deserialize(data)
+    assert_same(graph, again)
+    stored = again.nodes[0].weights
+    assert stored.tile == (tile if is_tiled else None) and stored.nzr == weights.nzr
+    assert np.array_equal(stored.integers(), weights.integers())
+    assert packed_format.serialize(again) == data
+    plain = packed_format.serialize(conv_of(replace(weights, tile=None), group))
+    assert sizes_of(data) <= sizes_of(plain) and (is_tiled or data == plain)
+
+
+def sizes_of(data):
+    """Bytes of all streams of a file."""
+    return sum(array.size for array in make.take_apart(data)[1].values() if array.dtype == np.uint8)
+
+
+def test_tiles_of_other_groups_are_packed_anew():
+    """Bits are those of the node, whatever file the words come from."""
+    graph = make.tiled()
+    again = packed_format.deserialize(packed_format.serialize(graph))
+    whole, grouped = (again.nodes[index].weights for index in (make.WHOLE, make.GROUPED))
+    assert (whole.streams.group, grouped.streams.group) == (1, 3)
+    o, kh, kw, c = grouped.shape
+    dense = conv_of(grouped)
+    data = packed_format.serialize(dense)
+    assert_same(dense, packed_format.deserialize(data))
+    assert np.array_equal(
+        packed_format.deserialize(data).nodes[0].weights.words().second, grouped.second
+    )
+
+
+def test_words_of_nodes_of_other_groups_are_stored_for_each():
+    words = encode(np.random.default_rng(0).uniform(-1, 1, (12, 3, 3, 6)), 4, 0.2,
+                   granularity="tile", tile=(4, 8))  # fmt: skip
+    nodes = [
+        Node("Conv", "first", ["x"], ["y"], {"group": 2, "pads": [1, 1, 1, 1]}, words),
+        Node("Conv", "again", ["y"], ["z"], {"group": 2, "pads": [1, 1, 1, 1]}, words),
+        Node("Conv", "other", ["v"], ["w"], {"group": 3, "pads": [1, 1, 1, 1]}, words),
+    ]
+    for node in nodes:
+        node.bias = np.zeros(12, np.float32)
+    nodes.append(Node("Concat", "join", ["z", "w"], ["out"]))
+    graph = build(nodes, {}, {"x": (1, 12, 5, 5), "v": (1, 18, 5, 5)}, "out")
+    again = packed_format.deserialize(packed_format.serialize(graph))
+    assert_same(graph, again)
+    first, second, other = (node.weights for node in again.nodes[:3])
+    assert first is second and other is not first
+    assert [w.streams.positions for w in (first, other)] == ["tiles", "tiles"]
+    assert np.array_equal(first.integers(), other.integers())
+
+
+def test_info_of_tiles(tmp_path):
+    path, graph = tmp_path / "net.stlq", make.tiled()
+    packed_format.write(graph, path)
+    record = describe(path)
+    for node, described in zip(graph.nodes, record["nodes"], strict=True):
+        if node.weights is None:
+            assert "tiles" not in described
+            continue
+        numbers = tile_numbers(node.weights.shape, node.weights.tile, node.attributes["group"])
+        used = set(numbers[node.weights.second != 0])
+        assert described["tile"] == list(node.weights.tile)
+        assert described["tiles"] == len(used) / (numbers.max() + 1)
+        assert described["nzr"] == pytest.approx(node.weights.nzr) and node.weights.nzr > 0
+
+
+def test_settings_of_a_file_may_have_any_tile():
+    w = np.random.default_rng(1).standard_normal((12, 3, 3, 2)).astype(np.float32)
+    for tile in ([16, 16], None, "x", True, {"a": 1}):
+        graph = conv_of(encode(w, 4, 0.02), granularity="tile", tile=tile)
+        data = packed_format.serialize(graph)
+        assert make.take_apart(data)[0]["nodes"][0]["weight"]["tile"] == 256
+        assert_same(graph, packed_format.deserialize(data))
 
 
 def test_load_decodes_every_stream_once_and_keeps_nothing_decoded(tmp_path, monkeypatch):
@@ -267,7 +381,8 @@ def test_unknown_keys_of_later_writers_are_ignored():
 
 def test_the_version_is_the_lowest_that_knows_what_there_is():
     for network, version in (
-        (make.classifier, 2), (make.mixed, 2), (make.activated, 3), (make.bundled, 4)
+        (make.classifier, 2), (make.mixed, 2), (make.activated, 3), (make.bundled, 4),
+        (make.tiled, 5),
     ):  # fmt: skip
         manifest, _ = make.take_apart(packed_format.serialize(network()))
         assert manifest["format_version"] == version
@@ -368,7 +483,7 @@ def test_hostile_table_and_directory_agree():
     assert max((HOSTILE / name).stat().st_size for name in files) < 5000
 
 
-@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed, make.bundled])
+@pytest.mark.parametrize("network", NETWORKS)
 def test_every_flipped_byte_is_found(network):
     data = packed_format.serialize(network())
     for position in range(0, len(data), 7):
@@ -378,7 +493,7 @@ def test_every_flipped_byte_is_found(network):
             packed_format.deserialize(bytes(damaged))
 
 
-@pytest.mark.parametrize("network", [make.classifier, make.upscaler, make.mixed, make.bundled])
+@pytest.mark.parametrize("network", NETWORKS)
 def test_every_truncation_is_found(network):
     data = packed_format.serialize(network())
     for size in range(0, len(data), 11):
