@@ -81,7 +81,7 @@ CONFIGS = {
 PAPER = {
     "w5a5": Config(weight_bits=5, activation_bits=5),
     "w3a6": Config(weight_bits=3, activation_bits=6, residual_ratio=0.5),
-    "w4a8-tile": Config(residual_ratio=0.05, granularity="tile", tile=256),
+    "w4a8-tile": Config(residual_ratio=0.05, granularity="tile", tile=(16, 16)),
 }
 
 
