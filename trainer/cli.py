@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from logshift.trainer import settings as settings_module
+from logshift.trainer.config import Config
 from logshift.trainer.data import DataError, open_data
 from logshift.trainer.fit import RunError, fit
 from logshift.trainer.models import ModelError
@@ -20,10 +21,34 @@ from logshift.trainer.settings import SettingsError
 
 def _list(wanted: bool) -> None:
     if wanted:
-        for name in settings_module.recipes():
-            title = (settings_module.RECIPES / f"{name}.toml").read_text().splitlines()[0]
-            console.print(f"[bold]{name}[/]  {title.lstrip('# ')}")
+        found = {name: settings_module.read(name) for name in settings_module.recipes()}
+        table = Table("recipe", "data", "bits + two words", "expected", box=None, pad_edge=False)
+        table.columns[0].no_wrap = True  # names are copied
+        for task in dict.fromkeys(chosen.task for chosen in found.values()):
+            table.add_row()
+            table.add_row(f"[bold]{task}[/]")
+            for name, chosen in found.items():
+                if chosen.task == task:
+                    expected = settings_module.expected(name)
+                    table.add_row(name, chosen.data, _words(chosen.quantization), expected)
+        console.print(table)
+        console.print(
+            '\npaper: Oh, Sim, Lee, Lee, "Automated Log-Scale Quantization for Low-Cost Deep '
+            'Neural Networks", CVPR 2021; measured: with this package, docs/training.md',
+            highlight=False,
+        )
         raise typer.Exit
+
+
+def _words(config: Config | None) -> str:
+    """Return the bits of weights and activations, and the shares that may have a second word."""
+    if config is None:
+        return "float"
+    shares = {config.residual_ratio}
+    shares |= {c.residual_ratio for c in config.layers.values() if c.residual_ratio is not None}
+    shown = ", ".join(f"{100 * share:g}" for share in sorted(shares))
+    what = "" if config.granularity == "element" else f" of {config.granularity}s"
+    return f"W{config.weight_bits}A{config.activation_bits} + {shown} %{what}"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -448,14 +448,13 @@ def _distribution(v: Tensor) -> dict[str, float]:
 
 
 def learning_rate(done: float, training: Training) -> float:
-    """Return the rate after a part `done` of the run: a line up, then half a cosine to zero."""
+    """Return the rate after a part `done` of the run: a line up, then down by the schedule."""
     if done < training.warmup:
         return training.lr * (done / training.warmup * 0.99 + 0.01)
-    return (
-        training.lr
-        * 0.5
-        * (1 + math.cos(math.pi * (done - training.warmup) / (1 - training.warmup)))
-    )
+    falling = (done - training.warmup) / (1 - training.warmup)
+    if training.schedule == "poly":
+        return training.lr * (1 - falling) ** 0.9
+    return training.lr * 0.5 * (1 + math.cos(math.pi * falling))
 
 
 def _comparable(settings: Settings) -> str:

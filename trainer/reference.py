@@ -21,6 +21,24 @@ from logshift.trainer.stlq import exponent_levels
 from logshift.trainer.weights import Layout
 
 
+class Input(nn.Module):
+    """What the network is given, in codes: section 4, QuantizeLinear, a float32 division.
+
+    Parameters
+    ----------
+    pair : Pair
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values of the codes, float64."""
+        y = (x.float() / torch.tensor(self.pair.scale).float()).round() + self.pair.zero_point
+        return _coded(y, self.pair, (-torch.inf, torch.inf))
+
+
 class Convolution(nn.Module):
     """A layer with what is fused to it: section 4, Convolution.
 
@@ -164,6 +182,8 @@ def reference(network: nn.Module) -> nn.Module:
     for node in list(plain.graph.nodes):
         if node.op == "call_module" and kinds.kind(node) == "layer":
             _replace_layer(plain, kinds, node, grids.get(f"{node.target}.weight"))
+        elif node.op == "placeholder":
+            _replace_input(plain, node)
         elif _is_global_average(plain, kinds, node):
             _replace_average(plain, kinds, node)
         elif kinds.target(node) is F.interpolate:
@@ -186,10 +206,20 @@ def _source(network: fx.GraphModule, kinds: Placement, node: fx.Node) -> float |
         node = node.all_input_nodes[0]
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
-        if isinstance(module, Convolution | Average) and module.pair is not None:
+        if isinstance(module, Input | Convolution | Average) and module.pair is not None:
             return module.pair.scale
     pair = _pair(network, node)
     return None if pair is None else pair.scale
+
+
+def _replace_input(network: fx.GraphModule, node: fx.Node) -> None:
+    for user in list(node.users):
+        if (pair := _pair(network, user)) is not None:
+            name = f"{node.name}_packed"
+            network.add_module(name, Input(pair))
+            with network.graph.inserting_after(user):
+                call = network.graph.call_module(name, (node,))
+            user.replace_all_uses_with(call)
 
 
 def _replace_layer(

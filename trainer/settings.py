@@ -1,4 +1,7 @@
-"""Settings of a run: a TOML file, checked; every packaged file in `recipes/` is an example."""
+"""Settings of a run: a TOML file, checked; every packaged file in `recipes/` is an example.
+
+Such a file may also say what it is expected to reach, in a text `expected`, which is no setting.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from logshift.trainer.config import Config
 
@@ -36,7 +46,10 @@ class Training(BaseModel):
         Parts that a batch is cut into, one after the other, to save memory.
     optimiser : {"sgd", "adam"}
     lr : float
-        The highest learning rate; it rises in a straight line and falls with a cosine to zero.
+        The highest learning rate; it rises in a straight line and falls to zero.
+    schedule : {"cosine", "poly"}
+        How it falls: as half a cosine, or as the part of the run that is left to the power of 0.9
+        (DeepLab; Chen et al., 2018).
     warmup : float
         Part of the run in which it rises.
     momentum, weight_decay : float
@@ -70,6 +83,7 @@ class Training(BaseModel):
     accumulate: int = Field(default=1, ge=1)
     optimiser: Literal["sgd", "adam"] = "sgd"
     lr: float = Field(default=0.01, gt=0)
+    schedule: Literal["cosine", "poly"] = "cosine"
     warmup: float = Field(default=0.02, ge=0, lt=1)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -85,6 +99,14 @@ class Training(BaseModel):
     seed: int = Field(default=1, ge=0)
     checkpoint_every: int = Field(default=200, ge=1)
     measure_every: int = Field(default=1, ge=1)
+
+    @model_serializer(mode="wrap")
+    def _known_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A checkpoint holds its settings as text: those of older runs, which go on, lack this one.
+        values = serialize(self)
+        if self.schedule == "cosine":
+            values.pop("schedule", None)
+        return values
 
 
 class Settings(BaseModel):
@@ -143,17 +165,8 @@ def read(recipe: str, changes: Iterable[str] = ()) -> Settings:
     SettingsError
         If the file is not there or not TOML, or a setting is unknown or out of range.
     """
-    path = Path(recipe)
-    if not path.suffix:
-        path = RECIPES / f"{recipe}.toml"
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(
-            f"{recipe}: no such file; the packaged recipes are {', '.join(recipes())}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"{path}: {error}") from error
+    values = _load(recipe)
+    values.pop("expected", None)
     for change in changes:
         _apply(values, change)
     try:
@@ -164,6 +177,39 @@ def read(recipe: str, changes: Iterable[str] = ()) -> Settings:
             for e in error.errors()
         ]
         raise SettingsError(f"{recipe}:\n" + "\n".join(lines)) from error
+
+
+def expected(recipe: str) -> str:
+    """Return what a recipe is expected to reach, and whose figure that is; empty if unsaid.
+
+    Parameters
+    ----------
+    recipe : str
+        As for `read`.
+
+    Raises
+    ------
+    SettingsError
+        If the file is not there or not TOML, or this is no text.
+    """
+    text = _load(recipe).get("expected", "")
+    if not isinstance(text, str):
+        raise SettingsError(f"{recipe}: expected is {text!r}; it must be a text")
+    return text
+
+
+def _load(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if not path.suffix:
+        path = RECIPES / f"{recipe}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{recipe}: no such file; the packaged recipes are {', '.join(recipes())}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{path}: {error}") from error
 
 
 def _apply(values: dict[str, Any], change: str) -> None:

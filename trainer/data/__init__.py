@@ -13,6 +13,7 @@ __all__ = ["DATA_SETS", "DataError", "DataSet", "open_data"]
 # Name -> module and class; imported when used, as Sony needs a package that others do not.
 DATA_SETS = {
     "cifar10": "cifar10:Cifar10",
+    "cifar100": "cifar100:Cifar100",
     "imagenet": "imagenet:ImageNet",
     "voc": "voc:Voc",
     "camvid": "camvid:CamVid",

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from logshift.trainer.models.deeplab import (
+    deeplab_drn,
     deeplab_mobilenet_v2,
     deeplab_resnet50,
     deeplab_resnet101,
 )
+from logshift.trainer.models.drn import drn_d_54
 from logshift.trainer.models.mobilenet_v2 import mobilenet_v2
 from logshift.trainer.models.resnet import resnet18, resnet34, resnet50, resnet101
-from logshift.trainer.models.resnet_cifar import resnet20, resnet56
+from logshift.trainer.models.resnet_cifar import resnet20, resnet56, resneta, resnetb, resnetc
+from logshift.trainer.models.shufflenet_v2 import shufflenet_v2
 from logshift.trainer.models.sid import sid_unet
 
 __all__ = ["MODELS", "ModelError", "load_weights"]
@@ -25,14 +28,20 @@ __all__ = ["MODELS", "ModelError", "load_weights"]
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20_cifar": resnet20,
     "resnet56_cifar": resnet56,
+    "resneta": resneta,
+    "resnetb": resnetb,
+    "resnetc": resnetc,
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
     "resnet101": resnet101,
     "mobilenet_v2": mobilenet_v2,
+    "shufflenet_v2": shufflenet_v2,
+    "drn_d_54": drn_d_54,
     "deeplab_mobilenet_v2": deeplab_mobilenet_v2,
     "deeplab_resnet50": deeplab_resnet50,
     "deeplab_resnet101": deeplab_resnet101,
+    "deeplab_drn": deeplab_drn,
     "sid_unet": sid_unet,
 }
 

@@ -152,3 +152,35 @@ def resnet20(classes: int = 10, shortcut: str = "conv") -> ResNetCifar:
 def resnet56(classes: int = 10, shortcut: str = "conv") -> ResNetCifar:
     """Return an untrained ResNet-56, about 0.85 million parameters; see `ResNetCifar`."""
     return ResNetCifar(blocks=9, classes=classes, shortcut=shortcut)
+
+
+def resneta(classes: int = 100) -> ResNetCifar:
+    """Return ResNetA of the comparison with FLightNN; untrained.
+
+    The paper of STLQ names the networks ResNetA, ResNetB and ResNetC and gives float accuracies
+    on CIFAR-100 of 69.15 % for A and 71.20 % for B; their structures are those of FLightNN (Ding
+    et al., 2019), whose table of them was not at hand, and no code of it is public. The nearest
+    networks with published figures are used: on CIFAR-100 ResNet-20 reaches 69.06 %, ResNet-32
+    71.14 % and ResNet-56 72.34 % (Tian et al., "Contrastive Representation Distillation", 2020,
+    table 1). That ResNetC is ResNet-56 is a guess, as there is no figure of it to go by.
+
+    Parameters
+    ----------
+    classes : int
+
+    Returns
+    -------
+    ResNetCifar
+        ResNet-20.
+    """
+    return ResNetCifar(blocks=3, classes=classes)
+
+
+def resnetb(classes: int = 100) -> ResNetCifar:
+    """Return ResNetB, taken to be ResNet-32; untrained; see `resneta`."""
+    return ResNetCifar(blocks=5, classes=classes)
+
+
+def resnetc(classes: int = 100) -> ResNetCifar:
+    """Return ResNetC, taken to be ResNet-56; untrained; see `resneta`."""
+    return ResNetCifar(blocks=9, classes=classes)

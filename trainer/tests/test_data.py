@@ -39,14 +39,18 @@ def encoded(image, kind="PNG"):
     return buffer.getvalue()
 
 
-def make_cifar10(root):
+def make_cifar10(root, name="cifar10", first=0):
     for split, count in (("train", 10), ("test", 5)):
         images = [encoded(picture(i)) for i in range(count)]
         pq.write_table(
-            pa.table({"image": images, "label": [i % 10 for i in range(count)]}),
-            root / f"cifar10-{split}.parquet",
+            pa.table({"image": images, "label": [first + i % 10 for i in range(count)]}),
+            root / f"{name}-{split}.parquet",
         )
     return {}
+
+
+def make_cifar100(root):
+    return make_cifar10(root, "cifar100", first=90)
 
 
 def make_imagenet(root):
@@ -114,6 +118,7 @@ def make_sony(root):
 MAKERS = {name: globals()[f"make_{name}"] for name in DATA_SETS}
 SHAPES = {  # of inputs and targets in training
     "cifar10": ((3, 32, 32), ()),
+    "cifar100": ((3, 32, 32), ()),
     "imagenet": ((3, 32, 32), ()),
     "voc": ((3, 48, 48), (48, 48)),
     "camvid": ((3, 32, 40), (32, 40)),
@@ -149,7 +154,7 @@ def test_batches(case):
 
     tested = list(data.test(2))
     total = sum(len(x) for x, _ in tested)
-    assert total == {"cifar10": 5, "imagenet": 4, "voc": 4}.get(name, 3)
+    assert total == {"cifar10": 5, "cifar100": 5, "imagenet": 4, "voc": 4}.get(name, 3)
     same(tested, list(data.test(2)))
     if name not in ("voc", "camvid", "sony"):
         assert tested[0][0].shape[1:] == data.shape
@@ -197,7 +202,7 @@ def test_augmentation_follows_from_seed_and_epoch_apart_from_the_order(case):
 def test_worker_processes_read_the_same(case):
     name, root, options = case
     alone = open_data(name, root, options)
-    workers = {} if name == "cifar10" else {"workers": 2}  # that is in memory
+    workers = {} if name.startswith("cifar") else {"workers": 2}  # those are in memory
     helped = open_data(name, root, options | workers)
     epoch = list(alone.train(0, 3, seed=1))
     same(epoch, list(helped.train(0, 3, seed=1)))
@@ -442,8 +447,51 @@ def test_cifar10_in_its_original_files(tmp_path):
         with pytest.raises(DataError, match=f"test_batch: .*{message}"):
             open_data("cifar10", tmp_path)
     (folder / "test_batch").write_bytes(pickle.dumps(print))
-    with pytest.raises(DataError, match="print is not part of CIFAR-10"):
+    with pytest.raises(DataError, match="print is not part of CIFAR"):
         open_data("cifar10", tmp_path)
+
+
+def records(pixels, classes):
+    """Return pictures as the binary files have them, with another superclass than class."""
+    rows = [bytes([0, number]) + row.tobytes() for number, row in zip(classes, pixels, strict=True)]
+    return b"".join(rows)
+
+
+def test_cifar100_in_its_original_files(tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 3072), dtype=np.uint8)
+    classes = [[99, 0, 42, 7], [7, 99, 1, 0]]
+    pickled, binary = tmp_path / "a/cifar-100-python", tmp_path / "b/cifar-100-binary"
+    for folder in (pickled, binary):
+        folder.mkdir(parents=True)
+    for split, fine in zip(("train", "test"), classes, strict=True):
+        content = {b"data": pixels, b"fine_labels": fine, b"coarse_labels": [0] * 4}
+        (pickled / split).write_bytes(pickle.dumps(content))
+        (binary / f"{split}.bin").write_bytes(records(pixels, fine))
+    found = [open_data("cifar100", tmp_path / folder) for folder in "ab"]
+    for data in found:
+        x, target = next(data.test(4))
+        assert data.size == 4 and target.tolist() == classes[1]
+        # Planes of red, green and blue, row by row.
+        expected = normalise(torch.from_numpy(pixels.reshape(4, 3, 32, 32).copy()))
+        assert torch.equal(x, expected)
+        assert len(set(data.labels)) == 100 and sorted(data.labels) == list(data.labels)
+    same(*(list(data.train(0, 2, seed=1)) for data in found))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "0 bytes are not records of 3074"),
+    (bytes(3073), "3073 bytes are not records of 3074"),
+    (bytes([0, 100]) + bytes(3072), "labels are not 1 integers from 0 to 99"),
+    (None, r"no test\.bin; expected\n"),
+])  # fmt: skip
+def test_malformed_records(tmp_path, content, message):
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    (folder / "train.bin").write_bytes(bytes(3074))
+    if content is not None:
+        (folder / "test.bin").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_data("cifar100", tmp_path)
 
 
 def test_label_maps_move_with_their_pictures(tmp_path):

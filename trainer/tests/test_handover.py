@@ -14,7 +14,7 @@ from logshift.trainer.activations import ActivationQuantizer
 from logshift.trainer.config import Config, LayerConfig
 from logshift.trainer.export import export_onnx, grid
 from logshift.trainer.models import MODELS
-from logshift.trainer.quantize import prepare, weight_quantizers
+from logshift.trainer.quantize import cut, prepare, weight_quantizers
 from logshift.trainer.reference import reference
 
 converter = pytest.importorskip("logshift.converter", reason="needs the package logshift")
@@ -51,8 +51,16 @@ class Clamping(nn.Module):
 
 NETWORKS = {
     "resnet20_cifar": ((3, 32, 32), {"shortcut": "pad"}),
+    "resnetb": ((3, 32, 32), {"classes": 20}),
+    "resnetc": ((3, 32, 32), {"classes": 20}),
+    "resnet34": ((3, 48, 64), {"classes": 20}),
+    "resnet50": ((3, 48, 64), {"classes": 20}),
     "mobilenet_v2": ((3, 32, 32), {"classes": 20}),
+    "shufflenet_v2": ((3, 64, 48), {"classes": 20}),
+    "drn_d_54": ((3, 32, 48), {"classes": 20}),
     "deeplab_mobilenet_v2": ((3, 48, 64), {"classes": 11, "width": 16}),
+    "deeplab_resnet101": ((3, 48, 64), {"classes": 11, "width": 16}),
+    "deeplab_drn": ((3, 48, 64), {"classes": 11, "width": 16}),
     "sid_unet": ((4, 32, 32), {"width": 8}),
     "resizing": ((3, 22, 18), {}),
     "clamping": ((3, 16, 16), {}),
@@ -69,26 +77,41 @@ CONFIGS = {
     "w4a5-shift2": Config(activation_bits=5, residual_shift=2, residual_ratio=0.3),
     "w5a8": Config(weight_bits=5, residual_ratio=0.3),
 }
+# Those of packaged recipes that are none of these.
+PAPER = {
+    "w5a5": Config(weight_bits=5, activation_bits=5),
+    "w3a6": Config(weight_bits=3, activation_bits=6, residual_ratio=0.5),
+    "w4a8-tile": Config(residual_ratio=0.05, granularity="tile", tile=(16, 16)),
+}
 
 
 CASES = [(n, c) for n in ("resnet20_cifar", "sid_unet", "resizing") for c in CONFIGS]
 CASES += [("clamping", "w4a8"), ("clamping", "w3a5")]
 CASES += [("mobilenet_v2", "w4a8"), ("mobilenet_v2", "w4a5-shift2")]  # these take longer
 CASES += [("deeplab_mobilenet_v2", "w4a8"), ("deeplab_mobilenet_v2", "w3a5")]
+CASES += [("shufflenet_v2", "w3a6"), ("resnetb", "w4a8-tile")]
+LARGE = [("resnetc", "w4a8-tile"), ("resnet34", "w5a5"), ("resnet50", "w5a5")]
+LARGE += [(name, "w3a6") for name in ("drn_d_54", "deeplab_resnet101", "deeplab_drn")]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=CASES + [pytest.param(case, marks=pytest.mark.slow) for case in LARGE],
+    ids="-".join,
+)
 def handed_over(request, tmp_path_factory):
     """A network, its session in the runtime, inputs, and its configuration."""
     name, config = request.param
     torch.manual_seed(1)
     shape, options = NETWORKS[name]
-    network = trained_looking(prepare((MODELS | OTHERS)[name](**options), CONFIGS[config]), shape)
+    chosen = (CONFIGS | PAPER)[config]
+    network = trained_looking(prepare((MODELS | OTHERS)[name](**options), chosen), shape)
+    cut(network)
     folder = tmp_path_factory.mktemp(name)
     export_onnx(network, folder / "a.onnx", torch.zeros(1, *shape))
     x = torch.randn(4, *shape)
     converter.convert(folder / "a.onnx", folder / "a.stlq", calibration=x.numpy(), progress=False)
-    return network, runtime.load(folder / "a.stlq"), x, CONFIGS[config]
+    return network, runtime.load(folder / "a.stlq"), x, chosen
 
 
 def differences(network, session, x):
@@ -139,6 +162,36 @@ def test_the_runtime_computes_the_reference_to_the_bit(handed_over):
     np.testing.assert_array_equal(session.run(x.numpy()), expected)
 
 
+def test_inputs_are_divided_in_float32_by_both(tmp_path):
+    # Between these and the middle of two codes there is less than float32 can tell.
+    torch.manual_seed(1)
+    network = trained_looking(prepare(MODELS["resneta"](classes=4)), (3, 32, 32))
+    scale = network.get_submodule("activation_quantizers.x").scale.detach()
+    x = torch.randn(100, 3, 32, 32, 10)
+    near = x[(x / scale).round() != (x.double() / scale.double()).round()]
+    assert len(near) > 0
+    x = x[:4, ..., 0].clone()
+    x.flatten()[: len(near)] = near
+    export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 32, 32))
+    converter.convert(
+        tmp_path / "a.onnx", tmp_path / "a.stlq", calibration=x.numpy(), progress=False
+    )
+    with torch.no_grad():
+        expected = reference(network)(x.double()).float().numpy()
+    np.testing.assert_array_equal(runtime.load(tmp_path / "a.stlq").run(x.numpy()), expected)
+
+
+def test_networks_are_packed_in_whole(handed_over):
+    _, session, _, _ = handed_over
+    graph = session.graph
+    given = {info.name for info in graph.inputs}
+    for node in graph.nodes:
+        assert not node.is_onnx, node.name
+        assert node.float_weights is None, node.name
+        # Only what the network is given, and outputs, are float.
+        assert graph.on_codes(node) or set(node.inputs) <= given or node.op == "Flatten", node.name
+
+
 def test_integers_are_the_trainers(handed_over):
     network, session, _, config = handed_over
     found = {}
@@ -157,6 +210,7 @@ def test_layers_that_are_kept_stay_float(tmp_path):
     kept = LayerConfig(keep_float=True)
     network = prepare(MODELS["resnet20_cifar"](), Config(first=kept, layers={"layer2.0.*": kept}))
     network = trained_looking(network, (3, 32, 32))
+    cut(network)
     export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 32, 32))
     x = torch.randn(4, 3, 32, 32)
     converter.convert(
