@@ -185,13 +185,21 @@ class _Run:
             saved = torch.load(checkpoint, map_location=self.fabric.device, weights_only=True)
         except Exception as error:  # of many kinds
             raise RunError(f"{checkpoint} cannot be read: {error}; remove it") from error
-        if saved["settings"] != _comparable(self.settings):
+        known = Settings.model_validate_json(saved["settings"])  # of an older one not all are there
+        if _comparable(known) != _comparable(self.settings):
             raise RunError(
                 f"{checkpoint} is of a run with other settings; choose another folder, or the "
                 f"settings in {self.out / 'settings.json'}"
             )
-        self.network.load_state_dict(saved["network"])
-        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+        try:
+            self.network.load_state_dict(saved["network"])
+        except RuntimeError as error:
+            raise RunError(
+                f"{checkpoint} is of another version of logshift-trainer, whose networks are others:"
+                " remove it"
+            ) from error
+        states = saved["optimisers"] if "optimisers" in saved else [saved["optimiser"]]  # of 0.1
+        for optimiser, state in zip(optimisers, states, strict=True):
             optimiser.load_state_dict(state)
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         self.state = saved["state"]
@@ -424,7 +432,7 @@ def make_optimisers(
     if training.optimiser == "adam":
         optimisers.append(torch.optim.Adam(groups, lr=training.lr))
     else:
-        nesterov = training.momentum > 0
+        nesterov = training.nesterov and training.momentum > 0
         optimisers.append(
             torch.optim.SGD(groups, training.lr, training.momentum, nesterov=nesterov)
         )

@@ -11,14 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from logshift.trainer.config import Config
 
@@ -54,6 +47,8 @@ class Training(BaseModel):
         Part of the run in which it rises.
     momentum, weight_decay : float
         Decay holds for weights alone, not for alpha, scales, biases and normalisation.
+    nesterov : bool
+        Whether momentum is Nesterov's.
     label_smoothing : float
     balance_classes : bool
         Weigh classes in the loss by 1 / log(1.02 + share of pixels), as ENet does (Paszke et al.,
@@ -86,6 +81,7 @@ class Training(BaseModel):
     schedule: Literal["cosine", "poly"] = "cosine"
     warmup: float = Field(default=0.02, ge=0, lt=1)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = True
     weight_decay: float = Field(default=1e-4, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     balance_classes: bool = False
@@ -99,14 +95,6 @@ class Training(BaseModel):
     seed: int = Field(default=1, ge=0)
     checkpoint_every: int = Field(default=200, ge=1)
     measure_every: int = Field(default=1, ge=1)
-
-    @model_serializer(mode="wrap")
-    def _known_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A checkpoint holds its settings as text: those of older runs, which go on, lack this one.
-        values = serialize(self)
-        if self.schedule == "cosine":
-            values.pop("schedule", None)
-        return values
 
 
 class Settings(BaseModel):

@@ -65,14 +65,18 @@ class MobileNetV2(nn.Module):
     classes : int
     output_stride : int
         32; or 16 or 8: later strides become dilations, for segmentation.
+    stem_stride : int
+        Of the first convolution: 2; or 1 for pictures as small as those of CIFAR.
     """
 
-    def __init__(self, classes: int = 1000, output_stride: int = 32) -> None:
+    def __init__(self, classes: int = 1000, output_stride: int = 32, stem_stride: int = 2) -> None:
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is {output_stride}; it must be 8, 16 or 32")
-        blocks: list[nn.Module] = [conv_bn_relu6(3, 32, 3, 2, 1)]
-        channels, reached, dilation = 32, 2, 1
+        if stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride is {stem_stride}; it must be 1 or 2")
+        blocks: list[nn.Module] = [conv_bn_relu6(3, 32, 3, stem_stride, 1)]
+        channels, reached, dilation = 32, stem_stride, 1
         for expansion, channels_out, count, group_stride in _GROUPS:
             for number in range(count):
                 stride = group_stride if number == 0 else 1
@@ -96,6 +100,6 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
-def mobilenet_v2(classes: int = 1000, output_stride: int = 32) -> MobileNetV2:
+def mobilenet_v2(classes: int = 1000, output_stride: int = 32, stem_stride: int = 2) -> MobileNetV2:
     """Return an untrained MobileNetV2, 3.5 million parameters; see `MobileNetV2`."""
-    return MobileNetV2(classes, output_stride)
+    return MobileNetV2(classes, output_stride, stem_stride)

@@ -48,7 +48,9 @@ def parameters(folder):
 
 
 def test_a_run_learns_and_leaves_everything(blobs, models, tmp_path):
-    summary = fit(settings(), blobs, tmp_path)
+    # In so few steps the rate of v is high; a higher lambda makes it less.
+    chosen = settings(quantization={"regularisation": 0.1})
+    summary = fit(chosen, blobs, tmp_path)
     assert summary["top1"] > 0.8
     iterations, epochs = rows(tmp_path / "iterations.csv"), rows(tmp_path / "epochs.csv")
     assert [int(r["iteration"]) for r in iterations] == list(range(1, 13))
@@ -65,7 +67,7 @@ def test_a_run_learns_and_leaves_everything(blobs, models, tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert set(summary["layers"]) == {"0", "3", "8"}
-    assert Settings.model_validate_json((tmp_path / "settings.json").read_text()) == settings()
+    assert Settings.model_validate_json((tmp_path / "settings.json").read_text()) == chosen
     onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
 
 
@@ -195,6 +197,25 @@ def test_other_settings_are_another_run(blobs, models, tmp_path):
     fit(settings(training={"epochs": 1}), blobs, tmp_path)
     with pytest.raises(RunError, match="other settings"):
         fit(settings(training={"epochs": 1, "lr": 0.01}), blobs, tmp_path, resume=True)
+
+
+def test_checkpoints_of_older_versions(blobs, models, tmp_path):
+    chosen = settings(training={"epochs": 1}).model_copy(update={"quantization": None})
+    fit(chosen, blobs, tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    said = json.loads(saved["settings"])
+    del said["training"]["nesterov"]
+    (saved["optimiser"],) = saved.pop("optimisers")
+    torch.save(saved | {"settings": json.dumps(said)}, tmp_path / "checkpoint.pt")
+    assert fit(chosen, blobs, tmp_path, resume=True)["iterations"] == 4
+
+    fit(settings(), blobs, tmp_path / "quantized")
+    saved = torch.load(tmp_path / "quantized/checkpoint.pt", weights_only=True)
+    names = {name: name.replace(".selected", ".second") for name in saved["network"]}
+    saved["network"] = {names[name]: value for name, value in saved["network"].items()}
+    torch.save(saved, tmp_path / "quantized/checkpoint.pt")
+    with pytest.raises(RunError, match="another version of logshift-trainer"):
+        fit(settings(), blobs, tmp_path / "quantized", resume=True)
 
 
 def test_accumulation_makes_the_same_steps(blobs, models, tmp_path):
