@@ -195,7 +195,7 @@ class _Run:
             self.network.load_state_dict(saved["network"])
         except RuntimeError as error:
             raise RunError(
-                f"{checkpoint} is of another version of logshift-trainer, whose networks are others:"
+                f"{checkpoint} is of another version of logshift-trainer, with other networks:"
                 " remove it"
             ) from error
         states = saved["optimisers"] if "optimisers" in saved else [saved["optimiser"]]  # of 0.1

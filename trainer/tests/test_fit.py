@@ -62,7 +62,7 @@ def test_a_run_learns_and_leaves_everything(blobs, models, tmp_path):
     assert nzr[0] > 0.2 and 0.05 < nzr[-1] <= 0.15
     assert 0.05 < summary["nzr"] <= 0.15
     assert 0.5 < float(iterations[0]["v_5"]) <= float(iterations[0]["v_95"]) <= 1
-    assert float(iterations[-1]["v_mean"]) == 0
+    assert float(iterations[-1]["v_mean"]) < 0.01
     assert float(iterations[-1]["loss"]) < float(iterations[0]["loss"])
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
