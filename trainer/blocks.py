@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Granularity = Literal["element", "tile", "filter"]
-MAX_RUN = 256
+MAX_TILE = 256
 
 
 class Blocks:

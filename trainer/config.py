@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from logshift.trainer import stlq
-from logshift.trainer.blocks import MAX_RUN, Granularity
+from logshift.trainer.blocks import MAX_TILE, Granularity
 
 Method = Literal[
     "stlq", "without_select", "residual_penalty", "residual_penalty_without_select", "log",
     "flightnn", "apot", "uniform",
 ]  # fmt: skip
-Side = Annotated[int, Field(ge=1, le=2**16)]
+Side = Annotated[int, Field(ge=1, le=MAX_TILE)]
 
 
 class LayerConfig(BaseModel):
@@ -77,7 +77,7 @@ class Config(BaseModel):
     weight_bits: int = Field(default=4, ge=stlq.MIN_BITS, le=stlq.MAX_BITS)
     residual_ratio: float = Field(default=0.15, ge=0, le=1)
     granularity: Granularity = "element"
-    tile: Annotated[int, Field(ge=1, le=MAX_RUN)] | tuple[Side, Side] = (16, 16)
+    tile: Side | tuple[Side, Side] = (16, 16)
     scale: Literal["channel", "layer"] = "channel"
     clip: Literal[1, 2] | None = None
     residual_shift: int = Field(default=0, ge=0, le=4)
