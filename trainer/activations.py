@@ -23,7 +23,7 @@ _SHRINK = torch.linspace(1.0, 0.1, 46).tolist()  # parts of the observed range t
 
 def _round(x: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor) -> Tensor:
     code = (torch.round(x.float() / scale) + zero_point).clamp(zero_point * 0, top)
-    return (code - zero_point) * scale
+    return ((code - zero_point) * scale).to(x.dtype)  # half the memory with 16-bit activations
 
 
 def _gradients(
@@ -99,7 +99,7 @@ class ActivationQuantizer(nn.Module):
         return f"bits={self.bits}, zero_point={int(self.zero_point)}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` rounded, float32 of the same shape."""
+        """Return `x` rounded, of the same shape and type; codes are found in float32."""
         if self._seen is not None:
             self._seen.append(_sample(x.detach().float()))
             return x
