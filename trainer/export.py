@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from logshift.trainer.activations import ActivationQuantizer
-from logshift.trainer.quantize import cut, non_zero_ratio, quantizable, weight_quantizers
+from logshift.trainer.quantize import cut, non_zero_ratio, quantizable, remaining, weight_quantizers
 from logshift.trainer.stlq import NEGLIGIBLE, exponent_levels
 from logshift.trainer.weights import Layout, LogQuantizer, WeightQuantizer
 
@@ -69,6 +69,14 @@ def export_onnx(
         How a picture becomes the input, for the metadata.
     """
     kept = [] if not isinstance(network, fx.GraphModule) else _kept(network)
+    if (left := remaining(network)) > 0:
+        warnings.warn(
+            f"{left:.1%} of the weights that were not selected still have part of a second word, "
+            "which the file has not: it computes something else than the network does. Train longer"
+            ", or with a higher regularisation or learning rate of v, and call fade after each step"
+            " and cut at the end.",
+            stacklevel=2,
+        )
     network, grids = deployed(network)
     path = Path(path)
     partial = path.with_suffix(".partial")
@@ -267,8 +275,8 @@ def stored_bits(quantizer: WeightQuantizer) -> float:
     words = nzr * quantizer.bits + min(8 * nzr, 1.0)
     if isinstance(quantizer, LogQuantizer) and not isinstance(quantizer.words.tile, int):
         if quantizer.words.granularity == "tile":
-            chosen = float(quantizer.blocks.spread(quantizer.selected).sum())
-            dense = (chosen * quantizer.bits + quantizer.selected.numel()) / size
+            inside = float(quantizer.blocks.spread(quantizer.share() != 0).sum())
+            dense = (inside * quantizer.bits + quantizer.selected.numel()) / size
             words = min(words, dense)
     return quantizer.bits + words + 32 * channels / size
 
