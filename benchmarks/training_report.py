@@ -472,7 +472,9 @@ def main() -> None:
             training_panels.draw(LOGS / f"{task}.jpg", there, labels)
     text = PAGE.read_text()
     for name, table in tables().items():
-        begin = text.index(mark := f"<!-- {name} -->\n") + len(mark)
+        if (mark := f"<!-- {name} -->\n") not in text:  # a section to come
+            continue
+        begin = text.index(mark) + len(mark)
         end = text.index("<!-- end -->", begin)
         text = f"{text[:begin]}\n{table}\n{text[end:]}"
     PAGE.write_text(text)
