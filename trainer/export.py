@@ -209,8 +209,8 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
                 "alpha": [float(a) for a in alpha.flatten()],
                 "granularity": words.granularity,
             }
-            if words.granularity == "tile" and not isinstance(words.tile, int):
-                grids[f"{name}.weight"]["tile"] = list(words.tile)
+            if words.array_tile is not None:
+                grids[f"{name}.weight"]["tile"] = list(words.array_tile)
         else:
             unit = alpha.double()
         plain = _plain(layer, layout.weight((integers * unit).float()), bias)
@@ -273,11 +273,9 @@ def stored_bits(quantizer: WeightQuantizer) -> float:
     channels, size = len(quantizer.magnitude()), quantizer.layout.shape.numel()
     nzr = float(quantizer.second_words) / size
     words = nzr * quantizer.bits + min(8 * nzr, 1.0)
-    if isinstance(quantizer, LogQuantizer) and not isinstance(quantizer.words.tile, int):
-        if quantizer.words.granularity == "tile":
-            inside = float(quantizer.blocks.spread(quantizer.share() != 0).sum())
-            dense = (inside * quantizer.bits + quantizer.selected.numel()) / size
-            words = min(words, dense)
+    if isinstance(quantizer, LogQuantizer) and quantizer.words.array_tile is not None:
+        inside = float(quantizer.blocks.spread(quantizer.share() != 0).sum())
+        words = min(words, (inside * quantizer.bits + quantizer.selected.numel()) / size)
     return quantizer.bits + words + 32 * channels / size
 
 

@@ -96,11 +96,11 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
     going_on = fabric.broadcast((out / CHECKPOINT).exists())  # all see one folder, at one time
     if going_on and not resume:
         raise RunError(f"{out} holds a run: go on with --resume, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    run = _Run(settings, data, out, fabric, going_on)
     steps = data.steps(training.batch)
     if not steps:
         raise RunError(f"training.batch is {training.batch}; there are {data.size} examples")
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(settings, data, out, fabric, going_on)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=run.console) as progress:
         bar = progress.add_task("training", total=training.epochs * steps)
@@ -166,7 +166,7 @@ class _Run:
             inputs = data.calibration(training.calibration)
             quantize.calibrate(self.network, inputs.split(min(training.batch, 64)))
         self.network = self.network.to(fabric.device)
-        steps = training.epochs * max(data.steps(training.batch), 1)
+        steps = training.epochs * data.steps(training.batch)
         optimisers = make_optimisers(self.network, training, quantization, steps)
         self.highest = [optimiser.defaults["lr"] for optimiser in optimisers]
         if going_on:

@@ -190,13 +190,13 @@ def fading(network: nn.Module) -> Tensor:
     float32 Tensor, one-dimensional
         v of all layers, one after the other; empty for other methods.
     """
-    found = [q.v.detach()[~q.selected] for q in _fading(network)]
+    found = [q.fading() for q in _fading(network)]
     return torch.cat(found) if found else torch.empty(0)
 
 
 def remaining(network: nn.Module) -> float:
     """Return the share of all v that `cut` would set to 0, of blocks that are not selected."""
-    v = [q.v.detach()[~q.selected] for q in _fading(network) if q.cuts]
+    v = [q.fading() for q in _fading(network) if q.cuts]
     return float(torch.cat(v).count_nonzero()) / max(sum(map(len, v)), 1) if v else 0.0
 
 

@@ -125,6 +125,13 @@ class Words:
     shift: int = 0
     scale: Literal["channel", "layer"] = "channel"
 
+    @property
+    def array_tile(self) -> tuple[int, int] | None:
+        """Inputs and outputs of the tiles of an array, if these are selected."""
+        if self.granularity == "tile" and isinstance(self.tile, tuple):
+            return self.tile
+        return None
+
 
 class LogQuantizer(WeightQuantizer):
     """Log-exponent words, second ones where they are selected.
@@ -221,6 +228,10 @@ class FadingQuantizer(LogQuantizer):
     def share(self) -> Tensor:
         """Return C + v."""
         return self.selected + self.v
+
+    def fading(self) -> Tensor:
+        """Return v of the blocks that are not selected, one-dimensional."""
+        return self.v.detach()[~self.selected]
 
     @torch.no_grad()
     def fade(self) -> None:
