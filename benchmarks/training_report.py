@@ -273,7 +273,7 @@ def tables() -> dict[str, str]:
     """Return the tables by name."""
     wide = {"w3a6": "W3A6", "w3a3": "W3A3", "w4a8": "W4A8", "w4a4": "W4A4", "w3a5": "W3A5"}
     published = {
-        "figures": in_figures("figure"),
+        "figures": [*in_figures("figure"), ("W3A3, select, 15 %", ["figure/w3a3"])],
         "ratio": [
             (f"{wide[case]} + {percent} %", seeds(f"ratio/{case}-{percent}"))
             for case in ("w3a6", "w3a3")
@@ -347,15 +347,16 @@ def table(head: list[str], lines: list[str]) -> str:
 def table_of_strengths() -> str:
     """Return the table of what lambda decides: with the rate of v that follows it, and without."""
     lines = []
-    for suffix, label in (("", "that of the default rule"), ("-rate-kept", "that of lambda = 1")):
-        for factor in STRENGTHS:
-            name = f"lambda/{factor}{suffix}"
-            if (summary := load(name, "summary.json")) is None:
-                continue
-            log = iterations(name)
-            cells = [f"{factor:g}", label, f"{log['v_mean'][-1]:.3f}"]
-            cells += [f"{100 * log['nzr'][-1]:.2f}", f"{100 * summary['nzr']:.2f}"]
-            lines.append("| " + " | ".join([*cells, f"{100 * summary['top1']:.2f}"]) + " |")
+    runs = {(factor, "follows lambda"): f"lambda/{factor}" for factor in STRENGTHS}
+    runs[1, "follows lambda"] = "methods/w4a4-stlq/seed1"
+    runs |= {(factor, "kept"): f"lambda/{factor}-rate-kept" for factor in STRENGTHS}
+    for (factor, rate), name in sorted(runs.items(), key=lambda run: (run[0][1], run[0][0])):
+        if (summary := load(name, "summary.json")) is None:
+            continue
+        log = iterations(name)
+        cells = [f"{factor:g}", rate, f"{log['v_mean'][-1]:.3f}"]
+        cells += [f"{100 * log['nzr'][-1]:.2f}", f"{100 * summary['nzr']:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{100 * summary['top1']:.2f}"]) + " |")
     head = ["lambda over the default", "learning rate of v", "mean of v at the end", "NZR % then"]
     return table([*head, "NZR % once it is cut", "top-1"], lines)
 
@@ -373,8 +374,9 @@ def table_of_claims() -> str:
     for case, percent, target in (("w3a6", 5, "at most 0.5"), ("w3a3", 5, "-")):
         pairs = zip(seeds(f"ratio/{case}-100"), seeds(f"ratio/{case}-{percent}"), strict=True)
         claims.append((f"{case.upper()}, {percent} % below 100 %", target, list(pairs)))
-    pairs = [("cifar10-float", run) for run in seeds("ratio/w3a3-15")]
-    claims.append(("W3A3 + 15 % below float", "at most 1.5", pairs))
+    for runs in (seeds("ratio/w3a3-15"), ["figure/w3a3"]):
+        pairs = [("cifar10-float", run) for run in runs]
+        claims.append(("W3A3 + 15 % below float", "at most 1.5", pairs))
     for case in ("w4a4", "w3a5"):
         both = (seeds(f"methods/{case}-{method}") for method in ("stlq", "residual_penalty"))
         label = f"{case.upper()} + 15 %, published method above residual penalty"

@@ -60,7 +60,7 @@ WITHOUT_SELECT = {4: 2.7e-4, 5: 8.6e-4}
 V_LR = {10: 1.97, EPOCHS: 19.7}
 RATIOS = (0, 5, 10, 15, 50, 100)  # percent
 LIGHT_RATIOS = (15, 35, 50, 100)
-STRENGTHS = (0.01, 0.1, 1, 10)  # lambda over the default one
+STRENGTHS = (0.01, 0.1, 10)  # lambda over the default one, which "methods" have
 PENALTY = {"method": "residual_penalty"}
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait spin otherwise, and take other runs' cores
@@ -144,6 +144,7 @@ def cases() -> list[Run]:
             _cifar(f"{name}-without", 10, **without, **words),
             _cifar(f"{name}-tile", 10, **PENALTY, granularity="tile", tile=16, **words),
         ]
+    found.append(_cifar("figure/w3a3", 10, weight_bits=3, activation_bits=3))
     for bits in (4, 3):  # with the recipe's settings, for the demo
         found.append(_cifar(f"recipe/w{bits}a8", 10, weight_bits=bits))
     for name, case in published().items():
