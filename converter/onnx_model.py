@@ -18,7 +18,7 @@ from logshift.converter.imports.sizes import InputShapes
 from logshift.converter.metadata import Metadata
 from logshift.converter.ort import session
 from logshift.converter.simplify import RENAMING, simplified
-from logshift.kernels.errors import ConversionError
+from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime.graph import DTYPES, Dim, Quantization, Shape
 
 # Checking and simplifying serialize the model, which protobuf refuses from 2 GiB.
@@ -114,12 +114,17 @@ def load(
         If it is no valid ONNX model, or has inputs that are no tensors of numbers, or cannot have
         the sizes that are asked for.
     InputError
-        If `input_shapes` does not fit its inputs.
+        If it is no model of ONNX at all, or `input_shapes` does not fit its inputs.
     OSError
         If the file cannot be read.
     """
     if isinstance(source, onnx.ModelProto):
         original, where = source, "the model"
+    elif not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"the model is {type(source).__name__}; expected the path of an ONNX file or an"
+            " onnx.ModelProto: export it (torch.onnx.export, keras.Model.export, tf2onnx)"
+        )
     else:
         where = os.fspath(source)
         if not Path(source).is_file():

@@ -89,7 +89,7 @@ def convert(
     calibration : folder, array or iterable
         Typical inputs: a folder of pictures, a float32 array (N, C, H, W) as the ONNX model takes
         it, a uint8 array of pictures (N, H, W, C), or an iterable of dictionaries with a float32
-        array for each input.
+        array for each input. Tensors of PyTorch or TensorFlow do for arrays.
     input_shapes : mapping of input name to sizes, optional
         Of the model's inputs, for every axis a number, or None (or a name) for any size: what an
         export has fixed is freed, as in ``{"x": (None, 3, None, None)}``, or the other way round.

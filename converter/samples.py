@@ -61,6 +61,8 @@ def open_samples(
     """
     if isinstance(calibration, (str, os.PathLike)):
         return _from_pictures(picture_files(Path(calibration)), inputs, preprocessing)
+    if hasattr(calibration, "__array__"):  # tensors of other packages are arrays, as for sessions
+        calibration = np.asarray(calibration)
     if isinstance(calibration, np.ndarray):
         if calibration.ndim == 0 or len(calibration) == 0:
             raise InputError(
@@ -330,7 +332,10 @@ def _checked(item: Any, inputs: Sequence[ModelInput]) -> dict[str, np.ndarray]:
     names = {info.name for info in inputs}
     if not isinstance(item, Mapping) or set(item) != names:
         found = sorted(item) if isinstance(item, Mapping) else type(item).__name__
-        raise InputError(f"calibration: expected dictionaries of {sorted(names)}, got {found}")
+        raise InputError(
+            f"calibration: expected dictionaries of {sorted(names)}, got {found}; batches of a"
+            " single input become one array by numpy.concatenate"
+        )
     arrays = {}
     for info in inputs:
         array = np.asarray(item[info.name])

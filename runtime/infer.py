@@ -53,7 +53,11 @@ def infer(
         for size, dim in zip(shape, info.shape, strict=True):
             expected = bound.setdefault(dim, size) if isinstance(dim, str) else dim
             if size != expected or size < (dim != 0):
-                raise InputError(f"input {info.name!r} has shape {shape}, expected {declared}")
+                freed = "; what an export has fixed is freed by convert(..., input_shapes=...)"
+                raise InputError(
+                    f"input {info.name!r} has shape {shape}, expected {declared}"
+                    f"{freed * isinstance(dim, int)}"
+                )
         found.shapes[info.name], found.dtypes[info.name] = shape, np.dtype(info.dtype)
     for index, node in enumerate(graph.nodes):
         try:

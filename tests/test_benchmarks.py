@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import numpy as np
 import onnx
 import pytest
 from support.onnx_nets import Net, noise
 
-from benchmarks import bench_kernels, compare, layers, peak
+from benchmarks import accuracy_plot, bench_kernels, compare, layers, overview, peak
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.models import PACKAGED, SUITE, folded
 from logshift import runtime
@@ -210,3 +213,23 @@ def test_accuracy_and_what_is_expected_without_labels():
     assert (
         row["lost"] == 100 - row["top1"] and row["bytes"] == row["search"]["chosen"]["file_bytes"]
     )
+
+
+def test_overview_shows_what_the_tables_say(tmp_path):
+    page = (overview.DOCS / "results.md").read_text(encoding="utf-8")
+    shown = [
+        f"{ratio:.2f}"
+        for engines in overview.SPEED.values()
+        for ratios in overview.ratios(page, engines).values()
+        for ratio in ratios
+    ]
+    assert len(shown) == 5 * 4 + 5 * 3
+    rows = accuracy_plot.read(overview.DOCS / "accuracy.csv")
+    shown += [
+        f"{float(row['bits_per_weight']):.2f} bits, top-1 {row['top1']} %" for row in rows
+        if (row["weights"], row["residual_ratio"]) in overview.SIZES
+    ]  # fmt: skip
+    overview.draw(page, rows, tmp_path / "overview.svg")
+    for picture in (tmp_path / "overview.svg", overview.DOCS / "overview.svg"):
+        texts = Counter(re.findall(r"<text[^>]*>([^<]+)</text>", picture.read_text("utf-8")))
+        assert not Counter(shown) - texts

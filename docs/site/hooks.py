@@ -1,4 +1,4 @@
-"""What MkDocs is told beside mkdocs.yml: pages from elsewhere in the repository, and their links."""
+"""What mkdocs.yml cannot say: pages from elsewhere in the repository, and links to them."""
 
 from __future__ import annotations
 

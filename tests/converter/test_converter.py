@@ -83,6 +83,31 @@ def test_limit_spreads_over_all_samples(path):
     assert packed_format.read(path).quantization["x/codes"].scale > 1
 
 
+class Tensor:
+    """As tensors of PyTorch and TensorFlow are: no array, but one if asked."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self._array
+
+    def __iter__(self):
+        return map(Tensor, self._array)
+
+
+def test_tensor_calibrates_as_its_array_does(path):
+    assert convert(network(), path, calibration=Tensor(noise(5))).samples == 4
+    of_tensor = path.read_bytes()
+    convert(network(), path, calibration=noise(5))
+    assert of_tensor == path.read_bytes()
+
+
+def test_model_that_is_not_onnx(path):
+    with pytest.raises(InputError, match=r"the model is Tensor; .*torch\.onnx\.export"):
+        convert(Tensor(noise(1)), path, calibration=noise(2))
+
+
 def test_iterable_of_dictionaries(path):
     report = convert(network(), path, calibration=({"x": noise(2, seed=i)} for i in range(5)))
     assert report.samples == 8  # every fifth of ten is held back
@@ -101,7 +126,7 @@ BAD_CALIBRATION = {
     "integers": (lambda tmp: noise(2).astype(np.int32), "is int32"),
     "NaN": (lambda tmp: np.where(noise(2) > 2, np.nan, noise(2)), "holds NaN"),
     "wrong name": (lambda tmp: [{"y": noise(2)}], r"expected dictionaries of \['x'\]"),
-    "no dictionaries": (lambda tmp: [noise(2)], "got ndarray"),
+    "no dictionaries": (lambda tmp: [noise(2)], r"got ndarray; .* numpy\.concatenate"),
     "empty list": (lambda tmp: [], "calibration is empty"),
     "number": (lambda tmp: 5, "calibration is int"),
 }  # fmt: skip

@@ -78,6 +78,13 @@ def test_codes_of_freed_sizes(path):
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 
+def test_size_that_is_not_the_fixed_one_names_the_setting_that_frees_it(path):
+    net = net_of()
+    converter.convert(net.model(net.conv("x")), path, calibration=feed_of(*SHAPE)["x"])
+    with pytest.raises(InputError, match=r"expected \(1, 4, 16, 12\); .*input_shapes"):
+        runtime.load(path).run(feed_of(2, *SHAPE[1:]))
+
+
 def build(net, op):
     """A network in which a size of 16 x 12 is written down, and one in which it is asked for."""
     y = net.conv("x")
