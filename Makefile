@@ -22,6 +22,9 @@ types:  ## mypy and pyright
 	.venv/bin/mypy
 	.venv/bin/basedpyright
 
+site:  ## the pages as a site, in build/site
+	.venv/bin/mkdocs build --strict --quiet -f docs/site/mkdocs.yml
+
 files:  ## files that the tests read: hostile ones, vectors of the codec
 	.venv/bin/python tests/hostile/make.py
 	.venv/bin/python tests/vectors/make.py
@@ -32,4 +35,4 @@ tables:  ## pages that are written by a run: operators
 bench:  ## networks against other engines; needs `pip install -e '.[benchmarks]'`, takes hours
 	.venv/bin/python -m benchmarks.compare --json build/results.json --plot build/ratios.svg
 
-.PHONY: help setup test slow lint types files tables bench
+.PHONY: help setup test slow lint types site files tables bench
