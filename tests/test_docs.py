@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = sorted((REPOSITORY / "docs").rglob("*.md"))
 PAGES = [
     *REPOSITORY.glob("*.md"),
-    *(REPOSITORY / "docs").glob("*.md"),
+    *DOCS,
     REPOSITORY / "trainer" / "README.md",
     REPOSITORY / "tests" / "hostile" / "README.md",
 ]
 DIRECTORIES = "kernels|runtime|converter|trainer|benchmarks|tests|docs"
-CHECKS = r"\.venv/bin/(?:ruff|mypy|basedpyright)\b"
+CHECKS = r"\.venv/bin/(?:ruff|mypy|basedpyright|mkdocs)\b"
 
 
 def read(*path):
@@ -39,7 +41,7 @@ def test_what_a_page_names_exists(page):
 
 def test_make_checks_what_ci_checks():
     checks = re.findall(rf"^{CHECKS}.*$", read(".ci", "run"), re.MULTILINE)
-    assert len(checks) == 4
+    assert len(checks) == 5
     assert re.findall(rf"^\t({CHECKS}.*)$", read("Makefile"), re.MULTILINE) == checks
 
 
@@ -55,3 +57,30 @@ def test_set_up_is_what_make_does():
     recipe = re.search(r"^setup:.*\n((?:\t.*\n)+)", read("Makefile"), re.MULTILINE)[1]
     assert commands.splitlines() == [line.strip() for line in recipe.splitlines()]
     assert len(commands.splitlines()) == 2
+
+
+@pytest.mark.parametrize("module", ["runtime", "converter", "trainer"])
+def test_reference_has_every_public_name(module):
+    tree = ast.parse(read(module, "__init__.py"))
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+    )
+    page = read("docs", "api", f"{module}.md")
+    shown = re.findall(rf"^::: logshift\.{module}\.(\w+)$", page, re.MULTILINE)
+    elsewhere = [name for name in names if f"`{name}`" in page]
+    assert sorted(shown + elsewhere) == sorted(names)
+    if elsewhere:
+        runtime = read("docs", "api", "runtime.md")
+        assert all(f"::: logshift.runtime.{name}\n" in runtime for name in elsewhere)
+
+
+def test_site_has_every_page():
+    settings = read("docs", "site", "mkdocs.yml")
+    pages = {path.relative_to(REPOSITORY / "docs").as_posix() for path in DOCS}
+    elsewhere = set(
+        re.findall(r'^    "(\S+\.md)": "', read("docs", "site", "hooks.py"), re.MULTILINE)
+    )
+    assert len(elsewhere) == 4
+    assert set(re.findall(r": (\S+\.md)$", settings, re.MULTILINE)) == pages | elsewhere

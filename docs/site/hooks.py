@@ -21,7 +21,7 @@ ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-_LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#\s])")
+_LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#]+)(?=[)#\s])")
 # A mark after the language of a block tells tests what to do with it; MkDocs does not know it.
 _MARK = re.compile(r"^(\s*```\w+) [\w -]+$", re.MULTILINE)
 
@@ -39,16 +39,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links between files of the repository into links between pages."""
     name = page.file.src_uri
+    if name == "index.md":
+        page.meta["hide"] = ["navigation"]
     path = ELSEWHERE.get(name, f"docs/{name}")
     pages = {path: name for name, path in ELSEWHERE.items()}
 
     def between_pages(match: re.Match[str]) -> str:
-        target = match[1]
+        text, target = match.groups()
         if urlsplit(target).scheme:
-            return target
+            return match[0]
         wanted = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
         found = pages.get(wanted, wanted.removeprefix("docs/"))
-        return posixpath.relpath(found, posixpath.dirname(name) or ".")
+        # Where the repository shows the name of a file, the site has the name of a page.
+        other = files.get_file_from_path(found)
+        if text == target and other is not None and other.page is not None:
+            text = str(other.page.title)
+        return f"[{text}]({posixpath.relpath(found, posixpath.dirname(name) or '.')}"
 
     return _LINK.sub(between_pages, _MARK.sub(r"\1", markdown))
 
