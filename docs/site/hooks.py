@@ -52,7 +52,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         found = pages.get(wanted, wanted.removeprefix("docs/"))
         # Where the repository shows the name of a file, the site has the name of a page.
         other = files.get_file_from_path(found)
-        if text == target and other is not None and other.page is not None:
+        is_name = text.endswith(".md") and target.endswith(text)
+        if is_name and other is not None and other.page is not None:
             text = str(other.page.title)
         return f"[{text}]({posixpath.relpath(found, posixpath.dirname(name) or '.')}"
 
