@@ -23,7 +23,7 @@ types:  ## mypy and pyright
 	.venv/bin/basedpyright
 
 site:  ## the pages as a site, in build/site
-	.venv/bin/mkdocs build --strict --quiet -f docs/site/mkdocs.yml
+	.venv/bin/mkdocs build --strict -f docs/site/mkdocs.yml
 
 files:  ## files that the tests read: hostile ones, vectors of the codec
 	.venv/bin/python tests/hostile/make.py
