@@ -234,19 +234,25 @@ class Emission(Emitter):
         b, k = self.b, self.k
         y = self.places("y", channel)
         lookup = None if table is None else Lookup(self, self.isa, table, self.field("table_end"))
-        for first in range(0, len(self.tiles), 4):
-            tiles = self.tiles[first : first + 4]
-            codes = self.rounded([value(t) for t in tiles], bounded, between)
-            if lookup is not None:
+        groups = [self.tiles[first : first + 4] for first in range(0, len(self.tiles), 4)]
+
+        def rounded(tiles: list[tuple[int, int]]) -> Any:
+            return self.rounded([value(t) for t in tiles], bounded, between)
+
+        # By lane, a table is larger than what registers hold beside sums: all look up in each part.
+        together = lookup([rounded(g) for g in groups]) if lookup and self.isa.by_lane else None
+        for number, tiles in enumerate(groups):
+            codes = rounded(tiles) if together is None else together[number]
+            if lookup is not None and together is None:
                 (codes,) = lookup([codes])
             elif self.is_activated:
                 codes = self.looked_up(codes)
             # Vectors of one pixel lie side by side, here and in memory.
             for i in dict.fromkeys(i for i, _ in tiles):
-                numbers = [number for number, t in enumerate(tiles) if t[0] == i]
-                begin, end = numbers[0] * k.lanes, (numbers[-1] + 1) * k.lanes
+                places = [place for place, t in enumerate(tiles) if t[0] == i]
+                begin, end = places[0] * k.lanes, (places[-1] + 1) * k.lanes
                 part = self.shuffle(codes, codes, [*range(begin, end)])
-                offset = self.word(k.lanes * tiles[numbers[0]][1])
+                offset = self.word(k.lanes * tiles[places[0]][1])
                 self.store(part, b.add(y(i), offset), 1)
 
     def looked_up(self, codes: Any) -> Any:
@@ -263,10 +269,12 @@ class Emission(Emitter):
         """Clamp, round half to even, and join to one vector of uint8.
 
         Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
-        the least int32, and so would be what is above: if it is not `bounded` (`Layer.fits_int32`),
-        for there is a residual or a function, hi, or what an int16 can hold, comes first.
+        the least int32, and so would be what is above, unless the instruction set saturates: if it is
+        not `bounded` (`Layer.fits_int32`), for there is a residual or a function, hi, or what an
+        int16 can hold, comes first.
         """
         b = self.b
+        bounded = bounded or self.isa.saturates
         if not bounded:
             hi = self.field("hi", f32) if between is None else ir.Constant(f32, 32767.0)
             hi = self.splat(hi, self.floats)

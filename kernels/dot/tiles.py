@@ -36,6 +36,7 @@ from logshift.kernels.machine.isa.avx2 import AVX2
 from logshift.kernels.machine.isa.avx512 import AVX512_VNNI, AVX512_VNNI_VBMI
 from logshift.kernels.machine.isa.avxvnni import AVX_VNNI
 from logshift.kernels.machine.isa.base import InstructionSet
+from logshift.kernels.machine.isa.neon import NEON, NEON_ALONE, NEON_DOT, NEON_I8MM
 from logshift.kernels.machine.isa.ssse3 import SSSE3
 
 _I, _F, _P = np.int64, np.float32, np.uintp
@@ -126,6 +127,16 @@ class Microkernel:
         return self.kind in ("pair", "depthwise", "winograd")
 
     @property
+    def sums(self) -> int:
+        """Registers of sums of a pixel."""
+        return self.vectors * self.lanes_of_channel // 2 if self.sums_in_int16 else self.vectors
+
+    @property
+    def lanes_of_channel(self) -> int:
+        """Lanes that sums in int16 of a pixel and channel are split into."""
+        return 1 if self.kind == "depthwise" or self.isa.by_lane else 2
+
+    @property
     def price(self) -> float:
         """How long a step takes for a channel, in steps of "dot" on registers of 64 bytes.
 
@@ -180,6 +191,26 @@ MICROKERNELS = {
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2, (3, 3, 1)),
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2, (4, 5, 1)),
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2),
+        *(
+            Microkernel(isa, "dot", *tile)
+            for isa in (NEON_DOT, NEON_I8MM)
+            for tile in ((5, 4), (1, 4), (8, 2), (1, 2), (3, 8), (1, 8), (12, 1), (1, 1))
+        ),
+        *(
+            Microkernel(isa, "winograd_dot", pixels, 2)
+            for isa in (NEON_DOT, NEON_I8MM)
+            for pixels in (5, 4)
+        ),
+        Microkernel(NEON_ALONE, "pair", 5, 8),
+        Microkernel(NEON_ALONE, "pair", 1, 8),
+        Microkernel(NEON_ALONE, "pair", 8, 4),
+        Microkernel(NEON_ALONE, "pair", 1, 4),
+        Microkernel(NEON_ALONE, "pair", 12, 2),
+        Microkernel(NEON_ALONE, "pair", 1, 2),
+        Microkernel(NEON_ALONE, "winograd", 5, 8),
+        Microkernel(NEON_ALONE, "winograd", 8, 4),
+        Microkernel(NEON, "wide", 5, 4),
+        Microkernel(NEON, "depthwise", 8, 4),
     )
 }
 

@@ -45,7 +45,8 @@ _ARM: dict[str, set[str]] = dict.fromkeys(
      "neoverse-v2", "apple-m1"), _NEON,
 )  # fmt: skip
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
-_CPUS = _X86 if _IS_X86 else _ARM if platform.machine() in ("aarch64", "arm64") else {}
+_IS_ARM = platform.machine() in ("aarch64", "arm64")
+_CPUS = _X86 if _IS_X86 else _ARM if _IS_ARM else {}
 # Instructions that no compiler chooses by itself: a hypervisor that hides them changes no code.
 _SYSTEM = {
     "clflushopt", "clwb", "cldemote", "clzero", "enqcmd", "fsgsbase", "hreset", "invpcid", "kl",
@@ -157,8 +158,9 @@ def target_features() -> frozenset[str]:
     target = chosen()
     flags = target.features.split(",")
     without = {f[1:] for f in flags if f.startswith("-")}
+    known = _CPUS.get(target.cpu, _NEON if _IS_ARM else set())
     return frozenset(
-        (_CPUS.get(target.cpu, set()) - without) | {f[1:] for f in flags if f[:1] == "+"}
+        (known - without) | {f[1:] for f in flags if f[:1] == "+"}
     )
 
 

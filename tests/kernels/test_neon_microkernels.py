@@ -1,0 +1,74 @@
+"""Microkernels for aarch64 compile to the instructions that they are named after, on any machine."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from support import cross
+
+from logshift.kernels.dot import microkernels as dot
+from logshift.kernels.dot.tiles import MICROKERNELS
+from logshift.kernels.fma import microkernels as fma
+from logshift.kernels.fma.tiles import FLOAT_TILES
+
+MACHINES = {"neon": cross.NEON, "neondot": cross.NEON_DOT, "neoni8mm": cross.NEON_I8MM}
+TILES = {name: k for name, k in MICROKERNELS.items() if k.isa.name in MACHINES}
+FLOATS = {name: tile for name, tile in FLOAT_TILES.items() if tile.isa.name in MACHINES}
+DOTS = {"neon": None, "neondot": "sdot", "neoni8mm": "sudot"}
+
+
+def printed(module, tiles, name):
+    """Return the assembly of one microkernel; those of an instruction set are compiled at once."""
+    isa = tiles[name].isa.name
+    names = tuple(other for other, tile in tiles.items() if tile.isa.name == isa)
+    return cross.printed(*MACHINES[isa], module.__name__, names)[name]
+
+
+def products_of(loop, instruction):
+    return sum(bool(re.match(rf"{instruction}\b", line)) for line in loop)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_steps_take_lanes_of_codes_and_touch_no_stack(name):
+    """And every product that there is, is one that is needed: none is of a broadcast."""
+    kernel = TILES[name]
+    assembly = printed(dot, TILES, name)
+    instruction = DOTS[kernel.isa.name] if "dot" in kernel.kind else "smlal2?"
+    loops = [lines for lines in cross.inner_loops(assembly) if products_of(lines, instruction)]
+    assert loops
+    per_step = {
+        "pair": 2, "dot": 1, "wide": 4, "depthwise": 1, "winograd": 2, "winograd_dot": 2,
+    }[kernel.kind] * kernel.pixels * kernel.vectors  # fmt: skip
+    for lines in loops:
+        assert products_of(lines, instruction) % per_step == 0
+        assert not any("[sp" in line for line in lines)
+        if "dot" in kernel.kind:
+            by_lane = [line for line in lines if re.search(r"\.4b\[\d\]$", line)]
+            assert len(by_lane) == products_of(lines, instruction)
+    others = {"sdot", "udot", "sudot", "usdot", "ummla", "usmmla"} - {instruction}
+    assert not re.search(rf"\b({'|'.join(others)})\s", assembly)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_outputs_are_rounded_once_packed_and_looked_up(name):
+    assembly = printed(dot, TILES, name)
+    for instruction in ("fcvtns", "sqxtn", "sqxtun", "tbl", "tbx"):
+        assert re.search(rf"\b{instruction}\b", assembly), instruction
+    # Without fused functions nothing but a sum is converted, once, and nothing is divided.
+    assert not re.search(r"\b(frint\w|fcvtzs|fdiv|bl)\b", assembly)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_float_products_are_fused_and_touch_no_stack(name):
+    tile = FLOATS[name]
+    assembly = printed(fma, FLOATS, name)
+    products = re.findall(r"\bfmla\s+v\d+\.4s", assembly)
+    if tile.window is None:
+        assert products and len(products) % (tile.pixels * tile.vectors) == 0
+    else:  # each output has all of its taps, once; its first may be a product alone
+        assert len(products) == tile.pixels * tile.window[0] ** 2
+    assert not re.search(r"\bfmul\b", assembly)
+    for lines in cross.inner_loops(assembly):
+        if products_of(lines, "fmla") and tile.window is None:
+            assert not any("[sp" in line for line in lines)
