@@ -42,7 +42,7 @@ class Emission(Emitter):
     @property
     def step_bytes(self) -> int:
         """Bytes of the weights of one step."""
-        return 4 * self.k.channels * (2 if self.k.kind == "wide" else 1)
+        return self.k.codes * self.k.channels * (2 if self.k.kind == "wide" else 1)
 
     def step(self, acc: dict, rows: Iterable[Any], w: Any) -> dict:
         """Add the products of 4 codes of each pixel; the weights of the step begin at w."""

@@ -15,7 +15,7 @@ from llvmlite import ir
 from logshift.kernels.dot.emission import Emission
 from logshift.kernels.dot.emit_direct import Depthwise, Direct
 from logshift.kernels.dot.emit_winograd import Winograd, WinogradDot
-from logshift.kernels.dot.tiles import RUN
+from logshift.kernels.dot.tiles import RUN, Microkernel
 from logshift.kernels.machine.emit import i8, i16, i32, i64
 from logshift.kernels.machine.isa.neon import Neon
 
@@ -64,7 +64,8 @@ class _ByLane(Emission):
         products = [(i, j) for i in range(self.k.pixels) for j in range(self.k.vectors)]
         if self.k.vectors > self.k.pixels:  # of which not all fit registers at once
             products.sort(key=lambda t: t[1])
-        weights = [self.load(b.add(w, self.word(size * j)), self.bytes, size) for j in range(self.k.vectors)]
+        places = [b.add(w, self.word(size * j)) for j in range(self.k.vectors)]
+        weights = [self.load(place, self.bytes, size) for place in places]
         for i, j in products:
             quads = b.bitcast(x[i], self.int32s)
             quad = b.bitcast(self.shuffle(quads, quads, 4 * [s]), self.bytes)
@@ -102,6 +103,58 @@ class Dot(_ByLane, Direct):
         return self.dot_step(acc, x, s, w)
 
 
+class Matrices(_ByLane, Direct):
+    """Products of matrices: two pixels, 8 codes each, by two channels.
+
+    A register of sums is of both pixels: that of tile (2 * p + h, j) is of the pixels 2 * p and
+    2 * p + 1, and of the first or second half, h, of the channels of vector j. A pixel alone is
+    both pixels of a pair.
+    """
+
+    def __init__(
+        self, kernel: Microkernel, builder: ir.IRBuilder, arguments: Any, is_activated: bool
+    ) -> None:
+        super().__init__(kernel, builder, arguments, is_activated)
+        pixels = kernel.pixels + kernel.pixels % 2
+        self.sums = [(i, j) for i in range(pixels) for j in range(kernel.vectors)]
+
+    def initial(self, tile: tuple[int, int], vector: Any) -> Any:
+        """Return what a register of sums begins with, from what its channels do."""
+        first = tile[0] % 2 * 2
+        return self.shuffle(vector, vector, 2 * [first, first + 1])
+
+    def widen(self, acc: dict, tile: tuple[int, int]) -> Any:
+        """Return the sums of a pixel of a tile's vector."""
+        i, j = tile
+        first = i % 2 * 2
+        pair = acc[i - i % 2, j], acc[i - i % 2 + 1, j]
+        return self.shuffle(*pair, [first, first + 1, first + 4, first + 5])
+
+    def run(self, acc: dict, bases: list[Any], segment: Any, w: Any) -> tuple[dict, Any]:
+        """Emit the steps of a segment; returns sums and the end of the weights."""
+        b = self.b
+        begin = b.sext(self.load(segment, i32, 4), i64)
+        count = b.sext(self.load(b.add(segment, self.word(4)), i32, 4), i64)
+        end = b.add(begin, b.mul(count, self.word(8)))
+
+        def add(acc: dict, q: Any, w: Any) -> tuple[dict, Any]:
+            kind, new = ir.VectorType(i8, 8), dict(acc)
+            codes = [self.load(row, kind, 1) for row in self.rows(bases, q)]
+            pairs = [self.shuffle(codes[i], codes[min(i + 1, len(codes) - 1)], [*range(16)])
+                     for i in range(0, len(codes), 2)]
+            for j in range(self.k.vectors):
+                for half in (0, 1):
+                    place = b.add(w, self.word(self.size * (2 * j + half)))
+                    weights = self.load(place, self.bytes, self.size)
+                    for p, pair in enumerate(pairs):
+                        t = 2 * p + half, j
+                        new[t] = self.isa.byte_matrices(self, acc[t], pair, weights)
+            return new, b.add(w, self.word(self.step_bytes))
+
+        acc, _, w = self.loop(2, add, acc, begin, end, w)
+        return acc, w
+
+
 class Pairs(Dot):
     """Products of one code, summed in int16."""
 
@@ -117,7 +170,8 @@ class Pairs(Dot):
         b, new, eight = self.b, dict(acc), ir.VectorType(i8, 8)
         for n in range(4):
             column = b.add(w, self.word(self.k.channels * n))
-            weights = [self.load(b.add(column, self.word(8 * j)), eight, 8) for j in range(self.k.sums)]
+            places = [b.add(column, self.word(8 * j)) for j in range(self.k.sums)]
+            weights = [self.load(place, eight, 8) for place in places]
             for i, codes in x.items():
                 code = self.shuffle(codes, codes, 8 * [4 * s + n])
                 for j, part in enumerate(weights):
@@ -145,7 +199,8 @@ class Wide(Dot):
         b, new, half = self.b, dict(acc), ir.VectorType(i16, 4)
         for n in range(4):
             column = b.add(w, self.word(2 * self.k.channels * n))
-            weights = [self.load(b.add(column, self.word(8 * j)), half, 8) for j in range(self.k.vectors)]
+            places = [b.add(column, self.word(8 * j)) for j in range(self.k.vectors)]
+            weights = [self.load(place, half, 8) for place in places]
             for i, codes in x.items():
                 code = self.shuffle(codes, codes, 4 * [4 * s + n])
                 for j, part in enumerate(weights):
@@ -162,7 +217,8 @@ class Taps(_ByLane, Depthwise):
         for tap in (0, 1):
             at = b.sext(self.load(b.add(segment, self.word(4 * tap)), i32, 4), i64)
             first = b.add(w, self.word(self.k.channels * tap))
-            weights = [self.load(b.add(first, self.word(8 * j)), eight, 8) for j in range(self.k.sums)]
+            places = [b.add(first, self.word(8 * j)) for j in range(self.k.sums)]
+            weights = [self.load(place, eight, 8) for place in places]
             for i, base in enumerate(bases):
                 kind = ir.VectorType(i8, self.k.channels)
                 codes = self.isa.signed(self, self.load(b.add(base, at), kind, 1))
@@ -195,8 +251,9 @@ class Columns(_ByLane, WinogradDot):
 
             def add(acc: dict, q: Any, w: Any, steps: int = steps) -> tuple[dict, Any]:
                 for n, row in enumerate(rows):
-                    at = [b.add(q, self.word(4 * position * row + RUN * i)) for i in range(self.k.pixels)]
-                    x = {i: self.codes(place, steps) for i, place in enumerate(at)}
+                    first = b.add(q, self.word(4 * position * row))
+                    places = [b.add(first, self.word(RUN * i)) for i in range(self.k.pixels)]
+                    x = {i: self.codes(place, steps) for i, place in enumerate(places)}
                     for s in range(steps):
                         of_row = {(i, j): acc[row, i, j] for i, j in self.tiles}
                         w_step = b.add(w, self.word(row_bytes * (2 * s + n)))

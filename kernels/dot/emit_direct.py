@@ -75,6 +75,10 @@ class Direct(Emission):
             return self.isa.word_pairs(self, acc[tile], self.constant(1, self.int16s))
         return acc[tile]
 
+    def initial(self, tile: tuple[int, int], vector: Any) -> Any:
+        """Return what a register of sums begins with, from what its channels do."""
+        return vector
+
     @property
     def initial_bytes(self) -> int:
         """Bytes of the weights' stream that initial values of sums in int16 take."""
@@ -111,7 +115,8 @@ class Direct(Emission):
         kind, place = (self.int16s, w_group) if k.sums_in_int16 else (self.int32s, start)
         initial = [self.load(b.add(place, self.word(size * j)), kind, size) for j in range(k.sums)]
         w_first = b.add(w_group, self.word(self.initial_bytes if k.sums_in_int16 else 0))
-        first, w_ran = self.run({t: initial[t[1]] for t in self.sums}, bases, s_group, w_first)
+        begin_sums = {t: self.initial(t, initial[t[1]]) for t in self.sums}
+        first, w_ran = self.run(begin_sums, bases, s_group, w_first)
         group_end = b.block
         b.branch(at["ran"])
 

@@ -53,7 +53,7 @@ assert TILE.itemsize <= 256 and all(
 
 
 # Of |W|, by the kind of microkernel: two products of 255 and 64 fit an int16, no pair saturates.
-_LARGEST = {"pair": 64, "depthwise": 64, "dot": 127, "wide": 32767}
+_LARGEST = {"pair": 64, "depthwise": 64, "dot": 127, "matrix": 127, "wide": 32767}
 
 
 class _PackedTiles(PackedReads):
@@ -103,7 +103,7 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     steps = weights.shape[1]
     depthwise = tile.kind == "depthwise"
     top = 2**layer.activation_bits - 1
-    run_steps = 1 if depthwise else -(-layer.run_taps * layer.weights.shape[3] // 4)
+    run_steps = 1 if depthwise else -(-layer.run_taps * layer.weights.shape[3] // tile.codes)
     if tile.sums_in_int16:
         cuts, groups, initials, begun = cut(
             weights, run_steps, top, tile.lanes_of_channel, tile.isa.taken

@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from logshift.kernels.dot.emission import Emission
-from logshift.kernels.dot.emit_by_lane import Columns, Dot, Pairs, Positions, Taps, Wide
+from logshift.kernels.dot.emit_by_lane import Columns, Dot, Matrices, Pairs, Positions, Taps, Wide
 from logshift.kernels.dot.emit_direct import Depthwise, Direct
 from logshift.kernels.dot.emit_rows import Rows
 from logshift.kernels.dot.emit_winograd import Winograd, WinogradDot
@@ -19,7 +19,7 @@ _KINDS: dict[str, type[Emission]] = {
     "winograd": Winograd, "winograd_dot": WinogradDot, "rows": Rows,
 }  # fmt: skip
 _BY_LANE: dict[str, type[Emission]] = {
-    "pair": Pairs, "dot": Dot, "wide": Wide, "depthwise": Taps,
+    "pair": Pairs, "dot": Dot, "matrix": Matrices, "wide": Wide, "depthwise": Taps,
     "winograd": Positions, "winograd_dot": Columns,
 }  # fmt: skip
 

@@ -38,9 +38,9 @@ def by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndarr
         taps = np.arange(kh * kw + kh * kw % 2)
         taps[kh * kw :] = 0  # a second tap of weight 0 for the last one
         places = np.stack([taps // kw, taps % kw, 0 * taps], axis=1).reshape(-1, 2, 3)
-        runs, run, size = 1, kh * kw, 2
+        runs, run, size = 1, kh * kw, tile.codes
     else:
-        runs, run, size = kh * kw // layer.run_taps, layer.run_taps * in_group, 4
+        runs, run, size = kh * kw // layer.run_taps, layer.run_taps * in_group, tile.codes
         index = np.arange(runs * -(-run // size)) // -(-run // size) * layer.run_taps
         byte = np.arange(len(index)) % -(-run // size) * size
         places = np.stack([index // kw, index % kw, byte], axis=1)[:, None]

@@ -10,6 +10,7 @@ The kinds differ in what a step is and in what it is summed:
 
     pair        4 uint8 codes of a pixel times 4 int8 weights of each channel, in int16
     dot         the same in int32, with the machine's byte dot product
+    matrix      the same with 8 codes of two pixels and weights of two channels at once
     wide        the same with int16 weights, in int32
     depthwise   2 taps of each channel times their int8 weights, in int16
     winograd    as pair; blocks are positions of transformed tiles of pixels (`winograd`)
@@ -88,7 +89,8 @@ RUN = 64
 
 # Of a step, for each vector.
 _INSTRUCTIONS = {
-    "pair": 2, "dot": 1, "wide": 4, "depthwise": 2, "winograd": 2, "winograd_dot": 1, "rows": 1
+    "pair": 2, "dot": 1, "matrix": 0.5, "wide": 4, "depthwise": 2, "winograd": 2,
+    "winograd_dot": 1, "rows": 1,
 }  # fmt: skip
 
 
@@ -115,7 +117,7 @@ class Microkernel:
     @property
     def name(self) -> str:
         """Instruction set, kind where it is not the instruction set's own, and tile."""
-        kind = "" if self.kind in ("pair", "dot") else f"{self.kind.removesuffix('_dot')}-"
+        kind = "" if self.kind in ("pair", "dot", "matrix") else f"{self.kind.removesuffix('_dot')}-"
         if self.kind == "rows":
             window = "{}x{}s{}".format(*self.window) if self.window else ""
             kind = f"depthwise{window}-"
@@ -130,6 +132,11 @@ class Microkernel:
     def sums(self) -> int:
         """Registers of sums of a pixel."""
         return self.vectors * self.lanes_of_channel // 2 if self.sums_in_int16 else self.vectors
+
+    @property
+    def codes(self) -> int:
+        """Codes of a pixel that a step takes."""
+        return {"depthwise": 2, "matrix": 8}.get(self.kind, 4)
 
     @property
     def lanes_of_channel(self) -> int:
@@ -191,16 +198,24 @@ MICROKERNELS = {
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2, (3, 3, 1)),
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2, (4, 5, 1)),
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2),
-        *(
-            Microkernel(isa, "dot", *tile)
-            for isa in (NEON_DOT, NEON_I8MM)
-            for tile in ((5, 4), (1, 4), (8, 2), (1, 2), (3, 8), (1, 8), (12, 1), (1, 1))
-        ),
-        *(
-            Microkernel(isa, "winograd_dot", pixels, 2)
-            for isa in (NEON_DOT, NEON_I8MM)
-            for pixels in (5, 4)
-        ),
+        Microkernel(NEON_I8MM, "matrix", 6, 4),
+        Microkernel(NEON_I8MM, "matrix", 1, 4),
+        Microkernel(NEON_I8MM, "matrix", 8, 2),
+        Microkernel(NEON_I8MM, "matrix", 1, 2),
+        Microkernel(NEON_I8MM, "matrix", 12, 1),
+        Microkernel(NEON_I8MM, "matrix", 1, 1),
+        Microkernel(NEON_DOT, "dot", 5, 4),
+        Microkernel(NEON_DOT, "dot", 1, 4),
+        Microkernel(NEON_DOT, "dot", 8, 2),
+        Microkernel(NEON_DOT, "dot", 1, 2),
+        Microkernel(NEON_DOT, "dot", 3, 8),
+        Microkernel(NEON_DOT, "dot", 1, 8),
+        Microkernel(NEON_DOT, "dot", 12, 1),
+        Microkernel(NEON_DOT, "dot", 1, 1),
+        Microkernel(NEON_I8MM, "winograd_dot", 5, 2),
+        Microkernel(NEON_I8MM, "winograd_dot", 4, 2),
+        Microkernel(NEON_DOT, "winograd_dot", 5, 2),
+        Microkernel(NEON_DOT, "winograd_dot", 4, 2),
         Microkernel(NEON_ALONE, "pair", 5, 8),
         Microkernel(NEON_ALONE, "pair", 1, 8),
         Microkernel(NEON_ALONE, "pair", 8, 4),

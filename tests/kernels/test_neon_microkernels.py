@@ -1,4 +1,4 @@
-"""Microkernels for aarch64 compile to the instructions that they are named after, on any machine."""
+"""Microkernels for aarch64 compile to the instructions that they are named after, anywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from logshift.kernels.fma.tiles import FLOAT_TILES
 MACHINES = {"neon": cross.NEON, "neondot": cross.NEON_DOT, "neoni8mm": cross.NEON_I8MM}
 TILES = {name: k for name, k in MICROKERNELS.items() if k.isa.name in MACHINES}
 FLOATS = {name: tile for name, tile in FLOAT_TILES.items() if tile.isa.name in MACHINES}
-DOTS = {"neon": None, "neondot": "sdot", "neoni8mm": "sudot"}
+DOTS = {"neondot": "sdot", "neoni8mm": "sudot"}  # by lane of codes
 
 
 def printed(module, tiles, name):
@@ -34,12 +34,17 @@ def test_steps_take_lanes_of_codes_and_touch_no_stack(name):
     """And every product that there is, is one that is needed: none is of a broadcast."""
     kernel = TILES[name]
     assembly = printed(dot, TILES, name)
-    instruction = DOTS[kernel.isa.name] if "dot" in kernel.kind else "smlal2?"
+    instruction = {"matrix": "usmmla"}.get(kernel.kind, "smlal2?")
+    if "dot" in kernel.kind:
+        instruction = DOTS[kernel.isa.name]
     loops = [lines for lines in cross.inner_loops(assembly) if products_of(lines, instruction)]
     assert loops
-    per_step = {
-        "pair": 2, "dot": 1, "wide": 4, "depthwise": 1, "winograd": 2, "winograd_dot": 2,
-    }[kernel.kind] * kernel.pixels * kernel.vectors  # fmt: skip
+    per_vector = {
+        "pair": 2, "dot": 1, "matrix": 1, "wide": 4, "depthwise": 1, "winograd": 2,
+        "winograd_dot": 2,
+    }[kernel.kind]  # fmt: skip
+    pixels = max(kernel.pixels, 2) if kernel.kind == "matrix" else kernel.pixels
+    per_step = per_vector * pixels * kernel.vectors
     for lines in loops:
         assert products_of(lines, instruction) % per_step == 0
         assert not any("[sp" in line for line in lines)

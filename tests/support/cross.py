@@ -36,7 +36,6 @@ def assembly(cpu: str, features: str, module: str, name: str) -> str:
     parsed = llvm.parse_assembly(str(unit))
     parsed.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = True
     passes = llvm.create_pass_builder(machine, options)
     passes.getModulePassManager().run(parsed, passes)
     return machine.emit_assembly(parsed)
@@ -44,7 +43,7 @@ def assembly(cpu: str, features: str, module: str, name: str) -> str:
 
 @cache
 def printed(cpu: str, features: str, module: str, names: tuple[str, ...]) -> dict[str, str]:
-    """Return the assembly of microkernels by name, from a process that takes itself for that CPU."""
+    """Return the assembly of microkernels by name, from a process that takes this for the CPU."""
     environment = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
     done = subprocess.run(
         [sys.executable, "-m", "support.cross", cpu, features, module, *names],

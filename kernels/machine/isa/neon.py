@@ -31,7 +31,7 @@ class Neon(InstructionSet):
         return e.b.xor(codes, e.constant(-128, codes.type))
 
     def multiplied(self, e: Emitter, acc: Any, x: Any, w: Any) -> Any:
-        """Add the products of two registers of eight int8, or four int16, to integers twice as wide."""
+        """Add products of eight int8, or four int16, to integers that are twice as wide."""
         kind = acc.type
         name = f"llvm.aarch64.neon.smull.v{kind.count}i{kind.element.width}"
         return e.b.add(acc, e.intrinsic(name, kind, [x, w]))
@@ -112,6 +112,10 @@ class NeonI8mm(Neon):
     def byte_dot(self, e: Emitter, acc: Any, x: Any, w: Any) -> Any:
         """Add four neighbouring products of uint8 and int8 to each int32."""
         return e.intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8", self.int32s, [acc, x, w])
+
+    def byte_matrices(self, e: Emitter, acc: Any, x: Any, w: Any) -> Any:
+        """Add the products of two rows of eight uint8 and two of int8 to four int32."""
+        return e.intrinsic("llvm.aarch64.neon.usmmla.v4i32.v16i8", self.int32s, [acc, x, w])
 
 
 class _NeonAlone(Neon):
