@@ -269,9 +269,9 @@ class Emission(Emitter):
         """Clamp, round half to even, and join to one vector of uint8.
 
         Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
-        the least int32, and so would be what is above, unless the instruction set saturates: if it is
-        not `bounded` (`Layer.fits_int32`), for there is a residual or a function, hi, or what an
-        int16 can hold, comes first.
+        the least int32, and so would be what is above, unless the instruction set saturates: if it
+        is not `bounded` (`Layer.fits_int32`), for there is a residual or a function, hi, or what
+        an int16 can hold, comes first.
         """
         b = self.b
         bounded = bounded or self.isa.saturates

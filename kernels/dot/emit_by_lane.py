@@ -1,4 +1,4 @@
-"""Microkernels of instruction sets whose products take one lane of codes with a register of weights.
+"""Microkernels for products of one lane of codes and a register of weights, or of matrices.
 
 The codes of some steps of a pixel are one register. Sums of pairs and of Winograd's positions are
 those of one channel a lane, in int16: a step's weights are those of its first code, of its second
@@ -140,8 +140,10 @@ class Matrices(_ByLane, Direct):
         def add(acc: dict, q: Any, w: Any) -> tuple[dict, Any]:
             kind, new = ir.VectorType(i8, 8), dict(acc)
             codes = [self.load(row, kind, 1) for row in self.rows(bases, q)]
-            pairs = [self.shuffle(codes[i], codes[min(i + 1, len(codes) - 1)], [*range(16)])
-                     for i in range(0, len(codes), 2)]
+            pairs = [
+                self.shuffle(codes[i], codes[min(i + 1, len(codes) - 1)], [*range(16)])
+                for i in range(0, len(codes), 2)
+            ]
             for j in range(self.k.vectors):
                 for half in (0, 1):
                     place = b.add(w, self.word(self.size * (2 * j + half)))

@@ -117,7 +117,9 @@ class Microkernel:
     @property
     def name(self) -> str:
         """Instruction set, kind where it is not the instruction set's own, and tile."""
-        kind = "" if self.kind in ("pair", "dot", "matrix") else f"{self.kind.removesuffix('_dot')}-"
+        kind = (
+            "" if self.kind in ("pair", "dot", "matrix") else f"{self.kind.removesuffix('_dot')}-"
+        )
         if self.kind == "rows":
             window = "{}x{}s{}".format(*self.window) if self.window else ""
             kind = f"depthwise{window}-"

@@ -43,11 +43,19 @@ class _Emission(Emitter):
     def step(self, acc: dict, inputs: Iterable[Any], w: Any) -> dict:
         """Add the products of an input of each pixel; the weights of the step begin at w."""
         b, k = self.b, self.k
+        new = {}
+        if k.isa.by_lane and k.vectors > k.pixels:  # registers have no room for all weights
+            x = list(inputs)
+            for j in range(k.vectors):
+                place = b.add(w, self.word(self.size * j))
+                vector = self.load(place, self.floats, self.size)
+                for i in range(k.pixels):
+                    new[i, j] = self.fma(x[i], vector, acc[i, j])
+            return new
         vectors = [
             self.load(b.add(w, self.word(self.size * j)), self.floats, self.size)
             for j in range(k.vectors)
         ]
-        new = {}
         for i, x in enumerate(inputs):
             for j in range(k.vectors):
                 new[i, j] = self.fma(x, vectors[j], acc[i, j])

@@ -159,9 +159,7 @@ def target_features() -> frozenset[str]:
     flags = target.features.split(",")
     without = {f[1:] for f in flags if f.startswith("-")}
     known = _CPUS.get(target.cpu, _NEON if _IS_ARM else set())
-    return frozenset(
-        (known - without) | {f[1:] for f in flags if f[:1] == "+"}
-    )
+    return frozenset((known - without) | {f[1:] for f in flags if f[:1] == "+"})
 
 
 def has_features(names: tuple[str, ...]) -> bool:

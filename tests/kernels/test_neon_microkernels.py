@@ -15,7 +15,7 @@ from logshift.kernels.fma.tiles import FLOAT_TILES
 MACHINES = {"neon": cross.NEON, "neondot": cross.NEON_DOT, "neoni8mm": cross.NEON_I8MM}
 TILES = {name: k for name, k in MICROKERNELS.items() if k.isa.name in MACHINES}
 FLOATS = {name: tile for name, tile in FLOAT_TILES.items() if tile.isa.name in MACHINES}
-DOTS = {"neondot": "sdot", "neoni8mm": "sudot"}  # by lane of codes
+DOTS = {"neondot": "sdot", "neoni8mm": "usdot|sudot"}  # sudot: by lane of codes
 
 
 def printed(module, tiles, name):
@@ -26,12 +26,12 @@ def printed(module, tiles, name):
 
 
 def products_of(loop, instruction):
-    return sum(bool(re.match(rf"{instruction}\b", line)) for line in loop)
+    return sum(bool(re.match(rf"(?:{instruction})\b", line)) for line in loop)
 
 
 @pytest.mark.parametrize("name", TILES)
 def test_steps_take_lanes_of_codes_and_touch_no_stack(name):
-    """And every product that there is, is one that is needed: none is of a broadcast."""
+    """And there are no more products than are needed, of several steps without a broadcast."""
     kernel = TILES[name]
     assembly = printed(dot, TILES, name)
     instruction = {"matrix": "usmmla"}.get(kernel.kind, "smlal2?")
@@ -46,12 +46,12 @@ def test_steps_take_lanes_of_codes_and_touch_no_stack(name):
     pixels = max(kernel.pixels, 2) if kernel.kind == "matrix" else kernel.pixels
     per_step = per_vector * pixels * kernel.vectors
     for lines in loops:
-        assert products_of(lines, instruction) % per_step == 0
+        count = products_of(lines, instruction)
+        assert count % per_step == 0
         assert not any("[sp" in line for line in lines)
-        if "dot" in kernel.kind:
-            by_lane = [line for line in lines if re.search(r"\.4b\[\d\]$", line)]
-            assert len(by_lane) == products_of(lines, instruction)
-    others = {"sdot", "udot", "sudot", "usdot", "ummla", "usmmla"} - {instruction}
+        if "dot" in kernel.kind and count > per_step:
+            assert len([line for line in lines if re.search(r"\.4b\[\d\]$", line)]) == count
+    others = {"sdot", "udot", "sudot", "usdot", "ummla", "usmmla"} - {*instruction.split("|")}
     assert not re.search(rf"\b({'|'.join(others)})\s", assembly)
 
 

@@ -91,6 +91,10 @@ class InstructionSet:
         """Add four neighbouring products of uint8 and int8 to each int32."""
         raise NotImplementedError
 
+    def byte_matrices(self, e: Emitter, acc: Any, x: Any, w: Any) -> Any:
+        """Add the products of two rows of eight uint8 and two of int8 to four int32."""
+        raise NotImplementedError
+
     def interleaved(self, e: Emitter, first: Any, second: Any, half: int) -> Any:
         """Interleave bytes of two registers: of each 16 the lower half, or the upper one."""
         raise NotImplementedError

@@ -52,8 +52,10 @@ class Neon(InstructionSet):
         pairs = [e.shuffle(narrow[p], narrow[p + 1], [*range(8)]) for p in (0, 2)]
         if between is not None:
             pairs = [between(pair) for pair in pairs]
-        codes = [e.intrinsic("llvm.aarch64.neon.sqxtun.v8i8", quarter, [pair]) for pair in pairs]
-        return e.shuffle(*codes, [*range(16)])
+        low, high = (
+            e.intrinsic("llvm.aarch64.neon.sqxtun.v8i8", quarter, [pair]) for pair in pairs
+        )
+        return e.shuffle(low, high, [*range(16)])
 
     def sixteen(self, e: Emitter, address: Any) -> Callable[[Any], Any]:
         """Return what looks int16 up in sixteen entries at an address, by int16 below 16."""
