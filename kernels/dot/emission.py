@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from logshift.kernels.activation import ACTIVATIONS, PIECES, PIECEWISE, PRELU
 from logshift.kernels.dot.tiles import TILE, Microkernel
-from logshift.kernels.machine.emit import Emitter, f32, i8, i32, i64
+from logshift.kernels.machine.emit import Emitter, f32, i8, i16, i32, i64
 from logshift.kernels.machine.lookup import Lookup
 
 OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
@@ -120,10 +120,30 @@ class Emission(Emitter):
         """Return what computes a vector of real-valued outputs, unclamped, when it is called."""
         b, k, size = self.b, self.k, self.size
         m, bias = (b.add(self.field(n), bytes_of_words) for n in ("m", "b"))
+        in_pairs = self.isa.by_lane and k.vectors % 2 == 0  # of vectors, in int16
         if residual:
-            r = self.places("r", channel)
-            z_r = self.splat(self.field("z_r", i32), self.int32s)
+            r, z = self.places("r", channel), self.field("z_r", i32)
+            z_r = (
+                self.splat(b.trunc(z, i16), self.int16s) if in_pairs else self.splat(z, self.int32s)
+            )
             m_r = self.splat(self.field("m_r", f32), self.floats)
+
+        def codes(i: int, j: int, lanes: int) -> Any:
+            address = b.add(r(i), self.word(k.lanes * j))
+            return self.load(address, ir.VectorType(i8, lanes), 1)
+
+        pairs: dict[tuple[int, int], Any] = {}
+
+        def difference(i: int, j: int) -> Any:
+            """Return codes of a residual less their zero point, as int32."""
+            if not in_pairs:
+                return b.sub(b.zext(codes(i, j, k.lanes), self.int32s), z_r)
+            if (i, j // 2) not in pairs:
+                loaded = b.zext(codes(i, j - j % 2, 2 * k.lanes), self.int16s)
+                pairs[i, j // 2] = b.sub(loaded, z_r)
+            pair, first = pairs[i, j // 2], j % 2 * k.lanes
+            half = self.shuffle(pair, pair, [*range(first, first + k.lanes)])
+            return b.sext(half, self.int32s)
 
         def compute(tile: tuple[int, int]) -> Any:
             i, j = tile
@@ -132,10 +152,7 @@ class Emission(Emitter):
             v = b.fadd(b.fmul(b.sitofp(total(tile), self.floats), scale), shift)
             if not residual:
                 return v
-            address = b.add(r(i), self.word(k.lanes * j))
-            codes = self.load(address, ir.VectorType(i8, k.lanes), 1)
-            t = b.sitofp(b.sub(b.zext(codes, self.int32s), z_r), self.floats)
-            return b.fadd(v, b.fmul(t, m_r))
+            return b.fadd(v, b.fmul(b.sitofp(difference(i, j), self.floats), m_r))
 
         return compute
 
