@@ -65,7 +65,8 @@ def inner_loops(text: str) -> list[list[str]]:
             block.append(instruction[1])
             if re.search(rf"\s{label}$", line) and label:
                 loops.append(block)
-            if re.match(r"(b|ret)\b(?!\.)", instruction[1]):
+                label, block = "", []
+            elif re.match(r"(b|ret)\b(?!\.)", instruction[1]):
                 label = ""
     return loops
 
