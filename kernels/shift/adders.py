@@ -29,6 +29,7 @@ from logshift.kernels.machine.emit import Emitter, i8, i16, i32, i64
 from logshift.kernels.machine.isa.avx2 import AVX2
 from logshift.kernels.machine.isa.avx512 import AVX512_BW
 from logshift.kernels.machine.isa.base import ANY, InstructionSet
+from logshift.kernels.machine.isa.neon import NEON
 
 PIECE = 16  # rows that are transposed together
 DIGIT = 4  # bits of a digit of codes that are split in two
@@ -66,8 +67,11 @@ class Adder:
 
         Bytes of a register, number of registers, bytes of the row from one to the next.
         """
-        if self.vectors > self.digits:
-            return self.vector, self.vectors // 2, self.vector * self.digits
+        if self.vectors > self.digits == 1:
+            return self.vector, self.vectors // 2, self.vector
+        if self.vectors > self.digits:  # half of each digit, as one register
+            size = self.lanes // self.digits
+            return size // 2, self.digits, size
         # In a cycle 64 bytes are loaded, be it by one register or by two.
         return (32, self.vectors, self.vector) if self.vector == 64 else None
 
@@ -311,7 +315,7 @@ def scatter(typingctx, source, pixels, offset, vector, count, pitch):
 
 # --- the table ----------------------------------------------------------------------------------
 
-_VECTORS = {AVX512_BW: (2, 1), AVX2: (2,), ANY: (4,)}  # of a row
+_VECTORS = {AVX512_BW: (2, 1), AVX2: (2,), NEON: (8,), ANY: (4,)}  # of a row
 ADDERS = {
     adder.name: adder
     for isa, (usual, *others) in _VECTORS.items()

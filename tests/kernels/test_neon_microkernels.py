@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 
 import pytest
-from support import cross
+from support import adder_code, cross
 
 from logshift.kernels.dot import microkernels as dot
 from logshift.kernels.dot.tiles import MICROKERNELS
 from logshift.kernels.fma import microkernels as fma
 from logshift.kernels.fma.tiles import FLOAT_TILES
+from logshift.kernels.shift.adders import ADDERS
 
 MACHINES = {"neon": cross.NEON, "neondot": cross.NEON_DOT, "neoni8mm": cross.NEON_I8MM}
 TILES = {name: k for name, k in MICROKERNELS.items() if k.isa.name in MACHINES}
+ADDITIONS = {name: adder for name, adder in ADDERS.items() if adder.isa.name in MACHINES}
 FLOATS = {name: tile for name, tile in FLOAT_TILES.items() if tile.isa.name in MACHINES}
 DOTS = {"neondot": "sdot", "neoni8mm": "usdot|sudot"}  # sudot: by lane of codes
 
@@ -77,3 +79,17 @@ def test_float_products_are_fused_and_touch_no_stack(name):
     for lines in cross.inner_loops(assembly):
         if products_of(lines, "fmla") and tile.window is None:
             assert not any("[sp" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_additions_multiply_nothing_and_touch_no_stack(name):
+    adder = ADDITIONS[name]
+    assembly = printed(adder_code, ADDITIONS, name)
+    assert not re.search(
+        r"\b(mul|\w+mull?\w*|f?ml[as]\w*|[su]ml[as]l\w*|m(add|sub)|\w*dot)\s", assembly
+    )
+    (loop,) = [lines for lines in cross.inner_loops(assembly) if products_of(lines, "usra")]
+    assert not any("[sp" in line for line in loop)
+    additions = [line for line in loop if re.match(r"add\s+v\d+\.16b", line)]
+    assert len(additions) == (adder.group - 1) * adder.vectors
+    assert products_of(loop, "usra") == adder.vectors  # sums of odd bytes are widened by adding
