@@ -58,6 +58,12 @@ class _ByLane(Emission):
         b.position_at_end(after)
         return held, q_phi, w_phi
 
+    def half(self, acc: dict, tile: tuple[int, int]) -> Any:
+        """Return the sums of a vector, of int16 of eight channels, as int32."""
+        i, j = tile
+        held, first = acc[i, j // 2], j % 2 * 4
+        return self.b.sext(self.shuffle(held, held, [*range(first, first + 4)]), self.int32s)
+
     def dot_step(self, acc: dict, x: dict, s: int, w: Any) -> dict:
         """Add dot products of the codes of step s of each pixel; its weights begin at w."""
         b, size, new = self.b, self.size, {}
@@ -182,9 +188,7 @@ class Pairs(Dot):
 
     def widen(self, acc: dict, tile: tuple[int, int]) -> Any:
         """Return the int32 sums of a tile's vector."""
-        i, j = tile
-        held, first = acc[i, j // 2], j % 2 * 4
-        return self.b.sext(self.shuffle(held, held, [*range(first, first + 4)]), self.int32s)
+        return self.half(acc, tile)
 
 
 class Wide(Dot):
@@ -229,7 +233,9 @@ class Taps(_ByLane, Depthwise):
                     new[i, j] = self.isa.multiplied(self, new[i, j], code, part)
         return new, b.add(w, self.word(2 * self.k.channels))
 
-    widen = Pairs.widen
+    def widen(self, acc: dict, tile: tuple[int, int]) -> Any:
+        """Return the int32 sums of a tile's vector."""
+        return self.half(acc, tile)
 
 
 class Positions(Pairs, Winograd):
