@@ -260,15 +260,20 @@ HEADER = [
 ]  # fmt: skip
 
 
+def in_figures(group: str) -> list[tuple[str, list[str]]]:
+    """Return the runs of a group that the figures show, by label."""
+    return [
+        (f"W{bits}A{bits}, {label}", [f"{group}/w{bits}a{bits}{suffix}"])
+        for bits in (5, 4)
+        for suffix, label in SELECTED.items()
+    ]
+
+
 def tables() -> dict[str, str]:
     """Return the tables by name."""
     wide = {"w3a6": "W3A6", "w3a3": "W3A3", "w4a8": "W4A8", "w4a4": "W4A4", "w3a5": "W3A5"}
     published = {
-        "figures": [
-            (f"W{bits}A{bits}, {label}", [f"figure/w{bits}a{bits}{suffix}"])
-            for bits in (5, 4)
-            for suffix, label in SELECTED.items()
-        ],
+        "figures": in_figures("figure"),
         "ratio": [
             (f"{wide[case]} + {percent} %", seeds(f"ratio/{case}-{percent}"))
             for case in ("w3a6", "w3a3")
@@ -294,11 +299,7 @@ def tables() -> dict[str, str]:
         "light": [(f"W3A6 + {percent} %", [f"light/w3a6-{percent}"]) for percent in LIGHT_RATIOS],
     }
     penalty = {
-        "penalty-figures": [
-            (f"W{bits}A{bits}, {label}", [f"penalty/w{bits}a{bits}{suffix}"])
-            for bits in (5, 4)
-            for suffix, label in SELECTED.items()
-        ],
+        "penalty-figures": in_figures("penalty"),
         "bits": [
             (f"W{bits}A{activation_bits} + 15 %", seeds(f"table/w{bits}a{activation_bits}"))
             for bits in (5, 4, 3)
@@ -472,7 +473,9 @@ def main() -> None:
             training_panels.draw(LOGS / f"{task}.jpg", there, labels)
     text = PAGE.read_text()
     for name, table in tables().items():
-        begin = text.index(mark := f"<!-- {name} -->\n") + len(mark)
+        if (mark := f"<!-- {name} -->\n") not in text:  # a section to come
+            continue
+        begin = text.index(mark) + len(mark)
         end = text.index("<!-- end -->", begin)
         text = f"{text[:begin]}\n{table}\n{text[end:]}"
     PAGE.write_text(text)

@@ -20,7 +20,9 @@ from torch import nn
 
 from benchmarks.machine import describe
 from logshift import trainer
+from logshift.trainer.fit import make_optimisers
 from logshift.trainer.models import MODELS
+from logshift.trainer.settings import Training
 
 ROUNDS, STEPS = 8, 2
 CASES = {
@@ -47,9 +49,7 @@ class Case:
             network = trainer.prepare(network, config)
             trainer.calibrate(network, [x[:32]])
         self.network = network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        groups, v = trainer.parameter_groups(network, 1e-4)
-        self.optimisers = [torch.optim.SGD(groups, 1e-3, 0.9, nesterov=True)]
-        self.optimisers += [torch.optim.SGD(v, 1.0)] if v else []
+        self.optimisers = make_optimisers(network, Training(), config, 1000)
 
     def step(self) -> None:
         """Make a step."""

@@ -24,6 +24,7 @@ from logshift.converter.progress import Progress
 from logshift.converter.settings import Settings
 from logshift.converter.shared import layers, weight_of
 from logshift.kernels.stlq.codec import LogWeights, exponent_levels
+from logshift.kernels.stlq.tiling import Tiling
 from logshift.runtime.cores import default_threads
 from logshift.runtime.executor import spread
 
@@ -214,16 +215,17 @@ def _cases(
     return cases
 
 
-def _some_rows(shape: tuple[int, ...], group: int, settings: Settings) -> tuple[np.ndarray, int]:
+def _some_rows(
+    shape: tuple[int, int, int, int], group: int, settings: Settings
+) -> tuple[np.ndarray, int]:
     """Return about `_ROWS` output channels, those of whole tiles, and of how many groups these are.
 
     Tiles of the rows, cut by so many groups, are tiles of the weight.
     """
     outputs, together = shape[0], 1
     if isinstance(settings.tile, tuple):
-        # Outputs that a tile may have in common, as `Tiling` has it; short ones at ends are left.
-        most = outputs if shape[3] == 1 else outputs // group
-        together = min(settings.tile[1], most)
+        tiling = Tiling(shape, settings.tile, group)  # of which shorter ones are left out
+        together, most = tiling.height, tiling.together
         begins = np.arange(0, outputs, most)[:, None] + np.arange(most // together) * together
     else:
         begins = np.arange(outputs)

@@ -36,7 +36,7 @@ class WeightRecord:
     granularity : str
         How second words were selected; for the reader's eye only.
     tile : list of two int, optional
-        Inputs and outputs of the tiles of an array by which they were.
+        Inputs and outputs of the tiles of an array by which they were, whatever `granularity` says.
     """
 
     bits: int
@@ -60,7 +60,7 @@ class WeightRecord:
         if self.tile is not None:
             if not isinstance(self.tile, list) or len(self.tile) != 2:
                 raise ValueError(f"tile is {self.tile}; it must be a list of two numbers")
-            tile_of(self.granularity, (self.tile[0], self.tile[1]))
+            tile_of("tile", (self.tile[0], self.tile[1]))
 
     @classmethod
     def of(

@@ -153,7 +153,8 @@ class Cost:
             " for 45 nm, not measured on this CPU",
             f"weights: {_compared(record['weight_bits'], 'Mbit')}",
             f"activations: {_compared(record['activation_bits'], 'Mbit')}",
-            f"tiles of {self.tile[0]}x{self.tile[1]}: {total['cycles_first'] / 1e3:.1f} kcycles"
+            f"tiles of {self.tile[0]} outputs x {self.tile[1]} inputs:"
+            f" {total['cycles_first'] / 1e3:.1f} kcycles"
             f" with first words alone, {total['cycles'] / 1e3:.1f} with the second words there are"
             f" ({record['cycle_ratio']:.2f} times), {total['cycles_element'] / 1e3:.1f} expected if"
             f" as many were chosen one by one ({record['cycle_ratio_element']:.2f} times),"

@@ -71,7 +71,16 @@ class Blocks:
             self.shape = self._count[1], 1
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sums over blocks, `shape`, of a tensor (O, K)."""
+        """Add up what the weights of each block have.
+
+        Parameters
+        ----------
+        x : Tensor of shape (O, K)
+
+        Returns
+        -------
+        Tensor of `shape`
+        """
         if self._side == (1, 1):
             return x.reshape(self.shape)
         groups, outputs, positions, inputs = self._grid
@@ -82,7 +91,16 @@ class Blocks:
         return x.sum((2, 5)).reshape(self.shape)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Return a tensor of `shape` as one (O, K): each weight has the value of its block."""
+        """Give each weight the value of its block.
+
+        Parameters
+        ----------
+        x : Tensor of `shape`
+
+        Returns
+        -------
+        Tensor of shape (O, K)
+        """
         if self._side == (1, 1):
             return x.reshape(self.rows)
         groups, outputs, positions, inputs = self._grid
@@ -91,6 +109,10 @@ class Blocks:
         x = x.expand(-1, -1, high, -1, -1, wide)
         x = x.reshape(groups, down * high, positions, across * wide)
         return x[:, :outputs, :, :inputs].reshape(self.rows)
+
+    def chosen(self, ratio: float) -> int:
+        """Return how many blocks a share of them is, rounded down."""
+        return math.floor(ratio * math.prod(self.shape) + 1e-9)
 
     def select(self, error: Tensor, ratio: float) -> Tensor:
         """Choose the blocks with the largest errors; of equal ones the first.
@@ -108,7 +130,7 @@ class Blocks:
             The selection tensor C.
         """
         score = self.sum(error.double().square()).flatten()
-        count = math.floor(ratio * len(score) + 1e-9)
+        count = self.chosen(ratio)
         chosen = torch.zeros_like(score, dtype=torch.bool)
         chosen[score.argsort(descending=True, stable=True)[:count]] = True
         return chosen.reshape(self.shape)

@@ -22,7 +22,15 @@ from logshift.trainer.settings import SettingsError
 def _list(wanted: bool) -> None:
     if wanted:
         found = {name: settings_module.read(name) for name in settings_module.recipes()}
-        table = Table("recipe", "data", "bits + two words", "expected", box=None, pad_edge=False)
+        table = Table(
+            "recipe",
+            "data",
+            "bits + two words",
+            "expected",
+            box=None,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         table.columns[0].no_wrap = True  # names are copied
         for task in dict.fromkeys(chosen.task for chosen in found.values()):
             table.add_row()

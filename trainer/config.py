@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from logshift.trainer import stlq
 from logshift.trainer.blocks import MAX_TILE, Granularity
@@ -14,7 +14,7 @@ Method = Literal[
     "stlq", "without_select", "residual_penalty", "residual_penalty_without_select", "log",
     "flightnn", "apot", "uniform",
 ]  # fmt: skip
-Side = Annotated[int, Field(ge=1, le=MAX_TILE)]
+Side = Annotated[int, Field(strict=True, ge=1, le=MAX_TILE)]
 
 
 class LayerConfig(BaseModel):
@@ -44,11 +44,11 @@ class Config(BaseModel):
     residual_ratio : float
         Share of the weights (tiles, filters) of each layer that have second words.
     granularity : {"element", "tile", "filter"}
-        What is selected: `blocks.Blocks`.
+        What is selected: `blocks.Blocks`; "flightnn" selects filters whatever this says.
     tile : (int, int) or int
         Input and output channels of a tile at one kernel position; or 1 to 256 consecutive weights.
     scale : {"channel", "layer"}
-        What has an alpha.
+        What has an alpha; "apot" and "uniform" have one for each channel.
     clip : int, optional
         Bound of |W| in units of alpha, 1 or 2; by default 2 below 4 bits, else 1.
     residual_shift : int
@@ -58,8 +58,8 @@ class Config(BaseModel):
     input_bits : int
         Least A of the network's inputs, and of outputs that are codes.
     regularisation : float
-        lambda: of ||v||^2; of "residual_penalty" and "flightnn" that of the sum of the layers' l2
-        norms of r1.
+        lambda: of ||v||^2, where 0 needs `v_lr`; of "residual_penalty" and "flightnn" that of the
+        sum of the layers' l2 norms of r1.
     v_lr : float, optional
         Highest learning rate of v. By default the one with which v fades in the first 60 % of a
         run, whatever the length of the run, its optimiser, its learning rate and lambda.
@@ -89,6 +89,13 @@ class Config(BaseModel):
     first: LayerConfig = LayerConfig()
     last: LayerConfig = LayerConfig()
     layers: dict[str, LayerConfig] = {}
+
+    @model_validator(mode="after")
+    def _fades(self) -> Config:
+        if self.method in ("stlq", "without_select"):
+            if self.regularisation == 0 and self.v_lr is None:
+                raise ValueError("regularisation is 0: v does not fade by itself; give v_lr, too")
+        return self
 
     def of_layer(self, name: str, number: int, count: int) -> LayerConfig:
         """Return what holds for layer `number` of `count`: patterns, then first and last."""

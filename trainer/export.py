@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from logshift.trainer.activations import ActivationQuantizer
-from logshift.trainer.quantize import cut, non_zero_ratio, quantizable, weight_quantizers
+from logshift.trainer.quantize import cut, non_zero_ratio, quantizable, remaining, weight_quantizers
 from logshift.trainer.stlq import NEGLIGIBLE, exponent_levels
 from logshift.trainer.weights import Layout, LogQuantizer, WeightQuantizer
 
@@ -69,6 +69,14 @@ def export_onnx(
         How a picture becomes the input, for the metadata.
     """
     kept = [] if not isinstance(network, fx.GraphModule) else _kept(network)
+    if (left := remaining(network)) > 0:
+        warnings.warn(
+            f"{left:.1%} of the weights that were not selected still have part of a second word, "
+            "which the file has not: it computes something else than the network does. Train longer"
+            ", or with a higher regularisation or learning rate of v, and call fade after each step"
+            " and cut at the end.",
+            stacklevel=2,
+        )
     network, grids = deployed(network)
     path = Path(path)
     partial = path.with_suffix(".partial")
@@ -201,8 +209,8 @@ def _fold(network: fx.GraphModule) -> dict[str, dict[str, Any]]:
                 "alpha": [float(a) for a in alpha.flatten()],
                 "granularity": words.granularity,
             }
-            if words.granularity == "tile" and not isinstance(words.tile, int):
-                grids[f"{name}.weight"]["tile"] = list(words.tile)
+            if words.array_tile is not None:
+                grids[f"{name}.weight"]["tile"] = list(words.array_tile)
         else:
             unit = alpha.double()
         plain = _plain(layer, layout.weight((integers * unit).float()), bias)
@@ -265,11 +273,9 @@ def stored_bits(quantizer: WeightQuantizer) -> float:
     channels, size = len(quantizer.magnitude()), quantizer.layout.shape.numel()
     nzr = float(quantizer.second_words) / size
     words = nzr * quantizer.bits + min(8 * nzr, 1.0)
-    if isinstance(quantizer, LogQuantizer) and not isinstance(quantizer.words.tile, int):
-        if quantizer.words.granularity == "tile":
-            chosen = float(quantizer.blocks.spread(quantizer.selected).sum())
-            dense = (chosen * quantizer.bits + quantizer.selected.numel()) / size
-            words = min(words, dense)
+    if isinstance(quantizer, LogQuantizer) and quantizer.words.array_tile is not None:
+        inside = float(quantizer.blocks.spread(quantizer.share() != 0).sum())
+        words = min(words, (inside * quantizer.bits + quantizer.selected.numel()) / size)
     return quantizer.bits + words + 32 * channels / size
 
 

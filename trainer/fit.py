@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -95,11 +96,11 @@ def fit(settings: Settings, data: DataSet, out: Path, *, resume: bool = False) -
     going_on = fabric.broadcast((out / CHECKPOINT).exists())  # all see one folder, at one time
     if going_on and not resume:
         raise RunError(f"{out} holds a run: go on with --resume, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    run = _Run(settings, data, out, fabric, going_on)
     steps = data.steps(training.batch)
     if not steps:
         raise RunError(f"training.batch is {training.batch}; there are {data.size} examples")
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(settings, data, out, fabric, going_on)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=run.console) as progress:
         bar = progress.add_task("training", total=training.epochs * steps)
@@ -165,7 +166,7 @@ class _Run:
             inputs = data.calibration(training.calibration)
             quantize.calibrate(self.network, inputs.split(min(training.batch, 64)))
         self.network = self.network.to(fabric.device)
-        steps = training.epochs * max(data.steps(training.batch), 1)
+        steps = training.epochs * data.steps(training.batch)
         optimisers = make_optimisers(self.network, training, quantization, steps)
         self.highest = [optimiser.defaults["lr"] for optimiser in optimisers]
         if going_on:
@@ -185,11 +186,17 @@ class _Run:
             saved = torch.load(checkpoint, map_location=self.fabric.device, weights_only=True)
         except Exception as error:  # of many kinds
             raise RunError(f"{checkpoint} cannot be read: {error}; remove it") from error
-        known = Settings.model_validate_json(saved["settings"])  # of an older one not all are there
-        if _comparable(known) != _comparable(self.settings):
+        try:
+            known = Settings.model_validate_json(saved["settings"])  # an older one lacks some
+        except ValidationError as error:
             raise RunError(
-                f"{checkpoint} is of a run with other settings; choose another folder, or the "
-                f"settings in {self.out / 'settings.json'}"
+                f"{checkpoint} is of another version of logshift-trainer, with other settings: "
+                "remove it"
+            ) from error
+        if others := _differences(_comparable(known), _comparable(self.settings)):
+            raise RunError(
+                f"{checkpoint} is of a run with other settings ({', '.join(others)}); choose "
+                f"another folder, or the settings in {self.out / 'settings.json'}"
             )
         try:
             self.network.load_state_dict(saved["network"])
@@ -213,7 +220,7 @@ class _Run:
         partial = checkpoint.with_suffix(".partial")
         torch.save(
             {
-                "settings": _comparable(self.settings),
+                "settings": self.settings.model_dump_json(exclude={"weights"}),
                 "network": self.network.state_dict(),
                 "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "precision": self.fabric.strategy.precision.state_dict(),
@@ -284,8 +291,7 @@ class _Run:
                     total["regulariser"] += float(pull.detach()) / parts
                     total["nzr"] += quantize.non_zero_ratio(self.network) / parts
                 fabric.backward(loss / parts)
-        for optimiser in self.optimisers:
-            optimiser.step()
+        step_all(self.optimisers, getattr(fabric.strategy.precision, "scaler", None))
         if quantization is not None:
             quantize.fade(self.network)
         if fabric.world_size > 1:
@@ -418,15 +424,39 @@ def fading_rate(strength: float, factors: Sequence[float]) -> float:
         lambda, positive.
     factors : sequence of float
         The learning rate of each step of the run over the highest one.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    RunError
+        If lambda or the sum of the factors is not positive.
     """
     ahead = sum(factors[: math.ceil(FADED * len(factors))])
+    if not (strength > 0 and ahead > 0):
+        raise RunError(f"lambda is {strength} and {len(factors)} steps: nothing would fade in them")
     return -math.log(FadingQuantizer.EPSILON) / (2 * strength * ahead)
 
 
 def make_optimisers(
     network: nn.Module, training: Training, quantization: Config | None, steps: int
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimiser for a run of so many steps, and that of v if there is one."""
+    """Return the optimiser for a run, and that of v if there is one.
+
+    Parameters
+    ----------
+    network : nn.Module
+    training : Training
+    quantization : Config, optional
+    steps : int
+        Of the whole run.
+
+    Returns
+    -------
+    list of Optimizer
+    """
     groups, v = parameter_groups(network, training.weight_decay)
     optimisers: list[torch.optim.Optimizer] = []
     if training.optimiser == "adam":
@@ -439,9 +469,30 @@ def make_optimisers(
     if v:
         assert quantization is not None
         factors = [learning_rate(step / steps, training) / training.lr for step in range(steps)]
-        rate = quantization.v_lr or fading_rate(max(quantization.regularisation, 1e-12), factors)
+        rate = quantization.v_lr or fading_rate(quantization.regularisation, factors)
         optimisers.append(torch.optim.SGD(v, rate))
     return optimisers
+
+
+def step_all(optimisers: list[Any], scaler: torch.amp.GradScaler | None) -> None:
+    """Make a step of all optimisers, by gradients of one scale.
+
+    Fabric would let each of them change the scale before the next one has been served.
+
+    Parameters
+    ----------
+    optimisers : list
+        As Fabric has set them up.
+    scaler : GradScaler, optional
+        Of training in float16.
+    """
+    for optimiser in optimisers:
+        if scaler is None:
+            optimiser.step()
+        else:
+            scaler.step(optimiser.optimizer)
+    if scaler is not None:
+        scaler.update()
 
 
 def _distribution(v: Tensor) -> dict[str, float]:
@@ -465,7 +516,7 @@ def learning_rate(done: float, training: Training) -> float:
     return training.lr * 0.5 * (1 + math.cos(math.pi * falling))
 
 
-def _comparable(settings: Settings) -> str:
+def _comparable(settings: Settings) -> dict[str, Any]:
     """Return what must be the same for a run to go on: not threads, not where the weights were."""
     training = {
         "threads",
@@ -476,4 +527,17 @@ def _comparable(settings: Settings) -> str:
         "nodes",
         "accumulate",
     }
-    return settings.model_dump_json(exclude={"weights": True, "training": training})
+    values = settings.model_dump(exclude={"weights": True, "training": training})
+    quantization = settings.quantization
+    if quantization is not None and quantization.granularity != "tile":
+        del values["quantization"]["tile"]  # whose default was another one
+    return values
+
+
+def _differences(one: Any, other: Any, name: str = "") -> list[str]:
+    """Return the names of settings that differ."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [name]
+    keys = dict.fromkeys([*one, *other])
+    parts = (_differences(one.get(k), other.get(k), f"{name}.{k}".lstrip(".")) for k in keys)
+    return [found for part in parts for found in part]

@@ -32,6 +32,7 @@ from logshift.trainer.weights import (
     LAYERS,
     FadingQuantizer,
     Layer,
+    Layout,
     LevelQuantizer,
     LogQuantizer,
     PenaltyQuantizer,
@@ -162,7 +163,7 @@ def refresh(network: nn.Module) -> None:
 
 
 def fade(network: nn.Module) -> None:
-    """Set v to 0 where it is below epsilon, after each step of the optimiser (method "stlq")."""
+    """Keep v within [0.001, 1] or 0, after each step of the optimiser (method "stlq")."""
     for quantizer in _fading(network):
         quantizer.fade()
 
@@ -177,9 +178,26 @@ def cut(network: nn.Module) -> None:
 
 
 def fading(network: nn.Module) -> Tensor:
-    """Return v of all blocks that are not selected, one-dimensional; empty for other methods."""
-    found = [q.v.detach()[~q.selected] for q in _fading(network)]
+    """Return how much of their second words blocks have that are not selected (method "stlq").
+
+    Parameters
+    ----------
+    network : nn.Module
+        From `prepare`.
+
+    Returns
+    -------
+    float32 Tensor, one-dimensional
+        v of all layers, one after the other; empty for other methods.
+    """
+    found = [q.fading() for q in _fading(network)]
     return torch.cat(found) if found else torch.empty(0)
+
+
+def remaining(network: nn.Module) -> float:
+    """Return the share of all v that `cut` would set to 0, of blocks that are not selected."""
+    v = [q.fading() for q in _fading(network) if q.cuts]
+    return float(torch.cat(v).count_nonzero()) / max(sum(map(len, v)), 1) if v else 0.0
 
 
 def _fading(network: nn.Module) -> list[FadingQuantizer]:
@@ -250,14 +268,13 @@ def _weight_quantizer(layer: Layer, config: Config, special: LayerConfig) -> Wei
         return LevelQuantizer(layer, bits, uniform_levels(bits))
     if config.method == "apot":
         return LevelQuantizer(layer, bits, apot_levels(bits))
-    if config.method == "log":
-        ratio = 0.0
     clip = config.clip or stlq.default_clip(bits)
-    if ratio == 0 and config.method != "residual_penalty_without_select":
-        clip = 1  # nothing reaches past alpha in the end
     granularity = "filter" if config.method == "flightnn" else config.granularity
-    words = Words(bits, ratio, granularity, config.tile, clip, config.residual_shift, config.scale)
     select = not config.method.endswith("without_select")
+    chosen = Layout(layer).blocks(granularity, config.tile).chosen(ratio)
+    if config.method == "log" or (select and not chosen):
+        ratio, clip = 0.0, 1  # nothing reaches past alpha in the end
+    words = Words(bits, ratio, granularity, config.tile, clip, config.residual_shift, config.scale)
     if config.method in ("stlq", "without_select"):
         return FadingQuantizer(layer, words, select)
     if config.method == "log":

@@ -36,20 +36,19 @@ class Layout:
 
     def __init__(self, layer: Layer) -> None:
         self.shape = layer.weight.shape
-        self.groups = layer.groups if isinstance(layer, nn.ConvTranspose2d) else 0
-        self._conv_groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+        self.groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+        self._transposed = isinstance(layer, nn.ConvTranspose2d)
 
     def blocks(self, granularity: Granularity, tile: int | tuple[int, int]) -> Blocks:
         """Return the blocks of the layer's weights."""
         outputs, inputs, *kernel = self.shape
-        if self.groups:
+        if self._transposed:  # (I, O / group, kh, kw)
             outputs, inputs = self.groups * inputs, outputs // self.groups
-        positions = math.prod(kernel)
-        return Blocks(outputs, positions, inputs, self._conv_groups, granularity, tile)
+        return Blocks(outputs, math.prod(kernel), inputs, self.groups, granularity, tile)
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return the weight as a matrix (O, K)."""
-        if self.groups:  # (I, O / group, kh, kw)
+        if self._transposed:
             _, outputs, kh, kw = self.shape
             parts = weight.reshape(self.groups, -1, outputs, kh, kw).permute(0, 2, 3, 4, 1)
             return parts.reshape(self.groups * outputs, -1)
@@ -57,7 +56,7 @@ class Layout:
 
     def weight(self, rows: Tensor) -> Tensor:
         """Return the matrix (O, K) as a weight of the layer."""
-        if self.groups:
+        if self._transposed:
             _, outputs, kh, kw = self.shape
             parts = rows.reshape(self.groups, outputs, kh, kw, -1).permute(0, 4, 1, 2, 3)
             return parts.reshape(self.shape)
@@ -125,6 +124,13 @@ class Words:
     clip: int = 1
     shift: int = 0
     scale: Literal["channel", "layer"] = "channel"
+
+    @property
+    def array_tile(self) -> tuple[int, int] | None:
+        """Inputs and outputs of the tiles of an array, if these are selected."""
+        if self.granularity == "tile" and isinstance(self.tile, tuple):
+            return self.tile
+        return None
 
 
 class LogQuantizer(WeightQuantizer):
@@ -204,7 +210,7 @@ class FadingQuantizer(LogQuantizer):
         0 where C is set.
     """
 
-    EPSILON = 0.001  # what is less is 0 after a step
+    EPSILON = 0.001  # of v; what is less is 0 after a step
 
     def __init__(self, layer: Layer, words: Words, select: bool = True) -> None:
         super().__init__(layer, words)
@@ -223,10 +229,14 @@ class FadingQuantizer(LogQuantizer):
         """Return C + v."""
         return self.selected + self.v
 
+    def fading(self) -> Tensor:
+        """Return v of the blocks that are not selected, one-dimensional."""
+        return self.v.detach()[~self.selected]
+
     @torch.no_grad()
     def fade(self) -> None:
-        """Set v to 0 where it is below epsilon, and where C is set."""
-        self.v.masked_fill_(self.selected | (self.v < self.EPSILON), 0.0)
+        """Keep v at most 1, and set it to 0 where it is below epsilon, and where C is set."""
+        self.v.clamp_max_(1.0).masked_fill_(self.selected | (self.v < self.EPSILON), 0.0)
 
     @torch.no_grad()
     def cut(self) -> None:

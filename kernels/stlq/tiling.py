@@ -39,6 +39,10 @@ class Tiling:
     ----------
     shape : (o-blocks, kh, kw, c-blocks)
         Tiles are numbered in this order, the last axis fastest.
+    together : int
+        Outputs among which tiles are cut: those of a group, or all.
+    height : int
+        Outputs of a tile that is not at an edge.
 
     Raises
     ------
@@ -50,23 +54,22 @@ class Tiling:
         outputs, kh, kw, inputs = shape
         if group < 1 or outputs % group:
             raise InputError(f"{group} groups do not divide {outputs} output channels")
-        # Outputs that a tile may have in common.
-        self._together = outputs if inputs == 1 else outputs // group
-        self._sides = min(tile[0], inputs), min(tile[1], self._together)
+        self.together = outputs if inputs == 1 else outputs // group
+        self.height, self._width = min(tile[1], self.together), min(tile[0], inputs)
         self._channels = outputs, inputs
-        columns, rows = -(-inputs // self._sides[0]), -(-self._together // self._sides[1])
-        self.shape: Shape4 = outputs // self._together * rows, kh, kw, columns
+        columns, rows = -(-inputs // self._width), -(-self.together // self.height)
+        self.shape: Shape4 = outputs // self.together * rows, kh, kw, columns
 
     @cached_property
     def _rows(self) -> np.ndarray:
         """First outputs of tiles."""
-        begins = np.arange(0, self._channels[0], self._together)[:, None]
-        return (begins + np.arange(0, self._together, self._sides[1])).ravel()
+        begins = np.arange(0, self._channels[0], self.together)[:, None]
+        return (begins + np.arange(0, self.together, self.height)).ravel()
 
     @cached_property
     def _columns(self) -> np.ndarray:
         """First inputs of tiles."""
-        return np.arange(0, self._channels[1], self._sides[0])
+        return np.arange(0, self._channels[1], self._width)
 
     @property
     def _heights(self) -> np.ndarray:

@@ -151,7 +151,7 @@ def pack(weights: LogWeights, where: str, settings: dict[str, Any], group: int =
             return weights.streams
         weights = weights.words()
     given = settings.get("tile")
-    run = given if type(given) is int else codec.MAX_TILE
+    run = given if type(given) is int and 1 <= given <= codec.MAX_TILE else codec.MAX_TILE
     encoding, streams = "none", dict[str, tuple[np.ndarray, bool]]()
     mask, second = weights.second.ravel() != 0, weights.second.ravel()
     if mask.any():

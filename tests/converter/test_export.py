@@ -123,16 +123,16 @@ def test_metadata_and_free_dimensions(tmp_path):
             np.testing.assert_array_equal(np.float32(record.alpha), node.weights.alpha)
 
 
-def of_tile(tile, granularity="tile"):
+def of_tile(tile, **others):
     """Metadata of a weight of these tiles."""
     grid = {"bits": 4, "residual_shift": 0, "clip": 1, "alpha": [1.0]}
-    return json.dumps({"weights": {"w": grid | {"granularity": granularity, "tile": tile}}})
+    return json.dumps({"weights": {"w": grid | {"tile": tile} | others}})
 
 
 @pytest.mark.parametrize(
     "text",
     ["[]", "{", '{"weights": {"w": {"bits": 4}}}', '{"labels": [1]}', of_tile(16), of_tile([16]),
-     of_tile([16, 0]), of_tile([16, 16.0]), of_tile([4, 4, 4]), of_tile([16, 16], "element")],
+     of_tile([16, 0]), of_tile([16, 16.0]), of_tile([4, 4, 4])],
 )  # fmt: skip
 def test_metadata_of_others_is_refused(text):
     model = onnx.ModelProto()
@@ -140,6 +140,13 @@ def test_metadata_of_others_is_refused(text):
     onnx.helper.set_model_props(model, {KEY: text})
     with pytest.raises(ConversionError, match="docs/qdq.md"):
         Metadata.read(model)
+
+
+@pytest.mark.parametrize("others", [{}, {"granularity": "tile"}, {"granularity": "of my own"}])
+def test_sides_of_tiles_are_read_whatever_is_said_for_the_eye(others):
+    model = onnx.ModelProto()
+    onnx.helper.set_model_props(model, {KEY: of_tile([16, 8], **others)})
+    assert Metadata.read(model).weights["w"].array_tile == (16, 8)
 
 
 @pytest.mark.parametrize("name", VECTORS)

@@ -252,7 +252,8 @@ def test_info_counts(capsys, packed):
     assert not call("info", packed, "--cost")
     text = capsys.readouterr().out
     assert text == f"{cost(dense())}\n"
-    for part in ("3x1x2x2", "tiles of 16x16", "by element", "not measured on this CPU"):
+    sides = "tiles of 16 outputs x 16 inputs"
+    for part in ("3x1x2x2", sides, "by element", "not measured on this CPU"):
         assert part in text
 
 

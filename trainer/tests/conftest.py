@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from logshift.trainer.data.base import DataSet, order
-from logshift.trainer.quantize import calibrate
+from logshift.trainer.quantize import calibrate, cut
 
 # The command prints the same wherever the tests run; some CIs ask for colours.
 for _name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS"):
@@ -77,6 +77,7 @@ def trained_looking(network, shape):
     for _ in range(5):
         network(x)
     calibrate(network, [x])
+    cut(network)
     return network.eval()
 
 

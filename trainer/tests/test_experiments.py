@@ -84,7 +84,7 @@ def test_the_report_is_made_of_the_logs(finished, tmp_path, monkeypatch):
     training_report.main()
     text = (tmp_path / "training.md").read_text()
     (line,) = (x for x in text.splitlines() if x.startswith("| W4A8 + 0 %"))
-    assert "| W4A8 + 15 % below float, top-1 | at most 0.2 | 0.00 | 1 | " in text
+    assert "| residual penalty, W4A8 + 15 % below float | at most 0.2 | 0.00 | 1 | " in text
     assert "| `table` | 3 | " in text
     top1, nzr = (cell.strip() for cell in line.split("|")[2:4])
     assert top1.endswith("0 ± 0.00") and nzr == "0.00"

@@ -71,7 +71,7 @@ def test_metadata_are_those_of_the_shared_vectors(tmp_path):
     layers = [nn.Conv2d(c, 2, 1) for c in (3, 2, 2)]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     config = Config(
-        residual_shift=1, granularity="tile", activation_bits=32,
+        residual_ratio=1, residual_shift=1, granularity="tile", activation_bits=32,
         first=LayerConfig(keep_float=True), last=LayerConfig(weight_bits=3),
     )  # fmt: skip
     network = prepare(model, config)

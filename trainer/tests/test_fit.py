@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from logshift.trainer import cli
 from logshift.trainer.data import DataError, open_data
-from logshift.trainer.fit import RunError, fit
+from logshift.trainer.fit import RunError, fading_rate, fit, step_all
 from logshift.trainer.settings import RECIPES, Settings, SettingsError, read, recipes
 
 
@@ -144,6 +144,18 @@ def test_the_penalty_selects_anew(blobs, models, tmp_path):
     assert found[0] and not all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_v_is_never_more_than_one_and_does_not_explode(blobs, models, tmp_path):
+    summary = fit(settings(quantization={"regularisation": 1e-7}), blobs, tmp_path)
+    assert all(float(row["v_95"]) <= 1 for row in rows(tmp_path / "iterations.csv"))
+    assert summary["top1"] > 0.5
+    with pytest.raises(ValueError, match="regularisation is 0: .* give v_lr"):
+        settings(quantization={"regularisation": 0})
+    kept = settings(quantization={"regularisation": 0, "v_lr": 0.1})
+    assert fit(kept, blobs, tmp_path / "kept")["nzr"] <= 0.15
+    with pytest.raises(RunError, match="nothing would fade"):
+        fading_rate(0.0, [1.0])
+
+
 @pytest.mark.parametrize("strength", [1e-6, 1e-2, 10.0])
 def test_the_ratio_asked_for_is_reached_whatever_lambda(blobs, models, tmp_path, strength):
     wanted = {"weight_bits": 5, "residual_ratio": 0.2, "regularisation": strength, "v_lr": 0.05}
@@ -195,27 +207,60 @@ def test_a_checkpoint_that_cannot_be_read(blobs, models, tmp_path):
 
 def test_other_settings_are_another_run(blobs, models, tmp_path):
     fit(settings(training={"epochs": 1}), blobs, tmp_path)
-    with pytest.raises(RunError, match="other settings"):
+    with pytest.raises(RunError, match=r"other settings \(training.lr\)"):
         fit(settings(training={"epochs": 1, "lr": 0.01}), blobs, tmp_path, resume=True)
 
 
-def test_checkpoints_of_older_versions(blobs, models, tmp_path):
-    chosen = settings(training={"epochs": 1}).model_copy(update={"quantization": None})
+@pytest.mark.parametrize("method", [None, "uniform", "stlq"])
+def test_checkpoints_of_older_versions(blobs, models, method, tmp_path):
+    quantization = None if method is None else {"method": method}
+    chosen = settings(training={"epochs": 1}, **({"quantization": quantization} if method else {}))
+    if method is None:
+        chosen = chosen.model_copy(update={"quantization": None})
     fit(chosen, blobs, tmp_path)
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    checkpoint = tmp_path / "checkpoint.pt"
+    saved = torch.load(checkpoint, weights_only=True)
     said = json.loads(saved["settings"])
-    del said["training"]["nesterov"]
-    (saved["optimiser"],) = saved.pop("optimisers")
-    torch.save(saved | {"settings": json.dumps(said)}, tmp_path / "checkpoint.pt")
-    assert fit(chosen, blobs, tmp_path, resume=True)["iterations"] == 4
-
-    fit(settings(), blobs, tmp_path / "quantized")
-    saved = torch.load(tmp_path / "quantized/checkpoint.pt", weights_only=True)
+    for name in ("nesterov", "schedule", "threads", "checkpoint_every", "devices"):
+        del said["training"][name]
+    if method is not None:
+        del said["quantization"]["scale"], said["quantization"]["v_lr"]
+        said["quantization"]["tile"] = 16
+    saved["optimiser"] = saved.pop("optimisers")[0]
     names = {name: name.replace(".selected", ".second") for name in saved["network"]}
-    saved["network"] = {names[name]: value for name, value in saved["network"].items()}
-    torch.save(saved, tmp_path / "quantized/checkpoint.pt")
-    with pytest.raises(RunError, match="another version of logshift-trainer"):
-        fit(settings(), blobs, tmp_path / "quantized", resume=True)
+    saved["network"] = {names[n]: v for n, v in saved["network"].items() if not n.endswith(".v")}
+    torch.save(saved | {"settings": json.dumps(said)}, checkpoint)
+    if method == "stlq":
+        with pytest.raises(RunError, match="another version of logshift-trainer, with other net"):
+            fit(chosen, blobs, tmp_path, resume=True)
+    else:
+        assert fit(chosen, blobs, tmp_path, resume=True)["iterations"] == 4
+    torch.save(saved | {"settings": json.dumps(said | {"colour": "red"})}, checkpoint)
+    with pytest.raises(RunError, match="another version of logshift-trainer, with other settings"):
+        fit(chosen, blobs, tmp_path, resume=True)
+
+
+def test_optimisers_share_a_scale():
+    """On an overflow nobody makes a step; a scale that grows does so once for all."""
+    parameters = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
+
+    class SetUp:  # as Fabric wraps them
+        def __init__(self, parameter):
+            self.optimizer = torch.optim.SGD([parameter], 1.0)
+
+    both = [SetUp(parameter) for parameter in parameters]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    for gradients, expected, scale in (
+        ((1.0, 1.0), (-1.0, -1.0), 4.0),
+        ((1.0, 1.0), (-2.0, -2.0), 8.0),
+        ((torch.inf, torch.inf), (-2.0, -2.0), 4.0),
+        ((1.0, 2.0), (-3.0, -4.0), 4.0),
+    ):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = scaler.scale(torch.tensor(gradient))
+        step_all(both, scaler)
+        assert tuple(float(p.detach()) for p in parameters) == expected
+        assert scaler.get_scale() == scale
 
 
 def test_accumulation_makes_the_same_steps(blobs, models, tmp_path):

@@ -14,7 +14,7 @@ from logshift.trainer.activations import ActivationQuantizer
 from logshift.trainer.config import Config, LayerConfig
 from logshift.trainer.export import export_onnx, grid
 from logshift.trainer.models import MODELS
-from logshift.trainer.quantize import cut, prepare, weight_quantizers
+from logshift.trainer.quantize import prepare, weight_quantizers
 from logshift.trainer.reference import reference
 
 converter = pytest.importorskip("logshift.converter", reason="needs the package logshift")
@@ -106,7 +106,6 @@ def handed_over(request, tmp_path_factory):
     shape, options = NETWORKS[name]
     chosen = (CONFIGS | PAPER)[config]
     network = trained_looking(prepare((MODELS | OTHERS)[name](**options), chosen), shape)
-    cut(network)
     folder = tmp_path_factory.mktemp(name)
     export_onnx(network, folder / "a.onnx", torch.zeros(1, *shape))
     x = torch.randn(4, *shape)
@@ -210,7 +209,6 @@ def test_layers_that_are_kept_stay_float(tmp_path):
     kept = LayerConfig(keep_float=True)
     network = prepare(MODELS["resnet20_cifar"](), Config(first=kept, layers={"layer2.0.*": kept}))
     network = trained_looking(network, (3, 32, 32))
-    cut(network)
     export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 32, 32))
     x = torch.randn(4, 3, 32, 32)
     converter.convert(

@@ -1,5 +1,6 @@
 """Weight quantizers as parametrizations: layouts, methods, levels."""
 
+import warnings
 from typing import get_args
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from logshift.trainer import stlq
 from logshift.trainer.config import Config, LayerConfig, Method
-from logshift.trainer.export import grid
+from logshift.trainer.export import export_onnx, grid, stored_bits
 from logshift.trainer.fit import learning_rate, make_optimisers, parameter_groups
 from logshift.trainer.quantize import (
     PrepareError,
@@ -166,6 +167,42 @@ def test_v_fades_is_set_to_zero_below_epsilon_and_is_cut():
     network(x)
     assert not fading(network).any() and non_zero_ratio(network) == ratios[-1]
     assert len(v) == pytest.approx(total * (27 * 8 + 72 * 8 + 32), abs=3)
+
+
+@pytest.mark.parametrize("granularity", ["element", "tile"])
+def test_layers_without_a_block_to_select_have_one_word(granularity):
+    config = Config(weight_bits=3, residual_ratio=0.05, granularity=granularity, activation_bits=32)
+    network = prepare(small(), config)
+    found = {name: q for name, _, q in weight_quantizers(network)}
+    assert found["2"].words.clip == (2 if granularity == "element" else 1)
+    rows = found["2"].layout.rows(network.get_submodule("2").parametrizations.weight.original)
+    if granularity == "tile":  # nine of them, of which 5 % are none
+        assert found["2"].selected.numel() == 9 and not found["2"].selected.any()
+        assert torch.equal(found["2"].alpha, stlq.search_alpha(rows.detach(), 3, 1, 0, 0.0))
+
+
+def test_what_is_left_when_a_network_is_exported_is_said(tmp_path):
+    network = prepare(small(), Config(activation_bits=32))
+    with pytest.warns(UserWarning, match=r"100.0% of the weights .* call fade"):
+        export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8))
+    cut(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8))
+
+
+def test_bits_of_tiles_are_those_of_all_words_inside():
+    for method in ("stlq", "without_select"):
+        config = Config(method=method, granularity="tile", tile=(4, 4), activation_bits=32)
+        network = prepare(small(), config)
+        for name, layer, quantizer in weight_quantizers(network):
+            quantizer(layer.parametrizations.weight.original)  # counts the second words
+            inside = quantizer.blocks.spread(quantizer.share() != 0).float().mean()
+            tiles = quantizer.selected.numel() / quantizer.layout.shape.numel()
+            least = 4 + 32 * len(quantizer.alpha) / quantizer.layout.shape.numel()
+            nzr = float(quantizer.second_words) / quantizer.layout.shape.numel()
+            expected = least + min(4 * nzr + min(8 * nzr, 1), 4 * inside + tiles)
+            assert stored_bits(quantizer) == pytest.approx(float(expected)), name
 
 
 def test_without_select_nothing_is_selected_and_nothing_cut():
