@@ -1,14 +1,17 @@
 """The same bits on aarch64: `.ci/aarch64` emulates machines with several CPUs.
 
-`.ci/run` takes what does not end on `everywhere`; the whole file needs hours the first time. Code
-that has been compiled in there is kept beside the emulated system.
+`.ci/run` takes those tests whose names do not end on `everywhere`; the whole file needs hours the
+first time. What is compiled in there is kept beside the emulated system, for as long as the kernels
+stay as they are.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ import pytest
 from support import digests, operator_nets
 from support.onnx_nets import Net, samples
 
+from benchmarks import arm
 from logshift import converter
 
 pytestmark = [
@@ -25,7 +29,8 @@ pytestmark = [
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / ".ci" / "aarch64"
 CPUS = ("cortex-a53", "cortex-a76", "neoverse-v1")
-DOTPROD = {"cortex-a53": (False, False), "cortex-a76": (True, False), "neoverse-v1": (True, True)}
+# Whether there are `dotprod` and `i8mm`.
+FEATURES = {"cortex-a53": (False, False), "cortex-a76": (True, False), "neoverse-v1": (True, True)}
 # Files of tests that need no more than is in there, and start no processes of another machine.
 SUITE = (
     "kernels/test_arm.py", "kernels/test_bitpack.py", "kernels/test_float_kernels.py",
@@ -43,7 +48,10 @@ def _environment():
         os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
                      "logshift-aarch64"),
     )  # fmt: skip
-    return own | {"LOGSHIFT_CACHE_DIR": os.path.join(directory, "kernels"), "PYTHON": sys.executable}
+    return own | {
+        "LOGSHIFT_CACHE_DIR": os.path.join(directory, "kernels"),
+        "PYTHON": sys.executable,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +102,17 @@ def _compare(expected, text):
 
 
 _DETECTED = """
-import json, numba, numpy as np
-from numba import types
+import json
 from logshift.kernels.machine import targets
 from logshift.kernels.machine.targets import has_features
-from logshift.runtime import cores
-x = numba.njit(lambda v: v + 1)(1)  # with the features that were handed over
 print(json.dumps([targets.host().cpu, has_features(("dotprod",)), has_features(("i8mm",))]))
 """
 
 
 @pytest.mark.parametrize("cpu", CPUS)
 def test_machine_is_found_out(emulated, cpu):
-    text = emulated(cpu, "-c", _DETECTED)
-    name, *features = eval(text.replace("true", "True").replace("false", "False"))
-    assert name == cpu and tuple(features) == DOTPROD[cpu]
+    name, *features = json.loads(emulated(cpu, "-c", _DETECTED))
+    assert name == cpu and tuple(features) == FEATURES[cpu]
 
 
 # A product of bytes in a function of Numba, on a CPU that LLVM has no name for.
@@ -146,10 +150,17 @@ def test_features_are_handed_to_the_compiler(emulated):
     assert emulated("cortex-a53", "-c", _SDOT).split() == ["cortex-a53", "False"]
 
 
+@pytest.fixture(scope="module")
+def machine(emulated):
+    """What `support.digests machine` prints on each CPU, at the same time as far as cores go."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {cpu: pool.submit(emulated, cpu, "-m", "support.digests", "machine") for cpu in CPUS}
+
+
 @pytest.mark.parametrize("cpu", CPUS)
-def test_bits_of_convolutions(emulated, expected, cpu):
+def test_bits_of_convolutions(machine, expected, cpu):
     """Every kernel for these, the demo with one thread and two, files that are damaged."""
-    found = _compare(expected, emulated(cpu, "-m", "support.digests", "machine"))
+    found = _compare(expected, machine[cpu].result())
     assert found.keys() == expected.keys() - {"operators", "floats", "ONNX operators"}
 
 
@@ -187,4 +198,18 @@ def test_suite_everywhere(emulated, cpu, file):
 
 
 def test_command_line_everywhere(emulated):
-    assert "airplane" in emulated("cortex-a76", "-m", "logshift.converter.cli", "demo")
+    code = "from logshift.converter.cli import main; main()"
+    assert json.loads(emulated("cortex-a76", "-c", code, "demo", "--json"))
+
+
+def test_instructions_are_counted_everywhere(emulated, tmp_path, monkeypatch):
+    """Those of a run, and the same number each time but for what the system does meanwhile."""
+    for name, value in _environment().items():
+        monkeypatch.setenv(name, value)
+    library, path = arm.plugin(tmp_path), digests.DEMO / "resnet20-cifar10-w4.stlq"
+    counts = [
+        arm.counted("cortex-a76", library, "logshift", path, "shift", (1, 3, 32, 32))
+        for _ in range(2)
+    ]  # fmt: skip
+    (first, vector), (second, _) = counts
+    assert abs(first - second) < 0.01 * first and 1e7 < vector < first < 1e8

@@ -99,12 +99,14 @@ def add_rows(typingctx, panel, stream, sums, vector, vectors, step, lanes, group
 
     def codegen(context, builder, signature, args):
         sizes = (size.literal_value for size in (vector, vectors, step, lanes, group))
-        return _Addition(builder, *sizes).emit(*args[:3])
+        return Addition(builder, *sizes).emit(*args[:3])
 
     return signature, codegen
 
 
-class _Addition(Emitter):
+class Addition(Emitter):
+    """Emits the loop of `add_rows`."""
+
     def __init__(
         self, builder: ir.IRBuilder, vector: int, vectors: int, step: int, lanes: int, rows: int
     ) -> None:

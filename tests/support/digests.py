@@ -33,6 +33,8 @@ from logshift.runtime.graph import Node, Quantization
 from logshift.runtime.plan import planner, prepare, work
 
 FAMILIES = ("auto", "dot", "shift", "portable")
+# Whose kernels are others on other instruction sets.
+OF_MACHINES = ("dot", "fma", "shift")
 DEMO = Path(converter.__file__).parent / "demo"
 HOSTILE = Path(__file__).parents[1] / "hostile"
 
@@ -114,31 +116,30 @@ def forced(chosen):
             place.kernel = old
 
 
-def fast(op):
-    """Kernels for an operation that run here, but for the definition."""
-    return [
-        k for k in registry.kernels()
-        if k.op == op and k.family != "reference" and k.available()
-    ]  # fmt: skip
+def of(op, packages):
+    """Kernels for an operation that run here, of some packages."""
+    return [k for k in registry.kernels() if k.op == op and k.family in packages and k.available()]
 
 
-def convolutions(families):
+def convolutions(families, packages):
     """Every kernel for convolutions of codes and of float32, on all layers that it supports."""
     for name in CONVOLUTIONS:
         graph = convolution(name)
         inputs = random_inputs(graph)
         for family in families:
             printed(name, family, [Session(graph, kernels=family).run(inputs)])
-        for kernel in fast("conv") if families != ("reference",) else []:
+        for kernel in of("conv", packages):
             with forced(kernel):
                 session = Session(graph, threads=2, kernels="portable")
                 if kernel.name in {layer.kernel for layer in session.summary().layers}:
                     printed(name, kernel.name, [session.run(inputs)])
     for name in FLOAT_CONVOLUTIONS:
-        for kernel in families if families == ("reference",) else fast("float_conv"):
+        for family in families:
+            printed(f"float {name}", family, [float_convolution(name, family)])
+        for kernel in of("float_conv", packages):
             found = float_convolution(name, kernel)
             if found is not None:
-                printed(f"float {name}", getattr(kernel, "name", kernel), [found])
+                printed(f"float {name}", kernel.name, [found])
 
 
 def files(families, paths):
@@ -193,13 +194,18 @@ def read(text):
 
 if __name__ == "__main__":
     work.SHARE = 1  # all threads work on networks that are far too small for it
-    families = ("reference",) if sys.argv[1] == "reference" else FAMILIES
-    convolutions(families)
+    what, *directories = sys.argv[1:]
+    families, packages = {
+        "reference": (("reference",), ()),
+        "machine": (("auto", "shift"), OF_MACHINES),
+        "all": (FAMILIES, (*OF_MACHINES, "portable", "reference")),
+    }[what]
+    convolutions(families, packages)
     files(families, sorted(DEMO.glob("*.stlq")))
     damaged(families)
-    if sys.argv[1] != "machine":
+    if what != "machine":
         operators(families)
-    for directory in sys.argv[2:]:
+    for directory in directories:
         files(families, sorted(Path(directory).glob("*.stlq")))
-    if sys.argv[1] == "all":
+    if what == "all":
         print("unused:", *unused(), flush=True)
