@@ -117,6 +117,7 @@ class Addition(Emitter):
         self.int16s, self.int32s = ir.VectorType(i16, vector // 2), ir.VectorType(i32, vector // 4)
 
     def emit(self, panel: Any, stream: Any, sums: Any) -> Any:
+        """Emit it; returns the end of the stream."""
         b = self.b
         entry = b.block
         segment, group, end, done = (

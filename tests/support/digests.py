@@ -72,7 +72,8 @@ def convolution(name):
         "b": Quantization(0.5, 120, 8), "c": Quantization(0.02, 5, 8),
     }  # fmt: skip
     attributes = {
-        "pads": [size // 2] * 4, "group": group, "strides": [stride] * 2, "dilations": [dilation] * 2
+        "pads": [size // 2] * 4, "group": group,
+        "strides": [stride] * 2, "dilations": [dilation] * 2,
     }  # fmt: skip
     nodes = [
         Node("QuantizeLinear", "q", ["input"], ["x"]),
