@@ -32,7 +32,8 @@ _TRIPLE = "aarch64-unknown-linux-gnu"
 # What inner loops are for, of loops that have several the first: products of bytes, of words, of
 # float32, and where nothing is multiplied additions of bytes.
 _WORK = (r"[us]{1,2}(?:dot|mmla)", r"[su]ml[as]?l2?", r"fml[as]", r"add\b.*16b", r"[us]adalp")
-_ITERATIONS = 200
+_ITERATIONS = 100
+_SUMS = 24  # at the same time, more than any core's latency asks for
 
 
 # --- cycles of inner loops ------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def loops(assembly: str) -> Iterator[Loop]:
         elif line and not line.startswith("."):
             lines.append(line)
             if re.match(r"(b\.|b |cbn?z |tbn?z )", line):
-                if line.split()[-1] == label and (loop := Loop(lines)).work:
+                if line.split()[-1] == label and (loop := Loop(list(lines))).work:
                     yield loop
 
 
@@ -103,11 +104,11 @@ def cycles(lines: list[str], cpu: str) -> float:
 def peak(work: list[str], cpu: str) -> float:
     """Return how many cycles the same products take if they wait for nothing."""
     free = []
-    for i, line in enumerate(work):
-        registers = iter([f"v{i % 24 + (i % 24 > 14)}"])  # v15 is what all of them read
+    for i, line in enumerate(work * _SUMS):
+        # No sum is needed again before it is there; v15 is what all of them read.
+        registers = iter([f"v{i % _SUMS + (i % _SUMS > 14)}"])
         free.append(re.sub(r"\bv\d+", lambda _, r=registers: next(r, "v15"), line))
-    # So often that no sum is needed again before it is there.
-    return cycles(free * 24, cpu) / 24
+    return cycles(free, cpu) / _SUMS
 
 
 def microkernels() -> Iterator[tuple[str, Callable[[Any, Any], None]]]:

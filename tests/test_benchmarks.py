@@ -247,5 +247,5 @@ def test_share_of_the_peak():
     (loop,) = arm.loops(LOOP)
     assert arm.peak(loop.work, "cortex-a76") == pytest.approx(2, abs=0.1), "two in a cycle"
     assert arm.peak(loop.work, "neoverse-v1") == pytest.approx(1, abs=0.1), "four"
-    # Each sum waits for itself only, one cycle: the core does nothing else.
-    assert arm.cycles(loop.lines, "cortex-a76") < 3
+    # Each sum waits for the one before: four sums are too few.
+    assert 3 < arm.cycles(loop.lines, "cortex-a76") < 6
