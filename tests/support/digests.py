@@ -176,14 +176,6 @@ def operators(families):
         printed("ONNX operators", family, onnx_results(family))
 
 
-def unused():
-    """Names of kernels that could run here and have not: nothing was said of them."""
-    return [
-        k.name for k in registry.kernels()
-        if k.available() and k.family != "reference" and "address" not in vars(k)
-    ]  # fmt: skip
-
-
 def read(text):
     """Return {case: {way: digest}} of what was printed."""
     found: dict[str, dict[str, str]] = {}
@@ -208,5 +200,3 @@ if __name__ == "__main__":
         operators(families)
     for directory in directories:
         files(families, sorted(Path(directory).glob("*.stlq")))
-    if what == "all":
-        print("unused:", *unused(), flush=True)
