@@ -19,7 +19,8 @@ class Lookup:
     ----------
     emitter : Emitter
     isa : InstructionSet
-        Whose registers hold the codes; where the machine has AVX-512 VBMI, that is used instead.
+        Whose registers hold the codes; of x86, where the machine has AVX-512 VBMI, that is used
+        instead.
     table, end : int64
         Its address, and the one behind it.
     keeps : bool
@@ -30,11 +31,11 @@ class Lookup:
         self, emitter: Emitter, isa: InstructionSet, table: Any, end: Any, keeps: bool = False
     ) -> None:
         self._e, self._isa, self._table, self._end = emitter, isa, table, end
-        self._kept = None
-        if keeps and isinstance(isa, Neon):
-            self._kept = [isa.entries(emitter, table, part) for part in range(4)]
-        self._quarters = None
-        if AVX512_VBMI.available:
+        self._kept = self._quarters = None
+        if isinstance(isa, Neon):
+            if keeps:
+                self._kept = [isa.entries(emitter, table, part) for part in range(4)]
+        elif AVX512_VBMI.available:
             kind = AVX512_VBMI.bytes
             places = [emitter.b.add(table, emitter.word(64 * part)) for part in range(4)]
             self._quarters = [emitter.load(place, kind, 1) for place in places]

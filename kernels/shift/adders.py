@@ -103,12 +103,14 @@ def add_rows(typingctx, panel, stream, sums, vector, vectors, step, lanes, group
 
     def codegen(context, builder, signature, args):
         sizes = (size.literal_value for size in (vector, vectors, step, lanes, group))
-        return _Addition(builder, *sizes).emit(*args[:3])
+        return Addition(builder, *sizes).emit(*args[:3])
 
     return signature, codegen
 
 
-class _Addition(Emitter):
+class Addition(Emitter):
+    """Emits the loop of `add_rows`."""
+
     def __init__(
         self, builder: ir.IRBuilder, vector: int, vectors: int, step: int, lanes: int, rows: int
     ) -> None:
@@ -119,6 +121,7 @@ class _Addition(Emitter):
         self.int16s, self.int32s = ir.VectorType(i16, vector // 2), ir.VectorType(i32, vector // 4)
 
     def emit(self, panel: Any, stream: Any, sums: Any) -> Any:
+        """Emit it; returns the end of the stream."""
         b = self.b
         entry = b.block
         segment, group, end, done = (

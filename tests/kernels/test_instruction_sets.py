@@ -12,18 +12,23 @@ import pytest
 from support.float_digest import digest as float_digest
 from support.instruction_set_digest import digest
 
+from logshift.kernels.machine import arm, targets
+
 MACHINES = {
     "x86_64": [
         ("x86-64", ""), ("nehalem", ""), ("haswell", ""), ("cascadelake", ""),
         ("icelake-server", None),
     ],
     "AMD64": [("x86-64", ""), ("nehalem", ""), ("haswell", "")],
-    "aarch64": [("generic", "")],
-    "arm64": [("generic", "")],
+    "aarch64": [("generic", ""), ("cortex-a53", ""), ("cortex-a76", ""), ("neoverse-v1", "")],
+    "arm64": [("generic", ""), ("apple-m1", ""), ("apple-m2", "")],
 }  # fmt: skip
 
 
 def _runs_here(cpu):
+    if targets.IS_ARM:
+        own = {name for name, there in arm.detected().items() if there}
+        return targets.baked(cpu).needs <= own
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     vnni = {"avx512vl", "avx512bw", "avx512dq", "avx512cd", "avx512_vnni"}
     needed = {"haswell": {"avx2", "fma", "bmi2"}, "cascadelake": vnni, "icelake-server": vnni}
