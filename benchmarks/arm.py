@@ -27,7 +27,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-CORES = ("cortex-a76", "neoverse-n1", "neoverse-v1")
+# Cores that llvm-mca has a model of, and the instruction sets whose microkernels run there.
+CORES = {
+    "cortex-a72": "neon", "cortex-a76": "neondot", "neoverse-n1": "neondot",
+    "neoverse-v1": "neoni8mm",
+}  # fmt: skip
 _TRIPLE = "aarch64-unknown-linux-gnu"
 # What inner loops are for, of loops that have several the first: products of bytes, of words, of
 # float32, and where nothing is multiplied additions of bytes.
@@ -111,25 +115,29 @@ def peak(work: list[str], cpu: str) -> float:
     return cycles(free, cpu) / _SUMS
 
 
-def microkernels() -> Iterator[tuple[str, Callable[[Any, Any], None]]]:
-    """Yield names of the microkernels that an aarch64 machine may have, and what emits each."""
+def microkernels(isa: str) -> Iterator[tuple[str, Callable[[Any, Any], None]]]:
+    """Yield names of the microkernels of an instruction set of aarch64, and what emits each.
+
+    Parameters
+    ----------
+    isa : str
+        One of the values of `CORES`; what all machines have belongs to each.
+    """
     from logshift.kernels.dot import microkernels as dot
     from logshift.kernels.dot.tiles import MICROKERNELS
     from logshift.kernels.fma import microkernels as fma
     from logshift.kernels.fma.tiles import FLOAT_TILES
+    from logshift.kernels.machine.isa.neon import NEON
     from logshift.kernels.shift import adders
 
     for family, module, table in (("dot", dot, MICROKERNELS), ("fma", fma, FLOAT_TILES)):
         for name, tile in table.items():
-            if tile.isa.name.startswith("neon"):
+            if tile.isa is NEON or tile.isa.name == isa:
                 yield f"{family} {name}", lambda b, a, m=module, n=name: m.emit(n, b, a)
     for name, adder in adders.ADDERS.items():
-        if adder.isa.name in ("any", "neon"):
-            sizes = (adder.vector, adder.lanes // adder.vector, adder.vector, adder.lanes)
-            yield (
-                f"shift {name}",
-                lambda b, a, s=(*sizes, adder.group): adders.Addition(b, *s).emit(a, a, a),
-            )
+        if adder.isa is NEON:
+            sizes = (adder.vector, adder.vectors, adder.vector, adder.lanes, adder.group)
+            yield f"shift {name}", lambda b, a, s=sizes: adders.Addition(b, *s).emit(a, a, a)
 
 
 def assembly_of(emit: Callable[[Any, Any], None], cpu: str) -> str:
@@ -167,11 +175,11 @@ def _row(name: str, loop: Loop, cpu: str) -> str:
 
 def report_cycles(files: list[Path]) -> None:
     """Print a line for every inner loop and core."""
-    for cpu in CORES:
+    for cpu, isa in CORES.items():
         if files:
             texts = [(path.name, path.read_text(encoding="utf-8")) for path in files]
         else:
-            texts = [(name, assembly_of(emit, cpu)) for name, emit in microkernels()]
+            texts = [(name, assembly_of(emit, cpu)) for name, emit in microkernels(isa)]
         for name, text in texts:
             for loop in loops(text):
                 print(_row(name, loop, cpu), flush=True)

@@ -42,16 +42,18 @@ class _ByLane(Emission):
         """
         b, before = self.b, self.b.block
         head, body, after = (b.append_basic_block(f"{n}_{steps}") for n in ("head", "body", "end"))
+        size = self.word(4 * steps)
+        last = b.sub(end, size)  # compared with what addresses are made of, not with what follows
         b.branch(head)
         b.position_at_end(head)
         q_phi, w_phi = b.phi(i64), b.phi(i64)
         held = {t: b.phi(value.type) for t, value in acc.items()}
-        following = b.add(q_phi, self.word(4 * steps))
-        b.cbranch(b.icmp_signed("<=", following, end), body, after)
+        b.cbranch(b.icmp_signed("<=", q_phi, last), body, after)
         b.position_at_end(body)
         new, w_next = add(held, q_phi, w_phi)
+        q_next = b.add(q_phi, size)
         b.branch(head)
-        self.incoming(q_phi, (before, q), (b.block, following))
+        self.incoming(q_phi, (before, q), (b.block, q_next))
         self.incoming(w_phi, (before, w), (b.block, w_next))
         for t, phi in held.items():
             self.incoming(phi, (before, acc[t]), (b.block, new[t]))

@@ -210,8 +210,6 @@ MICROKERNELS = {
         Microkernel(NEON_DOT, "dot", 1, 4),
         Microkernel(NEON_DOT, "dot", 8, 2),
         Microkernel(NEON_DOT, "dot", 1, 2),
-        Microkernel(NEON_DOT, "dot", 3, 8),
-        Microkernel(NEON_DOT, "dot", 1, 8),
         Microkernel(NEON_DOT, "dot", 12, 1),
         Microkernel(NEON_DOT, "dot", 1, 1),
         Microkernel(NEON_I8MM, "winograd_dot", 5, 2),
