@@ -11,6 +11,8 @@ from logshift.kernels.dot import microkernels as dot
 from logshift.kernels.dot.tiles import MICROKERNELS
 from logshift.kernels.fma import microkernels as fma
 from logshift.kernels.fma.tiles import FLOAT_TILES
+from logshift.kernels.machine import targets
+from logshift.kernels.machine.isa.neon import NEON
 from logshift.kernels.shift.adders import ADDERS
 
 MACHINES = {"neon": cross.NEON, "neondot": cross.NEON_DOT, "neoni8mm": cross.NEON_I8MM}
@@ -93,3 +95,20 @@ def test_additions_multiply_nothing_and_touch_no_stack(name):
     additions = [line for line in loop if re.match(r"add\s+v\d+\.16b", line)]
     assert len(additions) == (adder.group - 1) * adder.vectors
     assert products_of(loop, "usra") == adder.vectors  # sums of odd bytes are widened by adding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", sorted(targets._ARM.keys() - {"generic"}))
+def test_no_inner_loop_touches_the_stack_on_any_cpu(cpu):
+    """LLVM orders instructions by CPU, which may cost registers. (By no CPU, it does.)"""
+    has = targets._ARM[cpu]
+    own = "neoni8mm" if "i8mm" in has else "neondot" if "dotprod" in has else "neon"
+    features = ",".join(f"+{name}" for name in sorted(has))
+    count = 0
+    for module, tiles in ((dot, TILES), (fma, FLOATS)):
+        names = tuple(n for n, tile in tiles.items() if tile.isa is NEON or tile.isa.name == own)
+        for name, text in cross.printed(cpu, features, module.__name__, names).items():
+            for lines in cross.inner_loops(text):
+                assert not any("[sp" in line for line in lines), name
+                count += 1
+    assert count > 20
