@@ -3,8 +3,8 @@
     python -m benchmarks.arm cycles [FILE ...]
     python -m benchmarks.arm instructions [--models resnet18 ...] [--cpu cortex-a76]
 
-`cycles` compiles the microkernels that an aarch64 machine has, or takes files of assembly, and says
-for every inner loop how many cycles llvm-mca's model of a core takes for an iteration, and which
+`cycles` compiles the microkernels that cores have, or takes files of assembly, and says for their
+inner loops how many cycles llvm-mca's model of a core takes for an iteration, and which
 share of the model's peak for the loop's products that is. `instructions` runs networks in the
 system that `.ci/aarch64` emulates and counts executed instructions, of logshift's families and of
 onnxruntime. Neither says how long anything takes: memory, caches and branches are left out, and
@@ -174,14 +174,17 @@ def _row(name: str, loop: Loop, cpu: str) -> str:
 
 
 def report_cycles(files: list[Path]) -> None:
-    """Print a line for every inner loop and core."""
+    """Print a line for every core and microkernel's main loop, or every inner loop of files."""
     for cpu, isa in CORES.items():
         if files:
             texts = [(path.name, path.read_text(encoding="utf-8")) for path in files]
         else:
             texts = [(name, assembly_of(emit, cpu)) for name, emit in microkernels(isa)]
         for name, text in texts:
-            for loop in loops(text):
+            found = list(loops(text))
+            if not files and found:  # others do what is left of a run of steps
+                found = [max(found, key=lambda loop: len(loop.work))]
+            for loop in found:
                 print(_row(name, loop, cpu), flush=True)
 
 

@@ -123,24 +123,35 @@ def of(op, packages):
 
 
 def convolutions(families, packages):
-    """Every kernel for convolutions of codes and of float32, on all layers that it supports."""
+    """Every kernel for convolutions of codes and of float32, on all layers that it supports.
+
+    Raises
+    ------
+    AssertionError
+        If there is a kernel that supports none.
+    """
+    kernels = {op: of(op, packages) for op in ("conv", "float_conv")}
+    left = {kernel.name for several in kernels.values() for kernel in several}
     for name in CONVOLUTIONS:
         graph = convolution(name)
         inputs = random_inputs(graph)
         for family in families:
             printed(name, family, [Session(graph, kernels=family).run(inputs)])
-        for kernel in of("conv", packages):
+        for kernel in kernels["conv"]:
             with forced(kernel):
                 session = Session(graph, threads=2, kernels="portable")
                 if kernel.name in {layer.kernel for layer in session.summary().layers}:
                     printed(name, kernel.name, [session.run(inputs)])
+                    left.discard(kernel.name)
     for name in FLOAT_CONVOLUTIONS:
         for family in families:
             printed(f"float {name}", family, [float_convolution(name, family)])
-        for kernel in of("float_conv", packages):
+        for kernel in kernels["float_conv"]:
             found = float_convolution(name, kernel)
             if found is not None:
                 printed(f"float {name}", kernel.name, [found])
+                left.discard(kernel.name)
+    assert not left, f"no case has {', '.join(sorted(left))}"
 
 
 def files(families, paths):

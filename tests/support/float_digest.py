@@ -15,6 +15,7 @@ from logshift.runtime.onnx_ops.recurrent import GATES
 LAYERS = [
     (37, 3, 5, 1, 1), (64, 1, 33, 1, 1), (24, 3, 8, 1, 2), (20, 3, 4, 5, 1), (7, 2, 3, 1, 1),
     (37, 3, 1, 37, 1), (40, 3, 1, 40, 2), (16, 5, 1, 16, 1), (19, 2, 1, 19, 1), (24, 5, 1, 24, 2),
+    (128, 1, 20, 1, 1),
 ]  # fmt: skip
 # Each on many pixels, and on one.
 FLOAT_CONVOLUTIONS = {
