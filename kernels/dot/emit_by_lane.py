@@ -249,7 +249,7 @@ class Positions(Pairs, Winograd):
 
 
 class Columns(_ByLane, WinogradDot):
-    """Columns of transformed codes, which are signed already where products want it."""
+    """Columns of transformed codes, which are signed already."""
 
     def run(self, acc: dict, q: Any, steps: Any, w: Any) -> tuple[dict, Any]:
         """Emit steps that lie side by side; returns sums and the end of the weights."""

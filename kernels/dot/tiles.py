@@ -212,8 +212,6 @@ MICROKERNELS = {
         Microkernel(NEON_DOT, "dot", 1, 2),
         Microkernel(NEON_DOT, "dot", 12, 1),
         Microkernel(NEON_DOT, "dot", 1, 1),
-        Microkernel(NEON_I8MM, "winograd_dot", 5, 2),
-        Microkernel(NEON_I8MM, "winograd_dot", 4, 2),
         Microkernel(NEON_DOT, "winograd_dot", 5, 2),
         Microkernel(NEON_DOT, "winograd_dot", 4, 2),
         Microkernel(NEON_ALONE, "pair", 5, 8),

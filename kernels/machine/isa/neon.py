@@ -1,7 +1,7 @@
 """NEON: registers of 16 bytes, which every aarch64 machine has, and its byte dot products.
 
 A product takes one lane of a register of codes with all of a register of weights, so that codes are
-loaded many at a time and never broadcast. Without `usdot` both factors are signed: 128 is taken
+loaded many at a time and never broadcast. Without `usmmla` both factors are signed: 128 is taken
 from codes, and what sums begin with gives it back.
 """
 
@@ -103,17 +103,13 @@ class NeonDot(Neon):
 
 
 class NeonI8mm(Neon):
-    """With dot products of uint8 and int8."""
+    """With products of matrices of uint8 and int8; they leave nothing for Winograd to gain."""
 
     taken = 0
 
     def signed(self, e: Emitter, codes: Any) -> Any:
         """Return codes as they are."""
         return codes
-
-    def byte_dot(self, e: Emitter, acc: Any, x: Any, w: Any) -> Any:
-        """Add four neighbouring products of uint8 and int8 to each int32."""
-        return e.intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8", self.int32s, [acc, x, w])
 
     def byte_matrices(self, e: Emitter, acc: Any, x: Any, w: Any) -> Any:
         """Add the products of two rows of eight uint8 and two of int8 to four int32."""
