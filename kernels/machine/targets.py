@@ -114,7 +114,9 @@ if IS_ARM:
 def _check_name() -> None:
     """Raise InputError if NUMBA_CPU_NAME is a CPU of another kind: LLVM would end the process."""
     name = _given()[0]
-    if name in _X86 | _ARM and name not in _CPUS and name != "generic":
+    # By the first word, for LLVM has more names than the tables: cortex-x4, for one.
+    others = {other.partition("-")[0] for other in (_X86 | _ARM).keys() - _CPUS.keys()}
+    if name and name != "generic" and name.partition("-")[0] in others:
         raise InputError(
             f"NUMBA_CPU_NAME is {name!r}, which is no CPU of {platform.machine()}; unset it, or "
             f"choose of {', '.join(_CPUS)}"

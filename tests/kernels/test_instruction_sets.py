@@ -55,3 +55,23 @@ def test_other_instruction_sets_give_the_same_bits(cpu, features, script, expect
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == expected()
+
+
+@pytest.mark.parametrize("features", [None, "", "+neon,+dotprod"])
+@pytest.mark.parametrize(
+    "cpu", ["haswell", "x86-64"] if targets.IS_ARM else ["cortex-a53", "cortex-a76", "cortex-x4",
+                                                         "neoverse-v1", "apple-m2"],
+)  # fmt: skip
+def test_cpu_of_another_kind_of_machine_is_refused(cpu, features):
+    """In each process that would compile, before LLVM ends it."""
+    environment = os.environ | {"NUMBA_CPU_NAME": cpu}
+    if features is not None:
+        environment["NUMBA_CPU_FEATURES"] = features
+    done = subprocess.run(
+        [sys.executable, "-c", "import logshift.runtime"],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if "InputError" in line]
+    assert f"NUMBA_CPU_NAME is {cpu!r}" in error and "unset it" in error
+    assert "LLVM ERROR" not in done.stderr
