@@ -5,10 +5,11 @@ it was computed, `reference` or a family of kernels, a kernel that was forced, a
 Run where logshift is installed, by the side of this directory:
 
     python -m support.digests reference      what all ways of a case must give
-    python -m support.digests machine        convolutions, the demo, files that are damaged
+    python -m support.digests products       convolutions of codes, the demo, files that are damaged
+    python -m support.digests machine        convolutions of float32 too, and additions and shifts
     python -m support.digests all            every kernel and operator
 
-In the second and third case a directory may follow, of `.stlq` files and inputs (`.npy`) to run.
+But for the first a directory may follow, of `.stlq` files and inputs (`.npy`) to run.
 """
 
 from __future__ import annotations
@@ -97,14 +98,20 @@ def printed(case, way, arrays):
     print("\t".join((case, way, digest.hexdigest())), flush=True)
 
 
+class Unsupported(Exception):
+    """There is a layer that a kernel does not do."""
+
+
 @contextlib.contextmanager
 def forced(chosen):
-    """Let sessions take a kernel for whatever it supports."""
+    """Let sessions take a kernel for all layers of its kind, or raise Unsupported."""
 
     def kernel(op, family, layer=None):
-        if op == chosen.op and (layer is None or chosen.supports(layer)):
-            return chosen
-        return registry.kernel(op, family, layer)
+        if op != chosen.op:
+            return registry.kernel(op, family, layer)
+        if layer is not None and not chosen.supports(layer):
+            raise Unsupported
+        return chosen
 
     places = (planner, prepare)
     before = [place.kernel for place in places]
@@ -123,30 +130,36 @@ def of(op, packages):
 
 
 def convolutions(families, packages):
-    """Every kernel for convolutions of codes and of float32, on all layers that it supports.
+    """Every kernel for convolutions of codes, on all layers that it supports.
 
     Raises
     ------
     AssertionError
         If there is a kernel that supports none.
     """
-    kernels = {op: of(op, packages) for op in ("conv", "float_conv")}
-    left = {kernel.name for several in kernels.values() for kernel in several}
+    kernels = of("conv", packages)
+    left = {kernel.name for kernel in kernels}
     for name in CONVOLUTIONS:
         graph = convolution(name)
         inputs = random_inputs(graph)
         for family in families:
             printed(name, family, [Session(graph, kernels=family).run(inputs)])
-        for kernel in kernels["conv"]:
-            with forced(kernel):
+        for kernel in kernels:
+            with forced(kernel), contextlib.suppress(Unsupported):
                 session = Session(graph, threads=2, kernels="portable")
-                if kernel.name in {layer.kernel for layer in session.summary().layers}:
-                    printed(name, kernel.name, [session.run(inputs)])
-                    left.discard(kernel.name)
+                printed(name, kernel.name, [session.run(inputs)])
+                left.discard(kernel.name)
+    assert not left, f"no case has {', '.join(sorted(left))}"
+
+
+def float_convolutions(families, packages):
+    """Do the same of float32."""
+    kernels = of("float_conv", packages)
+    left = {kernel.name for kernel in kernels}
     for name in FLOAT_CONVOLUTIONS:
         for family in families:
             printed(f"float {name}", family, [float_convolution(name, family)])
-        for kernel in kernels["float_conv"]:
+        for kernel in kernels:
             found = float_convolution(name, kernel)
             if found is not None:
                 printed(f"float {name}", kernel.name, [found])
@@ -201,13 +214,16 @@ if __name__ == "__main__":
     what, *directories = sys.argv[1:]
     families, packages = {
         "reference": (("reference",), ()),
+        "products": (("auto",), ("dot",)),
         "machine": (("auto", "shift"), OF_MACHINES),
         "all": (FAMILIES, (*OF_MACHINES, "portable", "reference")),
     }[what]
     convolutions(families, packages)
     files(families, sorted(DEMO.glob("*.stlq")))
     damaged(families)
-    if what != "machine":
+    if what != "products":
+        float_convolutions(families, packages)
+    if what in ("reference", "all"):
         operators(families)
     for directory in directories:
         files(families, sorted(Path(directory).glob("*.stlq")))
