@@ -76,8 +76,9 @@ CONV = record(
     table=ADDRESS,  # uint8 (256,) that output codes go through at the end, or 0
     # Rows of a depthwise convolution: READS of windows and of all.
     window_count=INT, segment_count=INT,
-    # Winograd: what makes differences of codes unsigned; steps of a position
-    added=INT, steps=INT,
+    # Winograd: what brings differences of codes, and sums of four, into the range of products;
+    # steps of a position
+    added=INT, both=INT, steps=INT,
     # The shift family (chunks: what to make which rows of): sets of groups, int64 (sets, 2), their
     # first input and output channels; blocks of rows; where streams begin, int64
     sets=ADDRESS, set_count=INT, blocks=INT, positions=ADDRESS,

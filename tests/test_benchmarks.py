@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx
 import pytest
 from support.onnx_nets import Net, noise
 
-from benchmarks import accuracy_plot, bench_kernels, compare, layers, overview, peak
+from benchmarks import accuracy_plot, arm, bench_kernels, compare, layers, overview, peak
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.models import PACKAGED, SUITE, folded
 from logshift import runtime
@@ -233,3 +234,40 @@ def test_overview_shows_what_the_tables_say(tmp_path):
     for picture in (tmp_path / "overview.svg", overview.DOCS / "overview.svg"):
         texts = Counter(re.findall(r"<text[^>]*>([^<]+)</text>", picture.read_text("utf-8")))
         assert not Counter(shown) - texts
+
+
+# --- aarch64 ------------------------------------------------------------------------------------
+
+# Two products for each load: loads and products of different iterations overlap.
+LOOP = """
+f:                                      // @f
+	mov	x8, xzr
+.LBB0_1:                                // %loop
+	ldr	q1, [x0, x8]
+	add	x8, x8, #16
+	sdot	v16.4s, v1.16b, v2.4b[0]
+	sdot	v17.4s, v1.16b, v2.4b[1]
+	sdot	v18.4s, v1.16b, v2.4b[2]
+	sdot	v19.4s, v1.16b, v2.4b[3]
+	str	q1, [sp, #32]
+	cmp	x8, x1
+	b.ne	.LBB0_1
+	ret
+.Lfunc_end0:
+"""
+
+
+def test_inner_loops_are_found():
+    (loop,) = arm.loops(LOOP)
+    assert len(loop.lines) == 9 and loop.stack_accesses == 1
+    assert [line.split()[0] for line in loop.work] == ["sdot"] * 4
+    assert list(arm.loops(LOOP.replace("sdot", "eor"))) == [], "a loop that does nothing"
+
+
+@pytest.mark.skipif(shutil.which("llvm-mca-22") is None, reason="needs llvm-mca of LLVM 22")
+def test_share_of_the_peak():
+    (loop,) = arm.loops(LOOP)
+    assert arm.peak(loop.work, "cortex-a76") == pytest.approx(2, abs=0.1), "two in a cycle"
+    assert arm.peak(loop.work, "neoverse-v1") == pytest.approx(1, abs=0.1), "four"
+    # Each sum waits for the one before: four sums are too few.
+    assert 3 < arm.cycles(loop.lines, "cortex-a76") < 6

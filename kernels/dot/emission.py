@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from logshift.kernels.activation import ACTIVATIONS, PIECES, PIECEWISE, PRELU
 from logshift.kernels.dot.tiles import TILE, Microkernel
-from logshift.kernels.machine.emit import Emitter, f32, i8, i32, i64
+from logshift.kernels.machine.emit import Emitter, f32, i8, i16, i32, i64
 from logshift.kernels.machine.lookup import Lookup
 
 OFFSETS = {name: TILE.fields[name][1] for name in TILE.names}  # type: ignore[index, union-attr]
@@ -42,7 +42,7 @@ class Emission(Emitter):
     @property
     def step_bytes(self) -> int:
         """Bytes of the weights of one step."""
-        return 4 * self.k.channels * (2 if self.k.kind == "wide" else 1)
+        return self.k.codes * self.k.channels * (2 if self.k.kind == "wide" else 1)
 
     def step(self, acc: dict, rows: Iterable[Any], w: Any) -> dict:
         """Add the products of 4 codes of each pixel; the weights of the step begin at w."""
@@ -120,10 +120,30 @@ class Emission(Emitter):
         """Return what computes a vector of real-valued outputs, unclamped, when it is called."""
         b, k, size = self.b, self.k, self.size
         m, bias = (b.add(self.field(n), bytes_of_words) for n in ("m", "b"))
+        in_pairs = self.isa.by_lane and k.vectors % 2 == 0  # of vectors, in int16
         if residual:
-            r = self.places("r", channel)
-            z_r = self.splat(self.field("z_r", i32), self.int32s)
+            r, z = self.places("r", channel), self.field("z_r", i32)
+            z_r = (
+                self.splat(b.trunc(z, i16), self.int16s) if in_pairs else self.splat(z, self.int32s)
+            )
             m_r = self.splat(self.field("m_r", f32), self.floats)
+
+        def codes(i: int, j: int, lanes: int) -> Any:
+            address = b.add(r(i), self.word(k.lanes * j))
+            return self.load(address, ir.VectorType(i8, lanes), 1)
+
+        pairs: dict[tuple[int, int], Any] = {}
+
+        def difference(i: int, j: int) -> Any:
+            """Return codes of a residual less their zero point, as int32."""
+            if not in_pairs:
+                return b.sub(b.zext(codes(i, j, k.lanes), self.int32s), z_r)
+            if (i, j // 2) not in pairs:
+                loaded = b.zext(codes(i, j - j % 2, 2 * k.lanes), self.int16s)
+                pairs[i, j // 2] = b.sub(loaded, z_r)
+            pair, first = pairs[i, j // 2], j % 2 * k.lanes
+            half = self.shuffle(pair, pair, [*range(first, first + k.lanes)])
+            return b.sext(half, self.int32s)
 
         def compute(tile: tuple[int, int]) -> Any:
             i, j = tile
@@ -132,10 +152,7 @@ class Emission(Emitter):
             v = b.fadd(b.fmul(b.sitofp(total(tile), self.floats), scale), shift)
             if not residual:
                 return v
-            address = b.add(r(i), self.word(k.lanes * j))
-            codes = self.load(address, ir.VectorType(i8, k.lanes), 1)
-            t = b.sitofp(b.sub(b.zext(codes, self.int32s), z_r), self.floats)
-            return b.fadd(v, b.fmul(t, m_r))
+            return b.fadd(v, b.fmul(b.sitofp(difference(i, j), self.floats), m_r))
 
         return compute
 
@@ -234,19 +251,25 @@ class Emission(Emitter):
         b, k = self.b, self.k
         y = self.places("y", channel)
         lookup = None if table is None else Lookup(self, self.isa, table, self.field("table_end"))
-        for first in range(0, len(self.tiles), 4):
-            tiles = self.tiles[first : first + 4]
-            codes = self.rounded([value(t) for t in tiles], bounded, between)
-            if lookup is not None:
+        groups = [self.tiles[first : first + 4] for first in range(0, len(self.tiles), 4)]
+
+        def rounded(tiles: list[tuple[int, int]]) -> Any:
+            return self.rounded([value(t) for t in tiles], bounded, between)
+
+        # By lane, a table is larger than what registers hold beside sums: all look up in each part.
+        together = lookup([rounded(g) for g in groups]) if lookup and self.isa.by_lane else None
+        for number, tiles in enumerate(groups):
+            codes = rounded(tiles) if together is None else together[number]
+            if lookup is not None and together is None:
                 (codes,) = lookup([codes])
             elif self.is_activated:
                 codes = self.looked_up(codes)
             # Vectors of one pixel lie side by side, here and in memory.
             for i in dict.fromkeys(i for i, _ in tiles):
-                numbers = [number for number, t in enumerate(tiles) if t[0] == i]
-                begin, end = numbers[0] * k.lanes, (numbers[-1] + 1) * k.lanes
+                places = [place for place, t in enumerate(tiles) if t[0] == i]
+                begin, end = places[0] * k.lanes, (places[-1] + 1) * k.lanes
                 part = self.shuffle(codes, codes, [*range(begin, end)])
-                offset = self.word(k.lanes * tiles[numbers[0]][1])
+                offset = self.word(k.lanes * tiles[places[0]][1])
                 self.store(part, b.add(y(i), offset), 1)
 
     def looked_up(self, codes: Any) -> Any:
@@ -263,10 +286,12 @@ class Emission(Emitter):
         """Clamp, round half to even, and join to one vector of uint8.
 
         Packing saturates, and lo and hi act on codes. What is below the range of int32 converts to
-        the least int32, and so would be what is above: if it is not `bounded` (`Layer.fits_int32`),
-        for there is a residual or a function, hi, or what an int16 can hold, comes first.
+        the least int32, and so would be what is above, unless the instruction set saturates: if it
+        is not `bounded` (`Layer.fits_int32`), for there is a residual or a function, hi, or what
+        an int16 can hold, comes first.
         """
         b = self.b
+        bounded = bounded or self.isa.saturates
         if not bounded:
             hi = self.field("hi", f32) if between is None else ir.Constant(f32, 32767.0)
             hi = self.splat(hi, self.floats)

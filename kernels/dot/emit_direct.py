@@ -22,19 +22,15 @@ class Direct(Emission):
         self, kernel: Microkernel, builder: ir.IRBuilder, arguments: Any, is_activated: bool
     ) -> None:
         super().__init__(kernel, builder, arguments, is_activated)
-        # Accumulators: pixel, vector; depthwise ones hold twice as many channels.
-        self.sums = [
-            (i, j)
-            for i in range(kernel.pixels)
-            for j in range(kernel.vectors // (2 if kernel.kind == "depthwise" else 1))
-        ]
+        # Accumulators: pixel, vector.
+        self.sums = [(i, j) for i in range(kernel.pixels) for j in range(kernel.sums)]
 
     def rows(self, bases: list[Any], q: Any) -> Iterator[Any]:
         """Yield where the codes of a step lie; q is the step's offset from those of a pixel."""
         b = self.b
         # More addresses than registers would be copied to the stack first, and read from there.
         # What is read from their table atomically is read where it is needed.
-        again = self.k.pixels > 6 and self.k.kind != "winograd"
+        again = self.k.pixels > self.isa.addresses and self.k.kind != "winograd"
         table = self.field("x")
         for i, base in enumerate(bases):
             if again:
@@ -79,6 +75,15 @@ class Direct(Emission):
             return self.isa.word_pairs(self, acc[tile], self.constant(1, self.int16s))
         return acc[tile]
 
+    def initial(self, tile: tuple[int, int], vector: Any) -> Any:
+        """Return what a register of sums begins with, from what its channels do."""
+        return vector
+
+    @property
+    def initial_bytes(self) -> int:
+        """Bytes of the weights' stream that initial values of sums in int16 take."""
+        return self.size * self.k.sums
+
     # --- the kernel -----------------------------------------------------------------------------
 
     def emit(self) -> None:
@@ -108,10 +113,10 @@ class Direct(Emission):
         b.position_at_end(at["group"])
         s_group, w_group, held_at, held_step = (b.phi(i64) for _ in range(4))
         kind, place = (self.int16s, w_group) if k.sums_in_int16 else (self.int32s, start)
-        columns = 1 + max(j for _, j in self.sums)
-        initial = [self.load(b.add(place, self.word(size * j)), kind, size) for j in range(columns)]
-        w_first = b.add(w_group, self.word(size * columns if k.sums_in_int16 else 0))
-        first, w_ran = self.run({t: initial[t[1]] for t in self.sums}, bases, s_group, w_first)
+        initial = [self.load(b.add(place, self.word(size * j)), kind, size) for j in range(k.sums)]
+        w_first = b.add(w_group, self.word(self.initial_bytes if k.sums_in_int16 else 0))
+        begin_sums = {t: self.initial(t, initial[t[1]]) for t in self.sums}
+        first, w_ran = self.run(begin_sums, bases, s_group, w_first)
         group_end = b.block
         b.branch(at["ran"])
 

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from logshift.kernels.dot.emission import OFFSETS, Emission
 from logshift.kernels.dot.emit_direct import Direct
 from logshift.kernels.dot.tiles import RUN
-from logshift.kernels.machine.emit import i64
+from logshift.kernels.machine.emit import Emitter, i64
 
 POSITIONS = 16
 BOTH_ADD = 5  # the position (1, 1), the only one that has no difference of codes in it
@@ -34,23 +34,21 @@ def _transforming(vector: int) -> Callable:
     """Return what transforms the codes of some channels of a tile."""
 
     @intrinsic
-    def transform(typingctx, x, row, last_row, column, last_column, added, u, step):
-        """Store B^T x B, and `added` where a difference is in it.
+    def transform(typingctx, x, row, last_row, column, last_column, added, both, u, step):
+        """Store B^T x B, and `added` where a difference is in it, `both` elsewhere.
 
         x is the address of its first code; row, column, last_row, last_column are bytes to the
         next, and to the last, row and column. u is the address of position 0, step bytes to the
         next one.
         """
-        signature = types.void(x, row, last_row, column, last_column, added, u, step)
+        signature = types.void(x, row, last_row, column, last_column, added, both, u, step)
 
         def codegen(context, b, signature, args):
-            x, row, last_row, column, last_column, added, u, step = args
+            x, row, last_row, column, last_column, added, both, u, step = args
             word = partial(ir.Constant, ir.IntType(64))
             kind = ir.VectorType(ir.IntType(8), vector)
-            undefined = ir.Constant(kind, ir.Undefined)
-            one = b.insert_element(undefined, b.trunc(added, kind.element), word(0))
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector), [0] * vector)
-            added = b.shuffle_vector(one, undefined, lanes)
+            e = Emitter(b)
+            added, both = (e.splat(b.trunc(v, kind.element), kind) for v in (added, both))
             rows, columns = (
                 [word(0), first, b.add(first, first), b.add(b.add(first, first), last)]
                 for first, last in ((row, last_row), (column, last_column))
@@ -67,8 +65,7 @@ def _transforming(vector: int) -> Callable:
             for i in range(4):
                 for j, value in enumerate(_differences(b, [column[i] for column in halfway])):
                     position = 4 * i + j
-                    if position != BOTH_ADD:
-                        value = b.add(value, added)
+                    value = b.add(value, both if position == BOTH_ADD else added)
                     place = pointer(u, b.mul(step, word(position)))
                     b.store(value, place, align=vector)
             return context.get_dummy_value()
@@ -233,16 +230,34 @@ class WinogradDot(Emission):
     def products(self, acc: dict, x: Any, w: Any, count: Any) -> tuple[dict, Any]:
         """Add products to sums of (row, tile, vector); returns these and the end of the weights."""
         b = self.b
-        rows = list(dict.fromkeys(row for row, _, _ in acc))
         begin, position = b.block, RUN * self.k.pixels
-        run, loop, ran, done = (b.append_basic_block(n) for n in ("run", "step", "ran", "done"))
+        run, done = (b.append_basic_block(n) for n in ("run", "done"))
         b.branch(run)
 
         b.position_at_end(run)
         x_run, w_run, left = (b.phi(i64) for _ in range(3))
         run_acc = {t: b.phi(self.int32s) for t in acc}
         few = b.icmp_signed("<", left, self.word(RUN // 4))
-        end = b.add(x_run, b.mul(b.select(few, left, self.word(RUN // 4)), self.word(4)))
+        steps = b.select(few, left, self.word(RUN // 4))
+        new, w_next = self.run(run_acc, x_run, steps, w_run)
+        ran = b.block
+        x_next = b.add(x_run, self.word(16 * position))
+        left_next = b.sub(left, self.word(RUN // 4))
+        b.cbranch(b.icmp_signed(">", left_next, self.word(0)), run, done)
+        b.position_at_end(done)
+        self.incoming(x_run, (begin, x), (ran, x_next))
+        self.incoming(w_run, (begin, w), (ran, w_next))
+        self.incoming(left, (begin, count), (ran, left_next))
+        for t in acc:
+            self.incoming(run_acc[t], (begin, acc[t]), (ran, new[t]))
+        return new, w_next
+
+    def run(self, acc: dict, x: Any, steps: Any, w: Any) -> tuple[dict, Any]:
+        """Emit steps that lie side by side; returns sums and the end of the weights."""
+        b, position = self.b, RUN * self.k.pixels
+        rows = list(dict.fromkeys(row for row, _, _ in acc))
+        end = b.add(x, b.mul(steps, self.word(4)))
+        begin, loop, ran = b.block, *(b.append_basic_block(n) for n in ("step", "ran"))
         b.branch(loop)
 
         b.position_at_end(loop)
@@ -260,16 +275,8 @@ class WinogradDot(Emission):
         b.cbranch(b.icmp_unsigned("<", q_next, end), loop, ran)
 
         b.position_at_end(ran)
-        x_next = b.add(x_run, self.word(16 * position))
-        left_next = b.sub(left, self.word(RUN // 4))
-        b.cbranch(b.icmp_signed(">", left_next, self.word(0)), run, done)
-        b.position_at_end(done)
-        self.incoming(x_run, (begin, x), (ran, x_next))
-        self.incoming(w_run, (begin, w), (ran, w_next))
-        self.incoming(left, (begin, count), (ran, left_next))
-        self.incoming(q, (run, x_run), (loop, q_next))
-        self.incoming(w_q, (run, w_run), (loop, w_next))
+        self.incoming(q, (begin, x), (loop, q_next))
+        self.incoming(w_q, (begin, w), (loop, w_next))
         for t in acc:
-            self.incoming(run_acc[t], (begin, acc[t]), (ran, new[t]))
-            self.incoming(held[t], (run, run_acc[t]), (loop, new[t]))
+            self.incoming(held[t], (begin, acc[t]), (loop, new[t]))
         return new, w_next

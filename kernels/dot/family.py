@@ -53,7 +53,7 @@ assert TILE.itemsize <= 256 and all(
 
 
 # Of |W|, by the kind of microkernel: two products of 255 and 64 fit an int16, no pair saturates.
-_LARGEST = {"pair": 64, "depthwise": 64, "dot": 127, "wide": 32767}
+_LARGEST = {"pair": 64, "depthwise": 64, "dot": 127, "matrix": 127, "wide": 32767}
 
 
 class _PackedTiles(PackedReads):
@@ -103,9 +103,11 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     steps = weights.shape[1]
     depthwise = tile.kind == "depthwise"
     top = 2**layer.activation_bits - 1
-    run_steps = 1 if depthwise else -(-layer.run_taps * layer.weights.shape[3] // 4)
+    run_steps = 1 if depthwise else -(-layer.run_taps * layer.weights.shape[3] // tile.codes)
     if tile.sums_in_int16:
-        cuts, groups, initials, begun = cut(weights, run_steps, top)
+        cuts, groups, initials, begun = cut(
+            weights, run_steps, top, tile.lanes_of_channel, tile.isa.taken
+        )
     else:
         cuts = uncut(firsts.size, steps, run_steps)
         groups, initials = np.empty((0, 0), np.int64), np.empty((0, 0, 0), np.int16)
@@ -126,6 +128,8 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     ]  # fmt: skip
 
     start = np.where(rows < 0, 0, -layer.offset[rows] - begun)
+    if tile.kind == "dot":  # sums in int16 began with what was taken
+        start += np.where(rows < 0, 0, tile.isa.taken * layer.sums[rows, 0])
     single = _single(tile)
     return _PackedTiles(
         {

@@ -38,9 +38,9 @@ def by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndarr
         taps = np.arange(kh * kw + kh * kw % 2)
         taps[kh * kw :] = 0  # a second tap of weight 0 for the last one
         places = np.stack([taps // kw, taps % kw, 0 * taps], axis=1).reshape(-1, 2, 3)
-        runs, run, size = 1, kh * kw, 2
+        runs, run, size = 1, kh * kw, tile.codes
     else:
-        runs, run, size = kh * kw // layer.run_taps, layer.run_taps * in_group, 4
+        runs, run, size = kh * kw // layer.run_taps, layer.run_taps * in_group, tile.codes
         index = np.arange(runs * -(-run // size)) // -(-run // size) * layer.run_taps
         byte = np.arange(len(index)) % -(-run // size) * size
         places = np.stack([index // kw, index % kw, byte], axis=1)[:, None]
@@ -54,7 +54,7 @@ def by_step(tile: Microkernel, layer: Layer, rows: np.ndarray) -> tuple[np.ndarr
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def cut(weights, run_steps, top):
+def cut(weights, run_steps, top, lanes, taken):
     """Cut the steps of every block into segments, and decide after which sums are flushed.
 
     An int16 lane that adds products with weights of positive sum P and negative sum -N ends within
@@ -63,8 +63,10 @@ def cut(weights, run_steps, top):
 
     Parameters
     ----------
-    weights : int8 (blocks, steps, channels, 2 * lanes), in runs of `run_steps`
+    weights : int8 (blocks, steps, channels, size), in runs of `run_steps`
     top : the largest input code
+    lanes : of a channel, each of which adds neighbouring products of a step
+    taken : what products take from codes, which initial values give back modulo 2^16
 
     Returns
     -------
@@ -77,7 +79,7 @@ def cut(weights, run_steps, top):
         Sums of a block's initial values.
     """
     blocks, steps, channels, size = weights.shape
-    lanes, sums = size // 2, channels * size // 2
+    sums, each = channels * lanes, size // lanes
     flat = weights.reshape(blocks, steps, channels * size)
     segments = np.empty((blocks * steps, 4), np.int64)
     groups = np.empty((blocks, steps), np.int64)
@@ -92,7 +94,7 @@ def cut(weights, run_steps, top):
         for step in range(steps + 1):
             fits = step < steps
             if fits:
-                widest = _add_step(flat[block, step], total, width, next_total, next_width)
+                widest = _add_step(flat[block, step], each, total, width, next_total, next_width)
                 fits = widest * top <= 65535
             if step > first and (not fits or step % run_steps == 0):
                 segments[count, 0], segments[count, 1] = block, first
@@ -104,13 +106,13 @@ def cut(weights, run_steps, top):
                 for i in range(sums):
                     plus, minus = (width[i] + total[i]) // 2, (width[i] - total[i]) // 2
                     initial = max(-32768 + minus * top, min(0, 32767 - plus * top))
-                    initials[group, i] = initial
+                    initials[group, i] = ((initial + taken * total[i] + 32768) & 65535) - 32768
                     begun[block, i // lanes] += initial
                 total[:], width[:] = 0, 0
                 group += 1
                 if step == steps:
                     break
-                _add_step(flat[block, step], total, width, next_total, next_width)
+                _add_step(flat[block, step], each, total, width, next_total, next_width)
             groups[block, step] = group
             total, next_total = next_total, total
             width, next_width = next_width, width
@@ -119,9 +121,18 @@ def cut(weights, run_steps, top):
 
 
 @njit(inline="always", error_model="numpy")
-def _add_step(weights, total, width, next_total, next_width):
+def _add_step(weights, each, total, width, next_total, next_width):
     """Add the weights of a step to sums of W and of |W|; returns the largest of the latter."""
     widest = np.int32(0)
+    if each == 4:
+        for i in range(np.uintp(total.size)):
+            sum_, sum_of_sizes = total[i], width[i]
+            for k in range(np.uintp(4)):
+                weight = np.int32(weights[np.uintp(4) * i + k])
+                sum_, sum_of_sizes = sum_ + weight, sum_of_sizes + abs(weight)
+            next_total[i], next_width[i] = sum_, sum_of_sizes
+            widest = max(widest, sum_of_sizes)
+        return np.int64(widest)
     for i in range(np.uintp(total.size)):
         even = np.int32(weights[np.uintp(2) * i])
         odd = np.int32(weights[np.uintp(2) * i + np.uintp(1)])
@@ -148,7 +159,10 @@ def in_reading_order(
     Returns rows of int8, as long as the weights of a step, and the first row of each block.
     """
     blocks, steps, channels, size = weights.shape
-    if tile.kind == "wide":  # vectors of even and of odd weights in turns
+    if tile.isa.by_lane and tile.kind in ("pair", "winograd", "wide", "depthwise"):
+        # All channels of one code or tap after another; initial values are of one lane a channel.
+        ordered = np.ascontiguousarray(weights.swapaxes(2, 3))
+    elif tile.kind == "wide":  # vectors of even and of odd weights in turns
         split = weights.reshape(blocks, steps, tile.vectors, tile.lanes, 2, 2)
         ordered = np.ascontiguousarray(split.transpose(0, 1, 2, 5, 3, 4))
     elif tile.kind == "depthwise":  # bytes interleave within each 16 of a register
@@ -163,8 +177,10 @@ def in_reading_order(
     if not flushes:
         stream[:] = ordered
         return stream, first
-    initials = np.ascontiguousarray(initials).reshape(flushes, -1).view(np.int8)
-    _weave(ordered, groups.ravel(), initials, stream)
+    before = np.zeros((flushes, ordered.shape[1]), np.int8)  # as long as a step
+    values = np.ascontiguousarray(initials).reshape(flushes, -1).view(np.int8)
+    before[:, : values.shape[1]] = values
+    _weave(ordered, groups.ravel(), before, stream)
     return stream, first + groups[:, 0]
 
 
@@ -183,7 +199,7 @@ def _weave(weights, groups, initials, stream):
 
 _BYTES, _INDICES = types.int8[:, ::1], types.int64[:, ::1]
 for _name, _function, _signatures in (
-    ("cut", cut, [(types.int8[:, :, :, ::1], types.int64, types.int64)]),
+    ("cut", cut, [(types.int8[:, :, :, ::1], *4 * [types.int64])]),
     (
         "by_block",
         by_block,

@@ -10,6 +10,7 @@ The kinds differ in what a step is and in what it is summed:
 
     pair        4 uint8 codes of a pixel times 4 int8 weights of each channel, in int16
     dot         the same in int32, with the machine's byte dot product
+    matrix      the same with 8 codes of two pixels and weights of two channels at once
     wide        the same with int16 weights, in int32
     depthwise   2 taps of each channel times their int8 weights, in int16
     winograd    as pair; blocks are positions of transformed tiles of pixels (`winograd`)
@@ -36,6 +37,7 @@ from logshift.kernels.machine.isa.avx2 import AVX2
 from logshift.kernels.machine.isa.avx512 import AVX512_VNNI, AVX512_VNNI_VBMI
 from logshift.kernels.machine.isa.avxvnni import AVX_VNNI
 from logshift.kernels.machine.isa.base import InstructionSet
+from logshift.kernels.machine.isa.neon import NEON, NEON_ALONE, NEON_DOT, NEON_I8MM
 from logshift.kernels.machine.isa.ssse3 import SSSE3
 
 _I, _F, _P = np.int64, np.float32, np.uintp
@@ -87,7 +89,8 @@ RUN = 64
 
 # Of a step, for each vector.
 _INSTRUCTIONS = {
-    "pair": 2, "dot": 1, "wide": 4, "depthwise": 2, "winograd": 2, "winograd_dot": 1, "rows": 1
+    "pair": 2, "dot": 1, "matrix": 0.5, "wide": 4, "depthwise": 2, "winograd": 2,
+    "winograd_dot": 1, "rows": 1,
 }  # fmt: skip
 
 
@@ -114,7 +117,9 @@ class Microkernel:
     @property
     def name(self) -> str:
         """Instruction set, kind where it is not the instruction set's own, and tile."""
-        kind = "" if self.kind in ("pair", "dot") else f"{self.kind.removesuffix('_dot')}-"
+        kind = (
+            "" if self.kind in ("pair", "dot", "matrix") else f"{self.kind.removesuffix('_dot')}-"
+        )
         if self.kind == "rows":
             window = "{}x{}s{}".format(*self.window) if self.window else ""
             kind = f"depthwise{window}-"
@@ -124,6 +129,21 @@ class Microkernel:
     def sums_in_int16(self) -> bool:
         """Whether sums must be flushed to int32 in time."""
         return self.kind in ("pair", "depthwise", "winograd")
+
+    @property
+    def sums(self) -> int:
+        """Registers of sums of a pixel."""
+        return self.vectors * self.lanes_of_channel // 2 if self.sums_in_int16 else self.vectors
+
+    @property
+    def codes(self) -> int:
+        """Codes of a pixel that a step takes."""
+        return {"depthwise": 2, "matrix": 8}.get(self.kind, 4)
+
+    @property
+    def lanes_of_channel(self) -> int:
+        """Lanes that sums in int16 of a pixel and channel are split into."""
+        return 1 if self.kind == "depthwise" or self.isa.by_lane else 2
 
     @property
     def price(self) -> float:
@@ -180,6 +200,30 @@ MICROKERNELS = {
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2, (3, 3, 1)),
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2, (4, 5, 1)),
         Microkernel(AVX512_VNNI_VBMI, "rows", 1, 2),
+        Microkernel(NEON_I8MM, "matrix", 6, 4),
+        Microkernel(NEON_I8MM, "matrix", 1, 4),
+        Microkernel(NEON_I8MM, "matrix", 8, 2),
+        Microkernel(NEON_I8MM, "matrix", 1, 2),
+        Microkernel(NEON_I8MM, "matrix", 12, 1),
+        Microkernel(NEON_I8MM, "matrix", 1, 1),
+        Microkernel(NEON_DOT, "dot", 5, 4),
+        Microkernel(NEON_DOT, "dot", 1, 4),
+        Microkernel(NEON_DOT, "dot", 8, 2),
+        Microkernel(NEON_DOT, "dot", 1, 2),
+        Microkernel(NEON_DOT, "dot", 12, 1),
+        Microkernel(NEON_DOT, "dot", 1, 1),
+        Microkernel(NEON_DOT, "winograd_dot", 5, 2),
+        Microkernel(NEON_DOT, "winograd_dot", 4, 2),
+        Microkernel(NEON_ALONE, "pair", 5, 8),
+        Microkernel(NEON_ALONE, "pair", 1, 8),
+        Microkernel(NEON_ALONE, "pair", 8, 4),
+        Microkernel(NEON_ALONE, "pair", 1, 4),
+        Microkernel(NEON_ALONE, "pair", 12, 2),
+        Microkernel(NEON_ALONE, "pair", 1, 2),
+        Microkernel(NEON_ALONE, "winograd", 5, 8),
+        Microkernel(NEON_ALONE, "winograd", 8, 4),
+        Microkernel(NEON, "wide", 5, 4),
+        Microkernel(NEON, "depthwise", 8, 4),
     )
 }
 

@@ -8,7 +8,8 @@ With the matrices of Lavin and Gray, "Fast Algorithms for Convolutional Neural N
 where x are the 4x4 codes that it reads and * is elementwise: 16 products per channel where the
 direct way has 36. G has halves in its two middle rows. Twice these rows, all of it is integers, and
 what comes back is divided again, exactly. Codes of at most T become numbers in [-2T, 2T], or
-[0, 4T] where both axes add: with 2T added to the former they are uint8 up to T = 63. Weights become
+[0, 4T] where both axes add: with 2T added to the former they are uint8 up to T = 63, with 2T taken
+from the latter, where products are signed, int8. Weights become
 at most nine times the largest |W|, which at 3 bits is int8; `_supports` and `_supports_dot` look at
 the integers themselves.
 
@@ -142,7 +143,10 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
     weights = np.ascontiguousarray(
         padded.reshape(-1, POSITIONS, steps, 4)[rows].transpose(0, 2, 3, 1, 4)
     ).reshape(-1, steps, tile.channels, 4)
-    cuts, groups, initials, begun = cut(weights, steps, 4 * top)
+    signed = tile.isa.taken > 0
+    cuts, groups, initials, begun = cut(
+        weights, steps, 4 * top, tile.lanes_of_channel, 2 * top if signed else 0
+    )
     stream, begins = in_reading_order(tile, weights, groups, initials)
 
     segments = np.zeros(len(cuts), SEGMENT)
@@ -171,7 +175,8 @@ def _pack(tile: Microkernel, layer: Layer) -> Packed:
             "segments": segments,
             "chunks": np.array(chunks, CHUNK),
             "chunk_count": len(chunks),
-            "added": 2 * top,
+            "added": 0 if signed else 2 * top,
+            "both": -2 * top if signed else 0,
         }
     )
 
@@ -192,8 +197,10 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
 
     # Take away what was added to codes, and in all four outputs the zero point. What rows 0 and 3
     # begin with is half the sum, and half the difference, of what is added to rows 1 and 2 for it.
-    begin = -2 * top * transformed.sum(axis=2, dtype=np.int64)
-    begin[:, BOTH_ADD] = -4 * layer.offset
+    signed = tile.isa.taken > 0
+    sums = 2 * top * transformed.sum(axis=2, dtype=np.int64)
+    begin = 0 * sums if signed else -sums
+    begin[:, BOTH_ADD] = (sums[:, BOTH_ADD] if signed else 0) - 4 * layer.offset
     first, second, third, fourth = begin.reshape(o, 4, 4).transpose(1, 2, 0)
     start = np.stack([second + first + fourth, third + first - fourth], axis=1)
     return Packed(
@@ -208,7 +215,8 @@ def _pack_dot(tile: Microkernel, layer: Layer) -> Packed:
             "steps": steps,
             "chunks": np.array([(n, 1, 0, 0, 0, o0) for n, o0 in enumerate(rows[:, 0])], CHUNK),
             "chunk_count": len(rows),
-            "added": 2 * top,
+            "added": 0 if signed else 2 * top,
+            "both": -2 * top if signed else 0,
         }
     )
 
@@ -307,12 +315,14 @@ def _prepare(a, first, count, tiles, steps, u, y, r, beyond, size):
                 place = codes + c // RUN * steps[2]
                 if a.x.c - c > RUN // 2:
                     transform_run(
-                        x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
-                    )
+                        x + c, row_bytes, last_row, a.x.c, last_column, a.added, a.both,
+                        place, steps[1],
+                    )  # fmt: skip
                 else:
                     transform_half(
-                        x + c, row_bytes, last_row, a.x.c, last_column, a.added, place, steps[1]
-                    )
+                        x + c, row_bytes, last_row, a.x.c, last_column, a.added, a.both,
+                        place, steps[1],
+                    )  # fmt: skip
             for p in range(4):
                 exists = (below or p < 2) and (right or p % 2 == 0)
                 y_place, r_place = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -40,19 +40,39 @@ class _Emission(Emitter):
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def step(self, acc: dict, rows: list[Any], w: Any) -> dict:
+    def step(self, acc: dict, inputs: Iterable[Any], w: Any) -> dict:
         """Add the products of an input of each pixel; the weights of the step begin at w."""
         b, k = self.b, self.k
+        new = {}
+        if k.isa.by_lane and k.vectors > k.pixels:  # registers have no room for all weights
+            x = list(inputs)
+            for j in range(k.vectors):
+                place = b.add(w, self.word(self.size * j))
+                vector = self.load(place, self.floats, self.size)
+                for i in range(k.pixels):
+                    new[i, j] = self.fma(x[i], vector, acc[i, j])
+            return new
         vectors = [
             self.load(b.add(w, self.word(self.size * j)), self.floats, self.size)
             for j in range(k.vectors)
         ]
-        new = {}
-        for i, row in enumerate(rows):
-            x = self.splat(self.load(row, f32, 4), self.floats)
+        for i, x in enumerate(inputs):
             for j in range(k.vectors):
                 new[i, j] = self.fma(x, vectors[j], acc[i, j])
         return new
+
+    def inputs(self, rows: list[Any], steps: int) -> Iterator[Iterable[Any]]:
+        """Yield the inputs of pixels in all lanes, step by step; those of the first lie at rows."""
+        b, k = self.b, self.k
+        if k.isa.by_lane and steps == k.lanes:
+            # Products take a lane each of what is loaded at once.
+            loaded = [self.load(row, self.floats, 4) for row in rows]
+            for s in range(steps):
+                yield [self.shuffle(x, x, k.lanes * [s]) for x in loaded]
+            return
+        for s in range(steps):
+            places = [b.add(row, self.word(4 * s)) for row in rows]
+            yield (self.splat(self.load(place, f32, 4), self.floats) for place in places)
 
     def loop(self, steps: int, acc: dict, bases: list[Any], q: Any, end: Any, w: Any) -> tuple:
         """Emit a loop of so many steps at a time, from q on while so many are left until `end`."""
@@ -66,9 +86,8 @@ class _Emission(Emitter):
         b.cbranch(b.icmp_signed("<=", following, end), body, after)
         b.position_at_end(body)
         new = held
-        for s in range(steps):
-            rows = [b.add(b.add(base, q_phi), self.word(4 * s)) for base in bases]
-            new = self.step(new, rows, b.add(w_phi, self.word(self.step_bytes * s)))
+        for s, x in enumerate(self.inputs([b.add(base, q_phi) for base in bases], steps)):
+            new = self.step(new, x, b.add(w_phi, self.word(self.step_bytes * s)))
         w_next = b.add(w_phi, self.word(self.step_bytes * steps))
         b.branch(head)
         self.incoming(q_phi, (before, q), (b.block, following))

@@ -9,6 +9,7 @@ from llvmlite import ir
 from logshift.kernels.machine.emit import Emitter, i8, i64
 from logshift.kernels.machine.isa.avx512 import AVX512_VBMI
 from logshift.kernels.machine.isa.base import InstructionSet
+from logshift.kernels.machine.isa.neon import Neon
 
 
 class Lookup:
@@ -18,15 +19,23 @@ class Lookup:
     ----------
     emitter : Emitter
     isa : InstructionSet
-        Whose registers hold the codes; where the machine has AVX-512 VBMI, that is used instead.
+        Whose registers hold the codes; of x86, where the machine has AVX-512 VBMI, that is used
+        instead.
     table, end : int64
         Its address, and the one behind it.
+    keeps : bool
+        Whether registers have room for all of the table, if it takes 16 of them.
     """
 
-    def __init__(self, emitter: Emitter, isa: InstructionSet, table: Any, end: Any) -> None:
+    def __init__(
+        self, emitter: Emitter, isa: InstructionSet, table: Any, end: Any, keeps: bool = False
+    ) -> None:
         self._e, self._isa, self._table, self._end = emitter, isa, table, end
-        self._quarters = None
-        if AVX512_VBMI.available:
+        self._kept = self._quarters = None
+        if isinstance(isa, Neon):
+            if keeps:
+                self._kept = [isa.entries(emitter, table, part) for part in range(4)]
+        elif AVX512_VBMI.available:
             kind = AVX512_VBMI.bytes
             places = [emitter.b.add(table, emitter.word(64 * part)) for part in range(4)]
             self._quarters = [emitter.load(place, kind, 1) for place in places]
@@ -35,6 +44,8 @@ class Lookup:
         """Return the entries of some vectors of codes, all of 16, 32 or 64."""
         if self._quarters is not None:
             return [self._permuted(vector) for vector in codes]
+        if isinstance(self._isa, Neon):
+            return self._by_quarters(self._isa, codes)
         return self._shuffled(codes)
 
     def _permuted(self, codes: Any) -> Any:
@@ -46,6 +57,17 @@ class Lookup:
         low, high = (AVX512_VBMI.permuted(e, q[i], wide, q[i + 1]) for i in (0, 2))
         found = b.select(b.icmp_signed("<", wide, e.constant(0, wide.type)), high, low)
         return e.shuffle(found, found, [*range(count)])
+
+    def _by_quarters(self, isa: Neon, codes: list[Any]) -> list[Any]:
+        """Look all codes up in one quarter of the table after the other."""
+        found = codes
+        for part in range(4):
+            entries = self._kept[part] if self._kept else isa.entries(self._e, self._table, part)
+            found = [
+                isa.found(self._e, so_far, entries, index, part)
+                for so_far, index in zip(found, codes, strict=True)
+            ]
+        return found
 
     def _shuffled(self, codes: list[Any]) -> list[Any]:
         """Sixteen entries at a time.

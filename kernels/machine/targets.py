@@ -9,8 +9,10 @@ from functools import cache
 
 import llvmlite.binding as llvm
 from numba.core import codegen, config
+from numba.core.registry import cpu_target
 
 from logshift.kernels.errors import InputError
+from logshift.kernels.machine import arm
 from logshift.kernels.machine import cache as store
 
 _V2 = {
@@ -39,19 +41,28 @@ _X86: dict[str, set[str]] = {
     "znver1": _V3, "znver2": _V3, "znver3": _V3,
     "znver4": _ICELAKE | {"avx512bf16"}, "znver5": _ICELAKE | {"avx512bf16", "avxvnni"},
 }  # fmt: skip
-_NEON = {"neon", "fp-armv8"}
-_ARM: dict[str, set[str]] = dict.fromkeys(
-    ("generic", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-n2", "neoverse-v1",
-     "neoverse-v2", "apple-m1"), _NEON,
-)  # fmt: skip
-_IS_X86 = platform.machine() in ("x86_64", "AMD64")
-_CPUS = _X86 if _IS_X86 else _ARM if platform.machine() in ("aarch64", "arm64") else {}
+_V8 = {"neon", "fp-armv8", "crc"}
+_V8_2 = _V8 | {"lse", "rdm", "fullfp16", "dotprod", "rcpc"}
+_V8_4 = _V8_2 | {"complxnum", "rcpc-immo", "fp16fml"}
+_NEOVERSE_V1 = _V8_4 | {"i8mm", "bf16", "sve"}
+# Cryptography is left out: it is an option of these cores, which the Raspberry Pi 4 has not.
+_ARM: dict[str, set[str]] = {
+    "generic": {"neon", "fp-armv8"},
+    "cortex-a53": _V8, "cortex-a72": _V8, "cortex-a76": _V8_2, "neoverse-n1": _V8_2,
+    "neoverse-v1": _NEOVERSE_V1, "neoverse-n2": _NEOVERSE_V1 | {"sve2"},
+    "neoverse-v2": _NEOVERSE_V1 | {"sve2"},
+    "apple-m1": _V8_4, "apple-m2": _V8_4 | {"i8mm", "bf16"},
+}  # fmt: skip
+_MACHINE = platform.machine().lower()
+_IS_X86 = _MACHINE in ("x86_64", "amd64")
+IS_ARM = _MACHINE in ("aarch64", "arm64")
+_CPUS = _X86 if _IS_X86 else _ARM if IS_ARM else {}
 # Instructions that no compiler chooses by itself: a hypervisor that hides them changes no code.
 _SYSTEM = {
     "clflushopt", "clwb", "cldemote", "clzero", "enqcmd", "fsgsbase", "hreset", "invpcid", "kl",
     "lwp", "movdir64b", "movdiri", "mwaitx", "pconfig", "pku", "prfchw", "prefetchi", "ptwrite",
-    "rdpid", "rdpru", "rdrnd", "rdseed", "rtm", "serialize", "sgx", "shstk", "tsxldtrk", "uintr",
-    "usermsr", "waitpkg", "wbnoinvd", "widekl", "xsave", "xsavec", "xsaveopt", "xsaves",
+    "rand", "rdpid", "rdpru", "rdrnd", "rdseed", "rtm", "serialize", "sgx", "shstk", "tsxldtrk",
+    "uintr", "usermsr", "waitpkg", "wbnoinvd", "widekl", "xsave", "xsavec", "xsaveopt", "xsaves",
 }  # fmt: skip
 
 
@@ -83,19 +94,44 @@ class Target:
 
     def fits(self, host: Target) -> bool:
         """Whether its code, if made by `baked`, runs on a host."""
-        # Beyond x86 LLVM does not tell all that a host has, but CPUs of a name are alike.
-        alike = _IS_X86 or self.cpu in ("generic", host.cpu)
-        return alike and self.needs <= host.needs
+        return self.needs <= host.needs
+
+
+def _all_features() -> str:
+    """Return the features of an aarch64 machine, as Numba is to tell LLVM."""
+    flags = _llvm_features()
+    # LLVM would rely on the CPU's name for most of them, and what is chosen by a feature that is
+    # not handed over cannot be compiled: that ends the process.
+    known = {flag[1:]: flag[:1] == "+" for flag in flags.split(",") if flag} | arm.detected()
+    return ",".join(f"{'+' if there else '-'}{name}" for name, there in sorted(known.items()))
+
+
+_llvm_features = codegen.get_host_cpu_features
+if IS_ARM:
+    codegen.get_host_cpu_features = cache(_all_features)
+
+
+def _check_name() -> None:
+    """Raise InputError if NUMBA_CPU_NAME is a CPU of another kind: LLVM would end the process."""
+    name = _given()[0]
+    # By the first word, for LLVM has more names than the tables: cortex-x4, for one.
+    others = {other.partition("-")[0] for other in (_X86 | _ARM).keys() - _CPUS.keys()}
+    if name and name != "generic" and name.partition("-")[0] in others:
+        raise InputError(
+            f"NUMBA_CPU_NAME is {name!r}, which is no CPU of {platform.machine()}; unset it, or "
+            f"choose of {', '.join(_CPUS)}"
+        )
 
 
 @cache
 def host() -> Target:
     """Return what Numba compiles for in this process: this machine, or that of NUMBA_CPU_*."""
     cpu, features = _given()
-    return Target(
-        llvm.get_host_cpu_name() if cpu is None else cpu,
-        codegen.get_host_cpu_features() if features is None else features,
-    )
+    if features is None:
+        # If somebody has compiled before logshift was imported, Numba goes on with what it had.
+        begun = vars(cpu_target).get("_toplevel_target_context")
+        features = begun.codegen()._tm_features if begun else codegen.get_host_cpu_features()
+    return Target(llvm.get_host_cpu_name() if cpu is None else cpu, features)
 
 
 def _given() -> tuple[str | None, str | None]:
@@ -118,9 +154,14 @@ def baked(cpu: str) -> Target:
         raise InputError(
             f"no CPU {cpu!r} is known for {platform.machine()}; choose of {', '.join(_CPUS)}"
         )
-    known = llvm.get_host_cpu_features()
+    known = _known()
     absent = [f"-{name}" for name in sorted(known) if name not in _CPUS[cpu]]
     return Target(cpu, ",".join(absent + [f"+{n}" for n in sorted(_CPUS[cpu]) if n in known]))
+
+
+def _known() -> frozenset[str]:
+    """Names of the features that machines of this kind may have."""
+    return frozenset(arm.FEATURES if IS_ARM else llvm.get_host_cpu_features())
 
 
 @cache
@@ -157,11 +198,14 @@ def target_features() -> frozenset[str]:
     target = chosen()
     flags = target.features.split(",")
     without = {f[1:] for f in flags if f.startswith("-")}
-    return frozenset(
-        (_CPUS.get(target.cpu, set()) - without) | {f[1:] for f in flags if f[:1] == "+"}
-    )
+    implied = _CPUS.get(target.cpu, _ARM["generic"] if IS_ARM else set())
+    # Of another kind of machine LLVM ignores the names; its instructions it cannot compile.
+    return frozenset((implied - without) | ({f[1:] for f in flags if f[:1] == "+"} & _known()))
 
 
 def has_features(names: tuple[str, ...]) -> bool:
     """Whether all of the named features may be used."""
     return set(names) <= target_features()
+
+
+_check_name()

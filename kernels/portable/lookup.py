@@ -12,6 +12,7 @@ from logshift.kernels.machine.emit import Emitter, i8
 from logshift.kernels.machine.isa.avx2 import AVX2
 from logshift.kernels.machine.isa.avx512 import AVX512_BW, AVX512_VBMI
 from logshift.kernels.machine.isa.base import ANY
+from logshift.kernels.machine.isa.neon import NEON
 from logshift.kernels.machine.lookup import Lookup
 from logshift.kernels.machine.native import as_pointer
 
@@ -21,6 +22,7 @@ _STAGES = {
     AVX512_VBMI: ((64, 2), (16, 1)),
     AVX512_BW: ((64, 4), (64, 1)),
     AVX2: ((32, 4), (32, 1)),
+    NEON: ((16, 4), (16, 1)),
 }
 
 
@@ -33,7 +35,7 @@ def _look_up_vectors(typingctx, x, y, count, table):
         e = Emitter(builder)
         begin = e.word(0)
         isa, stages = next((s for s in _STAGES.items() if s[0].available), (ANY, ()))
-        lookup = Lookup(e, isa, table, builder.add(table, e.word(256)))
+        lookup = Lookup(e, isa, table, builder.add(table, e.word(256)), keeps=True)
         for size, vectors in stages:
             kind, step = ir.VectorType(i8, size), size * vectors
             end = builder.and_(count, e.word(-step))

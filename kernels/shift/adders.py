@@ -29,6 +29,7 @@ from logshift.kernels.machine.emit import Emitter, i8, i16, i32, i64
 from logshift.kernels.machine.isa.avx2 import AVX2
 from logshift.kernels.machine.isa.avx512 import AVX512_BW
 from logshift.kernels.machine.isa.base import ANY, InstructionSet
+from logshift.kernels.machine.isa.neon import NEON
 
 PIECE = 16  # rows that are transposed together
 DIGIT = 4  # bits of a digit of codes that are split in two
@@ -66,8 +67,11 @@ class Adder:
 
         Bytes of a register, number of registers, bytes of the row from one to the next.
         """
-        if self.vectors > self.digits:
-            return self.vector, self.vectors // 2, self.vector * self.digits
+        if self.vectors > self.digits == 1:
+            return self.vector, self.vectors // 2, self.vector
+        if self.vectors > self.digits:  # half of each digit, as one register
+            size = self.lanes // self.digits
+            return size // 2, self.digits, size
         # In a cycle 64 bytes are loaded, be it by one register or by two.
         return (32, self.vectors, self.vector) if self.vector == 64 else None
 
@@ -99,12 +103,14 @@ def add_rows(typingctx, panel, stream, sums, vector, vectors, step, lanes, group
 
     def codegen(context, builder, signature, args):
         sizes = (size.literal_value for size in (vector, vectors, step, lanes, group))
-        return _Addition(builder, *sizes).emit(*args[:3])
+        return Addition(builder, *sizes).emit(*args[:3])
 
     return signature, codegen
 
 
-class _Addition(Emitter):
+class Addition(Emitter):
+    """Emits the loop of `add_rows`."""
+
     def __init__(
         self, builder: ir.IRBuilder, vector: int, vectors: int, step: int, lanes: int, rows: int
     ) -> None:
@@ -115,6 +121,7 @@ class _Addition(Emitter):
         self.int16s, self.int32s = ir.VectorType(i16, vector // 2), ir.VectorType(i32, vector // 4)
 
     def emit(self, panel: Any, stream: Any, sums: Any) -> Any:
+        """Emit it; returns the end of the stream."""
         b = self.b
         entry = b.block
         segment, group, end, done = (
@@ -311,7 +318,7 @@ def scatter(typingctx, source, pixels, offset, vector, count, pitch):
 
 # --- the table ----------------------------------------------------------------------------------
 
-_VECTORS = {AVX512_BW: (2, 1), AVX2: (2,), ANY: (4,)}  # of a row
+_VECTORS = {AVX512_BW: (2, 1), AVX2: (2,), NEON: (8,), ANY: (4,)}  # of a row
 ADDERS = {
     adder.name: adder
     for isa, (usual, *others) in _VECTORS.items()

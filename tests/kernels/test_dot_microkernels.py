@@ -39,7 +39,7 @@ PRODUCTS = {
 
 
 @needs_x86
-@pytest.mark.parametrize("name", MICROKERNELS)
+@pytest.mark.parametrize("name", [name for name, k in MICROKERNELS.items() if k.isa.name in CPUS])
 def test_steps_have_no_more_products_than_they_need(name):
     kernel = MICROKERNELS[name]
     assembly = printed_for(CPUS[kernel.isa.name], ASSEMBLY, name)

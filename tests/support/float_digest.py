@@ -14,31 +14,45 @@ from logshift.runtime.onnx_ops.recurrent import GATES
 # Output channels, kernel, input channels of a group, group, stride
 LAYERS = [
     (37, 3, 5, 1, 1), (64, 1, 33, 1, 1), (24, 3, 8, 1, 2), (20, 3, 4, 5, 1), (7, 2, 3, 1, 1),
-    (37, 3, 1, 37, 1), (40, 3, 1, 40, 2), (16, 5, 1, 16, 1), (19, 2, 1, 19, 1),
+    (37, 3, 1, 37, 1), (40, 3, 1, 40, 2), (16, 5, 1, 16, 1), (19, 2, 1, 19, 1), (24, 5, 1, 24, 2),
+    (128, 1, 20, 1, 1),
 ]  # fmt: skip
+# Each on many pixels, and on one.
+FLOAT_CONVOLUTIONS = {
+    f"{layer} of {side}": (layer, side) for layer in LAYERS for side in (9, layer[1])
+}
 
 
 def random(rng, shape):
     return rng.standard_normal(shape).astype(np.float32)
 
 
+def float_convolution(name, kernel):
+    """Output of a kernel, or of that of a family; None if it does not support the layer."""
+    (out, size, depth, group, stride), side = FLOAT_CONVOLUTIONS[name]
+    rng = np.random.default_rng(list(FLOAT_CONVOLUTIONS).index(name))
+    weights, bias = random(rng, (out, size, size, depth)), random(rng, out)
+    count = (side - size) // stride + 1
+    layer = FloatLayer(weights, group, (stride, stride), (1, 1), bias, count**2)
+    if isinstance(kernel, str):
+        kernel = registry.kernel("float_conv", kernel, layer)
+    if not kernel.supports(layer):
+        return None
+    x = Picture(random(rng, (1, side, side, depth * group)))
+    y = Picture(np.zeros((1, count, count, out), np.float32))
+    r = Picture(random(rng, y.inside.shape))
+    arguments, keep = convolution(kernel, layer, x, y, r)
+    steps, scratch = program(kernel, arguments, 1)
+    executor.team(1).run(steps)
+    del keep, scratch
+    return y.buffer
+
+
 def results(family):
     """Yield what kernels of a family compute from the same random numbers."""
     rng = np.random.default_rng(9)
-    for out, size, depth, group, stride in LAYERS:
-        for side in (9, size):  # many pixels, and one
-            weights, bias = random(rng, (out, size, size, depth)), random(rng, out)
-            count = (side - size) // stride + 1
-            layer = FloatLayer(weights, group, (stride, stride), (1, 1), bias, count**2)
-            x = Picture(random(rng, (1, side, side, depth * group)))
-            y = Picture(np.zeros((1, count, count, out), np.float32))
-            r = Picture(random(rng, y.inside.shape))
-            kernel = registry.kernel("float_conv", family, layer)
-            arguments, keep = convolution(kernel, layer, x, y, r)
-            steps, scratch = program(kernel, arguments, 1)
-            executor.team(1).run(steps)
-            del keep, scratch
-            yield y.buffer
+    for name in FLOAT_CONVOLUTIONS:
+        yield float_convolution(name, family)
     x = Picture(3 * random(rng, (2, 9, 11, 5)))
     y = Picture(np.zeros_like(x.buffer))
     for function in range(len(functions.UNARY_FUNCTIONS)):

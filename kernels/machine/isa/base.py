@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llvmlite import ir
 
@@ -29,7 +29,21 @@ class InstructionSet:
         Bytes of a register.
     features : tuple of str
         LLVM's names of the instructions that are used, but for those that every machine has.
+    by_lane : bool
+        Whether a product takes one lane of a register of codes with all of one of weights; else
+        codes are broadcast first.
+    taken : int
+        What is taken from codes before they are multiplied, for the products' sake.
+    saturates : bool
+        Whether `nearest` yields the largest int32 for what is above it.
+    addresses : int
+        Of pixels, that general registers have room for.
     """
+
+    by_lane: ClassVar[bool] = False
+    taken: ClassVar[int] = 0
+    saturates: ClassVar[bool] = False
+    addresses: ClassVar[int] = 6
 
     name: str
     vector: int
@@ -75,6 +89,10 @@ class InstructionSet:
 
     def byte_dot(self, e: Emitter, acc: Any, x: Any, w: Any) -> Any:
         """Add four neighbouring products of uint8 and int8 to each int32."""
+        raise NotImplementedError
+
+    def byte_matrices(self, e: Emitter, acc: Any, x: Any, w: Any) -> Any:
+        """Add the products of two rows of eight uint8 and two of int8 to four int32."""
         raise NotImplementedError
 
     def interleaved(self, e: Emitter, first: Any, second: Any, half: int) -> Any:
