@@ -100,10 +100,14 @@ class Network(kserve.Model):
         FormatError, OSError
             As `logshift.runtime.load`.
         """
-        session = load(self._path, threads=self._threads)
+        session = self.open()
         session.run({info.name: np.zeros(info.nominal, info.dtype) for info in session.inputs})
         self._session, self.ready = session, True
         return True
+
+    def open(self) -> Session:
+        """Return a session of the file."""
+        return load(self._path, threads=self._threads)
 
     def get_input_types(self) -> list[dict[str, Any]]:
         """Return name, datatype and shape of each input, -1 for what may vary."""
@@ -316,19 +320,24 @@ def serve(
         raise InputError(f"threads is {threads}; this process may use {available}")
     with ThreadPoolExecutor(available // threads, "logshift") as pool:
         models = [Network(name, path, threads, pool) for name, path in networks.items()]
-        for model in models:
-            model.load()
-        server = _Server(
-            http_port=port,
-            grpc_port=grpc_port or 0,
-            enable_grpc=grpc_port is not None,
-            registered_models=_Networks(models),
-            enable_latency_logging=False,
-            grace_period=grace,
-        )
-        server.dataplane = _Requests(model_registry=server.registered_models)
-        kserve.model_server.app.add_exception_handler(RequestValidationError, _refuse)
-        server.start(models)
+        start(models, port=port, grpc_port=grpc_port, grace=grace)
+
+
+def start(models: Sequence[Network], *, port: int, grpc_port: int | None, grace: int = 30) -> None:
+    """Load networks and serve them, as `serve` does."""
+    for model in models:
+        model.load()
+    server = _Server(
+        http_port=port,
+        grpc_port=grpc_port or 0,
+        enable_grpc=grpc_port is not None,
+        registered_models=_Networks(models),
+        enable_latency_logging=False,
+        grace_period=grace,
+    )
+    server.dataplane = _Requests(model_registry=server.registered_models)
+    kserve.model_server.app.add_exception_handler(RequestValidationError, _refuse)
+    server.start(list(models))
 
 
 async def _refuse(_: Request, error: Exception) -> JSONResponse:

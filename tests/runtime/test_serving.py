@@ -318,9 +318,7 @@ def test_bad_bytes(server, raw):
     for tensor in (_tensor(X), {"name": "image", "shape": [1], "datatype": "BYTES"}):
         body, headers = _binary(tensor, raw)
         assert server.post("/v2/models/four/infer", body, headers)[0] == 400
-        request = pb.ModelInferRequest(
-            model_name="four", inputs=[tensor], raw_input_contents=[raw]
-        )
+        request = pb.ModelInferRequest(model_name="four", inputs=[tensor], raw_input_contents=[raw])
         with pytest.raises(grpc.RpcError) as error:
             server.stub().ModelInfer(request)
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -335,8 +333,10 @@ def test_unknown_network(server):
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["name", "shape", "data", "b64", "image"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "shape", "data", "b64", "image"]), inner)
+    ),
     max_leaves=8,
 )
 KEYS = {"name", "shape", "datatype", "data", "parameters"}
