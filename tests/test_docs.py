@@ -16,7 +16,7 @@ PAGES = [
     REPOSITORY / "trainer" / "README.md",
     REPOSITORY / "tests" / "hostile" / "README.md",
 ]
-DIRECTORIES = "kernels|runtime|converter|trainer|benchmarks|tests|docs"
+DIRECTORIES = "kernels|runtime|converter|trainer|benchmarks|examples|tests|docs"
 CHECKS = r"\.venv/bin/(?:ruff|mypy|basedpyright|mkdocs)\b"
 
 

@@ -20,7 +20,17 @@ except ModuleNotFoundError:
     # This package is the command and nothing else: a sentence is all that anybody wants from it.
     sys.exit("error: the command line needs typer and rich: pip install 'logshift[cli]'")
 
-from logshift.converter.cli import bench, convert, demo, export, info, run, verify, warmup
+from logshift.converter.cli import (
+    bench,
+    convert,
+    demo,
+    export,
+    info,
+    run,
+    serve,
+    verify,
+    warmup,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +73,6 @@ def _logshift(
 
 for _command in (
     convert.convert, info.info, run.run, bench.bench, verify.verify, export.export, demo.demo,
-    warmup.warmup,
+    warmup.warmup, serve.serve,
 ):  # fmt: skip
     app.command()(_command)
