@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ settings.register_profile("random", derandomize=False, **_COMMON)
 # Hypothesis also draws numbers that it finds in modules, of those outside site-packages: examples
 # would depend on how the package is installed and on which other tests are run.
 providers.is_local_module_file = lambda path: False
+
+# Scripts start background jobs with interrupts ignored, which Python and its children keep.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What rich and typer ask besides whether they write to a terminal.
 _OF_TERMINALS = (
