@@ -93,8 +93,8 @@ def expected():
     return found
 
 
-# What NumPy or `onnx.reference` computes is the same in all ways of a machine, but its last bits are
-# those of NumPy's own loops there.
+# What NumPy or `onnx.reference` computes is the same in all ways of a machine, but its last bits
+# are those of NumPy's own loops there.
 OF_NUMPY = {
     "computed-weight-8", "computed-weight-32", "mish-32", "selu-32", "softplus-32",
 }  # fmt: skip
