@@ -17,6 +17,7 @@ import onnx
 import pytest
 from PIL import Image
 from support.onnx_nets import network
+from support.pages import blocks
 
 from logshift import converter
 from logshift.runtime import load
@@ -28,8 +29,7 @@ if importlib.util.find_spec("ray") is None:
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
-TEXT = (Path(__file__).parent.parent / "docs" / "batch.md").read_text(encoding="utf-8")
-JOB, LOOK = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+JOB, LOOK = blocks("docs/batch.md", "python")
 RAY = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**28)\n"
 DEMO = Path(converter.__file__).parent / "demo"
 ROWS = 100_000

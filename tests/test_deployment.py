@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.pages import blocks, imported
 
 from logshift import converter
 from logshift.kernels.machine import targets
@@ -30,16 +30,11 @@ def module(tmp_path, monkeypatch, request):
     shutil.copy(DEMO / "resnet20-cifar10-w4.stlq", tmp_path / "model.stlq")
     monkeypatch.chdir(tmp_path)
     (code,) = (
-        code
-        for code in re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-        if f"def {request.param}(" in code
+        code for code in blocks("docs/deployment.md", "python") if f"def {request.param}(" in code
     )
     path = tmp_path / f"{request.param}.py"
     path.write_text(code)
-    spec = importlib.util.spec_from_file_location(request.param, path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return imported(path)
 
 
 @pytest.fixture(scope="module")

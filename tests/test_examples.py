@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, features
+from support.pages import imported
 
 from logshift import converter
 from logshift.kernels.machine import targets
@@ -45,15 +46,6 @@ def run(tmp_path):
         return done.stdout.splitlines()
 
     return started
-
-
-def imported(name, directory, monkeypatch):
-    """Import an example in a directory."""
-    monkeypatch.chdir(directory)
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_classify(run, tmp_path):
@@ -101,7 +93,8 @@ def test_app(tmp_path, monkeypatch):
     pytest.importorskip("multipart", reason="pip install python-multipart")
     testclient = pytest.importorskip("fastapi.testclient")
     shutil.copy(DEMO / "resnet20-cifar10-w4.stlq", tmp_path / "model.stlq")
-    client = testclient.TestClient(imported("app", tmp_path, monkeypatch).app)
+    monkeypatch.chdir(tmp_path)
+    client = testclient.TestClient(imported(EXAMPLES / "app.py").app)
     path = PICTURES / "frog.jpg"
     answer = client.post("/classify", files={"file": (path.name, path.read_bytes())})
     session = load("model.stlq")

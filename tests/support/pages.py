@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +21,14 @@ def blocks(page, language, mark=""):
     return [
         code for name, marked, code in _BLOCK.findall(text) if (name, marked) == (language, mark)
     ]
+
+
+def imported(path):
+    """Import a file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def lay_out(directory):
