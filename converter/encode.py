@@ -7,6 +7,7 @@ Sections and symbols (`alpha`, `L`, `q0`, `q1`, `r0`, `r1`, `S`, `W`) are those 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -300,12 +301,17 @@ def _errors(w, alpha, levels, residual_shift, clip, one, gain):
             gain[o, i] = max(first * first - both * both, zero)
 
 
-def _channel_error(matrix, alpha, levels, residual_shift, clip, ratio, one, gain):
-    """Squared error per channel if every channel spends `ratio` on its own best second words."""
+def _channel_error(matrix, alpha, levels, residual_shift, clip, ratio, second, one, gain):
+    """Squared error per channel if every channel spends `ratio` on its own best second words.
+
+    If `second` says which weights have them, it is these.
+    """
     _errors(matrix, alpha, levels, residual_shift, clip, one, gain)
     chosen = int(ratio * matrix.shape[1])
     total = one.sum(axis=1, dtype=np.float64)
-    if chosen:
+    if second is not None:
+        total -= gain.sum(axis=1, dtype=np.float64, where=second)
+    elif chosen:
         best = np.partition(gain, matrix.shape[1] - chosen, axis=1)[:, matrix.shape[1] - chosen :]
         total -= best.sum(axis=1, dtype=np.float64)
     return total * (alpha.astype(np.float64) / 2.0 ** (levels - 1)) ** 2
@@ -318,6 +324,7 @@ def search_alpha(
     residual_ratio: float = 0.0,
     residual_shift: int = 0,
     clip: int | None = None,
+    second: np.ndarray | None = None,
 ) -> np.ndarray:
     """Find alpha per output channel by minimising squared error; max |w| is the upper end.
 
@@ -326,7 +333,9 @@ def search_alpha(
     w : float32 array of shape (O, ...)
     bits, residual_shift, clip : int
     residual_ratio : float
-        Second words taken into account in the error.
+        Second words taken into account in the error: those of each channel that gain most.
+    second : bool array of the shape of `w`, optional
+        Instead, the weights that have one.
 
     Returns
     -------
@@ -343,11 +352,12 @@ def search_alpha(
     for begin in range(0, len(matrix), together):
         rows = slice(begin, begin + together)
         part, best = matrix[rows], np.full(len(matrix[rows]), np.inf)
+        own = None if second is None else second.reshape(matrix.shape)[rows]
         one, gain = np.empty_like(part), np.empty_like(part)
         for octave in _ALPHA_OCTAVES:
             candidate = (top[rows] * 2.0**-octave).astype(np.float32)
             error = _channel_error(
-                part, candidate, levels, residual_shift, clip, residual_ratio, one, gain
+                part, candidate, levels, residual_shift, clip, residual_ratio, own, one, gain
             )
             better = error < best
             best[better] = error[better]
@@ -410,15 +420,19 @@ def encode(
         raise InputError(f"weights have shape {w.shape}; expected (O, kh, kw, C / group)")
     if not np.isfinite(w).all():
         raise InputError("weights hold NaN or infinity")
-    if alpha is None:
-        alpha = search_alpha(
-            w, bits, residual_ratio=residual_ratio, residual_shift=residual_shift, clip=clip
-        )
+    tile = tile_of(granularity, tile)
+    search = partial(search_alpha, w, bits, residual_shift=residual_shift, clip=clip)
+    if alpha is None and granularity == "element":
+        alpha = search(residual_ratio=residual_ratio)
+    elif alpha is None:
+        # Few channels have the second words of their own worst weights, those of blocks: alpha is
+        # that of first words, and of both where blocks are chosen with it.
+        gain = _words(w, search(), bits, residual_shift, clip)[2].reshape(w.shape)
+        alpha = search(second=select(gain, residual_ratio, granularity, tile, group))
     alpha = np.ascontiguousarray(alpha, np.float32)
     first, second, gain = (
         values.reshape(w.shape) for values in _words(w, alpha, bits, residual_shift, clip)
     )
-    tile = tile_of(granularity, tile)
     second[~select(gain, residual_ratio, granularity, tile, group)] = 0
     sides = tile if isinstance(tile, tuple) else None
     return LogWeights(first, second, alpha, bits, residual_shift, clip, sides)

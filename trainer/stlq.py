@@ -142,7 +142,9 @@ class TwoWords(torch.autograd.Function):
         return grad_w, grad_alpha.sum(1, keepdim=True), grad_share, None, None, None, None
 
 
-def search_alpha(w: Tensor, bits: int, clip: int, shift: int, ratio: float) -> Tensor:
+def search_alpha(
+    w: Tensor, bits: int, clip: int, shift: int, ratio: float, second: Tensor | None = None
+) -> Tensor:
     """Find alpha per output channel by minimising squared error; max |w| is the upper end.
 
     Parameters
@@ -151,7 +153,10 @@ def search_alpha(w: Tensor, bits: int, clip: int, shift: int, ratio: float) -> T
     bits, clip, shift : int
         As for `split`.
     ratio : float
-        Share of each channel's weights that have a second word while alpha is judged.
+        Share of each channel's weights, those that gain most, that have a second word while alpha
+        is judged.
+    second : bool Tensor of shape (O, K), optional
+        Instead of `ratio`, the weights that have one.
 
     Returns
     -------
@@ -163,8 +168,10 @@ def search_alpha(w: Tensor, bits: int, clip: int, shift: int, ratio: float) -> T
         relative, _, q0, r1 = split(w, alpha, bits, clip, shift)
         one = (relative - q0).square()
         two = (relative - q0 - nearest_level(r1, bits) * 2.0**-shift).square()
-        gain = (one - two).clamp_min(0).topk(chosen, 1).values.sum(1, keepdim=True)
-        return (one.sum(1, keepdim=True) - gain).double() * alpha.double().square()
+        gain = (one - two).clamp_min(0)
+        gain = gain.topk(chosen, 1).values if second is None else gain * second
+        left = one.sum(1, keepdim=True) - gain.sum(1, keepdim=True)
+        return left.double() * alpha.double().square()
 
     return best_alpha(w, error)
 

@@ -155,9 +155,20 @@ class LogQuantizer(WeightQuantizer):
         self.blocks = self.layout.blocks(words.granularity, words.tile)
         rows = self.layout.rows(layer.weight.detach().float())
         scaled = rows if words.scale == "channel" else rows.reshape(1, -1)
-        self.alpha = nn.Parameter(
-            stlq.search_alpha(scaled, words.bits, words.clip, words.shift, words.ratio)
-        )
+
+        def searched(ratio: float, second: Tensor | None = None) -> nn.Parameter:
+            return nn.Parameter(
+                stlq.search_alpha(scaled, words.bits, words.clip, words.shift, ratio, second)
+            )
+
+        if words.granularity == "element":
+            self.alpha = searched(words.ratio)
+        else:
+            # Few channels have the second words of their own worst weights, those of blocks: alpha
+            # is that of first words, and of both where blocks are chosen with it.
+            self.alpha = searched(0.0)
+            second = self.blocks.spread(self.blocks.select(self.error(rows), words.ratio))
+            self.alpha = searched(0.0, second.reshape(scaled.shape))
         self.register_buffer("selected", self.blocks.select(self.error(rows), words.ratio))
 
     def magnitude(self) -> Tensor:

@@ -272,6 +272,23 @@ def test_searched_alpha_is_no_worse_than_the_maximum(w, bits, ratio, shift):
         assert error[0] <= error[1] * (1 + 1e-4) + 1e-12 * float(largest[o]) ** 2
 
 
+@given(
+    w=WEIGHTS, bits=BITS, ratio=st.sampled_from([0.05, 0.15, 0.5, 1.0]), shift=st.integers(0, 2),
+    blocks=st.sampled_from([("tile", (16, 16)), ("tile", (2, 3)), ("tile", 16), ("filter", None)]),
+)  # fmt: skip
+def test_second_words_of_blocks_lose_nothing(w, bits, ratio, shift, blocks):
+    """A channel's alpha does not count on second words that other channels' blocks have."""
+    granularity, tile = blocks
+
+    def error(ratio):
+        code = encode.encode(
+            w, bits, ratio, granularity=granularity, tile=tile, residual_shift=shift
+        )
+        return np.square(code.values() - w.astype(np.float64)).sum()
+
+    assert error(ratio) <= error(0.0) * (1 + 1e-4) + 1e-12 * float(np.abs(w).max()) ** 2
+
+
 @given(encoded())
 def test_decoding_follows_the_formula(case):
     _, code, *_ = case

@@ -26,7 +26,14 @@ from logshift.trainer.quantize import (
     weight_quantizers,
 )
 from logshift.trainer.settings import Training
-from logshift.trainer.weights import FadingQuantizer, Layout, apot_levels, uniform_levels
+from logshift.trainer.weights import (
+    FadingQuantizer,
+    Layout,
+    LogQuantizer,
+    Words,
+    apot_levels,
+    uniform_levels,
+)
 
 LAYERS = [
     nn.Conv2d(6, 8, (3, 2)),
@@ -268,6 +275,22 @@ def test_a_layer_may_have_one_scale():
         assert quantizer.alpha.grad.shape == (1, 1)
         integers, alpha = grid(layer)
         assert (alpha == alpha[0]).all() and len(alpha) == len(integers)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("blocks", [{"granularity": "tile"}, {"granularity": "filter"}])
+def test_second_words_of_blocks_lose_nothing(blocks, bits):
+    """A channel's alpha does not count on second words that other channels' blocks have."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 40, 3)
+    with torch.no_grad():
+        layer.weight.pow_(3)  # a few are much larger than the others
+    errors = []
+    for ratio in (0.0, 0.05):
+        words = Words(bits, ratio, **blocks, clip=2 if bits < 4 else 1)
+        quantizer = LogQuantizer(layer, words)
+        errors.append((quantizer(layer.weight) - layer.weight).square().sum())
+    assert errors[1] < errors[0]
 
 
 def test_levels_to_compare_with():
