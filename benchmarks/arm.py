@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.counting import MARK, counts, plugin
+
 ROOT = Path(__file__).parent.parent
 # Cores that llvm-mca has a model of, and the instruction sets whose microkernels run there.
 CORES = {
@@ -190,19 +192,7 @@ def report_cycles(files: list[Path]) -> None:
 
 # --- executed instructions ------------------------------------------------------------------------
 
-_MARK = 5000  # of `count.c`
 _MODELS = ("resnet18", "mobilenet_v2", "efficientnet_lite0", "yolov8n")
-
-
-def plugin(directory: Path) -> Path:
-    """Compile the emulator's plugin that counts."""
-    library = directory / "libcount.so"
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise SystemExit("a C compiler is missing")
-    source = Path(__file__).with_name("count.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
-    return library
 
 
 def run_inside(engine: str, path: str, kernels: str, shape: list[int]) -> None:
@@ -225,9 +215,9 @@ def run_inside(engine: str, path: str, kernels: str, shape: list[int]) -> None:
         run = lambda: other.run(None, {other.get_inputs()[0].name: x})  # noqa: E731
     run()
     mark = ctypes.CDLL(None).syscall
-    mark(_MARK, 0)
+    mark(MARK, 0)
     run()
-    mark(_MARK, 1)
+    mark(MARK, 1)
 
 
 def counted(
@@ -240,10 +230,10 @@ def counted(
         cwd=ROOT, env=os.environ | {"LOGSHIFT_PLUGIN": str(library.absolute())},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    found = re.search(r"^mark 1 instructions (\d+) vector (\d+)", done.stderr, re.MULTILINE)
-    if done.returncode or not found:
+    found = counts(done.stderr)
+    if done.returncode or found is None:
         raise SystemExit(f"{engine} does not run on {cpu}: {done.stderr.strip()[-2000:]}")
-    return int(found[1]), int(found[2])
+    return found.instructions, found.vector
 
 
 def report_instructions(

@@ -1,10 +1,11 @@
-// A plugin of qemu-user that counts executed instructions, all of them and those on vectors, between
-// marks: a mark is a system call of a number that no kernel has (MARK), whose argument is printed.
+// A plugin of qemu-user that counts executed instructions, all of them, those on vectors and those that
+// multiply integers, between marks: a mark is a system call of a number that no kernel has (MARK), whose
+// argument is printed.
 //
-//     mark <argument> instructions <all> vector <those on vectors> <mnemonic> <count> ...
+//     mark <argument> instructions <all> vector <those on vectors> products <those> <mnemonic> <count> ...
 //
 // Declarations are those of plugin API 1 (qemu 4.2 to 8.2), which Debian has no headers of. Counts are
-// right for one thread. `benchmarks.arm` builds it and reads what it prints.
+// right for one thread. `benchmarks.counting` builds it and reads what it prints.
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,6 +41,7 @@ static int used;
 
 static uint64_t *counter_of(const char *text) {
     char name[NAME] = {0};
+    if (strspn(text, "0123456789abcdef") == 8) text += 8 + strspn(text + 8, " \t");  // RISC-V's, its code
     for (int i = 0; i < NAME - 1 && text[i] && text[i] != ' ' && text[i] != '\t'; i++) name[i] = text[i];
     const char *operands = strpbrk(text, " \t");
     int is_vector = 0;
@@ -68,6 +70,13 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *block) {
     }
 }
 
+static int is_product(const struct kind *kind) {
+    static const char *begins[] = {"mul", "mla", "mls", "smul", "smla", "umul", "umla", "madd", "msub"};
+    for (size_t i = 0; i < sizeof begins / sizeof *begins; i++)
+        if (!kind->is_vector && !strncmp(kind->name, begins[i], strlen(begins[i]))) return 1;
+    return 0;
+}
+
 static int more(const void *a, const void *b) {
     const struct kind *x = a, *y = b;
     return (x->count < y->count) - (x->count > y->count);
@@ -78,16 +87,18 @@ static void called(qemu_plugin_id_t id, unsigned cpu, int64_t number, uint64_t a
     (void)id, (void)cpu, (void)b, (void)c, (void)d, (void)e, (void)f, (void)g, (void)h;
     if (number != MARK) return;
     static struct kind since[KINDS];
-    uint64_t all = 0, vector = 0;
+    uint64_t all = 0, vector = 0, products = 0;
     for (int i = 0; i < used; i++) {
         since[i] = kinds[i];
         since[i].count -= kinds[i].before;
         kinds[i].before = kinds[i].count;
         all += since[i].count;
         vector += since[i].is_vector ? since[i].count : 0;
+        products += is_product(since + i) ? since[i].count : 0;
     }
     qsort(since, used, sizeof *since, more);
-    fprintf(stderr, "mark %" PRIu64 " instructions %" PRIu64 " vector %" PRIu64, argument, all, vector);
+    fprintf(stderr, "mark %" PRIu64 " instructions %" PRIu64 " vector %" PRIu64 " products %" PRIu64, argument,
+            all, vector, products);
     for (int i = 0; i < used && i < SHOWN && since[i].count; i++)
         fprintf(stderr, " %s %" PRIu64, since[i].name, since[i].count);
     fprintf(stderr, "\n");

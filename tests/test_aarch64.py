@@ -19,7 +19,7 @@ import pytest
 from support import digests, operator_nets
 from support.onnx_nets import Net, samples
 
-from benchmarks import arm
+from benchmarks import arm, counting
 from logshift import converter
 
 pytestmark = [
@@ -254,7 +254,7 @@ def test_instructions_are_counted_everywhere(emulated, tmp_path, monkeypatch):
     """Those of a run, and the same number each time but for what the system does meanwhile."""
     for name, value in _environment().items():
         monkeypatch.setenv(name, value)
-    library, path = arm.plugin(tmp_path), digests.DEMO / "resnet20-cifar10-w4.stlq"
+    library, path = counting.plugin(tmp_path), digests.DEMO / "resnet20-cifar10-w4.stlq"
     counts = [
         arm.counted("cortex-a76", library, "logshift", path, "shift", (1, 3, 32, 32))
         for _ in range(2)

@@ -65,6 +65,12 @@ def test_imports_go_one_way(repository, part):
             assert root not in ("tests", "benchmarks", "support"), where
 
 
+def test_nothing_of_the_runtime_needs_the_export_to_c(repository):
+    for path in sources(repository / "runtime"):
+        if path.parent.name != "c_source":
+            assert not any("c_source" in module for module, _ in imports(path)), path
+
+
 def test_every_module_that_registers_kernels_is_found(repository):
     def registers(path):
         calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))

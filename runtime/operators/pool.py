@@ -54,25 +54,25 @@ def _check(graph: Graph, node: Node) -> None:
         raise NodeError(f"pads {a['pads']} must be below kernel_shape {a['kernel_shape']}")
 
 
-def _window(site: Site) -> dict[str, Any]:
+def window_of(node: Node, x: Shape) -> dict[str, Any]:
     """Return the attributes of a node's windows; those of a global one take all of a picture."""
-    a = site.node.attributes
-    if site.node.op.startswith("Global"):
+    a = node.attributes
+    if node.op.startswith("Global"):
         a = {
-            "kernel_shape": list(site.inputs[0].shape[2:]), "strides": [1, 1],
+            "kernel_shape": list(x[2:]), "strides": [1, 1],
             "dilations": [1, 1], "pads": [0, 0, 0, 0],
         }  # fmt: skip
     if math.prod(a["kernel_shape"]) >= 2**23:
-        raise InputError(f"node {site.node.name!r}: a window of {a['kernel_shape']} is too large")
+        raise InputError(f"node {node.name!r}: a window of {a['kernel_shape']} is too large")
     return a
 
 
 def _largest(site: Site) -> Iterator[Call]:
-    yield _pool(site, "pool_max", _window(site), {})
+    yield _pool(site, "pool_max", window_of(site.node, site.inputs[0].shape), {})
 
 
 def _average(site: Site) -> Iterator[Call]:
-    a = _window(site)
+    a = window_of(site.node, site.inputs[0].shape)
     x, q_y = site.inputs[0], site.output.quantization
     _, _, h, w = x.shape
     counted = a["pads"] if a.get("count_include_pad") else [0, 0, 0, 0]

@@ -20,7 +20,7 @@ from logshift.runtime.operators.base import (
 )
 from logshift.runtime.plan.call import Call
 
-_ONE = 2048  # weights of linear resizing of codes are integers of this
+ONE = 2048  # weights of linear resizing of codes are integers of this
 
 
 def _are_scales(v: Any) -> bool:
@@ -51,9 +51,9 @@ def _build(site: Site) -> Iterator[Call]:
     x, y, a = site.inputs[0], site.output, site.node.attributes
     fields = y.sizes | {"linear": a["mode"] == "linear"}
     for axis, label in ((0, "row"), (1, "column")):
-        first, second, weight = _positions(a, axis, x.shape[2 + axis], y.shape[2 + axis])
+        first, second, weight = positions(a, axis, x.shape[2 + axis], y.shape[2 + axis])
         if x.quantization is not None:
-            weight = np.rint(weight * _ONE).astype(np.int64)
+            weight = np.rint(weight * ONE).astype(np.int64)
         else:
             weight = weight.astype(np.float32)
         fields |= {
@@ -62,7 +62,7 @@ def _build(site: Site) -> Iterator[Call]:
     yield Call(site.kernel_op("resize"), {"x": x.name, "y": y.name}, fields)
 
 
-def _positions(
+def positions(
     attributes: dict[str, Any], axis: int, size: int, out: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Source positions of a Resize along one axis (0 height, 1 width).

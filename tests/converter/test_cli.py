@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -336,6 +337,15 @@ def test_verify_and_bench(capsys, converted, onnx_model, pictures):
         assert r["layers"][0]["op"] == "QuantizeLinear"
     text = output(capsys, "bench", converted, *arguments, "--threads", "1")
     assert "times as long" in text and "kernel" in text
+
+
+def test_export_as_c(capsys, converted, tmp_path):
+    options = ("--format", "c", "--name", "net", "--layout", "small", "--main")
+    record = json.loads(output(capsys, "export", converted, "-o", tmp_path, *options, "--json"))
+    assert [Path(file).name for file in record["files"]] == ["net.h", "net.c", "net_main.c"]
+    assert f"NET_ARENA_BYTES {record['arena_bytes']}" in (tmp_path / "net.h").read_text()
+    with pytest.raises(SystemExit, match="--codes: only with --format c"):
+        cli.main(["export", str(converted), "-o", str(tmp_path / "net.onnx"), "--codes"])
 
 
 def test_export_is_verified_to_be_the_same(capsys, converted, pictures, tmp_path):
