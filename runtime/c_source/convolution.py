@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from logshift.kernels.stlq.codec import LogWeights
-from logshift.runtime.c_source import words
+from logshift.runtime.c_source import curves, words
 from logshift.runtime.c_source.fixed import fixed
 from logshift.runtime.c_source.helpers import PIXELS, PRODUCTS
 from logshift.runtime.c_source.requantize import (
@@ -110,9 +110,14 @@ class _Part:
         is_code = self.y.quantization is not None
         lo, hi = clamp_of(site) if is_code else (0, 0)
         plain = is_code and not to.kind
-        form = fixed(m, b, offset, least, most, lo, hi, residual if plain else None, self.multiply)
+        ends = (lo, hi) if plain else curves.span(to, hi)
+        form = fixed(m, b, offset, least, most, *(ends or (0, 0)), residual, self.multiply)
+        found = curves.curve(to, form, lo, hi) if to.kind and ends is not None else None
+        self.curve = ""
         if plain:
             self.scale = scale(site, form, zero, float(factor))
+        elif found is not None:
+            self.scale, self.curve = curves.write(site, form, found, zero, float(factor))
         else:
             self.scale = Scale("", rows_of(site, form))
         self.to, self.plain, self.lo, self.hi = to, plain, lo, hi
@@ -352,13 +357,10 @@ class _Part:
                 lines.append(f"finish4{end}({pointer}, w, sums{at}, y + y_plane, at_y{at}{more});")
             return lines
         site.helper("linear")
-        lines = [
-            f"for (j = 0; j < {block}; j++) {{",
-            "    float v = linear((float)(sums[j] - w->offset), w->m, w->b);",
-        ]
+        lines = ["v = linear((float)(sums[j] - w->offset), w->m, w->b);"]
         if residual:
             lines.append(
-                f"    v = linear((float)((int32_t)r[r_plane + at_r[j]] - {self.zero}),"
+                f"v = linear((float)((int32_t)r[r_plane + at_r[j]] - {self.zero}),"
                 f" {number(self.factor)}, v);"
             )
         if self.y.quantization is None:
@@ -374,7 +376,31 @@ class _Part:
                 table = site.source.table(slopes.astype(np.float32), f"{self.name}_slopes")
                 slope = f"{table}[w - {self.scale.rows}]"
             value = activated(site, self.to, "v", self.lo, self.hi, slope)
-        return [*lines, f"    y[y_plane + at_y[j]] = {value};", "}"]
+        loop, to = f"for (j = 0; j < {block}; j++) {{", "y[y_plane + at_y[j]]"
+        if not self.curve:
+            inner = ["float v;", *lines, f"{to} = {value};"]
+            return [loop, *(f"    {line}" for line in inner), "}"]
+        return ["{", *(f"    {line}" for line in self._looked_up(loop, to, lines, value)), "}"]
+
+    def _looked_up(self, loop: str, to: str, lines: list[str], value: str) -> list[str]:
+        """Return what looks outputs up in the curve, and computes by `lines` those in doubt."""
+        site, block, pointer = self.site, self.block, f"&{self.scale.scale}"
+        if block == 1:
+            scaling(site, "scale1")
+            scaled = [f"uint32_t u[1] = {{scale1({pointer}, w, sums[0])}};"]
+        else:
+            scaling(site, "scale4")
+            scaled = [f"uint32_t u[{block}];"]
+            scaled += [f"scale4({pointer}, w, sums + {i}, u + {i});" for i in range(0, block, 4)]
+        added = ""
+        if self.r is not None:
+            added = f" + (uint32_t){self.scale.scale}.residual[r[r_plane + at_r[j]]]"
+        inner = [
+            f"int32_t code = curved(&{self.curve}, (int32_t)(u[j]{added}));",
+            "if (code < 0) {", "    float v;", *(f"    {line}" for line in lines),
+            f"    code = {value};", "}", f"{to} = (uint8_t)code;",
+        ]  # fmt: skip
+        return [*scaled, loop, *(f"    {line}" for line in inner), "}"]
 
 
 def _filled(values: np.ndarray) -> np.ndarray:

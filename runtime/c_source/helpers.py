@@ -501,6 +501,24 @@ static float hard_swish(float v, float factor, float added, float zero)
     return linear(linear(v, factor, added), inside, zero);
 }
 """),
+    "curved": ((), """
+struct curve {
+    const int32_t *edges;
+    const uint8_t *codes;
+    int32_t count, half, doubt;
+};
+/* The code of u; -1 where it is too near to an edge. */
+static int32_t curved(const struct curve *c, int32_t u)
+{
+    int32_t i = 0, step;
+    for (step = c->half; step; step >>= 1)
+        if (i + step <= c->count && c->edges[i + step - 1] <= u)
+            i += step;
+    if ((i && u - c->edges[i - 1] < c->doubt) || (i < c->count && c->edges[i] - u <= c->doubt))
+        return -1;
+    return c->codes[i];
+}
+"""),
     "nearest": ((), """
 /* Half to even, of magnitudes up to 2^22. */
 static int32_t nearest(float y)

@@ -19,9 +19,11 @@ from support.packed_nets import small_network
 
 from benchmarks.microcontrollers import keyword_spotter
 from benchmarks.targets import TARGETS, build, run
+from logshift.kernels.activation import Activation, target
 from logshift.kernels.errors import ConversionError, InputError
 from logshift.runtime import Session
 from logshift.runtime.c_source import export_c
+from logshift.runtime.c_source.curves import curve, span
 from logshift.runtime.c_source.fixed import fixed
 from logshift.runtime.c_source.words import END, FLUSH, Words, programs
 from logshift.runtime.file import format
@@ -248,6 +250,57 @@ def test_requantization_is_the_definition_outside_of_doubt(products):
         assert (settled == code)[clear].all()
         doubted += int((~clear).sum())
     assert doubted < 0.02 * 5000 * count
+
+
+def swish(v, to):
+    factor, added, zero = to.coefficients
+    inside = np.clip(v, np.float32(0), np.float32(1))
+    return (v * factor + added) * inside + zero
+
+
+def pieces(v, to):
+    c = to.coefficients.astype(np.int64)
+    k = np.rint(v.clip(-32768, 32767)).astype(np.int64)
+    i, f = k >> 12 & 15, ((k & 4095) << 4) - 32768
+    p = c[1][i] + (c[2][i] * f + 16384 >> 15)
+    y = (c[0][i] + (p * f + 16384 >> 15)).clip(-32768, 32767)
+    return (y + 64 >> 7).astype(np.float32)
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize(("function", "doubts"), [(swish, 0.3), (pieces, 0.02)])
+def test_activations_are_the_definition_outside_of_doubt(function, doubts, products):
+    rng = np.random.default_rng(6)
+    for _ in range(10):
+        scale = float(rng.uniform(0.01, 0.1))
+        if function is swish:
+            made = Activation("HardSwish", -3.0, 6.0, np.zeros(0, np.float32))
+        else:
+            c = np.zeros((3, 16), np.int16)
+            c[0] = np.cumsum(rng.integers(-600, 2000, 16)).clip(0, 32767)
+            c[1] = rng.integers(-500, 1000, 16)
+            made = Activation("Piecewise", 0.0, 5e-4, c)
+        to = target(made, scale, int(rng.integers(0, 40)))
+        reach = 50000
+        m, b = np.float32([5 / reach / to.unit]), np.float32([to.zero])
+        none, ends = np.zeros(1, np.int64), span(to, 255)
+        if ends is None:  # it touches the middle between two codes
+            continue
+        form = fixed(m, b, none, none - reach, none + reach, *ends, products=products)
+        found = curve(to, form, 0, 255)
+        acc = np.arange(-reach, reach)
+        (row,) = form.rows
+        scaled = acc << form.grow
+        if products:
+            u = row.bias + ((scaled * row.factor) >> 31)
+        else:
+            u = row.bias + sum(scaled >> s for s in row.plus) - sum(scaled >> s for s in row.minus)
+        y = function(acc.astype(np.float32) * m + b, to)
+        code = np.rint(y).clip(0, 255)
+        at = np.searchsorted(found.edges, u, side="right")
+        near = np.abs(u[:, None] - found.edges).min(1) <= found.doubt
+        assert (found.codes[at] == code)[~near].all()
+        assert near.mean() < doubts and len(found.edges) > 50
 
 
 def test_programs_stay_within_their_lanes():
