@@ -39,14 +39,19 @@ def test_what_a_page_names_exists(page):
         assert (REPOSITORY / script).exists(), script
 
 
+def checks_of_ci():
+    _, _, own = read(".ci", "run").partition('cd "$work/checks"\n')
+    return re.findall(rf"^ +({CHECKS}.*)$", own, re.MULTILINE)
+
+
 def test_make_checks_what_ci_checks():
-    checks = re.findall(rf"^{CHECKS}.*$", read(".ci", "run"), re.MULTILINE)
+    checks = checks_of_ci()
     assert len(checks) == 5
     assert re.findall(rf"^\t({CHECKS}.*)$", read("Makefile"), re.MULTILINE) == checks
 
 
 def test_checks_before_a_commit_are_those_of_ci():
-    checks = re.findall(rf"^{CHECKS}.*$", read(".ci", "run"), re.MULTILINE)
+    checks = checks_of_ci()
     hooks = re.findall(rf"entry: ({CHECKS}.*)$", read(".pre-commit-config.yaml"), re.MULTILINE)
     # The hook formats, CI tells that something was not.
     assert set(hooks) < {check.removesuffix(" --check") for check in checks}
