@@ -1,8 +1,9 @@
 """The same bits on aarch64: `.ci/aarch64` emulates machines with several CPUs.
 
-`.ci/run` takes those tests whose names do not end on `everywhere`; the whole file needs hours the
-first time. Most kernels are compiled on this machine beforehand (`support.cross_warm`), and kept
-beside the emulated system for as long as their sources stay as they are.
+`.ci/run` takes those tests whose names do not end on `everywhere`. Of these the bits of everything
+take ten minutes for each CPU, the files of the suite an hour the first time. Most kernels are
+compiled on this machine beforehand (`support.cross_warm`), and kept beside the emulated system for
+as long as their sources stay as they are.
 """
 
 from __future__ import annotations
