@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
@@ -211,6 +212,8 @@ def _atomics(address):
 )
 def test_atomics_are_ordered_as_the_scheduler_needs(cpu, instructions):
     """See `docs/kernels.md`; loads stay behind releases, which `ldapr` does not promise."""
+    if platform.machine() == "aarch64" and not targets.has_features(("lse",)):
+        pytest.skip("this machine's code has loops in place of atomic instructions")
     (text,) = _atomics.inspect_llvm().values()
     body = re.search(r"^define [a-z ]*i32 @.*?^}", text, re.DOTALL | re.MULTILINE)[0]
     body = re.sub(r" #\d+|, !\S+ !\d+|local_unnamed_addr", "", body)

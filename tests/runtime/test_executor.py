@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -25,6 +26,12 @@ from logshift.kernels.machine.native import (
     leave_core,
 )
 from logshift.runtime import executor
+
+IS_EMULATED = platform.machine() == "aarch64" and "LOGSHIFT_EMULATION" in os.environ
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork") or IS_EMULATED,
+    reason="there is no fork, or QEMU does not survive that of a process with threads",
+)
 
 
 def programs(threads):
@@ -90,9 +97,8 @@ def test_callers_of_one_team_do_not_wait_for_each_other():
     assert not caller.is_alive()
 
 
+@needs_fork
 def test_a_team_works_after_a_fork():
-    if not hasattr(os, "fork"):
-        pytest.skip("there is no fork")
     steps, team = Steps([(3, 4), (1, 1), (3, 2)]), executor.team(3)
     steps.run(team)
     child = os.fork()
@@ -190,9 +196,8 @@ def test_workers_keep_the_memory_that_they_look_at():
     time.sleep(0.01)
 
 
+@needs_fork
 def test_threads_of_a_fork_make_one_team():
-    if not hasattr(os, "fork"):
-        pytest.skip("there is no fork")
     team = executor.Team(3)
     Steps([(3, 4)]).run(team)
     child = os.fork()
