@@ -427,7 +427,7 @@ def encode(
     elif alpha is None:
         # Few channels have the second words of their own worst weights, those of blocks: alpha is
         # that of first words, and of both where blocks are chosen with it.
-        gain = _words(w, search(), bits, residual_shift, clip)[2].reshape(w.shape)
+        gain = gains(w, search(), bits, residual_shift, clip).reshape(w.shape)
         alpha = search(second=select(gain, residual_ratio, granularity, tile, group))
     alpha = np.ascontiguousarray(alpha, np.float32)
     first, second, gain = (

@@ -96,7 +96,7 @@ class _Part:
         sums, top = w.sum(1), self.q_x.top
         least, most = np.minimum(w, 0).sum(1) * top, np.maximum(w, 0).sum(1) * top
         offset = self.q_x.zero_point * sums
-        if max(np.abs([least, most, least - offset, most - offset]).max(initial=0), 0) > _LARGEST:
+        if np.abs([least, most, least - offset, most - offset]).max(initial=0) > _LARGEST:
             raise refused(node, "has sums of more than 32 bits", "fewer weight_bits")
         m = (self.q_x.scale * self.weights.unit() / to.unit).astype(np.float32)
         b = (assumed[self.channels].astype(np.float64) / to.unit + to.zero).astype(np.float32)
@@ -127,7 +127,7 @@ class _Part:
     def _function(self) -> None:
         site, block = self.site, self.block
         lines: list[str] = []
-        state: list[tuple[str, int]] = []
+        starts: dict[str, int] = {}
         count = -(-self.pixels // block)
         self.single = block == 1
         kind = "uint8_t" if self.y.quantization is not None else "float"
@@ -136,17 +136,14 @@ class _Part:
         tensors["y"] = (self.y, *place)
         if self.r is not None:
             tensors["r"] = (self.r, *place)
-        lines.append(f"    int32_t n, j, o, column = 0, sums[{max(block, 1)}];")
+        lines.append(f"    int32_t n, j, o, column = 0, sums[{block}];")
         for name, (tensor, first, _) in tensors.items():
-            start = tensor.first + first[0] * tensor.row + first[1]
-            state.append((name, start))
-            lines.append(f"    int32_t at_{name}[{block}], {name}0 = {start};")
+            starts[name] = tensor.first + first[0] * tensor.row + first[1]
+            lines.append(f"    int32_t at_{name}[{block}], {name}0 = {starts[name]};")
         scratch = None
         if not self.depthwise and not self._is_patch:
-            words_of = self.k * (4 if self.single or self.multiply else PIXELS * 2) // 4 + 1
-            if self.single:
-                words_of = self.k // 4 + 1
-            scratch = site.scratch(4 * words_of)
+            size = 1 if self.single else PRODUCTS if self.multiply else 2 * PIXELS
+            scratch = site.scratch(self.k * size // 4 * 4 + 4)
         lines.append(f"    for (n = 0; n < {count}; n++) {{")
         rest = self.pixels % block
         if rest and count > 1:  # the last ones once more, with some before them
@@ -154,8 +151,8 @@ class _Part:
             i, j = divmod(last, self.width)
             moved = [f"column = {j};"]
             for name, (tensor, _, steps) in tensors.items():
-                start = dict(state)[name]
-                moved.append(f"{name}0 = {start + i * steps[0] * tensor.row + j * steps[1]};")
+                start = starts[name] + i * steps[0] * tensor.row + j * steps[1]
+                moved.append(f"{name}0 = {start};")
             lines.append(f"        if (n == {count - 1}) {{")
             lines += [f"            {move}" for move in moved] + ["        }"]
         lines.append(f"        for (j = 0; j < {block}; j++) {{")
@@ -204,18 +201,15 @@ class _Part:
         )
 
     def _offsets(self) -> np.ndarray:
-        rows, columns = np.arange(self.kh), np.arange(self.kw)
-        rows, columns = (
-            rows * self.phase.dilations[0] * self.x.row,
-            columns * self.phase.dilations[1],
-        )
+        rows = np.arange(self.kh) * self.phase.dilations[0] * self.x.row
+        columns = np.arange(self.kw) * self.phase.dilations[1]
         return (rows[:, None] + columns).reshape(-1)
 
     # --- rows -------------------------------------------------------------------------------------
 
     def _rows(self) -> list[str]:
         """Return the loops over groups and output channels of some pixels."""
-        call, table, kind, per_group = self._weights()
+        call, table, kind = self._weights()
         lines = ["        {", f"        const struct row *w = {self.scale.rows};"]
         lines.append(f"        const {kind} *p = {table};")
         planes = {"y": self.y.plane}
@@ -244,7 +238,7 @@ class _Part:
     def _patch(self, of: str) -> str:
         return f"{of} + at_x[0]" if self._is_patch else "patch"
 
-    def _weights(self) -> tuple[str, str, str, int]:
+    def _weights(self) -> tuple[str, str, str]:
         """Return the call that sums up a row, the table that it reads, and the type of that."""
         site, rows, name = self.site, len(self.channels), f"{self.name}_words"
         table = site.source.table
@@ -254,22 +248,21 @@ class _Part:
             wide = next(bits for bits in (8, 16, 32) if largest < 2 ** (bits - 1))
             values = w.astype(f"int{wide}")
             kind = f"int{wide}_t"
-            values = values if values.size else np.zeros(1, values.dtype)
             if self.depthwise:
                 site.helper("taps_products", width=wide)
-                offsets = table(_filled(self._offsets().astype(np.int32)), f"{self.name}_taps")
+                offsets = table(self._offsets().astype(np.int32), f"{self.name}_taps")
                 call = f"taps_products{wide}({{x}}, at_x, {offsets}, {self.k}, p, sums)"
             else:
                 helper = "product" if self.single else "products"
                 site.helper(helper, width=wide)
                 call = f"{helper}{wide}({{patch}}, p, {self.k}, sums)"
-            return call, table(values, name), kind, 0
+            return call, table(values, name), kind
         found = words.Words.of(self.weights)
         if self.depthwise:
             lines = list(words.taps(found, rows, self._offsets()))
             values, wide = _narrow([n for line in lines for n in line])
             site.helper("taps", width=wide)
-            return f"taps{wide}({{x}}, at_x, p, sums)", table(values, name), f"uint{wide}_t", 0
+            return f"taps{wide}({{x}}, at_x, p, sums)", table(values, name), f"uint{wide}_t"
         if site.options.layout == "small":
             bits, shift = self.weights.bits, self.weights.residual_shift
             values = np.frombuffer(b"".join(words.packed(self.weights)), np.uint8)
@@ -279,13 +272,13 @@ class _Part:
                 numbers["chunk"] = words.CHUNK
             site.helper(helper, **numbers)
             call = f"{helper}{bits}({{patch}}, p, {self.k}, {shift}, sums)"
-            return call, table(values, name), "uint8_t", 0
+            return call, table(values, name), "uint8_t"
         unit = 1 if self.single else 2 * PIXELS
         lines = list(words.programs(found, rows, self.q_x.top, unit))
         values, wide = _narrow([n for line in lines for n in line])
         helper = "single" if self.single else "sums"
         site.helper(helper, width=wide)
-        return f"{helper}{wide}({{patch}}, p, sums)", table(values, name), f"uint{wide}_t", 0
+        return f"{helper}{wide}({{patch}}, p, sums)", table(values, name), f"uint{wide}_t"
 
     def _gather(self, of: str) -> list[str]:
         """Return what brings the inputs of some pixels where a row's words look for them."""
@@ -294,26 +287,21 @@ class _Part:
         offsets, plane = self._offsets(), self.x.plane
         loop = f"for (c = 0; c < {self.in_group}; c++"
         if self.single or self.multiply:
-            step, block = (1, 1) if self.single else (PRODUCTS, PRODUCTS)
-            head = ["{", "uint8_t *q = patch;", "int32_t c, i;"]
-            body = []
-            if block > 1:
-                head += [
-                    f"for (i = 0; i < {block}; i++) {{",
-                    f"    const uint8_t *a = {of} + at_x[i];",
-                ]
-                head += ["    q = patch + i;"]
+            step = 1 if self.single else PRODUCTS
+            head = ["{", "uint8_t *q = patch;"]
+            if self.single:
+                head += ["int32_t c;", f"const uint8_t *a = {of} + at_x[0];"]
             else:
-                head = [
-                    "{",
-                    "uint8_t *q = patch;",
-                    "int32_t c;",
-                    f"const uint8_t *a = {of} + at_x[0];",
+                head += [
+                    "int32_t c, i;",
+                    f"for (i = 0; i < {PRODUCTS}; i++) {{",
+                    f"    const uint8_t *a = {of} + at_x[i];",
+                    "    q = patch + i;",
                 ]
             body = self._taken(offsets, step, lambda o: f"a[{o}]")
             lines = [*head, f"    {loop}, a += {plane}, q += {step * len(offsets)}) {{"]
             lines += [f"        {line}" for line in body] + ["    }"]
-            return [*lines, *(["}"] if block > 1 else []), "}"]
+            return [*lines, *([] if self.single else ["}"]), "}"]
         lines = ["{", "int32_t c, i;", f"for (i = 0; i < {PIXELS}; i += 2) {{"]
         lines += [f"    const uint8_t *a = {of} + at_x[i], *b = {of} + at_x[i + 1];"]
         lines += ["    uint32_t *q = patch + (i >> 1);"]
@@ -401,11 +389,6 @@ class _Part:
             f"    code = {value};", "}", f"{to} = (uint8_t)code;",
         ]  # fmt: skip
         return [*scaled, loop, *(f"    {line}" for line in inner), "}"]
-
-
-def _filled(values: np.ndarray) -> np.ndarray:
-    """Return an array that C can have: not empty."""
-    return values if values.size else np.zeros(1, values.dtype)
 
 
 def _narrow(numbers: list[int]) -> tuple[np.ndarray, int]:

@@ -104,9 +104,8 @@ def write(site: Site, form: Fixed, found: Curve, zero: int, factor: float) -> tu
     """Write the records of a layer and of its curve; returns their names."""
     count = len(found.edges)
     site.helper("curved")
-    edges = found.edges if count else np.zeros(1, np.int32)  # C has no empty arrays
     record = braced([
-        site.source.table(edges, f"{site.name}_edges"),
+        site.source.table(found.edges, f"{site.name}_edges"),
         site.source.table(found.codes, f"{site.name}_codes"),
         count, 1 << count.bit_length() >> 1, found.doubt,
     ])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -175,9 +176,12 @@ class _Network:
                     "a model that ends before it, or does it on codes",
                 )  # fmt: skip
             nodes.append(node)
-            sources = node.inputs[:1] if node.op == "Resize" else node.inputs
-            needed.update(map(self.root, sources))
+            needed.update(self._sources(node))
         return nodes[::-1]
+
+    def _sources(self, node: Node) -> list[str]:
+        """Return the tensors whose values a node reads: of Resize's second only the size counts."""
+        return [self.root(x) for x in (node.inputs[:1] if node.op == "Resize" else node.inputs)]
 
     def _plan(self) -> None:
         graph, edges = self.graph, borders(self.graph, self.nodes, self.shapes)
@@ -186,10 +190,10 @@ class _Network:
             for x in (*node.inputs, *node.outputs):
                 last[self.root(x)] = index
         blocks = []
-        arguments = {x: f"x{i}" if len(self.inputs) > 1 else "x" for i, x in enumerate(self.inputs)}
+        arguments = dict(zip(self.inputs, _numbered("x", self.inputs), strict=True))
         results: dict[str, str] = {}
-        for i, y in enumerate(self.outputs):
-            results.setdefault(y, f"y{i}" if len(self.outputs) > 1 else "y")
+        for y, argument in zip(self.outputs, _numbered("y", self.outputs), strict=True):
+            results.setdefault(y, argument)
 
         def add(tensor: str, index: int) -> Tensor:
             made = Tensor(
@@ -197,10 +201,9 @@ class _Network:
                 graph.quantization.get(tensor),
             )  # fmt: skip
             self.tensors[tensor] = made
-            bordered = made.size != made.shape[0] * made.shape[1] * made.shape[2]
-            if tensor in arguments and not bordered:
+            if tensor in arguments and not made.is_bordered:
                 made.pointer = arguments[tensor]
-            elif tensor in results and not bordered:
+            elif tensor in results and not made.is_bordered:
                 made.pointer = results[tensor]
             else:
                 end = len(self.nodes) if tensor in results else last[tensor]
@@ -211,7 +214,7 @@ class _Network:
             return made
 
         def border(made: Tensor) -> None:
-            if made.size != made.shape[0] * made.shape[1] * made.shape[2]:
+            if made.is_bordered:
                 zero = made.quantization.zero_point if made.quantization else 0
                 self.source.call(lambda: f"memset({made.pointer}, {zero}, {made.size});")
 
@@ -221,8 +224,7 @@ class _Network:
                 border(made)
                 self._copy(made, arguments[x], inward=True)
         for index, node in enumerate(self.nodes):
-            sources = node.inputs[:1] if node.op == "Resize" else node.inputs
-            inputs = [self.tensors[self.root(x)] for x in sources]
+            inputs = [self.tensors[x] for x in self._sources(node)]
             made = add(node.outputs[0], index)
             border(made)
             site = Site(
@@ -238,8 +240,7 @@ class _Network:
                 self.shapes,
             )
             EMITTERS[node.domain, node.op](site)
-        for i, y in enumerate(self.outputs):
-            argument = f"y{i}" if len(self.outputs) > 1 else "y"
+        for y, argument in zip(self.outputs, _numbered("y", self.outputs), strict=True):
             if self.tensors[y].pointer != argument:
                 self._copy(self.tensors[y], argument, inward=False)
         self.code_bytes, self.float_bytes = self.arena.arrange(), self.floats.arrange()
@@ -277,11 +278,9 @@ class _Network:
         for letter, infos, names in (
             ("x", self.graph.inputs, self.inputs), ("y", self.graph.outputs, self.outputs),
         ):  # fmt: skip
-            for i, (info, tensor) in enumerate(zip(infos, names, strict=True)):
-                c, h, w = self.tensors[tensor].shape
-                found.append(
-                    (f"{letter}{i}" if len(names) > 1 else letter, info, tensor, c * h * w)
-                )
+            arguments = _numbered(letter, names)
+            for argument, info, tensor in zip(arguments, infos, names, strict=True):
+                found.append((argument, info, tensor, math.prod(self.tensors[tensor].shape)))
         return found
 
     def _type(self, tensor: str) -> str:
@@ -376,6 +375,11 @@ class _Network:
                     "        return 1;"
                 )
         return "\n".join([*lines, "    return fflush(stdout) != 0;", "}", ""])
+
+
+def _numbered(letter: str, names: list[str]) -> list[str]:
+    """Return what the arguments for these tensors are called."""
+    return [f"{letter}{i}" for i in range(len(names))] if len(names) > 1 else [letter]
 
 
 def _shapes(graph: Graph) -> tuple[Mapping[str, Shape], int]:

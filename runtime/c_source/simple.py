@@ -293,7 +293,6 @@ def _average_pool(site: Site) -> None:
     index = np.array([[counts.index(i * j) for j in columns] for i in rows], np.uint16)
     if len(np.unique(index)) == 1:
         row = f"{scales.rows} + {int(index.flat[0])}"
-        count = "int32_t sum = 0;"
     else:
         down, downs = np.unique(rows, return_inverse=True)
         right, rights = np.unique(columns, return_inverse=True)
@@ -304,10 +303,9 @@ def _average_pool(site: Site) -> None:
         starts = site.source.table((downs * len(right)).astype(np.int32), f"{site.name}_down")
         places = site.source.table(rights.astype(np.int32), f"{site.name}_right")
         row = f"{scales.rows} + {table}[{starts}[i] + {places}[j]]"
-        count = "int32_t sum = 0;"
     both = f"&{scales.scale}, w, sum"
     _pool(
-        site, count, f"sum += (int32_t)x[at] - {q_x.zero_point};",
+        site, "int32_t sum = 0;", f"sum += (int32_t)x[at] - {q_x.zero_point};",
         f"{{\nconst struct row *w = {row};\ny[to + j] = settle({both}, scale1({both}));\n}}",
     )  # fmt: skip
 

@@ -42,6 +42,8 @@ class Source:
 
     def table(self, values: np.ndarray, name: str) -> str:
         """Return the name of a constant array; arrays of equal content are one."""
+        if not values.size:  # C has no empty arrays
+            values = np.zeros(1, values.dtype)
         kind = _C_TYPES[values.dtype]
         return self.record(kind, [number(value) for value in values.reshape(-1)], name)
 

@@ -54,6 +54,11 @@ class Tensor:
         return self.shape[0] * self.plane
 
     @property
+    def is_bordered(self) -> bool:
+        """Whether there is anything around the picture."""
+        return any(self.border)
+
+    @property
     def steps(self) -> tuple[int, int, int]:
         """Elements from one position to the next along each axis."""
         return self.plane, self.row, 1
