@@ -1,92 +1,77 @@
-"""The demo's float network as one that can be trained further: batch norms put back.
+"""The demo's float network: that of docs/training.md, its shortcuts made convolutions.
 
-    python -m benchmarks.demo_network --data DIRECTORY --out demo.pt
+    python -m benchmarks.demo_network --data DIRECTORY --weights runs/cifar10-float/checkpoint.pt \
+        --out demo.pt --onnx converter/demo/resnet20-cifar10.onnx
 
-Batch norms were folded when it was exported. Each gets the mean and variance that its convolution's
-outputs have over training pictures, and the factor and bias with which it changes nothing.
+Where the shape changes, that network takes every other pixel and adds channels of zeros, which are
+four operators in a file. A 1x1 convolution of ones and zeros does the same, and can be trained
+further. Its batch norm gets the mean and variance that its outputs have over training pictures, and
+the factor and bias with which it changes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from logshift.trainer.data.cifar10 import Cifar10
+from logshift.trainer.export import export_onnx
 from logshift.trainer.models import MODELS
 
-DEMO = Path(__file__).parents[1] / "converter" / "demo" / "resnet20-cifar10.onnx"
 PICTURES = 2000
-NORMS = {"conv1": "bn1", "conv2": "bn2", "0": "1"}  # of layers; the last in shortcuts
 
 
 @torch.no_grad()
-def unfolded(model: onnx.ModelProto, network: nn.Module, x: Tensor) -> None:
-    """Give a network the weights of its ONNX file.
+def with_convolutions(padded: nn.Module, x: Tensor) -> nn.Module:
+    """Return the network with convolutions for shortcuts, in `eval` mode.
 
     Parameters
     ----------
-    model : ModelProto
-        Nodes have the names of the modules, as exported.
-    network : nn.Module
-        The same with a batch norm after each convolution, as yet untrained.
-    x : Tensor of shape (N, C, H, W)
+    padded : nn.Module
+        `resnet20_cifar` with `shortcut="pad"`, trained.
+    x : Tensor of shape (N, 3, 32, 32)
         Inputs that statistics are of.
     """
-    constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
-    pairs: list[tuple[Any, Any]] = []
-    for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm"):
-            continue
-        weight, bias = (torch.from_numpy(constants[name].copy()) for name in node.input[1:])
-        # /layer1/layer1.0/conv1/Conv is layer1.0.conv1, /layer2/layer2.0/downsample/downsample.0
-        # is layer2.0.downsample.0.
-        parts = node.name.strip("/").split("/")[:-1]
-        kept = [p for p, after in zip(parts, [*parts[1:], ""], strict=True) if p not in after]
-        layer: Any = network.get_submodule(".".join(kept))
-        layer.weight.copy_(weight)
-        if node.op_type == "Gemm":
-            layer.bias.copy_(bias)
-            continue
-        *path, last = ".".join(kept).split(".")
-        norm: Any = network.get_submodule(".".join([*path, NORMS[last]]))
-        norm.running_var.fill_(1 - norm.eps)
-        norm.bias.copy_(bias)
-        pairs.append((layer, norm))
-    found: dict[Any, Tensor] = {}
-
-    def look(norm: Any) -> Callable[..., None]:
-        def hook(_layer: Any, _x: Any, y: Tensor) -> None:
-            found[norm] = y.double()
-
-        return hook
-
-    hooks = [layer.register_forward_hook(look(norm)) for layer, norm in pairs]
-    network.eval()(x)
-    for hook in hooks:
+    network = MODELS["resnet20_cifar"](shortcut="conv").eval()
+    network.load_state_dict(padded.state_dict(), strict=False)
+    for stage in (network.layer2, network.layer3):
+        block = stage[0]
+        convolution, norm = block.downsample
+        added = convolution.out_channels - convolution.in_channels
+        convolution.weight.zero_()
+        for channel in range(convolution.in_channels):
+            convolution.weight[added // 2 + channel, channel] = 1
+        outputs: list[Tensor] = []
+        hook = convolution.register_forward_hook(lambda _, __, y, to=outputs: to.append(y.double()))
+        network(x)
         hook.remove()
-    for norm, y in found.items():
-        norm.running_mean.copy_(y.mean((0, 2, 3)))
-        norm.running_var.copy_(y.var((0, 2, 3)))
+        norm.running_mean.copy_(outputs[0].mean((0, 2, 3)))
+        norm.running_var.copy_(outputs[0].var((0, 2, 3)))
         norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-        norm.bias.add_(norm.running_mean)
+        norm.bias.copy_(norm.running_mean)
+    return network
 
 
 def main() -> None:
     """Write the network."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True, help="checkpoint of the network")
+    parser.add_argument("--out", type=Path, required=True, help="to train further")
+    parser.add_argument("--onnx", type=Path, required=True)
     options = parser.parse_args()
-    network = MODELS["resnet20_cifar"]()
-    unfolded(onnx.load(DEMO), network, Cifar10(options.data).calibration(PICTURES))
+    padded = MODELS["resnet20_cifar"](shortcut="pad")
+    padded.load_state_dict(torch.load(options.weights, weights_only=True)["network"])
+    data = Cifar10(options.data)
+    network = with_convolutions(padded.eval(), data.calibration(PICTURES))
     torch.save(network.state_dict(), options.out)
+    export_onnx(
+        network, options.onnx, torch.zeros(1, *data.shape),
+        labels=data.labels, preprocessing=data.preprocessing,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -273,7 +273,10 @@ def tables() -> dict[str, str]:
     """Return the tables by name."""
     wide = {"w3a6": "W3A6", "w3a3": "W3A3", "w4a8": "W4A8", "w4a4": "W4A4", "w3a5": "W3A5"}
     published = {
-        "figures": [*in_figures("figure"), ("W3A3, select, 15 %", ["figure/w3a3"])],
+        "figures": [
+            *in_figures("figure"),
+            *((f"{case.upper()}, select, 15 %", [f"figure/{case}"]) for case in ("w4a8", "w3a3")),
+        ],
         "ratio": [
             (f"{wide[case]} + {percent} %", seeds(f"ratio/{case}-{percent}"))
             for case in ("w3a6", "w3a3")

@@ -144,9 +144,8 @@ def cases() -> list[Run]:
             _cifar(f"{name}-without", 10, **without, **words),
             _cifar(f"{name}-tile", 10, **PENALTY, granularity="tile", tile=16, **words),
         ]
+    found.append(_cifar("figure/w4a8", 10))  # the recipe's settings
     found.append(_cifar("figure/w3a3", 10, weight_bits=3, activation_bits=3))
-    for bits in (4, 3):  # with the recipe's settings, for the demo
-        found.append(_cifar(f"recipe/w{bits}a8", 10, weight_bits=bits))
     for name, case in published().items():
         found += [_cifar(f"{name}/seed{seed}", EPOCHS, seed, **case) for seed in SEEDS]
     for factor in STRENGTHS:

@@ -18,6 +18,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,14 @@ console = Console()
 def opened(folder: Path, root: Path) -> tuple[Settings, DataSet]:
     """Return settings and data set of a run."""
     settings = Settings.model_validate_json((folder / "settings.json").read_text())
-    data = open_data(settings.data, data_of(settings.data, root), settings.data_options)
+    data = opened_data(settings.data, root, json.dumps(settings.data_options))
     return settings.model_copy(update={"weights": None}), data
+
+
+@lru_cache(maxsize=1)  # runs of one data set follow each other, and pictures take long to read
+def opened_data(name: str, root: Path, options: str) -> DataSet:
+    """Return a data set, its options being JSON."""
+    return open_data(name, data_of(name, root), json.loads(options))
 
 
 def trained(folder: Path, settings: Settings, data: DataSet) -> torch.nn.Module:

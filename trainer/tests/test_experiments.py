@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from test_data import make_camvid, make_cifar10, make_low_light
+from torch import nn
 
 from logshift.trainer import settings
 from logshift.trainer.data import open_data
@@ -123,3 +124,18 @@ def test_panels_show_inputs_truth_and_outputs(name, make, tmp_path):
     training_panels.draw(tmp_path / "figure.jpg", runs, data.labels)
     width, height = Image.open(tmp_path / "figure.jpg").size
     assert width > 2 * height  # four columns, one row
+
+
+@torch.no_grad()
+def test_demo_network_computes_what_the_padded_one_does():
+    from benchmarks.demo_network import with_convolutions
+
+    torch.manual_seed(0)
+    padded, x = MODELS["resnet20_cifar"](shortcut="pad"), torch.randn(8, 3, 32, 32)
+    for norm in (module for module in padded.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.momentum = 1.0
+    padded(x)
+    network = with_convolutions(padded.eval(), x)
+    torch.testing.assert_close(network(x), padded(x))
+    # In training, too; but variances of a batch divide by n, running ones by n - 1.
+    torch.testing.assert_close(network.train()(x), padded.train()(x), rtol=0.02, atol=0.02)
