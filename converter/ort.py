@@ -39,6 +39,7 @@ def session(
     threads: int | None = None,
     *,
     optimize: bool = True,
+    exact: bool = True,
     keeps_memory: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Return a session that lives beside others; see `session_options`.
@@ -49,6 +50,10 @@ def session(
     threads : int, optional
     optimize : bool
         Whether onnxruntime may change its graph.
+    exact : bool
+        Whether a model in QDQ form computes what it says, in float32 between its pairs. Else
+        onnxruntime rounds float32 weights between them to int8, one scale for all of a layer, and
+        leaves out pairs that follow others.
     keeps_memory : bool
         Whether it keeps what a run has taken, for the next one.
     """
@@ -56,6 +61,8 @@ def session(
 
     options = session_options(threads)
     options.enable_cpu_mem_arena = keeps_memory
+    if exact:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, (str, os.PathLike)) else model.SerializeToString()

@@ -98,6 +98,7 @@ def export_onnx(
         # torch.fx calls layers without the modules around them, so that their names lack these.
         if len(node.input) > 1 and node.input[1] in names and node.input[1].endswith(".weight"):
             node.name = f"/{node.input[1].removesuffix('.weight').replace('.', '/')}/{node.op_type}"
+    _keep_weights(model.graph)
     metadata: dict[str, Any] = {"weights": {k: v for k, v in grids.items() if k in names}}
     if kept:
         metadata["keep_float"] = [f"{name}.weight" for name in kept]
@@ -109,6 +110,39 @@ def export_onnx(
     entry.key, entry.value = "logshift", json.dumps(metadata)
     onnx.save(model, str(partial))
     partial.replace(path)
+
+
+def _keep_weights(graph: onnx.GraphProto) -> None:
+    """Put a Sum of one tensor after layers whose results are rounded.
+
+    It changes nothing, but without it onnxruntime takes a layer between codes for one that int8 was
+    forgotten in, and rounds its weights anew. It moves roundings before what only moves values.
+    """
+    passing = {"Relu", "Clip", "MaxPool", "Reshape", "Flatten", "Transpose", "Slice"}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def is_rounded(name: str) -> bool:
+        return any(
+            node.op_type == "QuantizeLinear"
+            or (node.op_type in passing and is_rounded(node.output[0]))
+            for node in readers.get(name, [])
+        )
+
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm") and is_rounded(node.output[0]):
+            (name,) = node.output
+            total = f"{name}/Sum"
+            for reader in readers[name]:
+                for i, read in enumerate(reader.input):
+                    reader.input[i] = total if read == name else read
+            nodes.append(onnx.helper.make_node("Sum", [name], [total], f"{node.name}/Sum"))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def deployed(network: nn.Module) -> tuple[nn.Module, dict[str, dict[str, Any]]]:

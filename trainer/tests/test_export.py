@@ -97,17 +97,14 @@ def test_the_file_computes_what_pytorch_does(tmp_path, name, shape, activation_b
     network = prepare(MODELS[name](**options), Config(activation_bits=activation_bits))
     network = trained_looking(network, shape)
     export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, *shape))
-    options = onnxruntime.SessionOptions()
-    # It would round the float weights between codes to int8, see docs/qdq.md.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", options)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     x = torch.randn(3, *shape)
     (there,) = session.run(None, {"image": x.numpy()})
     with torch.no_grad():
         here = network(x).numpy()
     spread = here.std()
     # Codes near a tie may be the other one, and what follows from that.
-    limit = 1e-4 if activation_bits == 32 else {5: 0.5, 8: 0.1}[activation_bits]
+    limit = 1e-4 if activation_bits == 32 else 0.015
     assert np.sqrt(np.mean((there - here) ** 2)) < limit * spread
 
 
