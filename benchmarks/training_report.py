@@ -397,7 +397,8 @@ def table_of_claims() -> str:
         for case, label in PICTURES.items():
             if case != "float":
                 pair = (f"{task}-float", f"{task}{label}")
-                claims.append((f"{task}, {case} below float, {unit}", f"at most {target}", [pair]))
+                wanted = f"at most {target}" if "A8" in case else "-"
+                claims.append((f"{task}, {case} below float, {unit}", wanted, [pair]))
     lines = ["| | target | measured | epochs | runs | NZR % |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for label, target, names in claims:
