@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pyarrow.parquet
 from PIL import Image
 
 from benchmarks.machine import describe
 from benchmarks.models import SUITE
 from logshift import converter, runtime
+from logshift.converter import ort
 from logshift.converter.drop import expected_drop
 from logshift.runtime import Preprocessing
 from logshift.runtime.cost import cost
@@ -91,11 +91,9 @@ def outputs(run: Callable[[np.ndarray], np.ndarray], data: Data) -> np.ndarray:
     return np.concatenate([run(data.inputs[i : i + BATCH]) for i in batches])
 
 
-def onnx_outputs(
-    model: onnx.ModelProto, data: Data, options: onnxruntime.SessionOptions | None = None
-) -> np.ndarray:
-    """Return those of an ONNX model in onnxruntime."""
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+def onnx_outputs(model: onnx.ModelProto, data: Data, exact: bool = True) -> np.ndarray:
+    """Return those of an ONNX model in onnxruntime; `exact` is that of `ort.session`."""
+    session = ort.session(model, exact=exact)
     name = session.get_inputs()[0].name
     return outputs(lambda x: session.run(None, {name: x})[0], data)
 
@@ -105,11 +103,9 @@ def top1(scores: np.ndarray, data: Data) -> float:
     return 100.0 * float((scores.argmax(axis=1) == data.labels).mean())
 
 
-def onnx_top1(
-    model: onnx.ModelProto, data: Data, options: onnxruntime.SessionOptions | None = None
-) -> float:
-    """Return the accuracy of an ONNX model in onnxruntime."""
-    return top1(onnx_outputs(model, data, options), data)
+def onnx_top1(model: onnx.ModelProto, data: Data, exact: bool = True) -> float:
+    """Return the accuracy of an ONNX model in onnxruntime; see `onnx_outputs`."""
+    return top1(onnx_outputs(model, data, exact), data)
 
 
 def measure(

@@ -40,10 +40,10 @@ def with_convolutions(padded: nn.Module, x: Tensor) -> nn.Module:
     for stage in (network.layer2, network.layer3):
         block = stage[0]
         convolution, norm = block.downsample
-        added = convolution.out_channels - convolution.in_channels
+        channels = convolution.in_channels
+        before = (convolution.out_channels - channels) // 2
         convolution.weight.zero_()
-        for channel in range(convolution.in_channels):
-            convolution.weight[added // 2 + channel, channel] = 1
+        convolution.weight[before : before + channels, :, 0, 0] = torch.eye(channels)
         outputs: list[Tensor] = []
         hook = convolution.register_forward_hook(lambda _, __, y, to=outputs: to.append(y.double()))
         network(x)

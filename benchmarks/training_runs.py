@@ -165,12 +165,14 @@ def cases() -> list[Run]:
             change = (f"quantization.weight_bits={bits}", method)
             found.append(Run(f"{name}/w{bits}a8", recipe, change, f"{name}-float"))
         for percent in (5, 10, 15):
-            words = ["quantization.weight_bits=3", "quantization.activation_bits=6"]
-            if name == "camvid":
-                words += [f"quantization.residual_ratio={REST[percent]}", "training.epochs=10"]
-            else:
-                words += [f"quantization.residual_ratio={percent / 100}"]
-            found.append(Run(f"{name}/w3a6-{percent}", recipe, tuple(words), f"{name}-float"))
+            ratio = REST[percent] if name == "camvid" else percent / 100
+            change = (
+                "training.epochs=10",
+                "quantization.weight_bits=3",
+                "quantization.activation_bits=6",
+                f"quantization.residual_ratio={ratio}",
+            )
+            found.append(Run(f"{name}/w3a6-{percent}", recipe, change, f"{name}-float"))
     for name, epochs in LONGER:
         run = f"longer/{name}-{epochs}"
         found.append(_cifar(run, epochs, precision="32-true", **compared()[name]))

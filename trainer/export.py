@@ -116,7 +116,7 @@ def _keep_weights(graph: onnx.GraphProto) -> None:
     """Put a Sum of one tensor after layers whose results are rounded.
 
     It changes nothing, but without it onnxruntime takes a layer between codes for one that int8 was
-    forgotten in, and rounds its weights anew. It moves roundings before what only moves values.
+    forgotten in, and rounds its weights anew; also where what only moves values lies between.
     """
     passing = {"Relu", "Clip", "MaxPool", "Reshape", "Flatten", "Transpose", "Slice"}
     readers: dict[str, list[onnx.NodeProto]] = {}
