@@ -217,7 +217,7 @@ def spread(values: list[float], factor: float = 100) -> str:
     return text if len(values) == 1 else f"{text} ± {factor * stdev(values):.2f}"
 
 
-def row(label: str, names: list[str], cycles: bool = False) -> str | None:
+def row(label: str, names: list[str], cycles: bool = False) -> list[str] | None:
     """Return a row of a table of CIFAR-10 for those of a case's runs that are there, if any.
 
     `cycles`: with those of an array, which runs of the residual penalty were not measured for.
@@ -231,7 +231,7 @@ def row(label: str, names: list[str], cycles: bool = False) -> str | None:
     cells += [f"{mean([s['bits_per_weight'] for s in summaries]):.2f}"]
     packed = [p for name in names if (p := load(name, "runtime.json")) is not None]
     if len(packed) < len(names):
-        return "| " + " | ".join([*cells, *[""] * (6 + cycles)]) + " |"
+        return [*cells, *[""] * (6 + cycles)]
 
     def share(part: str, whole: str) -> str:
         return f"{sum(p[part] for p in packed):,} of {sum(p[whole] for p in packed):,}"
@@ -245,7 +245,7 @@ def row(label: str, names: list[str], cycles: bool = False) -> str | None:
     ]
     if cycles:
         cells.append(f"{mean([p['cycle_ratio'] for p in packed]):.2f}")
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def faster(packed: list[dict[str, Any]]) -> list[str]:
@@ -326,8 +326,7 @@ def tables() -> dict[str, str]:
     for group, cycles in ((published, True), (penalty, False)):
         head = [*HEADER, "cycles"] if cycles else HEADER
         for name, rows in group.items():
-            lines = [line for label, runs in rows if (line := row(label, runs, cycles)) is not None]
-            found[name] = table(head, lines)
+            found[name] = table(head, [cells for case in rows if (cells := row(*case, cycles))])
     found["lambda"] = table_of_strengths()
     found["camvid"] = table_of_pictures(
         "camvid", {"miou": ("mIoU %", 100), "pixels": ("pixels %", 100)}
@@ -340,16 +339,18 @@ def tables() -> dict[str, str]:
     return found
 
 
-def table(head: list[str], lines: list[str]) -> str:
-    """Return a table with these rows."""
-    if not lines:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table with these rows, without columns in which all of them are empty."""
+    if not rows:
         return "Not run yet.\n"
-    return "\n".join(["| " + " | ".join(head) + " |", "| --- " * len(head) + "|", *lines]) + "\n"
+    used = [number for number in range(len(head)) if any(cells[number] for cells in rows)]
+    lines = ["| " + " | ".join(cells[n] for n in used) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "| --- " * len(used) + "|", *lines[1:]]) + "\n"
 
 
 def table_of_strengths() -> str:
     """Return the table of what lambda decides: with the rate of v that follows it, and without."""
-    lines = []
+    rows = []
     runs = {(factor, "follows lambda"): f"lambda/{factor}" for factor in STRENGTHS}
     runs[1, "follows lambda"] = "methods/w4a4-stlq/seed1"
     runs |= {(factor, "kept"): f"lambda/{factor}-rate-kept" for factor in STRENGTHS}
@@ -359,9 +360,9 @@ def table_of_strengths() -> str:
         log = iterations(name)
         cells = [f"{factor:g}", rate, f"{log['v_mean'][-1]:.3f}"]
         cells += [f"{100 * log['nzr'][-1]:.2f}", f"{100 * summary['nzr']:.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{100 * summary['top1']:.2f}"]) + " |")
+        rows.append([*cells, f"{100 * summary['top1']:.2f}"])
     head = ["lambda over the default", "learning rate of v", "mean of v at the end", "NZR % then"]
-    return table([*head, "NZR % once it is cut", "top-1"], lines)
+    return table([*head, "NZR % once it is cut", "top-1"], rows)
 
 
 def table_of_claims() -> str:
@@ -399,8 +400,7 @@ def table_of_claims() -> str:
                 pair = (f"{task}-float", f"{task}{label}")
                 wanted = f"at most {target}" if "A8" in case else "-"
                 claims.append((f"{task}, {case} below float, {unit}", wanted, [pair]))
-    lines = ["| | target | measured | epochs | runs | NZR % |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    rows = []
     for label, target, names in claims:
         loaded = [[load(name, "summary.json") for name in pair] for pair in names]
         found = [(above, below) for above, below in loaded if above and below]
@@ -412,9 +412,9 @@ def table_of_claims() -> str:
         difference = spread([above[measure] - below[measure] for above, below in found], factor)
         sides = [side for side in zip(*found, strict=True) if "nzr" in side[0]]
         nzr = " and ".join(f"{100 * mean([s['nzr'] for s in side]):.1f}" for side in sides)
-        epochs = found[0][1]["epochs"]
-        lines.append(f"| {label} | {target} | {difference} | {epochs} | {len(found)} | {nzr} |")
-    return "\n".join(lines) + "\n"
+        epochs = str(found[0][1]["epochs"])
+        rows.append([label, target, difference, epochs, str(len(found)), nzr])
+    return table(["claim", "target", "measured", "epochs", "runs", "NZR %"], rows)
 
 
 def table_of_time() -> str:
@@ -424,12 +424,11 @@ def table_of_time() -> str:
         summary = json.loads(path.read_text())
         group = path.relative_to(LOGS).parts[0]
         seconds.setdefault((group, summary["machine"]), []).append(summary["training_seconds"])
-    lines = ["| runs | number | hours of training | each on |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| `{group}` | {len(values)} | {sum(values) / 3600:.1f} | {machine} |"
+    rows = [
+        [f"`{group}`", str(len(values)), f"{sum(values) / 3600:.1f}", machine]
         for (group, machine), values in seconds.items()
     ]
-    return "\n".join(lines) + "\n"
+    return table(["runs", "number", "hours of training", "each on"], rows)
 
 
 def table_of_pictures(task: str, measures: dict[str, tuple[str, float]]) -> str:
@@ -438,7 +437,7 @@ def table_of_pictures(task: str, measures: dict[str, tuple[str, float]]) -> str:
     head = ["case", *names, "NZR %", *(f"{name}, runtime" for name in names)]
     head += ["codes within one %", "PyTorch in float64 %", "furthest from the reference", "bytes"]
     head += ["times as fast as PyTorch, 1 thread", "2 threads"]
-    lines = []
+    rows = []
     for label, suffix in PICTURES.items():
         summary, packed = load(task + suffix, "summary.json"), load(task + suffix, "runtime.json")
         if summary is None:
@@ -453,8 +452,8 @@ def table_of_pictures(task: str, measures: dict[str, tuple[str, float]]) -> str:
             cells += ["" if share is None else f"{100 * share:.2f}" for share in agreement]
             cells += [f"{packed['furthest_from_reference']:g}", f"{packed['bytes']:,}"]
             cells += faster([packed])
-        lines.append("| " + " | ".join(cells) + " |")
-    return table(head, lines)
+        rows.append(cells)
+    return table(head, rows)
 
 
 def main() -> None:
