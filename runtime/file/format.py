@@ -390,6 +390,11 @@ def _graph(
     tensors.check_end()
     graph = Graph(**fields)
     validate(graph)
+    first, what = manifest.needed(graph)
+    if any(node.weights is not None and node.weights.tile is not None for node in graph.nodes):
+        first, what = manifest.TILED, "second words by tiles of an array"
+    if (version := content["format_version"]) < first:
+        raise FormatError(f"format_version is {version}, but {what} came with {first}")
     return graph
 
 

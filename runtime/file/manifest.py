@@ -20,9 +20,9 @@ from logshift.runtime.graph import NEWEST_OPSET, Graph, Quantization, ValueInfo
 
 FORMAT_VERSION = 5
 
-# The first versions with fused activation functions, with words as constants in one tensor, and
-# with second words by tiles of an array.
-ACTIVATED, BUNDLED, TILED = 3, 4, 5
+# The first versions with constants and ONNX operators, with fused activation functions, with words
+# as constants and all tensors in one, and with second words by tiles of an array.
+MIXED, ACTIVATED, BUNDLED, TILED = 2, 3, 4, 5
 
 _REQUIRED = object()
 
@@ -284,11 +284,20 @@ GRAPH = Form(
 def of(graph: Graph) -> dict[str, Any]:
     """Return the manifest of a graph, without what its nodes say of their weights.
 
-    The version is the lowest that knows all that there is.
+    The version is the lowest that knows all that there is, but none below `MIXED`.
     """
-    is_activated = any(node.activation is not None for node in graph.nodes)
-    version = BUNDLED if graph.constant_words else ACTIVATED if is_activated else ACTIVATED - 1
-    return {"format_version": version, **GRAPH.write(graph)}
+    return {"format_version": max(MIXED, needed(graph)[0]), **GRAPH.write(graph)}
+
+
+def needed(graph: Graph) -> tuple[int, str]:
+    """Return the first version with all that a graph has but tiles, and what came with it."""
+    if graph.constant_words:
+        return BUNDLED, "constants of words"
+    if any(node.activation is not None for node in graph.nodes):
+        return ACTIVATED, "fused activation functions"
+    if graph.constants or any(node.is_onnx for node in graph.nodes):
+        return MIXED, "constants and ONNX operators"
+    return 1, ""
 
 
 # --- text ---------------------------------------------------------------------------------------

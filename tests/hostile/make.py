@@ -415,6 +415,21 @@ def newer_version(manifest, tensors):
     manifest["format_version"] = 99
 
 
+@fault("tiles of an array in version 4", "by tiles of an array came with 5", tiled)
+def tiles_too_early(manifest, tensors):
+    manifest["format_version"] = 4
+
+
+@fault("a fused function in version 2", "activation functions came with 3", activated)
+def activation_too_early(manifest, tensors):
+    manifest["format_version"] = 2
+
+
+@fault("constants in version 1", "constants and ONNX operators came with 2", mixed)
+def constants_too_early(manifest, tensors):
+    manifest["format_version"] = 1
+
+
 @fault("version 0", "no format_version")
 def version_zero(manifest, tensors):
     manifest["format_version"] = 0
