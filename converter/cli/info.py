@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from logshift.converter.cli.shared import Json, Packed, load, show
 from logshift.kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from logshift.runtime.graph import Graph
 
 
 def info(
@@ -23,13 +26,14 @@ def info(
         ),
     ] = False,
     tile: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="PxQ",
-            help="Output and input channels, at one kernel position, that the array of --cost"
-            " multiplies per cycle.",
+            help="Output and input channels (convert's --tile has the inputs first), at one kernel"
+            " position, that the array of --cost multiplies per cycle. By default the tiles by"
+            " which the file has its second words, else 16x16.",
         ),
-    ] = "16x16",
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a packed file holds, without loading its weights.
@@ -53,8 +57,9 @@ def info(
         from logshift.runtime.cost import cost as count
         from logshift.runtime.file import format
 
-        sides = _tile(tile)
-        counted = count(format.read(packed), sides)
+        sides = None if tile is None else _tile(tile)
+        graph = format.read(packed)
+        counted = count(graph, sides or _tile_of(graph))
         show(counted.to_dict(), str(counted), as_json)
         return
     from logshift.runtime.file.describe import describe
@@ -68,6 +73,16 @@ def _tile(text: str) -> tuple[int, int]:
         outputs, inputs = (int(part) for part in text.lower().split("x"))
     except ValueError:
         raise InputError(f"--tile {text!r}: give output and input channels like 16x16") from None
+    return outputs, inputs
+
+
+def _tile_of(graph: Graph) -> tuple[int, int]:
+    """Return output and input channels of the tiles of a file, if all have the same."""
+    weights = [node.weights for node in graph.nodes if node.weights is not None]
+    tiles = {words.tile for words in weights if words.tile is not None}
+    if len(tiles) != 1:
+        return 16, 16
+    ((inputs, outputs),) = tiles
     return outputs, inputs
 
 

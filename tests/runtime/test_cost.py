@@ -257,6 +257,22 @@ def test_info_counts(capsys, packed):
         assert part in text
 
 
+def test_info_counts_by_the_tiles_of_the_file(capsys, packed):
+    graph = make.tiled()
+    for node in graph.nodes:
+        if node.weights is not None and node.name != "few":  # by 16 inputs, 4 outputs
+            none = np.zeros_like(node.weights.second)
+            node.weights = replace(node.weights, second=none, tile=None)
+    packed_format.write(graph, packed)
+    assert not call("info", packed, "--cost")
+    assert capsys.readouterr().out == f"{cost(graph, tile=(4, 16))}\n"
+    assert not call("info", packed, "--cost", "--tile", "16x16")
+    assert capsys.readouterr().out == f"{cost(graph)}\n"
+    packed_format.write(make.tiled(), packed)  # of several sizes
+    assert not call("info", packed, "--cost")
+    assert capsys.readouterr().out == f"{cost(make.tiled())}\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
