@@ -33,19 +33,18 @@ def convolved(ctx: Context, node: onnx.NodeProto, a: dict[str, Any]) -> bool:
     weight = ctx.constant(node.input[1])
     depth = _Axis(ctx, a, 0, shape[2], weight.shape[2])
     rest = _without_depth(ctx, a, shape, weight.shape)
-    x, y = node.input[0], node.output[0]
+    x, y, group = node.input[0], node.output[0], a.get("group", 1)
     if weight.shape[3:] == (1, 1) and _is_plain(rest):
-        _along_depth(ctx, node, weight, depth, a.get("group", 1))
+        _along_depth(ctx, node, weight, depth, group)
         return True
-    pictures = _side_by_side(ctx, x, y, depth)
-    # Channels before depths: those of a group stay together.
+    pictures = _side_by_side(ctx, x, y, depth, group)
     o, _, _, *kernel = weight.shape
     flat = _renamed(node, pictures, f"{y}/pictures")
     flat.input[1] = f"{node.input[1]}/pictures"
-    ctx.constants[flat.input[1]] = weight.reshape(o, -1, *kernel)
+    ctx.constants[flat.input[1]] = weight.swapaxes(1, 2).reshape(o, -1, *kernel)
     sizes = ctx.onnx_shapes[y]
     ctx.volume(y, Volume(flat.output[0], sizes[2]), sizes)
-    LOWERINGS["Conv"](ctx, flat, rest | {"group": a.get("group", 1), "kernel_shape": kernel})
+    LOWERINGS["Conv"](ctx, flat, rest | {"group": group, "kernel_shape": kernel})
     return True
 
 
@@ -142,24 +141,31 @@ def _renamed(node: onnx.NodeProto, x: str, y: str) -> onnx.NodeProto:
     return flat
 
 
-def _side_by_side(ctx: Context, x: str, y: str, depth: _Axis) -> str:
-    """Return pictures that consist of all that a window reads along the depth."""
+def _side_by_side(ctx: Context, x: str, y: str, depth: _Axis, group: int) -> str:
+    """Return pictures that consist of all that a window reads along the depth.
+
+    The channels of a group stay together, and in it those of a depth: a tile of an array then has
+    weights of one kernel position.
+    """
     volume = ctx.volume_of(x)
     if depth.kernel == depth.stride == 1 and not any(depth.pads):
         return volume.pictures
     layers = ctx.layers(volume.pictures, volume.depth)
     if any(depth.pads):
         layers = ctx.padded(layers, f"{y}/padded", 1, depth.pads)
-    parts = []
-    for k in range(depth.kernel):
-        part = ctx.cut(layers, f"{y}/{k}", 1, k * depth.dilation, depth.stride, depth.count)
-        n, d, c, h, w = ctx.onnx_shapes[part]
-        parts.append(f"{part}/of {depth.kernel}")
-        ctx.unsqueeze(part, parts[-1], [3])
-        ctx.onnx_shapes[parts[-1]] = (n, d, c, 1, h, w)
-    joined = f"{y}/side by side"
-    ctx.add_onnx("Concat", joined, parts, [joined], {"axis": 3})
-    ctx.onnx_shapes[joined] = (n, d, c, depth.kernel, h, w)
+    if group > 1:
+        n, d, c, h, w = ctx.onnx_shapes[layers]
+        ctx.reshape(layers, f"{y}/groups", (n, d, group, c // group, h, w))
+        layers = f"{y}/groups"
+    parts = [
+        ctx.cut(layers, f"{y}/{k}", 1, k * depth.dilation, depth.stride, depth.count)
+        for k in range(depth.kernel)
+    ]
+    joined, sizes = f"{y}/side by side", list(ctx.onnx_shapes[parts[0]])
+    axis = len(sizes) - 3  # channels, or those of each group
+    ctx.add_onnx("Concat", joined, parts, [joined], {"axis": axis})
+    sizes[axis] *= depth.kernel
+    ctx.onnx_shapes[joined] = tuple(sizes)
     return ctx.pictures(joined, f"{y}/read")
 
 

@@ -60,6 +60,21 @@ def test_convolution(attributes, tmp_path):
     check(net, convolution(net, "x", **attributes), tmp_path / "net.stlq", 1)
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_tiles_are_at_one_kernel_position(group, tmp_path):
+    net = Net(shape=("batch", 32 * group, 4, 5, 6))
+    weight = 0.01 * np.random.default_rng(0).standard_normal((32 * group, 32, 3, 1, 2))
+    weight[16:32, 16:, 1, 0, 1] *= 100  # which is one tile, and has most to gain
+    y = net.node("Conv", "x", net.constant(weight), group=group)
+    options = {"granularity": "tile", "residual_ratio": 256 / weight.size}
+    graph = convert(net.model(y), tmp_path / "net.stlq", **options)
+    (node,) = (node for node in graph.nodes if node.op == "Conv")
+    assert node.weights.tile == (16, 16)
+    second = node.weights.second.reshape(32 * group, 1, 2, 3, 32)  # (O, kh, kw, kd, C / group)
+    chosen = np.count_nonzero(second[16:32, 0, 1, 1, 16:])
+    assert 128 < chosen == np.count_nonzero(second)
+
+
 def test_what_is_done_element_by_element_is_done_to_pictures(tmp_path):
     net = Net(shape=SHAPE)
     x = net.node("Relu", convolution(net, "x", pads=[1] * 6))
