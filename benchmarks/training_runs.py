@@ -160,6 +160,7 @@ def cases() -> list[Run]:
         found.append(Run(f"light/w3a6-{percent}", "mobilenetv2-cifar10", change, "light-float"))
     for recipe, name in (("deeplab-camvid", "camvid"), ("sid-low-light", "low-light")):
         found.append(Run(f"{name}-float", f"{recipe}-float"))
+        found.append(Run(f"{name}/recipe", recipe, (), f"{name}-float"))
         method = "quantization.method=residual_penalty"
         for bits in (4, 3):
             change = (f"quantization.weight_bits={bits}", method)

@@ -18,7 +18,10 @@ Side = Annotated[int, Field(strict=True, ge=1, le=MAX_TILE)]
 
 
 class LayerConfig(BaseModel):
-    """What one layer has different from the others; what is left out is as for the others."""
+    """What one layer has different from the others; what is left out is as for the others.
+
+    `keep_float` of a pattern holds, whatever other patterns say.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +37,8 @@ class Config(BaseModel):
     ----------
     method : {"stlq", "without_select", "residual_penalty", ...}
         "stlq": the published one; second words of weights that are not selected fade out.
-        "without_select": the same with nothing selected; all second words fade.
+        "without_select": the same with nothing selected; all second words fade, and lambda decides
+        how far.
         "residual_penalty": selection anew every `refresh` steps, and errors of all other weights
         driven to the grid; "residual_penalty_without_select": errors of all.
         "log": no second words. "flightnn": "residual_penalty" for whole filters.
@@ -50,7 +54,8 @@ class Config(BaseModel):
     scale : {"channel", "layer"}
         What has an alpha; "apot" and "uniform" have one for each channel.
     clip : int, optional
-        Bound of |W| in units of alpha, 1 or 2; by default 2 below 4 bits, else 1.
+        Bound of |W| in units of alpha, 1 or 2; by default 2 below 4 bits where there are second
+        words, else 1.
     residual_shift : int
         s, 0 to 4: the second word's grid is 2^s times finer.
     activation_bits : int
@@ -62,7 +67,8 @@ class Config(BaseModel):
         sum of the layers' l2 norms of r1.
     v_lr : float, optional
         Highest learning rate of v. By default the one with which v fades in the first 60 % of a
-        run, whatever the length of the run, its optimiser, its learning rate and lambda.
+        run, whatever the length of the run, its optimiser, its learning rate and lambda; of
+        "without_select" that with the default lambda.
     refresh : int
         Iterations after which "residual_penalty" and "flightnn" select anew.
     first, last : LayerConfig
@@ -95,6 +101,13 @@ class Config(BaseModel):
         if self.method in ("stlq", "without_select"):
             if self.regularisation == 0 and self.v_lr is None:
                 raise ValueError("regularisation is 0: v does not fade by itself; give v_lr, too")
+        return self
+
+    @model_validator(mode="after")
+    def _selects(self) -> Config:
+        # Settings of old runs have their default, 16, which only tiles went by, either.
+        if self.granularity != "tile" and self.tile not in (16, (16, 16)):
+            raise ValueError(f"tile is {self.tile}, which needs granularity 'tile'")
         return self
 
     def of_layer(self, name: str, number: int, count: int) -> LayerConfig:

@@ -77,6 +77,13 @@ def export_onnx(
             " and cut at the end.",
             stacklevel=2,
         )
+    quantizers = [m for m in network.modules() if isinstance(m, ActivationQuantizer)]
+    if waiting := sum(not quantizer.ready for quantizer in quantizers):
+        warnings.warn(
+            f"{waiting} of {len(quantizers)} activation quantizers were never calibrated; these "
+            "activations are float32 in the file. Call calibrate before training.",
+            stacklevel=2,
+        )
     network, grids = deployed(network)
     path = Path(path)
     partial = path.with_suffix(".partial")

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,12 @@ class _Run:
         self.task = TASKS[settings.task](len(data.labels), training.label_smoothing, weights)
         self.network = build(settings, data)
         quantization = settings.quantization
+        if quantization is not None and settings.weights is None and not going_on:
+            warnings.warn(
+                f"{settings.model} is quantized before it was trained: what has second words is "
+                "chosen by random weights. Give those of a float network as weights.",
+                stacklevel=3,
+            )
         if quantization is not None and quantization.activation_bits != 32 and not going_on:
             inputs = data.calibration(training.calibration)
             quantize.calibrate(self.network, inputs.split(min(training.batch, 64)))
@@ -469,8 +476,10 @@ def make_optimisers(
     if v:
         assert quantization is not None
         factors = [learning_rate(step / steps, training) / training.lr for step in range(steps)]
-        rate = quantization.v_lr or fading_rate(quantization.regularisation, factors)
-        optimisers.append(torch.optim.SGD(v, rate))
+        strength = quantization.regularisation
+        if quantization.method == "without_select":
+            strength = Config().regularisation  # at a rate that followed it lambda would do nothing
+        optimisers.append(torch.optim.SGD(v, quantization.v_lr or fading_rate(strength, factors)))
     return optimisers
 
 

@@ -268,12 +268,13 @@ def _weight_quantizer(layer: Layer, config: Config, special: LayerConfig) -> Wei
         return LevelQuantizer(layer, bits, uniform_levels(bits))
     if config.method == "apot":
         return LevelQuantizer(layer, bits, apot_levels(bits))
-    clip = config.clip or stlq.default_clip(bits)
     granularity = "filter" if config.method == "flightnn" else config.granularity
     select = not config.method.endswith("without_select")
     chosen = Layout(layer).blocks(granularity, config.tile).chosen(ratio)
-    if config.method == "log" or (select and not chosen):
-        ratio, clip = 0.0, 1  # nothing reaches past alpha in the end
+    single = config.method == "log" or (select and not chosen)
+    if single:
+        ratio = 0.0  # and nothing reaches past alpha in the end
+    clip = config.clip or (1 if single else stlq.default_clip(bits))
     words = Words(bits, ratio, granularity, config.tile, clip, config.residual_shift, config.scale)
     if config.method in ("stlq", "without_select"):
         return FadingQuantizer(layer, words, select)

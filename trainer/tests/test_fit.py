@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import onnx
 import pytest
@@ -142,6 +143,18 @@ def test_the_penalty_selects_anew(blobs, models, tmp_path):
         state = parameters(tmp_path / str(refresh))
         found.append([value for name, value in state.items() if name.endswith(".selected")])
     assert found[0] and not all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_network_that_was_not_trained_before_is_told_of(blobs, models, tmp_path):
+    chosen = settings(training={"epochs": 1})
+    with pytest.warns(UserWarning, match="small is quantized before it was trained"):
+        fit(chosen, blobs, tmp_path / "untrained")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "small is quantized")
+        fit(chosen, blobs, tmp_path / "untrained", resume=True)
+        fit(chosen.model_copy(update={"quantization": None}), blobs, tmp_path / "float")
+        weights = {"weights": tmp_path / "float/checkpoint.pt"}
+        fit(chosen.model_copy(update=weights), blobs, tmp_path / "trained")
 
 
 def test_v_is_never_more_than_one_and_does_not_explode(blobs, models, tmp_path):

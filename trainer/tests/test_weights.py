@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 from logshift.trainer import stlq
 from logshift.trainer.config import Config, LayerConfig, Method
 from logshift.trainer.export import export_onnx, grid, stored_bits
-from logshift.trainer.fit import learning_rate, make_optimisers, parameter_groups
+from logshift.trainer.fit import fading_rate, learning_rate, make_optimisers, parameter_groups
 from logshift.trainer.quantize import (
     PrepareError,
+    calibrate,
     cut,
     fade,
     fading,
@@ -176,6 +177,30 @@ def test_v_fades_is_set_to_zero_below_epsilon_and_is_cut():
     assert len(v) == pytest.approx(total * (27 * 8 + 72 * 8 + 32), abs=3)
 
 
+@pytest.mark.parametrize("strength", [1e-5, 1e-3, 0.1])
+def test_without_select_lambda_decides_how_far_v_falls(strength):
+    quantization = Config(method="without_select", regularisation=strength, activation_bits=32)
+    *_, made = make_optimisers(prepare(small(), quantization), Training(), quantization, 100)
+    factors = [learning_rate(step / 100, Training()) / Training().lr for step in range(100)]
+    assert made.param_groups[0]["lr"] == fading_rate(Config().regularisation, factors)
+
+
+@pytest.mark.parametrize("clip", [None, 1, 2])
+@pytest.mark.parametrize("words", [{"method": "log"}, {"granularity": "tile"}, {}])
+def test_weights_are_clipped_as_asked(clip, words):
+    config = Config(weight_bits=3, residual_ratio=0.05, clip=clip, activation_bits=32, **words)
+    found = {name: q.words.clip for name, _, q in weight_quantizers(prepare(small(), config))}
+    # Where nothing has a second word, nothing reaches past alpha.
+    assert set(found.values()) == {clip or (1 if words else 2)}
+
+
+def test_tiles_need_their_granularity():
+    assert Config(granularity="tile", tile=(8, 8)).tile == (8, 8)
+    assert Config(tile=16).granularity == "element"  # as settings of the first version have it
+    with pytest.raises(ValueError, match=r"tile is \(8, 8\), which needs granularity 'tile'"):
+        Config(tile=(8, 8))
+
+
 @pytest.mark.parametrize("granularity", ["element", "tile"])
 def test_layers_without_a_block_to_select_have_one_word(granularity):
     config = Config(weight_bits=3, residual_ratio=0.05, granularity=granularity, activation_bits=32)
@@ -193,6 +218,18 @@ def test_what_is_left_when_a_network_is_exported_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"100.0% of the weights .* call fade"):
         export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8))
     cut(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8))
+
+
+def test_activations_that_were_not_calibrated_are_said(tmp_path):
+    network = prepare(small(), Config(method="log"))
+    with pytest.warns(
+        UserWarning, match=r"(\d+) of \1 activation quantizers were never calibrated"
+    ):
+        export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8))
+    calibrate(network, [torch.randn(4, 3, 8, 8)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_onnx(network, tmp_path / "a.onnx", torch.zeros(1, 3, 8, 8))
