@@ -49,7 +49,7 @@ METHODS = {
     "-uniform": "uniform (LSQ)",
 }
 SELECTED = {"": "select, 15 %", "-tile": "select per tile, 15 %", "-without": "without select"}
-PICTURES = {"float": "-float"} | {
+PICTURES = {"float": "-float", "W4A8 + 15 %": "/recipe"} | {
     f"W3A6 + {percent} %": f"/w3a6-{percent}" for percent in (15, 10, 5)
 } | {
     f"residual penalty, W{bits}A8 + 15 %": f"/w{bits}a8" for bits in (4, 3)
@@ -416,6 +416,8 @@ def table_of_claims() -> str:
         rows.append([label, target, difference, epochs, str(len(found)), nzr])
     for label, runs in ratios_asked_for().items():
         summaries = [summary for run in runs if (summary := load(run, "summary.json"))]
+        if not summaries:
+            continue
         reached = [100 * summary["nzr"] for summary in summaries]
         furthest = f"{max(abs(nzr - 15) for nzr in reached):.2f}"
         nzr = " to ".join(sorted({f"{min(reached):.1f}", f"{max(reached):.1f}"}))
