@@ -163,15 +163,16 @@ class _Run:
         self.task = TASKS[settings.task](len(data.labels), training.label_smoothing, weights)
         self.network = build(settings, data)
         quantization = settings.quantization
-        if quantization is not None and settings.weights is None and not going_on:
-            warnings.warn(
-                f"{settings.model} is quantized before it was trained: what has second words is "
-                "chosen by random weights. Give those of a float network as weights.",
-                stacklevel=3,
-            )
-        if quantization is not None and quantization.activation_bits != 32 and not going_on:
-            inputs = data.calibration(training.calibration)
-            quantize.calibrate(self.network, inputs.split(min(training.batch, 64)))
+        if quantization is not None and not going_on:
+            if settings.weights is None:
+                warnings.warn(
+                    f"{settings.model} is quantized before it was trained: what has second words "
+                    "is chosen by random weights. Give those of a float network as weights.",
+                    stacklevel=3,
+                )
+            if quantization.activation_bits != 32:
+                inputs = data.calibration(training.calibration)
+                quantize.calibrate(self.network, inputs.split(min(training.batch, 64)))
         self.network = self.network.to(fabric.device)
         steps = training.epochs * data.steps(training.batch)
         optimisers = make_optimisers(self.network, training, quantization, steps)

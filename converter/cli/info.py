@@ -57,9 +57,8 @@ def info(
         from logshift.runtime.cost import cost as count
         from logshift.runtime.file import format
 
-        sides = None if tile is None else _tile(tile)
         graph = format.read(packed)
-        counted = count(graph, sides or _tile_of(graph))
+        counted = count(graph, _tile_of(graph) if tile is None else _tile(tile))
         show(counted.to_dict(), str(counted), as_json)
         return
     from logshift.runtime.file.describe import describe
